@@ -1,0 +1,426 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configuration tree: every key, its default and what it does.
+
+A run is described by one YAML file. Values are taken in this order, later ones winning:
+
+    defaults below  <  each file of BASE, recursively  <  the YAML itself  <  command-line flags  <  -opts KEY VALUE
+
+>>> config = get_config('./configs/gmlp_s16_224.yaml', opts=['MODEL.NUM_CLASSES', 10])
+
+Keys are PaddleViT's where PaddleViT has the key; its YAML files load unchanged, old spellings included.
+"""
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import os
+
+import yaml
+from yacs.config import CfgNode as CN
+
+from utils.errors import UserError
+
+_C = CN()
+_C.BASE = ['']  # YAML files to inherit from, relative to the file that names them
+
+# ---------------------------------------------------------------------------------------------------- data
+_C.DATA = CN()
+_C.DATA.DATASET = 'imagenet2012'  # a registered data set: imagenet2012, folder, list, cifar10, cifar100, digits
+_C.DATA.DATA_PATH = '/dataset/imagenet/'  # folder that holds the data
+_C.DATA.BATCH_SIZE = 256  # training images per process and micro-batch
+_C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process; None: BATCH_SIZE
+_C.DATA.IMAGE_SIZE = 224  # side of the square input, pixels
+_C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
+_C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
+_C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black, as for CIFAR; auto: padded up to 32 px
+_C.DATA.INTERPOLATION = 'bicubic'  # resampling of both transforms: bicubic, bilinear, or random (training: one of both per image)
+_C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
+_C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
+_C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
+_C.DATA.PREFETCH = 2  # batches each worker prepares ahead
+_C.DATA.TIMEOUT = 300.0  # seconds to wait for a batch before the run is ended with an error; 0 waits for ever
+_C.DATA.BAD_IMAGE = 'error'  # unreadable image: error ends the run and names it; skip leaves it out and counts it
+
+# ---------------------------------------------------------------------------------------------------- model
+_C.MODEL = CN()
+_C.MODEL.TYPE = 'gmlp'  # a registered architecture, see `python -m models`
+_C.MODEL.NAME = 'gmlp'  # shown in logs and tables
+_C.MODEL.NUM_CLASSES = None  # None: taken from the data set; 1000 when a model is built without one
+_C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams
+_C.MODEL.RESUME = None  # run folder or checkpoint to continue
+_C.MODEL.DROPOUT = 0.0  # rate after the layers of an MLP
+_C.MODEL.DROPPATH = 0.1  # stochastic depth rate
+_C.MODEL.DROPPATH_RAMP = False  # True: the rate grows linearly over the depth, from 0 to DROPPATH
+
+_C.MODEL.PUBLISHED = CN()  # facts about the published weights of this file's model, shown by `python -m models`
+_C.MODEL.PUBLISHED.ACC1 = None  # ImageNet-1k validation, percent
+_C.MODEL.PUBLISHED.ACC5 = None  # top-5
+_C.MODEL.PUBLISHED.WEIGHTS = None  # where the upstream file is
+
+_C.MODEL.MIXER = CN()  # gMLP
+_C.MODEL.MIXER.PATCH_SIZE = 16  # side of a patch, pixels
+_C.MODEL.MIXER.EMBED_DIM = 768  # channels of a token
+_C.MODEL.MIXER.DEPTH = 12  # number of blocks
+_C.MODEL.MIXER.MLP_RATIO = 6.0  # channels inside a block / EMBED_DIM
+_C.MODEL.MIXER.STEM_NORM = False  # LayerNorm after the patch embedding
+
+# ---------------------------------------------------------------------------------------------------- training
+_C.TRAIN = CN()
+_C.TRAIN.LAST_EPOCH = 0  # last finished epoch, for resuming from a file that holds weights only
+_C.TRAIN.NUM_EPOCHS = 300  # length of the run
+_C.TRAIN.WARMUP_EPOCHS = 20.0  # length of the warm-up, may be a fraction
+_C.TRAIN.WEIGHT_DECAY = 0.1  # on tensors of two or more dimensions that the model does not exempt
+_C.TRAIN.BASE_LR = 0.001  # learning rate after the warm-up
+_C.TRAIN.WARMUP_START_LR = 1e-6  # where the warm-up starts
+_C.TRAIN.END_LR = 1e-5  # where the schedule ends
+_C.TRAIN.LINEAR_SCALED_LR = 512  # learning rates are multiplied by global batch / this; None: used as they are
+_C.TRAIN.LR_SCHEDULER = CN()
+_C.TRAIN.LR_SCHEDULER.NAME = 'warmupcosine'  # a name of engine/schedules.py
+_C.TRAIN.LR_SCHEDULER.UPDATE = 'epoch'  # epoch: constant inside an epoch (PaddleViT, timm); step: follows every step
+_C.TRAIN.LR_SCHEDULER.LAG = 0  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT's loop: 2)
+_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (PaddleViT; DeiT: False)
+_C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per layer, from the head downwards; 1: off
+_C.TRAIN.GRAD_CLIP = None  # largest global gradient norm; None: off
+_C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimiser step; equals one batch that many times as large
+_C.TRAIN.OPTIMIZER = CN()
+_C.TRAIN.OPTIMIZER.NAME = 'AdamW'  # AdamW, SGD, Lamb
+_C.TRAIN.OPTIMIZER.EPS = 1e-8  # AdamW, Lamb
+_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # AdamW, Lamb
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # SGD
+_C.TRAIN.OPTIMIZER.NESTEROV = False  # SGD
+_C.TRAIN.MODEL_EMA = False  # keep an exponential moving average of the weights, validated beside them
+_C.TRAIN.MODEL_EMA_DECAY = 0.99996  # share of the old average kept at each step
+_C.TRAIN.RECOMPUTE = False  # compute block activations again in the backward pass: less memory, about a third more time
+_C.TRAIN.NONFINITE = 'error'  # a loss or gradient that is not finite: error ends the run on every process; skip drops the step
+_C.TRAIN.DROP_LAST = False  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
+
+# augmentation, in the order it is applied
+_C.TRAIN.REPEATED_AUG = 0  # augment each image that many times in a row, an epoch keeping its length (DeiT: 3); 0: off
+_C.TRAIN.CROP_SCALE = (0.08, 1.0)  # RandomResizedCrop: range of the area
+_C.TRAIN.CROP_RATIO = (0.75, 4.0 / 3.0)  # RandomResizedCrop: range of width / height
+_C.TRAIN.HFLIP = 0.5  # probability of a horizontal flip
+_C.TRAIN.RAND_AUGMENT = True  # random operations on each image
+_C.TRAIN.RAND_AUGMENT_LAYERS = 2  # operations drawn per image, each applied with probability 0.5
+_C.TRAIN.RAND_AUGMENT_MAGNITUDE = 9  # mean strength, 0 to 10; each draw is normal with deviation 0.5
+_C.TRAIN.RAND_AUGMENT_SPACE = 'timm'  # timm: rand-m9-mstd0.5-inc1; paddlevit: its fills and pixel translation
+_C.TRAIN.AUTO_AUGMENT = False  # the ImageNet policy, when RAND_AUGMENT is off
+_C.TRAIN.COLOR_JITTER = 0.4  # brightness, contrast, saturation, when neither of the above is on
+_C.TRAIN.RANDOM_ERASE_PROB = 0.25  # probability of covering boxes of an image; 0: off
+_C.TRAIN.RANDOM_ERASE_MODE = 'pixel'  # pixel: noise per pixel; rand: one random colour; const: zeros
+_C.TRAIN.RANDOM_ERASE_COUNT = 1  # largest number of boxes
+_C.TRAIN.RANDOM_ERASE_SPLIT = False  # leave the first half of each batch untouched
+
+# mixing of a batch and its targets
+_C.TRAIN.SMOOTHING = 0.1  # label smoothing
+_C.TRAIN.MIXUP_ALPHA = 0.8  # 0: no mixup
+_C.TRAIN.CUTMIX_ALPHA = 1.0  # 0: no cutmix
+_C.TRAIN.CUTMIX_MINMAX = None  # (low, high) share of the sides of the cutmix box, instead of CUTMIX_ALPHA's area
+_C.TRAIN.MIXUP_PROB = 1.0  # probability that a batch (pair, image) is mixed at all
+_C.TRAIN.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
+_C.TRAIN.MIXUP_MODE = 'batch'  # one draw per batch, pair or elem
+
+# ---------------------------------------------------------------------------------------------------- run
+_C.SAVE = './output'  # parent of the run folders
+_C.TAG = ''  # name of the run folder; empty: train-/eval- and a time stamp
+_C.SAVE_FREQ = 10  # epochs between epoch_NNNN.pdparams files; 0: none
+_C.SAVE_KEEP = 3  # how many of them stay; 0: all
+_C.SAVE_STEPS = 0  # optimiser steps between writes of last.pdparams inside an epoch; 0: at its end only
+_C.REPORT_FREQ = 20  # micro-batches between log lines
+_C.VALIDATE_FREQ = 1  # epochs between validations
+_C.SEED = 0  # of weights, data order, augmentation and dropout
+_C.EVAL = False  # evaluate only
+_C.THROUGHPUT = False  # measure images per second only
+_C.AMP = False  # mixed precision on GPU
+_C.AMP_LEVEL = 'O1'  # O1: per operation; O2: weights in half precision with float32 master copies
+_C.AMP_DTYPE = 'float16'  # float16 with loss scaling, or bfloat16
+
+# Keys that may be None: what they are otherwise.
+_OPTIONAL = {
+    'DATA.BATCH_SIZE_EVAL': int,
+    'MODEL.NUM_CLASSES': int,
+    'MODEL.PRETRAINED': str,
+    'MODEL.RESUME': str,
+    'MODEL.PUBLISHED.ACC1': float,
+    'MODEL.PUBLISHED.ACC5': float,
+    'MODEL.PUBLISHED.WEIGHTS': str,
+    'TRAIN.LINEAR_SCALED_LR': int,
+    'TRAIN.GRAD_CLIP': float,
+    'TRAIN.CUTMIX_MINMAX': tuple,
+}
+
+# PaddleViT spellings: an old name and the key it became, or None where the key has no effect here.
+_RENAMED = {
+    'MODEL.MIXER.HIDDEN_SIZE': 'MODEL.MIXER.EMBED_DIM',
+    'MODEL.MIXER.NUM_LAYERS': 'MODEL.MIXER.DEPTH',
+    'MODEL.DROP_PATH': 'MODEL.DROPPATH',
+    'MODEL.ATTENTION_DROPOUT': None,  # never read by PaddleViT's gMLP
+    'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the average lives beside the weights
+    'NGPUS': None,  # one process per visible device
+    'LOCAL_RANK': None,
+}
+
+_CHOICES = {
+    'DATA.IMAGE_CHANNELS': (1, 3),
+    'DATA.INTERPOLATION': ('bicubic', 'bilinear', 'random'),
+    'DATA.BAD_IMAGE': ('error', 'skip'),
+    'DATA.CROP': ('auto', 'resized', 'padded'),
+    'TRAIN.LR_SCHEDULER.UPDATE': ('epoch', 'step'),
+    'TRAIN.NONFINITE': ('error', 'skip'),
+    'TRAIN.RAND_AUGMENT_SPACE': ('timm', 'paddlevit'),
+    'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'rand', 'const'),
+    'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
+    'AMP_LEVEL': ('O1', 'O2'),
+    'AMP_DTYPE': ('float16', 'bfloat16'),
+}
+
+_AT_LEAST = {
+    'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 1, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0, 'DATA.PREFETCH': 1,
+    'DATA.TIMEOUT': 0, 'MODEL.NUM_CLASSES': 0, 'TRAIN.LAST_EPOCH': 0, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0,
+    'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.REPEATED_AUG': 0, 'TRAIN.RANDOM_ERASE_COUNT': 1, 'TRAIN.RAND_AUGMENT_LAYERS': 1,
+    'TRAIN.LR_SCHEDULER.LAG': 0, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.LINEAR_SCALED_LR': 1, 'SAVE_FREQ': 0, 'SAVE_KEEP': 0,
+    'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0,
+}  # fmt: skip
+
+_PROBABILITIES = (
+    'MODEL.DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING', 'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB',
+    'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY',
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
+    """Returns the configuration of a YAML file.
+
+    Args:
+        cfg_file: path of a YAML file; None gives the defaults.
+        opts: alternating keys and values that win over the file, such as `['TRAIN.BASE_LR', 5e-4]`.
+
+    Returns:
+        A frozen copy of the tree.
+
+    Raises:
+        UserError: a file that cannot be read, an unknown key, or a value of the wrong kind.
+    """
+    config = _C.clone()
+    if cfg_file is not None:
+        _merge_file(config, cfg_file)
+    merge_opts(config, opts or [])
+    validate(config)
+    config.freeze()
+    return config
+
+
+def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses PaddleViT's command line: single dash, `-x value` or `-x=value`, quotes around a value are dropped."""
+    parser = argparse.ArgumentParser(
+        description='Train or evaluate an image classifier.', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = lambda flag, kind=_unquoted, **kw: parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, **kw)  # noqa: E731
+    switch = lambda flag, text: parser.add_argument(flag, action='store_true', default=argparse.SUPPRESS, help=text)  # noqa: E731
+    add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
+    add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, cifar10, cifar100, digits')
+    add('-data_path', metavar='DIR', help='folder that holds the data')
+    add('-output', metavar='DIR', help='parent of the run folder')
+    add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
+    add('-batch_size', _integer, metavar='N', help='images per process, for training and evaluation')
+    add('-batch_size_eval', _integer, metavar='N', help='images per process in evaluation')
+    add('-image_size', _integer, metavar='N', help='side of the input in pixels')
+    add('-num_classes', _integer, metavar='N', help='number of classes (default: taken from the data)')
+    add('-accum_iter', _integer, metavar='N', help='micro-batches per optimiser step')
+    add('-num_workers', _integer, metavar='N', help='image loading processes per training process')
+    add('-pretrained', metavar='FILE', help='.pdparams weights to start from or to evaluate')
+    add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
+    add('-last_epoch', _integer, metavar='N', help='last finished epoch, when -resume names a weights-only file')
+    add('-ngpus', _integer, metavar='N', help='processes on this machine (default: one per GPU; on CPU one, see NPROC)')
+    switch('-eval', 'evaluate only')
+    switch('-amp', 'mixed precision (acts on GPU)')
+    switch('-throughput', 'measure images per second and stop')
+    parser.add_argument('-opts', nargs=argparse.REMAINDER, default=[], metavar='KEY VALUE', help='any configuration keys; must come last')
+    return parser.parse_args(argv)
+
+
+_FLAGS = {
+    'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH', 'output': 'SAVE', 'tag': 'TAG', 'batch_size': 'DATA.BATCH_SIZE',
+    'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
+    'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
+    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
+}  # fmt: skip
+
+
+def update_config(config: CN, args: argparse.Namespace) -> CN:
+    """Merges the file that `args.cfg` names, the flags, then `-opts` into `config`, which is left unfrozen."""
+    config.defrost()
+    given = vars(args)
+    resumed = os.path.join(given.get('resume', ''), 'config.yaml')
+    if 'cfg' in given:
+        _merge_file(config, given['cfg'])
+    elif 'resume' in given and os.path.isfile(resumed):  # a run folder knows what it is
+        _merge_file(config, resumed)
+    if 'batch_size' in given:
+        config.DATA.BATCH_SIZE_EVAL = given['batch_size']
+    for flag, key in _FLAGS.items():
+        if flag in given:
+            _set(config, key, given[flag], f'-{flag}')
+    merge_opts(config, given.get('opts') or [])
+    validate(config)
+    return config
+
+
+def merge_opts(config: CN, opts: list) -> None:
+    """Merges alternating keys and values, as `-opts` gives them, into `config`."""
+    if len(opts) % 2:
+        raise UserError(f"-opts takes pairs of KEY VALUE, but '{opts[-1]}' has no partner.")
+    for key, value in zip(opts[::2], opts[1::2]):
+        _set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
+
+
+def validate(config: CN) -> None:
+    """Checks values that one key alone can get wrong. Raises UserError with the key and what it may be."""
+    for key, value in _leaves(config):
+        default = _lookup(_C, key)
+        if value is None and default is not None and key not in _OPTIONAL:
+            raise UserError(f'{key} is None, but it needs a value such as {default!r}.')
+        if value is None:
+            continue
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise UserError(f'{key} is {value!r}, but must be one of: {", ".join(map(str, _CHOICES[key]))}.')
+        if key in _AT_LEAST and value < _AT_LEAST[key]:
+            raise UserError(f'{key} is {value}, but must be at least {_AT_LEAST[key]}.')
+        if key in _PROBABILITIES and not 0 <= value <= 1:
+            raise UserError(f'{key} is {value}, but must lie between 0 and 1.')
+    for key in ('CROP_SCALE', 'CROP_RATIO'):
+        low_high = config.TRAIN[key]
+        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
+            raise UserError(f'TRAIN.{key} is {low_high}, but must be (low, high) with 0 < low <= high.')
+    if not 0 < config.DATA.CROP_PCT <= 1:
+        raise UserError(f'DATA.CROP_PCT is {config.DATA.CROP_PCT}, but must lie in (0, 1].')
+
+
+# ---------------------------------------------------------------------------------------------------- merging
+def _merge_file(config: CN, path: str, parents: tuple[str, ...] = ()) -> None:
+    real = os.path.realpath(path)
+    if real in parents:
+        raise UserError(f"BASE of '{parents[-1]}' leads back to '{real}'; remove one of the two.")
+    try:
+        with open(path, encoding='utf-8') as file:
+            root = yaml.compose(file, Loader=yaml.SafeLoader)
+    except OSError as error:
+        named = f" (BASE of '{parents[-1]}')" if parents else ''
+        raise UserError(f"cannot read the configuration '{path}'{named}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
+    if root is None:  # an empty file changes nothing
+        return
+    values = list(_walk(root, path))
+    for key, value, _ in values:
+        if key == 'BASE':
+            for base in [value] if isinstance(value, str) else value or []:
+                if base:
+                    _merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
+    for key, value, where in values:
+        _set(config, key, value, where)
+
+
+def _walk(node: yaml.Node, path: str, prefix: str = ''):
+    """Yields (dotted key, value, 'file:line') of each leaf; refuses duplicate keys and tags that build Python objects."""
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{path}:{node.start_mark.line + 1}: expected 'KEY: value' pairs under '{prefix[:-1] or 'the file'}'.")
+    seen = set()
+    for key_node, value_node in node.value:
+        where = f'{path}:{key_node.start_mark.line + 1}'
+        key = prefix + str(key_node.value)
+        if key in seen:
+            raise UserError(f"{where}: the key '{key}' is given twice; keep one.")
+        seen.add(key)
+        if isinstance(value_node, yaml.MappingNode):
+            yield from _walk(value_node, path, key + '.')
+            continue
+        try:
+            yield key, _construct(value_node), where
+        except yaml.YAMLError as error:
+            raise UserError(f"{where}: cannot read the value of '{key}': {error.problem}.") from None
+
+
+def _construct(node: yaml.Node):
+    loader = yaml.SafeLoader('')
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _set(config: CN, key: str, value, where: str) -> None:
+    """Sets one dotted key, converting the value to the kind of its default."""
+    if key in _RENAMED:
+        key = _RENAMED[key]
+        if key is None:
+            return
+    *groups, name = key.split('.')
+    node = config
+    for group in groups:
+        node = node.get(group) if isinstance(node, CN) else None
+    if not isinstance(node, CN) or name not in node or isinstance(node[name], CN):
+        near = difflib.get_close_matches(key, [k for k, _ in _leaves(_C)], n=1, cutoff=0)
+        raise UserError(f"{where}: unknown key '{key}'. Did you mean '{near[0]}'?")
+    node[name] = _coerce(value, key, where)
+
+
+def _coerce(value, key: str, where: str):
+    default = _lookup(_C, key)
+    kind = _OPTIONAL.get(key, type(default))
+    if isinstance(value, str) and kind is not str:
+        value = _literal(value)
+    elif isinstance(value, str) and value in ('None', 'null') and key in _OPTIONAL:
+        return None
+    if value is None:
+        return None
+    if kind is bool and (isinstance(value, bool) or value in (0, 1)):
+        return bool(value)
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
+        return int(value)
+    if kind in (list, tuple) and isinstance(value, (list, tuple)):
+        return kind(_literal(v) if isinstance(v, str) and key != 'BASE' else v for v in value)
+    if kind in (list, tuple) and key == 'BASE':
+        return [value]
+    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return str(value)
+    name = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'text'}.get(kind, 'a list')
+    raise UserError(f'{where}: {key} must be {name}, not {value!r}.')
+
+
+def _literal(text: str):
+    """`5e-4`, `None`, `(0.1, 1)` and the like as Python values; YAML spellings of booleans too; other text unchanged."""
+    if text.lower() in ('true', 'false', 'null'):
+        return {'true': True, 'false': False, 'null': None}[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return text
+
+
+def _leaves(node: CN, prefix: str = ''):
+    for name, value in node.items():
+        if isinstance(value, CN):
+            yield from _leaves(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name, value
+
+
+def _lookup(node: CN, key: str):
+    for name in key.split('.'):
+        node = node[name]
+    return node
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in '\'"' else text
+
+
+def _integer(text: str) -> int:
+    return int(_unquoted(text))
+
+
+_integer.__name__ = 'whole number'

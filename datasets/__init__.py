@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets, augmentation and loading. Importing this package does not import Paddle; `datasets.batch` and
+`datasets.mixing` do.
+
+A new data set is a function from a configuration and a split to a `Dataset`:
+
+>>> @register_dataset('mine')
+... def build_mine(config, split):
+...     return Dataset(FileStorage(config.DATA.DATA_PATH, paths), labels, source=config.DATA.DATA_PATH)
+"""
+
+from datasets import cifar, digits, folder  # noqa: F401 (register themselves)
+from datasets.dataset import Dataset, FileStorage, resolve_num_classes
+from datasets.loader import Batch, Loader, build_dataloader
+from datasets.registry import DATASETS, register_dataset
+
+__all__ = [
+    'Batch',
+    'Dataset',
+    'FileStorage',
+    'Loader',
+    'build_dataloader',
+    'build_dataset',
+    'list_datasets',
+    'register_dataset',
+    'resolve_num_classes',
+]
+
+
+def build_dataset(config, split: str) -> Dataset:
+    """The part `split`, 'train' or 'val', of the data set that DATA.DATASET names.
+
+    Raises:
+        UserError: an unknown name, or data that are missing or malformed; names file and line.
+    """
+    return DATASETS[config.DATA.DATASET](config, split)
+
+
+def list_datasets() -> list[str]:
+    """Names that DATA.DATASET may take."""
+    return list(DATASETS)

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations on pictures and the policies that choose among them.
+
+RandAugment: https://arxiv.org/abs/1909.13719, in timm's `rand-m9-mstd0.5-inc1` form, where severity grows with magnitude.
+AutoAugment: https://arxiv.org/abs/1805.09501, the ImageNet policy of table 9.
+
+An operation takes and returns a Pillow image (RGB or L); its magnitude runs from 0 to 10. Geometric operations take a
+`Style`: how they resample and what they fill uncovered corners with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Union
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+Colour = Union[int, tuple[int, int, int]]
+
+BILINEAR, BICUBIC, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST
+
+
+# ---------------------------------------------------------------------------------------------------- operations
+def posterize(image: Image.Image, bits: int) -> Image.Image:
+    """Keeps the `bits` highest bits; 0 bits, which Pillow may refuse, are a black picture."""
+    mask = 0xFF & ~(0xFF >> bits)
+    return _look_up(image, [value & mask for value in range(256)])
+
+
+def solarize(image: Image.Image, threshold: int) -> Image.Image:
+    """Inverts values of `threshold` and above."""
+    return _look_up(image, [value if value < threshold else 255 - value for value in range(256)])
+
+
+def solarize_add(image: Image.Image, addend: int) -> Image.Image:
+    """Adds to values below 128, up to 255."""
+    return _look_up(image, [min(255, value + addend) if value < 128 else value for value in range(256)])
+
+
+def color(image: Image.Image, factor: float) -> Image.Image:
+    """Saturation: 0 is grey, 1 the image itself."""
+    return ImageEnhance.Color(image).enhance(factor)
+
+
+def contrast(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Contrast(image).enhance(factor)
+
+
+def brightness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Brightness(image).enhance(factor)
+
+
+def sharpness(image: Image.Image, factor: float) -> Image.Image:
+    return ImageEnhance.Sharpness(image).enhance(factor)
+
+
+class Style(NamedTuple):
+    """How a geometric operation makes its pixels."""
+
+    resample: Image.Resampling
+    fill: Colour
+
+
+def rotate(image: Image.Image, degrees: float, style: Style) -> Image.Image:
+    """Counter-clockwise about the centre."""
+    return image.rotate(degrees, resample=style.resample, fillcolor=style.fill)
+
+
+def shear_x(image: Image.Image, factor: float, style: Style) -> Image.Image:
+    return _affine(image, (1, factor, 0, 0, 1, 0), style)
+
+
+def shear_y(image: Image.Image, factor: float, style: Style) -> Image.Image:
+    return _affine(image, (1, 0, 0, factor, 1, 0), style)
+
+
+def translate_x(image: Image.Image, pixels: float, style: Style) -> Image.Image:
+    return _affine(image, (1, 0, pixels, 0, 1, 0), style)
+
+
+def translate_y(image: Image.Image, pixels: float, style: Style) -> Image.Image:
+    return _affine(image, (1, 0, 0, 0, 1, pixels), style)
+
+
+def translate_x_relative(image: Image.Image, share: float, style: Style) -> Image.Image:
+    """By a share of the width."""
+    return translate_x(image, share * image.width, style)
+
+
+def translate_y_relative(image: Image.Image, share: float, style: Style) -> Image.Image:
+    """By a share of the height."""
+    return translate_y(image, share * image.height, style)
+
+
+def _affine(image: Image.Image, matrix: tuple, style: Style) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=style.resample, fillcolor=style.fill)
+
+
+def _look_up(image: Image.Image, table: list[int]) -> Image.Image:
+    return image.point(table * len(image.getbands()))
+
+
+# ---------------------------------------------------------------------------------------------------- magnitudes
+class Operation(NamedTuple):
+    """What a policy applies.
+
+    Attributes:
+        function: takes the image, the argument unless `argument` is None, and the style when `geometric`.
+        argument: the argument at severity m = magnitude / 10.
+        signed: whether m is negated half of the time.
+        geometric: whether the function takes a style.
+    """
+
+    function: Callable
+    argument: Callable[[float], float] | None = None
+    signed: bool = False
+    geometric: bool = False
+
+    def __call__(self, image: Image.Image, magnitude: float, negative: bool, style: Style) -> Image.Image:
+        severity = magnitude / 10
+        arguments = (
+            [] if self.argument is None else [self.argument(-severity if negative and self.signed else severity)]
+        )
+        return self.function(image, *arguments, *([style] if self.geometric else []))
+
+
+def _enhance(function: Callable) -> Operation:
+    return Operation(function, lambda m: 1.0 + m * 0.9, signed=True)
+
+
+def _geometry(function: Callable, largest: float) -> Operation:
+    return Operation(function, lambda m: m * largest, signed=True, geometric=True)
+
+
+INCREASING = {
+    'AutoContrast': Operation(ImageOps.autocontrast),
+    'Equalize': Operation(ImageOps.equalize),
+    'Invert': Operation(ImageOps.invert),
+    'Rotate': _geometry(rotate, 30.0),
+    'PosterizeIncreasing': Operation(posterize, lambda m: 4 - int(m * 4)),
+    'SolarizeIncreasing': Operation(solarize, lambda m: 256 - int(m * 256)),
+    'SolarizeAdd': Operation(solarize_add, lambda m: int(m * 110)),
+    'ColorIncreasing': _enhance(color),
+    'ContrastIncreasing': _enhance(contrast),
+    'BrightnessIncreasing': _enhance(brightness),
+    'SharpnessIncreasing': _enhance(sharpness),
+    'ShearX': _geometry(shear_x, 0.3),
+    'ShearY': _geometry(shear_y, 0.3),
+    'TranslateXRel': _geometry(translate_x_relative, 0.45),
+    'TranslateYRel': _geometry(translate_y_relative, 0.45),
+}
+
+# PaddleViT translates by up to 100 pixels, whatever the size of the image.
+INCREASING_PADDLEVIT = {
+    **{name: operation for name, operation in INCREASING.items() if not name.startswith('Translate')},
+    'TranslateX': _geometry(translate_x, 100.0),
+    'TranslateY': _geometry(translate_y, 100.0),
+}
+
+# AutoAugment's severities do not all grow with the magnitude, and enhancement is by a factor of 0.1 to 1.9.
+ORIGINAL = {
+    **{name: INCREASING[name] for name in ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'ShearX')},
+    'PosterizeOriginal': Operation(posterize, lambda m: 4 + int(m * 4)),
+    'Solarize': Operation(solarize, lambda m: int(m * 256)),
+    'Color': Operation(color, lambda m: m * 1.8 + 0.1),
+    'Contrast': Operation(contrast, lambda m: m * 1.8 + 0.1),
+    'Sharpness': Operation(sharpness, lambda m: m * 1.8 + 0.1),
+}
+
+# (operation, probability, magnitude) twice per sub-policy.
+IMAGENET_POLICY = (
+    (('PosterizeOriginal', 0.4, 8), ('Rotate', 0.6, 9)),
+    (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
+    (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+    (('PosterizeOriginal', 0.6, 7), ('PosterizeOriginal', 0.6, 6)),
+    (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
+    (('Equalize', 0.4, 4), ('Rotate', 0.8, 8)),
+    (('Solarize', 0.6, 3), ('Equalize', 0.6, 7)),
+    (('PosterizeOriginal', 0.8, 5), ('Equalize', 1.0, 2)),
+    (('Rotate', 0.2, 3), ('Solarize', 0.6, 8)),
+    (('Equalize', 0.6, 8), ('PosterizeOriginal', 0.4, 6)),
+    (('Rotate', 0.8, 8), ('Color', 0.4, 0)),
+    (('Rotate', 0.4, 9), ('Equalize', 0.6, 2)),
+    (('Equalize', 0.0, 7), ('Equalize', 0.8, 8)),
+    (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
+    (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
+    (('Rotate', 0.8, 8), ('Color', 1.0, 2)),
+    (('Color', 0.8, 8), ('Solarize', 0.8, 7)),
+    (('Sharpness', 0.4, 7), ('Invert', 0.6, 8)),
+    (('ShearX', 0.6, 5), ('Equalize', 1.0, 9)),
+    (('Color', 0.4, 0), ('Equalize', 0.6, 3)),
+    (('Equalize', 0.4, 7), ('Solarize', 0.2, 4)),
+    (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
+    (('Invert', 0.6, 4), ('Equalize', 1.0, 8)),
+    (('Color', 0.6, 4), ('Contrast', 1.0, 8)),
+    (('Equalize', 0.8, 8), ('Equalize', 0.6, 3)),
+)
+
+
+# ---------------------------------------------------------------------------------------------------- policies
+class Canvas:
+    """The style of each operation of a policy.
+
+    timm: the interpolation of the run, or one of two at random, on the mean colour of the data.
+    paddlevit: nearest pixels on mid-grey, but black behind rotations.
+    """
+
+    def __init__(self, space: str, interpolation: str, mean: Colour):
+        self.space = space
+        self.resamples = RESAMPLES[interpolation]
+        self.mean = mean
+
+    def style(self, name: str, rng: np.random.Generator) -> Style:
+        if self.space == 'paddlevit':
+            shade = 0 if name == 'Rotate' else 128
+            return Style(NEAREST, shade if isinstance(self.mean, int) else (shade,) * 3)
+        return Style(choose(self.resamples, rng), self.mean)
+
+
+RESAMPLES = {'bicubic': (BICUBIC,), 'bilinear': (BILINEAR,), 'random': (BILINEAR, BICUBIC)}
+
+
+def choose(options: tuple, rng: np.random.Generator):
+    """One of `options` with equal probability; draws only when there is a choice."""
+    return options[0] if len(options) == 1 else options[rng.integers(len(options))]
+
+
+class RandAugment:
+    """Applies `layers` operations, drawn with replacement, each with probability 0.5 at a magnitude ~ N(magnitude, 0.5)
+    that is clipped to [0, 10]."""
+
+    PROBABILITY, DEVIATION = 0.5, 0.5
+
+    def __init__(self, layers: int, magnitude: float, canvas: Canvas):
+        self.layers = layers
+        self.magnitude = magnitude
+        self.canvas = canvas
+        self.operations = INCREASING_PADDLEVIT if canvas.space == 'paddlevit' else INCREASING
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        names = tuple(self.operations)
+        for choice in rng.integers(len(names), size=self.layers):
+            if rng.random() >= self.PROBABILITY:
+                continue
+            name = names[choice]
+            magnitude = min(10.0, max(0.0, rng.normal(self.magnitude, self.DEVIATION)))
+            negative = rng.random() < 0.5
+            image = self.operations[name](image, magnitude, negative, self.canvas.style(name, rng))
+        return image
+
+
+class AutoAugment:
+    """One of the 25 sub-policies for ImageNet per image."""
+
+    def __init__(self, canvas: Canvas):
+        self.canvas = canvas
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        for name, probability, magnitude in IMAGENET_POLICY[rng.integers(len(IMAGENET_POLICY))]:
+            if rng.random() < probability:
+                negative = rng.random() < 0.5
+                image = ORIGINAL[name](image, magnitude, negative, self.canvas.style(name, rng))
+        return image
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation, each by a factor uniform in [1 - strength, 1 + strength], in random order."""
+
+    def __init__(self, strength: float):
+        self.low, self.high = max(0.0, 1.0 - strength), 1.0 + strength
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        functions = (brightness, contrast, color)
+        factors = rng.uniform(self.low, self.high, size=3)
+        for place in rng.permutation(3):
+            image = functions[place](image, factors[place])
+        return image

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CIFAR-10 and CIFAR-100 in the Python layout of https://www.cs.toronto.edu/~kriz/cifar.html."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import numpy as np
+from PIL import Image
+
+from datasets.dataset import Dataset
+from datasets.folder import data_path
+from datasets.registry import register_dataset
+from utils.errors import UserError
+
+try:
+    from numpy._core.multiarray import _reconstruct
+except ImportError:  # numpy 1
+    from numpy.core.multiarray import _reconstruct
+
+
+@register_dataset('cifar10')
+def build_cifar10(config, split: str) -> Dataset:
+    """`DATA_PATH/cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}`, or DATA_PATH is that folder."""
+    files = [f'data_batch_{i}' for i in range(1, 6)] if split == 'train' else ['test_batch']
+    return _build(config, 'cifar-10', 'cifar-10-batches-py', files, 'labels', 'batches.meta', 'label_names')
+
+
+@register_dataset('cifar100')
+def build_cifar100(config, split: str) -> Dataset:
+    """`DATA_PATH/cifar-100-python/{train,test,meta}` with the fine labels, or DATA_PATH is that folder."""
+    files = ['train'] if split == 'train' else ['test']
+    return _build(config, 'cifar-100', 'cifar-100-python', files, 'fine_labels', 'meta', 'fine_label_names')
+
+
+class ArrayStorage:
+    """Pictures held in memory, uint8 [N, H, W, 3]."""
+
+    def __init__(self, images: np.ndarray, name: str):
+        self.images = images
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def open(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images[index])
+
+    def describe(self, index: int) -> str:
+        return f'{self.name}[{index}]'
+
+
+def _build(config, name: str, folder: str, files: list[str], label_key: str, meta: str, names_key: str) -> Dataset:
+    root = data_path(config)
+    if not os.path.exists(os.path.join(root, meta)):
+        root = os.path.join(root, folder)
+    class_names = _field(os.path.join(root, meta), names_key, name)
+    images, labels = [], []
+    for file in files:
+        path = os.path.join(root, file)
+        pixels = np.asarray(_field(path, 'data', name))
+        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+            raise UserError(f"'{path}' does not hold rows of 3072 bytes; unpack {name}-python.tar.gz again.")
+        images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+        labels += list(_field(path, label_key, name))
+    return Dataset(ArrayStorage(np.concatenate(images), root), labels, source=f"'{root}'", class_names=class_names)
+
+
+def _field(path: str, key: str, name: str):
+    """One entry of a pickled dict. Nothing but numpy arrays and plain values is unpickled."""
+    try:
+        with open(path, 'rb') as file:
+            return _ArrayUnpickler(file, encoding='latin1').load()[key]
+    except FileNotFoundError:
+        raise UserError(
+            f"'{path}' is missing; unpack https://www.cs.toronto.edu/~kriz/{name}-python.tar.gz into DATA.DATA_PATH."
+        ) from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"'{path}' is damaged ({error}); unpack {name}-python.tar.gz again.") from None
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    _ALLOWED = {
+        ('numpy', 'ndarray'): np.ndarray,
+        ('numpy', 'dtype'): np.dtype,
+        ('numpy.core.multiarray', '_reconstruct'): _reconstruct,
+        ('numpy._core.multiarray', '_reconstruct'): _reconstruct,
+    }
+
+    def find_class(self, module: str, name: str):
+        try:
+            return self._ALLOWED[module, name]
+        except KeyError:
+            raise pickle.UnpicklingError(f'refused {module}.{name}') from None

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A data set: a labelled list of items, and a storage that opens them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from datasets.images import UnreadableImage, decode_image
+from utils.errors import UserError
+
+
+class Storage(Protocol):
+    """Where the items of a data set lie. Used by several worker processes: handles are opened on first use, per process."""
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """The item as RGB. Raises UnreadableImage with the reason."""
+
+    def describe(self, index: int) -> str:
+        """What a person can look the item up by: its path, or file and key."""
+
+
+class BadImageError(UserError):
+    """An image that cannot be read; names the image."""
+
+
+class Dataset:
+    """Labelled images.
+
+    Attributes:
+        labels: [N] int64.
+        num_classes: number of classes, taken from the data.
+        class_names: one name per class; None when the data do not name classes, in which case `num_classes` is only
+            the largest label plus one, and the true number may be larger.
+        source: the file or folder that the list of items comes from, for messages.
+    """
+
+    def __init__(self, storage: Storage, labels: Sequence[int], source: str, class_names: Sequence[str] | None = None):
+        self.storage = storage
+        self.labels = np.asarray(labels, dtype=np.int64)
+        self.source = source
+        self.class_names = None if class_names is None else list(class_names)
+        self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
+        if len(storage) != len(self.labels):
+            raise ValueError(f'{len(storage)} items, but {len(self.labels)} labels')
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def load(self, index: int) -> Image.Image:
+        """Item `index` as an RGB picture. Raises BadImageError."""
+        try:
+            return self.storage.open(index)
+        except UnreadableImage as error:
+            raise BadImageError(
+                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {error}. "
+                'Mend or remove it, or set DATA.BAD_IMAGE to skip.'
+            ) from None
+
+    def describe(self, index: int) -> str:
+        return self.storage.describe(index)
+
+
+class FileStorage:
+    """Image files below a folder."""
+
+    def __init__(self, root: str, paths: Iterable[str]):
+        self.root = root
+        self._paths = PackedStrings(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def describe(self, index: int) -> str:
+        return os.path.join(self.root, self._paths[index])
+
+    def open(self, index: int) -> Image.Image:
+        try:
+            with open(self.describe(index), 'rb') as file:
+                data = file.read()
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from None
+        return decode_image(data)
+
+
+class PackedStrings:
+    """A read-only list of strings in two arrays.
+
+    A million Python strings cost every worker process its own copy, since reading one touches its reference count and
+    with it the page shared with the parent. Arrays stay shared.
+    """
+
+    def __init__(self, strings: Iterable[str]):
+        encoded = [os.fsencode(string) for string in strings]
+        self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
+        self._bytes = np.frombuffer(b''.join(encoded), dtype=np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> str:
+        begin = self._ends[index - 1] if index else 0
+        return os.fsdecode(self._bytes[begin : self._ends[index]].tobytes())
+
+
+def resolve_num_classes(config, dataset: Dataset) -> int:
+    """Number of classes of the classifier: MODEL.NUM_CLASSES, or that of the data where it is None.
+
+    Raises:
+        UserError: when the data contradict MODEL.NUM_CLASSES. Data that do not name their classes (list files) may use
+            fewer.
+    """
+    wanted = config.MODEL.NUM_CLASSES
+    if wanted is None:
+        return dataset.num_classes
+    named = dataset.class_names is not None
+    if dataset.num_classes > wanted or (named and dataset.num_classes != wanted):
+        found = f'{dataset.num_classes} classes' if named else f'labels up to {dataset.num_classes - 1}'
+        raise UserError(
+            f'MODEL.NUM_CLASSES is {wanted}, but {dataset.source} has {found}; '
+            f'set it to {dataset.num_classes} or leave it out.'
+        )
+    return wanted

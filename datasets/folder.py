@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of image files: a folder per class, or list files."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from datasets.dataset import Dataset, FileStorage
+from datasets.images import EXTENSIONS
+from datasets.registry import register_dataset
+from utils.errors import UserError
+
+
+# ---------------------------------------------------------------------------------------------------- folders
+@register_dataset('folder')
+def build_folder(config, split: str) -> Dataset:
+    """`DATA_PATH/train/<class>/**` and `DATA_PATH/val/<class>/**`; classes are numbered in sorted order."""
+    root = data_path(config)
+    folder = os.path.join(root, split)
+    # Validation may lack classes; they are numbered as in training. Only folder names of the training part are read.
+    train = os.path.join(root, 'train')
+    names = class_folders(train if os.path.isdir(train) else folder)
+    if split != 'train':
+        unknown = sorted(set(class_folders(folder)) - set(names))
+        if unknown:
+            raise UserError(f"'{os.path.join(folder, unknown[0])}' is a class that '{train}' does not have.")
+    return Dataset(*scan_folder(folder, names), source=f"'{folder}'", class_names=names)
+
+
+def scan_folder(folder: str, names: list[str]) -> tuple[FileStorage, np.ndarray]:
+    """Images below `folder/<name>` for each name, in the order of torchvision's ImageFolder, and their labels.
+
+    A missing class folder is skipped; one without an image is an error.
+    """
+    paths, labels = [], []
+    for label, name in enumerate(names):
+        if not os.path.isdir(os.path.join(folder, name)):
+            continue
+        found = images_below(folder, name)
+        if not found:
+            raise UserError(
+                f"class folder '{os.path.join(folder, name)}' holds no image ({' '.join(EXTENSIONS)}); "
+                'remove it or fill it.'
+            )
+        paths += found
+        labels += [label] * len(found)
+    return FileStorage(folder, paths), np.array(labels, dtype=np.int64)
+
+
+def class_folders(folder: str) -> list[str]:
+    """Sorted names of the sub-folders of `folder`; hidden ones do not count."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
+    except OSError as error:
+        raise UserError(f"cannot read the folder '{folder}' ({error.strerror}); check DATA.DATA_PATH.") from None
+    if not names:
+        raise UserError(f"'{folder}' has no class folders; images are expected in {folder}/<class>/.")
+    return names
+
+
+def images_below(folder: str, name: str) -> list[str]:
+    """Paths, relative to `folder`, of the image files anywhere below `folder/name`, sorted as ImageFolder does."""
+    paths = []
+    for directory, _, files in sorted(os.walk(os.path.join(folder, name), followlinks=True)):
+        relative = os.path.relpath(directory, folder)
+        paths += [
+            os.path.join(relative, file)
+            for file in sorted(files)
+            if file.lower().endswith(EXTENSIONS) and not file.startswith('.')
+        ]
+    return paths
+
+
+# ---------------------------------------------------------------------------------------------------- lists
+@register_dataset('list')
+def build_list(config, split: str) -> Dataset:
+    """`DATA_PATH/train_list.txt` and `DATA_PATH/val_list.txt`, a line per image: relative path, white space, label."""
+    root = data_path(config)
+    path = list_path(root, split)
+    paths, labels = read_list(path, config.MODEL.NUM_CLASSES)
+    storage = FileStorage(root, paths)
+    _check_any_exists(storage, path)
+    return Dataset(storage, labels, source=f"'{path}'")
+
+
+@register_dataset('imagenet2012', 'imagenet')
+def build_imagenet(config, split: str) -> Dataset:
+    """List files as PaddleViT writes them; where there are none, `train/` and `val/` with a folder per class."""
+    root = data_path(config)
+    if not os.path.exists(list_path(root, split)) and os.path.isdir(os.path.join(root, split)):
+        return build_folder(config, split)
+    return build_list(config, split)
+
+
+def list_path(root: str, split: str) -> str:
+    return os.path.join(root, f'{split}_list.txt')
+
+
+def read_list(path: str, num_classes: int | None = None) -> tuple[list[str], np.ndarray]:
+    """Reads a list file; blank lines do not count.
+
+    Returns:
+        Relative paths, which may contain blanks, and labels [N] int64.
+
+    Raises:
+        UserError: naming file and line, for a line that is not 'path label' or a label outside `num_classes`.
+    """
+    paths, labels = [], []
+    try:
+        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+            for number, line in enumerate(file, 1):
+                fields = line.rsplit(None, 1)
+                if not fields:
+                    continue
+                if len(fields) != 2 or not (fields[1].isascii() and fields[1].isdecimal()):
+                    raise UserError(
+                        f"{path}:{number}: expected 'relative/path label' with a label of 0 or more, not {line.strip()!r}."
+                    )
+                label = int(fields[1])
+                if num_classes is not None and label >= num_classes:
+                    raise UserError(
+                        f'{path}:{number}: label {label} is out of range, MODEL.NUM_CLASSES is {num_classes} '
+                        f'(labels 0 to {num_classes - 1}).'
+                    )
+                paths.append(fields[0].strip())
+                labels.append(label)
+    except FileNotFoundError:
+        raise UserError(
+            f"list file '{path}' is missing; `python tools/make_lists.py -data_path {os.path.dirname(path)}` "
+            'writes it from a folder tree, or give another -data_path.'
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot read the list file '{path}': {error.strerror}.") from None
+    if not paths:
+        raise UserError(f"list file '{path}' names no image.")
+    return paths, np.array(labels, dtype=np.int64)
+
+
+def _check_any_exists(storage: FileStorage, path: str, probes: int = 16) -> None:
+    """A wrong DATA_PATH should show at once: of a few entries all over the list at least one must be there."""
+    places = np.unique(np.linspace(0, len(storage) - 1, probes).astype(int))
+    if not any(os.path.exists(storage.describe(index)) for index in places):
+        raise UserError(
+            f"'{path}' names '{storage.describe(0)}', which does not exist, nor do others tried; "
+            f"paths are relative to DATA.DATA_PATH, '{storage.root}'."
+        )
+
+
+def data_path(config) -> str:
+    """DATA.DATA_PATH, an existing folder."""
+    path = os.path.expanduser(config.DATA.DATA_PATH)
+    if not os.path.isdir(path):
+        raise UserError(f"the data folder '{path}' does not exist; set -data_path (DATA.DATA_PATH).")
+    return path

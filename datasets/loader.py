@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of an epoch, prepared by worker processes.
+
+A worker gets the indices of a whole batch and writes its pixels into memory it shares with the training process, so that no
+pixel is pickled. Each image's randomness is seeded by (SEED, epoch, index, repeat): how many workers or processes there are,
+and where a run was resumed, changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import multiprocessing
+from collections.abc import Iterator
+
+import numpy as np
+
+from datasets.dataset import BadImageError, Dataset
+from datasets.erasing import RandomErasing
+from datasets.samplers import EvalSampler, RepeatedSampler, TrainSampler
+from datasets.transforms import Transform, build_transform
+from datasets.workers import BatchMemory, Job, WorkerPool
+from utils.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+
+# An unreadable training image is replaced by the one after it; so many in a row are no accident.
+_TRIES = 16
+
+
+@dataclasses.dataclass
+class Batch:
+    """What the loader yields.
+
+    Attributes:
+        images: [b, H, W, C] uint8.
+        labels: [b] int64.
+        indices: [b] int64, places of the images in the data set.
+        erase: flat positions [e] int64 in the images laid out [b, C, H, W], each once, and the values [e] float32 that
+            overwrite them after normalisation; or None.
+        skipped: unreadable images that were replaced (training) or left out (evaluation, where b may even be 0).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    indices: np.ndarray
+    erase: tuple[np.ndarray, np.ndarray] | None = None
+    skipped: int = 0
+
+
+@dataclasses.dataclass
+class Filled:
+    """What a worker says about the batch it wrote: per image its index and number of erased values; what it skipped."""
+
+    indices: list[int]
+    erased: list[int]
+    skipped: list[str]
+
+
+class BatchMaker:
+    """Reads, transforms and lays out the images of a batch. Runs in worker processes, or in the training process."""
+
+    def __init__(self, dataset: Dataset, transform: Transform, training: bool, seed: int, skip: bool):
+        self.dataset = dataset
+        self.transform = transform
+        self.training = training
+        self.seed = seed
+        self.skip = skip
+        self.erasing: RandomErasing | None = None
+        self.erase_second_half_only = False
+
+    def __call__(self, job: Job, memory: BatchMemory) -> Filled:
+        """Fills `memory` from its start; erased positions count from the start of their image."""
+        filled = Filled([], [], [])
+        end = 0
+        for place, (index, repeat) in enumerate(zip(job.indices.tolist(), job.repeats.tolist())):
+            memory.at_work = index
+            try:
+                found = self._readable(index, filled.skipped)
+                if found is None:
+                    continue
+                index, image = found
+                rng = np.random.default_rng([self.seed, job.epoch, int(job.indices[place]), repeat])
+                memory.images[len(filled.indices)] = self.transform(image, rng)
+                erase = self._erase(place, len(job.indices), rng)
+            except UserError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"{type(error).__name__} while preparing image '{self.dataset.describe(index)}': {error}"
+                ) from error
+            count = 0
+            if erase is not None:
+                count = len(erase[0])
+                memory.positions[end : end + count], memory.values[end : end + count] = erase
+                end += count
+            filled.indices.append(index)
+            filled.erased.append(count)
+        memory.at_work = -1
+        return filled
+
+    def _readable(self, index: int, skipped: list[str]):
+        """(index, picture) to use for `index`, or None when the image is to be left out."""
+        for step in range(_TRIES if self.training else 1):
+            candidate = (index + step) % len(self.dataset)
+            try:
+                return candidate, self.dataset.load(candidate)
+            except BadImageError as error:
+                if not self.skip:
+                    raise
+                skipped.append(str(error))
+        if self.training:
+            raise UserError(f'{_TRIES} images in a row cannot be read; the last one: {skipped[-1]}')
+        return None
+
+    def _erase(self, place: int, batch_size: int, rng: np.random.Generator):
+        if self.erasing is None or (self.erase_second_half_only and place < batch_size // 2):
+            return None
+        return self.erasing(self.transform.shape, rng)
+
+
+class Loader:
+    """Iterates over batches; made by `build_dataloader`.
+
+    Worker processes are started by the first `epoch()` call and stay until `close()`, or the end of the `with` block. On
+    Linux they die with the thread that made that call.
+
+    Args:
+        sampler: says which images this rank sees in an epoch.
+        batch_size: images per rank and batch; the last batch of an epoch may be smaller.
+        drop_last: leave an incomplete last batch out.
+        workers: number of processes; 0 prepares batches in this process.
+        prefetch: batches per worker that are prepared ahead.
+        timeout: seconds to wait for a batch; 0 waits for ever.
+    """
+
+    def __init__(
+        self,
+        maker: BatchMaker,
+        sampler: TrainSampler | EvalSampler,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        drop_last: bool = False,
+        workers: int = 0,
+        prefetch: int = 2,
+        timeout: float = 0.0,
+    ):
+        if workers and 'fork' not in multiprocessing.get_all_start_methods():
+            _LOG.warning('this system cannot fork processes: images are loaded in the training process.')
+            workers = 0
+        self.dataset = maker.dataset
+        self.batch_size = batch_size
+        self._maker = maker
+        self._sampler = sampler
+        self._rank = rank
+        self._drop_last = drop_last
+        self._workers = workers
+        self._prefetch = prefetch
+        self._timeout = timeout
+        self._own_memory: BatchMemory | None = None
+        self._pool: WorkerPool | None = None
+        self._latest = 0
+
+    @property
+    def num_samples(self) -> int:
+        """Images of one epoch over all ranks; in training including those that fill up to equal shares."""
+        return sum(self._length(rank) for rank in range(self._sampler.world_size))
+
+    @property
+    def num_batches(self) -> int:
+        """Batches of one epoch on this rank. Equal on all ranks in training; in evaluation they may differ."""
+        return -(-self._length(self._rank) // self.batch_size)
+
+    def batch_size_at(self, index: int) -> int:
+        """Images in batch `index` of an epoch over all ranks."""
+        begin = index * self.batch_size
+        lengths = [self._length(rank) for rank in range(self._sampler.world_size)]
+        return sum(min(max(length - begin, 0), self.batch_size) for length in lengths)
+
+    def _length(self, rank: int) -> int:
+        length = self._sampler.length(rank)
+        return length - length % self.batch_size if self._drop_last else length
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Batches `start_batch`, `start_batch + 1`, ... of an epoch. Ends the iterator of any earlier call.
+
+        Raises (while iterating):
+            UserError: an unreadable image, a worker that died or one that does not answer; names the images in work.
+        """
+        indices, repeats = self._sampler.epoch(epoch, self._rank)
+        begins = range(start_batch * self.batch_size, self._length(self._rank), self.batch_size)
+        pieces = [slice(begin, begin + self.batch_size) for begin in begins]
+        jobs = [Job(epoch, indices[piece], repeats[piece]) for piece in pieces]
+        self._latest += 1
+        if self._workers == 0:
+            return self._only_latest(map(self._make_here, jobs), self._latest)
+        if self._pool is None:
+            memories = [self._new_memory() for _ in range(self._workers * self._prefetch)]
+            self._pool = WorkerPool(self._maker, memories, self._workers, self._timeout, self.dataset.describe)
+        finished = self._pool.run(jobs)
+        return self._only_latest((self._collect(filled, memory) for filled, memory in finished), self._latest)
+
+    def _only_latest(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
+        while True:
+            if number != self._latest:
+                raise RuntimeError('a newer epoch() or close() call has ended this iterator')
+            batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _new_memory(self) -> BatchMemory:
+        return BatchMemory(self.batch_size, self._maker.transform.shape, self._maker.erasing is not None)
+
+    def _make_here(self, job: Job) -> Batch:
+        if self._own_memory is None:
+            self._own_memory = self._new_memory()
+        return self._collect(self._maker(job, self._own_memory), self._own_memory)
+
+    def _collect(self, filled: Filled, memory: BatchMemory) -> Batch:
+        """Copies a batch out of the memory that the worker is about to use again."""
+        for message in filled.skipped:
+            _LOG.warning('skipped: %s', message)
+        indices = np.array(filled.indices, dtype=np.int64)
+        height, width, channels = self._maker.transform.shape
+        count = sum(filled.erased)
+        erase = None
+        if count:
+            starts = np.arange(len(indices), dtype=np.int64) * (channels * height * width)
+            erase = memory.positions[:count] + np.repeat(starts, filled.erased), memory.values[:count].copy()
+        return Batch(
+            images=memory.images[: len(indices)].copy(),
+            labels=self.dataset.labels[indices],
+            indices=indices,
+            erase=erase,
+            skipped=len(filled.skipped),
+        )
+
+    def close(self) -> None:
+        """Ends the worker processes. A later `epoch()` starts new ones."""
+        self._latest += 1
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def build_dataloader(config, dataset: Dataset, training: bool, rank: int = 0, world_size: int = 1) -> Loader:
+    """The loader that DATA and TRAIN describe, for process `rank` of `world_size`."""
+    data, train = config.DATA, config.TRAIN
+    maker = BatchMaker(dataset, build_transform(config, training), training, config.SEED, data.BAD_IMAGE == 'skip')
+    batch_size = data.BATCH_SIZE
+    if training:
+        if train.RANDOM_ERASE_PROB > 0:
+            maker.erasing = RandomErasing(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE, train.RANDOM_ERASE_COUNT)
+            maker.erase_second_half_only = train.RANDOM_ERASE_SPLIT
+        if train.REPEATED_AUG > 1:
+            sampler = RepeatedSampler(len(dataset), world_size, config.SEED, train.REPEATED_AUG)
+        else:
+            sampler = TrainSampler(len(dataset), world_size, config.SEED)
+    else:
+        sampler = EvalSampler(len(dataset), world_size)
+        batch_size = data.BATCH_SIZE_EVAL or batch_size
+    loader = Loader(
+        maker,
+        sampler,
+        batch_size,
+        rank=rank,
+        drop_last=training and train.DROP_LAST,
+        workers=data.NUM_WORKERS,
+        prefetch=data.PREFETCH,
+        timeout=data.TIMEOUT,
+    )
+    if training and loader.num_batches == 0:
+        raise UserError(
+            f'{dataset.source} has {len(dataset)} images, fewer than one batch of {batch_size} on each of {world_size} '
+            'processes, and TRAIN.DROP_LAST leaves incomplete batches out; lower DATA.BATCH_SIZE.'
+        )
+    return loader

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a picture to the uint8 array a model is fed from, as in DeiT and timm.
+
+Training: random crop, flip, RandAugment (else AutoAugment, else colour jitter). Evaluation: resize, centre crop.
+Normalisation happens once per batch on the device (datasets/batch.py), random erasing along with it.
+
+A step is a callable `step(image, rng) -> image` on Pillow images; all randomness comes from the numpy generator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, Canvas, ColorJitter, RandAugment, choose
+
+Step = Callable[[Image.Image, np.random.Generator], Image.Image]
+
+SMALL = 32  # up to this side images are cropped with padding, as for CIFAR, unless DATA.CROP says otherwise
+PADDING = 4
+
+
+class Transform:
+    """Applies steps to an RGB picture.
+
+    Attributes:
+        shape: of the result, (H, W, C).
+    """
+
+    def __init__(self, steps: Sequence[Step], size: int, channels: int):
+        self.steps = list(steps)
+        self.shape = (size, size, channels)
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+        """RGB picture -> [H, W, C] uint8."""
+        if self.shape[-1] == 1:
+            image = image.convert('L')
+        for step in self.steps:
+            image = step(image, rng)
+        return np.asarray(image).reshape(self.shape)
+
+
+def build_transform(config, training: bool) -> Transform:
+    """The transform that DATA and TRAIN describe."""
+    data = config.DATA
+    padded = data.CROP == 'padded' or (data.CROP == 'auto' and data.IMAGE_SIZE <= SMALL)
+    if training:
+        steps = _training_steps(config, padded)
+    else:
+        resample = BILINEAR if data.INTERPOLATION == 'bilinear' else BICUBIC
+        short = data.IMAGE_SIZE if padded else math.floor(data.IMAGE_SIZE / data.CROP_PCT)
+        steps = [ResizeShort(short, resample), CentreCrop(data.IMAGE_SIZE)]
+    return Transform(steps, data.IMAGE_SIZE, data.IMAGE_CHANNELS)
+
+
+def _training_steps(config, padded: bool) -> list[Step]:
+    data, train = config.DATA, config.TRAIN
+    resamples = RESAMPLES[data.INTERPOLATION]
+    if padded:
+        steps: list[Step] = [ResizeShort(data.IMAGE_SIZE, resamples[-1]), PaddedCrop(data.IMAGE_SIZE, PADDING)]
+    else:
+        steps = [RandomResizedCrop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
+    if train.HFLIP > 0:
+        steps.append(RandomFlip(train.HFLIP))
+    mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
+    canvas = Canvas(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
+    if train.RAND_AUGMENT:
+        steps.append(RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, canvas))
+    elif train.AUTO_AUGMENT:
+        steps.append(AutoAugment(canvas))
+    elif train.COLOR_JITTER > 0:
+        steps.append(ColorJitter(train.COLOR_JITTER))
+    return steps
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+class ResizeShort:
+    """Resizes the shorter side to `size` pixels, the longer one to int(size * long / short)."""
+
+    def __init__(self, size: int, resample: Image.Resampling):
+        self.size = size
+        self.resample = resample
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
+        width, height = image.size
+        short = min(width, height)
+        if short == self.size:
+            return image
+        return image.resize((int(self.size * width / short), int(self.size * height / short)), self.resample)
+
+
+class CentreCrop:
+    """Cuts the central square of `size` pixels; offsets are rounded half to even."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
+        left, top = (round((side - self.size) / 2) for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+# ---------------------------------------------------------------------------------------------------- training
+class RandomResizedCrop:
+    """Cuts a box whose area is a uniform share of the image and whose log aspect ratio is uniform, and resizes it.
+
+    After ten boxes that stick out: the largest centred box whose ratio is in range.
+    """
+
+    TRIES = 10
+
+    def __init__(self, size: int, scale: Sequence[float], ratio: Sequence[float], resamples: tuple):
+        self.size = size
+        self.scale = scale
+        self.ratio = ratio
+        self.resamples = resamples
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        box = self.box(image.width, image.height, rng)
+        return image.crop(box).resize((self.size, self.size), choose(self.resamples, rng))
+
+    def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+        """(left, top, right, bottom) inside an image of the given size."""
+        log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for _ in range(self.TRIES):
+            area = width * height * rng.uniform(*self.scale)
+            ratio = math.exp(rng.uniform(log_low, log_high))
+            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < w <= width and 0 < h <= height:
+                left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+                return left, top, left + w, top + h
+        w = min(width, max(1, round(height * self.ratio[1])))
+        h = min(height, max(1, round(width / self.ratio[0])))
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h
+
+
+class PaddedCrop:
+    """Pads with black and cuts a square at random."""
+
+    def __init__(self, size: int, padding: int):
+        self.size = size
+        self.padding = padding
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        image = ImageOps.expand(image, self.padding)
+        left, top = (int(rng.integers(side - self.size + 1)) for side in image.size)
+        return image.crop((left, top, left + self.size, top + self.size))
+
+
+class RandomFlip:
+    """Mirrors left and right with a probability."""
+
+    def __init__(self, probability: float):
+        self.probability = probability
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        if rng.random() < self.probability:
+            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return image

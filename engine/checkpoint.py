@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: the whole state of a run in one file, under names that do not depend on the process that wrote it.
+
+    last.pdparams        everything needed to go on as if nothing had happened
+    epoch_NNNN.pdparams  the same, every SAVE_FREQ epochs
+    best.pdparams        flat weights of the best evaluation, for `paddle.load` + `set_state_dict`
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Callable
+
+import numpy as np
+import paddle
+
+from utils.errors import UserError
+from utils.weights import read_file, write_pdparams
+
+LAST = 'last.pdparams'
+BEST = 'best.pdparams'
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+def to_arrays(state: dict) -> dict:
+    """Tensors of a (nested) state dict as numpy arrays; half precision becomes float32, which loses nothing."""
+    return {key: _to_array(value) for key, value in state.items()}
+
+
+def _to_array(value):
+    if isinstance(value, dict):
+        return to_arrays(value)
+    if isinstance(value, paddle.Tensor):
+        half = value.dtype in (paddle.float16, paddle.bfloat16)
+        return (value.astype('float32') if half else value).numpy()
+    return value
+
+
+def save_last(folder: str, state: dict) -> None:
+    """Writes last.pdparams: the old file stays until the new one is complete."""
+    write_pdparams(to_arrays(state), os.path.join(folder, LAST))
+
+
+def keep_epoch(folder: str, epoch: int, keep: int) -> str:
+    """Files the last.pdparams just written under its epoch too, and drops the oldest beyond `keep` (0: none)."""
+    path = os.path.join(folder, f'epoch_{epoch:04d}.pdparams')
+    if os.path.exists(path):
+        os.unlink(path)
+    os.link(os.path.join(folder, LAST), path)  # last.pdparams is replaced, never rewritten, so this name keeps its content
+    for old in epoch_files(folder)[:-keep] if keep else []:
+        os.unlink(old)
+    return path
+
+
+def epoch_files(folder: str) -> list[str]:
+    """The periodic checkpoints of a run, oldest first."""
+    return sorted(glob.glob(os.path.join(glob.escape(folder), 'epoch_[0-9]*.pdparams')))
+
+
+def save_best(folder: str, weights: dict) -> None:
+    """Writes best.pdparams."""
+    write_pdparams(to_arrays(weights), os.path.join(folder, BEST))
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
+    """Reads what `-resume` names.
+
+    Args:
+        path: a run folder, where a damaged last.pdparams falls back to the newest periodic one; or a file, with or
+            without `.pdparams`.
+
+    Returns:
+        The file that was read and its content: a checkpoint of this suite or of PaddleViT, or flat weights. The `.pdopt`
+        beside an old PaddleViT file is taken in under `optimizer`.
+    """
+    if not os.path.isdir(path):
+        file = path if os.path.isfile(path) else f'{path}.pdparams'
+        if not os.path.isfile(file):
+            raise UserError(f"-resume: there is neither '{path}' nor '{file}'; name a run folder or a checkpoint.")
+        return file, _with_pdopt(file, _as_dict(file))
+    candidates = [os.path.join(path, LAST), *reversed(epoch_files(path))]
+    candidates = [file for file in candidates if os.path.isfile(file)]
+    if not candidates:
+        raise UserError(f"-resume: the folder '{path}' holds no {LAST}; the run was ended before its first save.")
+    for file in candidates[:-1]:
+        try:
+            return file, _as_dict(file)
+        except UserError as error:
+            log(f'----- Resume: {error} Trying the one before it.')
+    return candidates[-1], _as_dict(candidates[-1])
+
+
+def _as_dict(path: str) -> dict:
+    content = read_file(path)
+    if not isinstance(content, dict):
+        raise UserError(f"'{path}' holds a {type(content).__name__}, not a checkpoint.")
+    return content
+
+
+def _with_pdopt(path: str, content: dict) -> dict:
+    optimizer = f'{os.path.splitext(path)[0]}.pdopt'
+    if 'model' in content or not os.path.isfile(optimizer):
+        return content
+    return {'model': content, 'optimizer': _as_dict(optimizer)}
+
+
+# ---------------------------------------------------------------------------------------------------- optimiser state
+def optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer) -> dict[str, dict]:
+    """Moments and the like as {kind: {parameter's structured name: tensor}}.
+
+    Paddle keys them by automatic names such as `linear_3.w_0`, which count the layers that the process built before.
+    """
+    names = {parameter.name: name for name, parameter in model.named_parameters()}
+    state = {kind: _by_name(entries, names) for kind, entries in optimizer._accumulators.items()}
+    master = getattr(optimizer, '_master_weights', None)
+    if master:
+        state['master_weight'] = _by_name(master, names)
+    return state
+
+
+def _by_name(entries: dict, names: dict[str, str]) -> dict:
+    return {names[key]: tensor for key, tensor in entries.items() if key in names}
+
+
+def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer, state: dict[str, dict]) -> None:
+    """Puts the state of `optimizer_state` back into a fresh optimiser. Raises UserError where it does not fit the model."""
+    names = {parameter.name: name for name, parameter in model.named_parameters()}
+    known = set().union(*state.values()) if state else set()
+    unknown = sorted(known - set(names.values()))
+    if unknown:
+        raise UserError(f"the checkpoint's optimiser state names parameters the model lacks: {', '.join(unknown[:8])}.")
+    block = paddle.static.default_main_program().global_block()
+    for group in optimizer._param_groups:
+        stored = [parameter for parameter in group['params'] if names[parameter.name] in known]
+        optimizer._create_accumulators(block, {**group, 'params': stored})
+    for kind, entries in state.items():
+        targets = _by_name(optimizer._master_weights if kind == 'master_weight' else optimizer._accumulators[kind], names)
+        for name, value in entries.items():
+            if tuple(targets[name].shape) != tuple(np.shape(value)):
+                raise UserError(f"the checkpoint's {kind} of {name} has shape {np.shape(value)}, not {targets[name].shape}.")
+            targets[name].set_value(paddle.to_tensor(value).astype(targets[name].dtype))
+
+
+_AUTOMATIC = re.compile(r'^(?P<parameter>(?P<layer>.+)_(?P<number>\d+)\.(?P<slot>[wb]_\d+))(_(?P<kind>.+)_\d+)?$')
+
+
+def from_automatic_names(state: dict, model: paddle.nn.Layer) -> dict[str, dict] | None:
+    """Optimiser state of a PaddleViT file, keyed by automatic names, under this model's structured names.
+
+    Layers of one kind are numbered in the order they were built, in the writing process as in this one; so the n-th of
+    each kind is the same layer, provided that counts and shapes agree.
+
+    Returns:
+        What `set_optimizer_state` takes, or None when the file's layers cannot be told apart.
+    """
+    entries = {key: _AUTOMATIC.match(key) for key in state if not key.startswith(('LR_Scheduler', 'master_weights'))}
+    if not entries or not all(match and match['kind'] for match in entries.values()):
+        return None
+    parameters = {parameter.name: (name, parameter) for name, parameter in model.named_parameters()}
+    ours, theirs = _in_order(parameters), _in_order({match['parameter'] for match in entries.values()})
+    if {kind: len(names) for kind, names in ours.items()} != {kind: len(names) for kind, names in theirs.items()}:
+        return None
+    renamed = {old: parameters[new] for kind in ours for old, new in zip(theirs[kind], ours[kind])}
+    result: dict[str, dict] = {}
+    for key, match in entries.items():
+        name, parameter = renamed[match['parameter']]
+        value = np.asarray(state[key])
+        if value.size != 1 and value.shape != tuple(parameter.shape):
+            return None
+        result.setdefault(match['kind'], {})[name] = value
+    return result
+
+
+def _in_order(names) -> dict[tuple[str, str], list[str]]:
+    """Automatic parameter names by (kind of layer, weight or bias), in the order their layers were built."""
+    groups: dict[tuple[str, str], list] = {}
+    for name in names:
+        match = _AUTOMATIC.match(name)
+        groups.setdefault((match['layer'], match['slot']), []).append((int(match['number']), name))
+    return {kind: [name for _, name in sorted(entries)] for kind, entries in groups.items()}

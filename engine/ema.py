@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import paddle
+
+
+class ModelEma:
+    """average <- decay * average + (1 - decay) * weight after each optimiser step, over the whole state (timm's ModelEmaV2).
+
+    Averages are float32 whatever the weights are. Create it after pretrained weights are loaded.
+    """
+
+    def __init__(self, model: paddle.nn.Layer, decay: float):
+        self.model = model
+        self.decay = decay
+        self.average = {name: value.astype('float32').clone() for name, value in model.state_dict().items()}
+
+    @paddle.no_grad()
+    def update(self) -> None:
+        """Takes the current weights in."""
+        for name, value in self.model.state_dict().items():
+            average = self.average[name]
+            average.scale_(self.decay)
+            average.add_(value.astype('float32') * (1.0 - self.decay))
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model computes with the averages inside the block and has its own weights back after it."""
+        state = self.model.state_dict()
+        kept = {name: value.clone() for name, value in state.items()}
+        self._write(state, self.average)
+        try:
+            yield
+        finally:
+            self._write(state, kept)
+
+    def state_dict(self) -> dict[str, paddle.Tensor]:
+        return self.average
+
+    def set_state_dict(self, state: dict) -> None:
+        """Takes averages from a checkpoint; the caller has checked names and shapes."""
+        for name, value in state.items():
+            self.average[name].set_value(paddle.to_tensor(value).astype('float32'))
+
+    @staticmethod
+    def _write(state: dict, values: dict) -> None:
+        for name, value in state.items():
+            value.set_value(values[name].astype(value.dtype))

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process per device on one machine: starts them, passes signals on, and ends them all when one fails.
+
+Workers see the variables that `paddle.distributed.launch` would set, so a worker does not know which of the two started
+it. For several machines use Paddle's own launcher.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+
+from utils.environment import cpu_settings, is_gpu_build
+from utils.errors import UserError
+from utils.processes import die_with_parent
+
+GRACE = 30.0  # seconds a process has to finish its step and save, as under Paddle's launcher
+
+
+def is_worker() -> bool:
+    """Whether a launcher, this one or Paddle's, started this process."""
+    return 'PADDLE_TRAINER_ID' in os.environ
+
+
+def launch(script: str, argv: list[str], processes: int | None = None) -> int:
+    """Runs `script argv` in one process per device and waits.
+
+    Args:
+        processes: how many; None or -1 is one per visible GPU, on the CPU `NPROC` or two.
+
+    Returns:
+        Exit status: 0 when all ended well, 128 + n after signal n, else that of the first process that failed.
+    """
+    devices = _devices(processes)
+    settings = {} if is_gpu_build() else cpu_settings(len(devices))
+    endpoints = [f'127.0.0.1:{port}' for port in _free_ports(len(devices))]
+    with tempfile.TemporaryDirectory(prefix='leanvit-') as folder:
+        shared = {
+            **settings,
+            **os.environ,
+            'PADDLE_TRAINERS_NUM': str(len(devices)),
+            'PADDLE_LOCAL_SIZE': str(len(devices)),
+            'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints),
+            'PADDLE_MASTER': endpoints[0],
+            'LEANVIT_FIRST_ERROR': os.path.join(folder, 'error'),
+        }
+        workers = []
+        for rank, device in enumerate(devices):
+            variables = {'PADDLE_TRAINER_ID': str(rank), 'PADDLE_CURRENT_ENDPOINT': endpoints[rank]}
+            if device is not None:
+                variables['FLAGS_selected_gpus'] = device
+            command = [sys.executable, script, *argv]
+            workers.append(subprocess.Popen(command, env={**shared, **variables}, preexec_fn=_settle_child))
+        return _supervise(workers)
+
+
+def _settle_child() -> None:
+    os.setsid()  # Ctrl-C reaches the workers once, through this process
+    die_with_parent(signal.SIGTERM)
+
+
+def _supervise(workers: list[subprocess.Popen]) -> int:
+    received: list[int] = []
+
+    def forward(number: int, _frame) -> None:
+        received.append(number)
+        for worker in workers:
+            if worker.poll() is None:  # a second signal means: at once
+                worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+
+    deadline = None
+    status = 0
+    while any(worker.poll() is None for worker in workers):
+        failed = [worker.returncode for worker in workers if worker.returncode]
+        if (failed or received) and deadline is None:
+            deadline = time.monotonic() + GRACE
+            if failed and not received:  # the others wait for it in a collective, or fail there themselves
+                status = failed[0]
+                deadline = time.monotonic() + 5.0
+                for worker in workers:
+                    if worker.poll() is None:
+                        worker.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for worker in workers:
+                if worker.poll() is None:
+                    worker.kill()
+        time.sleep(0.05)
+    if received:
+        return 128 + received[0]
+    status = status or next((worker.returncode for worker in workers if worker.returncode), 0)
+    return 128 - status if status < 0 else status
+
+
+def _devices(processes: int | None) -> list[str | None]:
+    """Local ids of the devices to use, one per process; None stands for the CPU."""
+    if not is_gpu_build():
+        count = _count(processes, 'NPROC', default=2)
+        return [None] * count
+    import paddle  # counts the visible GPUs without creating a context on any
+
+    visible = paddle.device.cuda.device_count()
+    if visible == 0:
+        raise UserError('this Paddle was built for GPUs but sees none; set CUDA_VISIBLE_DEVICES or install paddlepaddle.')
+    count = _count(processes, 'NPROC', default=visible)
+    if count > visible:
+        raise UserError(f'{count} processes were asked for, but only {visible} GPUs are visible; lower -ngpus or NPROC.')
+    return [str(index) for index in range(count)]
+
+
+def _count(processes: int | None, variable: str, default: int) -> int:
+    text = os.environ.get(variable, '')
+    if processes in (None, -1):
+        try:
+            processes = int(text) if text else default
+        except ValueError:
+            raise UserError(f"{variable} is '{text}', but must be a number of processes.") from None
+    if processes < 1:
+        raise UserError(f'{processes} processes were asked for; give at least 1 with -ngpus or {variable}.')
+    return processes
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for handle in sockets:
+            handle.bind(('127.0.0.1', 0))
+        return [handle.getsockname()[1] for handle in sockets]
+    finally:
+        for handle in sockets:
+            handle.close()

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers, their parameter groups, and the global gradient norm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import paddle
+
+from utils.registry import Registry
+
+OPTIMIZERS = Registry('optimiser (TRAIN.OPTIMIZER.NAME)')
+
+
+def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Groups the trainable parameters by weight decay and learning-rate scale.
+
+    Tensors of fewer than two dimensions, biases, and what `model.no_weight_decay()` names are not decayed. With
+    `layer_decay` d < 1, layer i of n learns at d^(n - i) of the rate (BEiT), by the model's `layer_id`.
+
+    Returns:
+        Paddle's parameter groups: `params`, `weight_decay`, `learning_rate` (a factor on the rate).
+    """
+    exempt = model.no_weight_decay()
+    groups: dict[tuple[float, float], list] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.stop_gradient:
+            continue
+        decayed = parameter.ndim >= 2 and not name.endswith('bias') and name not in exempt
+        scale = layer_decay ** (model.num_layers - model.layer_id(name)) if layer_decay < 1.0 else 1.0
+        groups.setdefault((weight_decay if decayed else 0.0, scale), []).append(parameter)
+    return [
+        {'params': parameters, 'weight_decay': decay, 'learning_rate': scale}
+        for (decay, scale), parameters in groups.items()
+    ]
+
+
+@OPTIMIZERS.register('AdamW')
+def _adamw(groups: list[dict], options) -> paddle.optimizer.Optimizer:
+    return paddle.optimizer.AdamW(
+        learning_rate=0.0,  # the loop sets it before each step
+        parameters=groups,
+        beta1=options.BETAS[0],
+        beta2=options.BETAS[1],
+        epsilon=options.EPS,
+        multi_precision=True,
+    )
+
+
+@OPTIMIZERS.register('SGD', 'Momentum')
+def _sgd(groups: list[dict], options) -> paddle.optimizer.Optimizer:
+    for group in groups:  # a plain number is decoupled nowhere in SGD: it is the L2 term of the gradient, as in PyTorch
+        group['weight_decay'] = paddle.regularizer.L2Decay(group['weight_decay']) if group['weight_decay'] else None
+    return paddle.optimizer.Momentum(
+        learning_rate=0.0,
+        parameters=groups,
+        momentum=options.MOMENTUM,
+        use_nesterov=options.NESTEROV,
+        multi_precision=True,
+    )
+
+
+@OPTIMIZERS.register('Lamb')
+def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
+    for group in groups:
+        group['lamb_weight_decay'] = group.pop('weight_decay')
+    return paddle.optimizer.Lamb(
+        learning_rate=0.0,
+        parameters=groups,
+        beta1=options.BETAS[0],
+        beta2=options.BETAS[1],
+        epsilon=options.EPS,
+        multi_precision=True,
+    )
+
+
+def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimizer:
+    """The optimiser that TRAIN.OPTIMIZER names, over `parameter_groups`."""
+    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
+    return OPTIMIZERS[config.TRAIN.OPTIMIZER.NAME](groups, config.TRAIN.OPTIMIZER)
+
+
+@paddle.no_grad()
+def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) -> paddle.Tensor:
+    """Global L2 norm of the gradients, in float32; where it exceeds `max_norm` they are scaled down to it, in place.
+
+    Returns:
+        The norm before clipping, a 0-D tensor on the device; nothing is waited for.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    squares = [paddle.sum(paddle.square(gradient.astype('float32'))) for gradient in gradients]
+    norm = paddle.sqrt(paddle.add_n(squares))
+    if max_norm is not None and math.isfinite(max_norm):
+        factor = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
+        for gradient in gradients:
+            gradient.multiply_(factor.astype(gradient.dtype))
+    return norm

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a configuration to a trained or evaluated model: what both launchers call in each process."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+
+import paddle
+
+import datasets
+from engine import distributed
+from engine.checkpoint import LAST, read_checkpoint
+from engine.evaluate import evaluate
+from engine.tasks import SupervisedTask
+from engine.throughput import measure, report
+from engine.train import Trainer
+from models import build_model
+from models.pretrained import load_pretrained, load_state
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.runlog import RunLog
+
+
+def run_config(config) -> None:
+    """Trains, evaluates (EVAL) or measures (THROUGHPUT) what `config` describes, in this process."""
+    context = distributed.start()
+    if config.DATA.BATCH_SIZE_EVAL is None:
+        config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
+    if config.THROUGHPUT:
+        model = build_model(config)
+        report(measure(model, config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_CHANNELS, context))
+        return
+    if config.EVAL and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
+        raise UserError('-eval needs weights: give -pretrained=FILE.pdparams, or -resume=RUN.')
+    splits = {split: datasets.build_dataset(config, split) for split in (['val'] if config.EVAL else ['train', 'val'])}
+    for data in splits.values():
+        config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(config, data)
+    paddle.seed(config.SEED)  # the same initial weights on every process
+    model = build_model(config)
+    config.freeze()
+    folder = run_folder(config, context)
+    log = RunLog(folder, context.rank)
+    log.local(f'----- world_size = {context.world_size}, local_rank = {context.rank}\n{config}')
+    loaders = {
+        split: datasets.build_dataloader(config, data, split == 'train', context.rank, context.world_size)
+        for split, data in splits.items()
+    }
+    try:
+        if config.EVAL:
+            _evaluate(config, model, loaders['val'], context, log)
+        else:
+            _train(config, model, loaders, context, log, folder)
+    finally:
+        for loader in loaders.values():
+            loader.close()
+        log.close()
+
+
+def _evaluate(config, model, loader, context, log) -> None:
+    if config.MODEL.RESUME:
+        path, state = read_checkpoint(config.MODEL.RESUME, log.master)
+        load_state(model, state.get('model', state), path)
+    else:
+        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, new_head=False)
+    result = evaluate(config, model, loader, context, log)
+    log.master(
+        f'----- Validation: Validation Loss: {result["loss"]:.4f}, Validation Acc@1: {result["acc1"]:.4f}, '
+        f'Validation Acc@5: {result["acc5"]:.4f}, time: {result["seconds"]:.2f}'
+    )
+    if result['skipped']:
+        log.master(f'{result["skipped"]} images could not be read and are not counted.')
+
+
+def _train(config, model, loaders, context, log, folder: str) -> None:
+    resume = config.MODEL.RESUME
+    if not resume and config.TAG and os.path.exists(os.path.join(folder, LAST)):
+        resume = folder
+        log.master(f"----- The run '{config.TAG}' exists and is continued.")
+    if config.MODEL.PRETRAINED and not resume:
+        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, new_head=True)
+    task = SupervisedTask(config, config.MODEL.NUM_CLASSES)
+    trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder)
+    if resume:
+        path, state = read_checkpoint(resume, log.master)
+        trainer.load_state_dict(state, path)
+    trainer.fit()
+
+
+def run_folder(config, context: distributed.Context) -> str:
+    """Makes the run's folder, the same on every process, and writes the resolved configuration into it.
+
+    `-resume=FOLDER` goes on in that folder, TAG names one, else it is train- or eval- and a time stamp.
+    """
+    resume = config.MODEL.RESUME
+    if resume and os.path.isdir(resume) and not config.EVAL:
+        folder = resume
+    else:
+        stamp = time.strftime(('eval' if config.EVAL else 'train') + '-%Y%m%d-%H%M%S')
+        folder = context.broadcast_text(os.path.join(config.SAVE, config.TAG or _unused(config.SAVE, stamp)))
+    if context.is_main:
+        try:
+            os.makedirs(os.path.join(folder, 'vdl'), exist_ok=True)
+            _write_config(config, os.path.join(folder, 'config.yaml'))
+            if not config.EVAL:
+                _point_latest(folder)
+        except OSError as error:
+            raise UserError(f"cannot write the run folder '{folder}': {error.strerror}; choose another with -output.") from None
+    context.barrier()
+    return folder
+
+
+def _unused(parent: str, name: str) -> str:
+    """`name`, or with a number behind it where another run of the same second has it."""
+    names = itertools.chain([name], (f'{name}-{number}' for number in itertools.count(2)))
+    return next(name for name in names if not os.path.exists(os.path.join(parent, name)))
+
+
+def _write_config(config, path: str) -> None:
+    saved = config.clone()
+    saved.defrost()
+    saved.TAG, saved.EVAL, saved.MODEL.RESUME, saved.BASE = '', False, None, ['']
+    with atomic_write(path, 'w') as file:
+        file.write(saved.dump())
+
+
+def _point_latest(folder: str) -> None:
+    """SAVE/latest is the run that was trained last."""
+    link = os.path.join(os.path.dirname(os.path.abspath(folder)), 'latest')
+    if os.path.islink(link):
+        os.unlink(link)
+    if not os.path.exists(link):
+        os.symlink(os.path.basename(os.path.abspath(folder)), link)

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop.
+
+One optimiser step is a window of ACCUM_ITER micro-batches. Its gradient is that of the mean loss over all images of the
+window on all processes, leftover windows and uneven batches included. Every random draw of a step is a function of
+(SEED, epoch, micro-batch, rank), so the state of a run is its weights, its optimiser and its position, nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import paddle
+
+from datasets.batch import to_tensor
+from engine.checkpoint import (
+    from_automatic_names,
+    keep_epoch,
+    optimizer_state,
+    save_best,
+    save_last,
+    set_optimizer_state,
+)
+from engine.distributed import Context
+from engine.ema import ModelEma
+from engine.evaluate import Interrupted, evaluate
+from engine.optim import build_optimizer, clip_gradients
+from engine.schedules import lr_scale, lr_schedule
+from engine.signals import StopSignal
+from models.pretrained import load_state
+from utils.errors import UserError
+from utils.runlog import MetricsFile, RunLog, progress
+
+# Entries of the sums that travel with each step, one small reduction for all processes.
+LOSS, CORRECT, IMAGES, SKIPPED, NONFINITE, STOP = range(6)
+
+
+@dataclass
+class Position:
+    """Where a run is; all of it goes into checkpoints."""
+
+    epoch: int = 0  # finished epochs
+    step: int = 0  # optimiser steps taken
+    samples: int = 0  # images of epoch + 1 taken
+    validated: bool = True  # whether the validation that was due after `epoch` is done
+    best_acc1: float = -1.0
+    best_epoch: int = 0
+    totals: list = field(default_factory=lambda: [0.0] * 6)  # sums over the unfinished epoch
+
+
+class Trainer:
+    """Trains a model on one process; its twins on the other processes take the same steps.
+
+    Args:
+        config: the resolved tree.
+        model: the bare model, pretrained weights loaded.
+        task: an objective of engine/tasks.py.
+        loaders: training and validation loaders of this process.
+    """
+
+    def __init__(self, config, model, task, train_loader, val_loader, context: Context, log: RunLog, folder: str):
+        self.config = config
+        self.model = model
+        self.task = task
+        self.train_loader = train_loader
+        self.val_loader = val_loader
+        self.context = context
+        self.log = log
+        self.folder = folder
+        self.position = Position()
+        self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
+        self.lr = lr_schedule(config, self.global_batch)
+        self.optimizer = build_optimizer(config, model)
+        self.amp = config.AMP and context.on_gpu
+        self.scaler = paddle.amp.GradScaler(enable=self.amp and config.AMP_DTYPE == 'float16')
+        if self.amp and config.AMP_LEVEL == 'O2':
+            self.model, self.optimizer = paddle.amp.decorate(
+                model, self.optimizer, level='O2', dtype=config.AMP_DTYPE, master_weight=True
+            )
+        self.ema = ModelEma(self.model, config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
+        self.metrics = MetricsFile(os.path.join(folder, 'metrics.jsonl')) if context.is_main else None
+        self.writer = None
+        self.stop = StopSignal()
+        # The sums of a step are read this many steps late on a GPU, when they are long there: the queue never drains.
+        self.lag = 2 if context.on_gpu and config.TRAIN.NONFINITE == 'error' else 0
+
+    # ------------------------------------------------------------------------------------------------ the run
+    def fit(self) -> None:
+        """Trains to the last epoch, from wherever the position is. Leaves by SystemExit when a signal asked it to."""
+        config, position = self.config, self.position
+        self._open_writer()
+        self._announce()
+        self.parallel = self.context.parallel(self.model)
+        try:
+            if not position.validated:
+                self._finish_epoch()
+            while position.epoch < config.TRAIN.NUM_EPOCHS:
+                self._train_epoch(position.epoch + 1)
+                position.epoch, position.samples, position.totals = position.epoch + 1, 0, [0.0] * 6
+                position.validated = not self._validation_due(position.epoch)
+                self._finish_epoch()
+        finally:
+            if self.writer is not None:
+                self.writer.close()
+        self.log.master(
+            f'----- Finished: best Validation Acc@1: {position.best_acc1:.4f} after epoch {position.best_epoch}, '
+            f'weights in {os.path.join(self.folder, "best.pdparams")}'
+        )
+
+    def _announce(self) -> None:
+        train, scale = self.config.TRAIN, lr_scale(self.config, self.global_batch)
+        ends = scale if train.LR_SCHEDULER.SCALE_ENDS else 1.0
+        self.log.master(f'----- Total # of train batch (single gpu): {self.train_loader.num_batches}')
+        self.log.master(
+            f'Base lr is scaled to: {train.BASE_LR * scale}, warmup start lr is scaled to: '
+            f'{train.WARMUP_START_LR * ends}, end lr is scaled to: {train.END_LR * ends}'
+        )
+        if self.config.AMP and not self.context.on_gpu:
+            self.log.master('AMP is asked for, but mixed precision needs a GPU: training in float32.')
+        self.log.master(f'----- Start training from epoch {self.position.epoch + 1}.')
+
+    def _train_epoch(self, epoch: int) -> None:
+        config, position = self.config, self.position
+        accumulate = config.TRAIN.ACCUM_ITER
+        num_batches = self.train_loader.num_batches
+        steps = math.ceil(num_batches / accumulate)
+        first = position.samples // self.global_batch
+        self.log.master(f'Train epoch {epoch}. LR={self.lr(epoch, 0.0):.6e}')
+        self.model.train()
+        started = reported = time.time()
+        totals = np.array(position.totals)
+        local = paddle.zeros([6])
+        images_before = totals[IMAGES]
+        pending: deque = deque()
+        batches = self.train_loader.epoch(epoch, start_batch=first * accumulate)
+        try:
+            for step in progress(range(first, steps), steps - first, f'epoch {epoch}', self.context.is_main):
+                window = range(step * accumulate, min((step + 1) * accumulate, num_batches))
+                lr = self.lr(epoch, step / steps)
+                sums, norm = self._step(epoch, window, batches, lr, local)
+                position.step += 1
+                position.samples = min((step + 1) * self.global_batch, self.train_loader.num_samples)
+                pending.append(sums)
+                current = None
+                report = self._due(window, num_batches)
+                save = config.SAVE_STEPS and position.step % config.SAVE_STEPS == 0 and step + 1 < steps
+                while len(pending) > (0 if report or save or step + 1 == steps else self.lag):
+                    current = self._take(pending.popleft(), totals, epoch, lr)
+                position.totals = totals.tolist()
+                if report and current is not None:
+                    speed = (totals[IMAGES] - images_before) / max(time.time() - reported, 1e-9)
+                    reported, images_before = time.time(), totals[IMAGES]
+                    eta = (num_batches - window[-1] - 1) * config.DATA.BATCH_SIZE * self.context.world_size / max(speed, 1e-9)
+                    self._report(epoch, window[-1], num_batches, lr, current, totals, local, norm, speed, eta)
+                if current is not None and current[STOP] and step + 1 < steps:
+                    self._leave()
+                if save:
+                    self._save()
+        finally:
+            batches.close()
+        seconds = time.time() - started
+        images = max(totals[IMAGES], 1)
+        self.log.master(
+            f'----- Epoch[{epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], Lr: {lr:.6f}, time: {seconds:.2f}, '
+            f'Train Loss: {totals[LOSS] / images:.4f}, Train Acc: {totals[CORRECT] / images:.4f}'
+        )
+        self._record(
+            'train',
+            epoch=epoch,
+            lr=lr,
+            loss=totals[LOSS] / images,
+            acc1=totals[CORRECT] / images,
+            images=int(totals[IMAGES]),
+            skipped=int(totals[SKIPPED]),
+            images_per_second=totals[IMAGES] / seconds,
+            seconds=seconds,
+        )
+
+    # ------------------------------------------------------------------------------------------------ one step
+    def _step(self, epoch: int, window: range, batches, lr: float, local: paddle.Tensor):
+        """Takes one optimiser step. Returns its sums over all processes and the gradient norm, both still on the device."""
+        total = sum(self.train_loader.batch_size_at(index) for index in window)
+        loss_sum, correct_sum, images_seen, skipped = paddle.zeros([]), paddle.zeros([]), 0, 0
+        for index in window:
+            batch = next(batches)
+            draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
+            paddle.seed(int(draws.generate_state(1)[0]))
+            images, labels = to_tensor(batch, self.config.DATA.IMAGENET_MEAN, self.config.DATA.IMAGENET_STD)
+            waits = index != window[-1] and self.context.world_size > 1
+            with self.parallel.no_sync() if waits else contextlib.nullcontext():
+                with self._autocast():
+                    loss, correct = self.task(self.parallel, images, labels, np.random.default_rng(draws))
+                # gradients are summed over the window and averaged over the processes
+                share = len(labels) * self.context.world_size / total
+                self.scaler.scale(loss * share).backward()
+            loss_sum += loss.detach() * len(labels)
+            correct_sum += correct
+            images_seen += len(labels)
+            skipped += batch.skipped
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
+        finite = paddle.isfinite(loss_sum)
+        if not self.scaler.is_enable():  # with loss scaling an overflowing gradient is the scaler's business
+            finite = paddle.logical_and(finite, paddle.isfinite(norm))
+        counts = paddle.to_tensor([images_seen, skipped, float(bool(self.stop))], 'float32').unbind()
+        sums = paddle.stack([loss_sum, correct_sum, counts[0], counts[1], 1.0 - finite.astype('float32'), counts[2]])
+        local.add_(sums)
+        self.context.sum(sums)
+        if self.lag or not sums[NONFINITE].item():
+            self.optimizer.set_lr(lr)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.ema is not None:
+                self.ema.update()
+        self.optimizer.clear_grad(set_to_zero=False)
+        return sums, norm
+
+    def _autocast(self):
+        return paddle.amp.auto_cast(enable=self.amp, level=self.config.AMP_LEVEL, dtype=self.config.AMP_DTYPE)
+
+    def _take(self, sums: paddle.Tensor, totals: np.ndarray, epoch: int, lr: float) -> list[float]:
+        """Reads the sums of a step and adds them to the epoch's; ends the run, on every process alike, if they say so."""
+        values = sums.tolist()
+        if not values[NONFINITE]:
+            totals += values
+            return values
+        where = f'step {self.position.step} (epoch {epoch}, lr {lr:.3g})'
+        if self.config.TRAIN.NONFINITE == 'error':
+            raise UserError(
+                f'the loss or its gradient is not finite at {where}; the weights of the last save are untouched. Lower '
+                "TRAIN.BASE_LR, set TRAIN.GRAD_CLIP, or drop such steps with TRAIN.NONFINITE 'skip'."
+            )
+        self.log.master(f'Skipped {where}: the loss or its gradient is not finite.')
+        totals[SKIPPED] += values[IMAGES] + values[SKIPPED]
+        return values
+
+    # ------------------------------------------------------------------------------------------------ after an epoch
+    def _validation_due(self, epoch: int) -> bool:
+        return epoch % self.config.VALIDATE_FREQ == 0 or epoch == self.config.TRAIN.NUM_EPOCHS
+
+    def _finish_epoch(self) -> None:
+        """Validates where that is due, then saves."""
+        position = self.position
+        if not position.validated:
+            try:
+                self._validate()
+            except Interrupted:
+                self._leave()
+            position.validated = True
+        self._save()
+        due = self.config.SAVE_FREQ and position.epoch % self.config.SAVE_FREQ == 0
+        if self.context.is_main and (due or position.epoch == self.config.TRAIN.NUM_EPOCHS):
+            path = keep_epoch(self.folder, position.epoch, self.config.SAVE_KEEP)
+            self.log.master(f'----- Save model: {path}')
+
+    def _validate(self) -> None:
+        self.log.master(f'----- Validation after Epoch: {self.position.epoch}')
+        self._validate_weights('val', self.model.state_dict)
+        if self.ema is not None:
+            with self.ema.applied():
+                self._validate_weights('val_ema', self.ema.state_dict)
+
+    def _validate_weights(self, kind: str, weights) -> None:
+        config, position = self.config, self.position
+        with self._autocast() if config.AMP_LEVEL == 'O2' else contextlib.nullcontext():
+            result = evaluate(config, self.model, self.val_loader, self.context, self.log, lambda: bool(self.stop))
+        label = 'Validation' if kind == 'val' else 'EMA Validation'
+        self.log.master(
+            f'----- Epoch[{position.epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], {label} Loss: {result["loss"]:.4f}, '
+            f'{label} Acc@1: {result["acc1"]:.4f}, {label} Acc@5: {result["acc5"]:.4f}, time: {result["seconds"]:.2f}'
+        )
+        self._record(kind, epoch=position.epoch, **result, images_per_second=result['images'] / result['seconds'])
+        if result['acc1'] > position.best_acc1:
+            position.best_acc1, position.best_epoch = result['acc1'], position.epoch
+            if self.context.is_main:
+                save_best(self.folder, weights())
+
+    def _leave(self) -> None:
+        """A signal came: every process is at the same step; the main one saves, then all leave."""
+        self._save()
+        self.log.master('----- Stopped by a signal; continue with -resume=' + self.folder)
+        self.context.barrier()
+        raise SystemExit(self.stop.exit_status)
+
+    # ------------------------------------------------------------------------------------------------ state
+    def _save(self) -> None:
+        if self.context.is_main:
+            save_last(self.folder, self.state_dict())
+
+    def state_dict(self) -> dict:
+        """Everything a run is, under PaddleViT's names where it has one."""
+        position = asdict(self.position)
+        state = {
+            'model': self.model.state_dict(),
+            'optimizer': optimizer_state(self.optimizer, self.model),
+            'lr_scheduler': {'last_lr': self.optimizer.get_lr()},
+            'amp_grad_scaler': self.scaler.state_dict(),
+            'epoch': position.pop('epoch'),
+            'step': position.pop('step'),
+            'sampler': {'samples': position.pop('samples')},
+            'progress': position,
+            'rng': {'seed': self.config.SEED},
+            'config': self.config.dump(),
+        }
+        if self.ema is not None:
+            state['model_ema'] = self.ema.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict, path: str) -> None:
+        """Continues from a checkpoint of this suite, one of PaddleViT, or flat weights (position from TRAIN.LAST_EPOCH)."""
+        if 'model' not in state:
+            load_state(self.model, state, path)
+            self.position.epoch = self.config.TRAIN.LAST_EPOCH
+            self.log.master(f'----- Resume: weights only from {path}; epoch {self.position.epoch} by -last_epoch.')
+        else:
+            load_state(self.model, state['model'], path)
+            self._load_position(state)
+            self._load_optimizer(state.get('optimizer') or {}, ours='progress' in state)
+            if self.scaler.is_enable() and state.get('amp_grad_scaler'):
+                self.scaler.load_state_dict(state['amp_grad_scaler'])
+        if self.ema is not None:
+            averages = state.get('model_ema')
+            if averages is None:
+                self.log.master('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
+            self.ema.set_state_dict(averages or self.model.state_dict())
+        if self.metrics is not None:
+            self.metrics.rewind(self.position.step if self.position.validated else self.position.step - 1)
+        self.log.master(f'----- Resume: epoch {self.position.epoch}, step {self.position.step} from {path}')
+
+    def _load_position(self, state: dict) -> None:
+        position = self.position
+        position.epoch = int(state.get('epoch', self.config.TRAIN.LAST_EPOCH)) or self.config.TRAIN.LAST_EPOCH
+        if 'progress' not in state:  # PaddleViT: whole epochs
+            position.step = position.epoch * math.ceil(self.train_loader.num_batches / self.config.TRAIN.ACCUM_ITER)
+            return
+        position.step = state['step']
+        position.samples = state['sampler']['samples']
+        for name, value in state['progress'].items():
+            setattr(position, name, value)
+        if position.samples % self.global_batch:
+            position.samples -= position.samples % self.global_batch
+            self.log.master(
+                f'----- Resume: the checkpoint was written with another global batch; going on after image '
+                f'{position.samples} of epoch {position.epoch + 1}, so a few images are seen again.'
+            )
+        if state['rng']['seed'] != self.config.SEED:
+            self.log.master(f'----- Resume: SEED was {state["rng"]["seed"]} and is {self.config.SEED} from here on.')
+
+    def _load_optimizer(self, state: dict, ours: bool) -> None:
+        if not ours:
+            state = from_automatic_names(state, self.model)
+        if not state:
+            self.log.master('----- Resume: no optimiser state that fits; moments start at zero.')
+            return
+        set_optimizer_state(self.optimizer, self.model, state)
+
+    # ------------------------------------------------------------------------------------------------ reports
+    def _due(self, window: range, num_batches: int) -> bool:
+        every = self.config.REPORT_FREQ
+        return any(index % every == 0 or index == num_batches - 1 for index in window)
+
+    def _report(self, epoch, index, num_batches, lr, current, totals, local, norm, speed, eta) -> None:
+        head = f'Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Step[{index:04d}/{num_batches:04d}], Lr: {lr:.6f}, '
+        mine = local.tolist()
+        self.log.local(
+            f'{head}Avg Loss: {mine[LOSS] / max(mine[IMAGES], 1):.4f}, Avg Acc: {mine[CORRECT] / max(mine[IMAGES], 1):.4f}'
+        )
+        loss = current[LOSS] / max(current[IMAGES], 1)
+        memory = f', Memory: {paddle.device.cuda.max_memory_allocated() / 2**30:.1f} GiB' if self.context.on_gpu else ''
+        images = max(totals[IMAGES], 1)
+        self.log.master(
+            f'{head}Loss: {loss:.4f} ({totals[LOSS] / images:.4f}), Avg Acc: {totals[CORRECT] / images:.4f}, '
+            f'Grad Norm: {norm.item():.3f}, Images/s: {speed:.0f}, ETA: {eta:.0f} s{memory}'
+        )
+        self._scalars('train', {'loss': loss, 'lr': lr, 'grad_norm': norm.item(), 'images_per_second': speed})
+        if self.scaler.is_enable() and self.scaler.state_dict()['scale'].item() < 1.0:
+            raise UserError('the loss scale fell below 1: float16 overflows at every step. Use AMP_DTYPE bfloat16.')
+
+    def _record(self, kind: str, epoch: int, **values) -> None:
+        """A row of metrics.jsonl and VisualDL scalars, by the main process."""
+        if self.metrics is not None:
+            self.metrics.append({'kind': kind, 'epoch': epoch, 'step': self.position.step, **values})
+            self._scalars(f'{kind}_epoch' if kind == 'train' else kind, values)
+
+    def _open_writer(self) -> None:
+        if self.context.is_main:
+            from visualdl import LogWriter  # slow to import, and only one process writes
+
+            self.writer = LogWriter(logdir=os.path.join(self.folder, 'vdl'))
+
+    def _scalars(self, group: str, values: dict) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(tag=f'{group}/{name}', value=float(value), step=self.position.step)

@@ -1,0 +1,28 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Trains or evaluates with one process per device: every visible GPU, else two processes on the CPU. `-h` lists the flags.
+
+Several machines: `python -m paddle.distributed.launch --nnodes N --master HOST:PORT main_multi_gpu.py -cfg=...` on each.
+"""
+
+import sys
+
+from config import get_arguments, get_config, update_config
+from engine.launch import is_worker, launch
+from utils.cli import run
+from utils.environment import tune_process
+
+
+def main() -> None:
+    args = get_arguments()
+    config = update_config(get_config(), args)  # in the parent too: a mistake is told once, before anything starts
+    if not is_worker():
+        sys.exit(launch(__file__, sys.argv[1:], getattr(args, 'ngpus', None)))
+    tune_process()  # before Paddle is imported
+    from engine.run import run_config
+
+    run_config(config)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,19 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Trains or evaluates on one device: a GPU when there is one, else the CPU. `-h` lists the flags."""
+
+from config import get_arguments, get_config, update_config
+from utils.cli import run
+from utils.environment import tune_process
+
+
+def main() -> None:
+    config = update_config(get_config(), get_arguments())
+    tune_process()  # before Paddle is imported
+    from engine.run import run_config
+
+    run_config(config)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model architectures. A new one is a new file here that registers a builder, and YAML files that describe it."""
+
+import importlib
+import pkgutil
+
+from models.registry import build_model, create_model, list_models, register_model
+
+__all__ = ['build_model', 'create_model', 'list_models', 'register_model']
+
+for _module in pkgutil.iter_modules(__path__):
+    if _module.name != '__main__':
+        importlib.import_module(f'{__name__}.{_module.name}')

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m models [PATTERN]`: a table of the models that match, such as 'evit*'; all of them by default."""
+
+from __future__ import annotations
+
+import sys
+
+from config import get_config
+from models import build_model, list_models
+from models.profile import profile
+from models.registry import config_file
+from utils.errors import UserError
+
+COLUMNS = '{:<44} {:>9} {:>8} {:>6} {:>6} {:>6}  {}'
+
+
+def main(pattern: str = '*') -> None:
+    """Prints one line per configuration; the accuracies are those of the published weights in the last column."""
+    names = list_models(pattern)
+    if not names:
+        raise UserError(f"no model matches '{pattern}'; `python -m models` lists all.")
+    print(COLUMNS.format('name', 'params M', 'MACs G', 'image', 'top-1', 'top-5', 'published weights'))
+    for name in names:
+        print(row(name), flush=True)
+
+
+def row(name: str) -> str:
+    """The line of one configuration."""
+    config = get_config(config_file(name))
+    size, published = config.DATA.IMAGE_SIZE, config.MODEL.PUBLISHED
+    cost = profile(build_model(config), [1, config.DATA.IMAGE_CHANNELS, size, size])
+    accuracies = ['-' if acc is None else f'{acc:.2f}' for acc in (published.ACC1, published.ACC5)]
+    return COLUMNS.format(
+        name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', size, *accuracies, published.WEIGHTS or '-'
+    )
+
+
+if __name__ == '__main__':
+    try:
+        main(*sys.argv[1:2])
+    except UserError as error:
+        sys.exit(f'{error}')

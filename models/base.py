@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every image classifier offers to the training loop, the tools and the user."""
+
+from __future__ import annotations
+
+from paddle import Tensor, nn
+
+
+class Classifier(nn.Layer):
+    """A stem, a stack of blocks and a head.
+
+    Subclasses set `num_classes`, `depth` and `head`, implement `forward_features` and `forward_head`, and name their
+    parts below, which is all that layer-wise learning rates, fine-tuning and weight conversion need to know.
+    """
+
+    stem_names: tuple[str, ...] = ('patch_embed',)
+    blocks_name: str = 'blocks'
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised images [B, in_chans, H, W] -> logits [B, K]."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_features(self, x: Tensor):
+        """Normalised images -> what `forward_head` takes."""
+        raise NotImplementedError
+
+    def forward_head(self, x) -> Tensor:
+        """Features -> logits [B, K]."""
+        raise NotImplementedError
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a fresh one for `num_classes`; 0 leaves the pooled features."""
+        raise NotImplementedError
+
+    def head_names(self) -> tuple[str, ...]:
+        """Prefixes of the classifier's parameters: those that depend on the number of classes."""
+        return ('head.',)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters of two or more dimensions that weight decay leaves alone."""
+        return set()
+
+    @property
+    def num_layers(self) -> int:
+        """The largest `layer_id`: that of the head."""
+        return self.depth + 1
+
+    def layer_id(self, name: str) -> int:
+        """Depth of a parameter for layer-wise learning rates: 0 the stem, i + 1 block i, `num_layers` norm and head."""
+        part, _, rest = name.partition('.')
+        if part in self.stem_names:
+            return 0
+        if part == self.blocks_name:
+            return int(rest.partition('.')[0]) + 1
+        return self.num_layers
+
+    @staticmethod
+    def upstream_name(name: str) -> str | None:
+        """Our name of a parameter of the published PyTorch weights; None: it is known and not used here."""
+        return name

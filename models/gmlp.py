@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gMLP: vision without attention and without position embeddings.
+
+"Pay Attention to MLPs", https://arxiv.org/abs/2105.08050. Tokens are mixed only by the spatial gating unit, a linear
+map over the token axis whose output gates half of the channels. The numbers are those of timm's gmlp_*_224 (whose
+gate norm has another epsilon than the rest), the parameter names PaddleViT's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.base import Classifier
+from models.layers import DropPath, PatchEmbed, drop_path_rates, lecun_normal_, run_block, xavier_uniform_
+from models.registry import register_model
+from utils.errors import UserError
+
+NORM_EPS = 1e-6
+GATE_NORM_EPS = 1e-5  # the published weights were trained with the framework's default in this one place
+
+
+class SpatialGatingUnit(nn.Layer):
+    """Gates one half of the channels by a linear map over the tokens of the other half (paper, section 2.1).
+
+    Args:
+        dim: channels of the input, even.
+        num_tokens: N, fixed: the map is a [N, N] matrix.
+    """
+
+    def __init__(self, dim: int, num_tokens: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim // 2, epsilon=GATE_NORM_EPS)
+        self.proj = nn.Linear(num_tokens, num_tokens)
+        # Near 0 and 1: the unit starts as the identity of its first half, the block as a plain perceptron.
+        initializer.Normal(std=1e-6)(self.proj.weight)
+        initializer.Constant(1.0)(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, dim] -> [B, N, dim / 2]."""
+        u, v = x.chunk(2, axis=-1)
+        v = self.norm(v)
+        # proj over the token axis. Multiplying from the left spares the two transposes around it.
+        v = paddle.matmul(self.proj.weight, v, transpose_x=True)
+        return u * (v + self.proj.bias.astype(v.dtype).unsqueeze(-1))
+
+
+class GatedMlp(nn.Layer):
+    """Linear C -> H, exact GELU, spatial gating H -> H / 2, Linear H / 2 -> C."""
+
+    def __init__(self, dim: int, hidden_dim: int, num_tokens: int, drop_rate: float = 0.0):
+        super().__init__()
+        if hidden_dim % 2:
+            raise UserError(
+                f'the gate splits the hidden channels in two halves, but int(MLP_RATIO * EMBED_DIM) = {hidden_dim} '
+                'is odd; change one of the two.'
+            )
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.gate = SpatialGatingUnit(hidden_dim, num_tokens)
+        self.fc2 = nn.Linear(hidden_dim // 2, dim)
+        self.drop = nn.Dropout(drop_rate)
+        xavier_uniform_(self.fc1, bias_std=1e-6)
+        xavier_uniform_(self.fc2, bias_std=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        x = self.gate(self.drop(self.act(self.fc1(x))))
+        return self.drop(self.fc2(x))
+
+
+class SpatialGatingBlock(nn.Layer):
+    """x + DropPath(GatedMlp(LayerNorm(x)))."""
+
+    def __init__(self, dim: int, hidden_dim: int, num_tokens: int, drop_rate: float, drop_path_rate: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.mlp_channels = GatedMlp(dim, hidden_dim, num_tokens, drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        return x + self.drop_path(self.mlp_channels(self.norm(x)))
+
+
+class GMLP(Classifier):
+    """gMLP image classifier. The image size is fixed by the weights, since the gates map tokens to tokens.
+
+    Args:
+        img_size: side of the square image, pixels.
+        patch_size: side of a patch, pixels.
+        in_chans: channels of the image.
+        num_classes: K; 0: pooled features are returned.
+        embed_dim: C.
+        depth: number of blocks.
+        mlp_ratio: hidden channels H = int(mlp_ratio * embed_dim), even.
+        stem_norm: LayerNorm after the patch embedding.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout in the blocks.
+        drop_path_rate: stochastic depth.
+        drop_path_ramp: let the rate grow linearly over the depth instead of being the same everywhere.
+        head_bias: initial bias of the classifier; -log(K) starts a sigmoid loss at equal odds.
+        recompute: save memory in training by computing the blocks again in the backward pass.
+    """
+
+    blocks_name = 'mixer_layers'
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 256,
+        depth: int = 30,
+        mlp_ratio: float = 6.0,
+        stem_norm: bool = False,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_ramp: bool = False,
+        head_bias: float = 0.0,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.head_bias = head_bias
+        self.recompute = recompute
+        self.patch_embed = PatchEmbed(
+            img_size, patch_size, in_chans, embed_dim, norm_eps=NORM_EPS if stem_norm else None, proj='patch_embed'
+        )
+        lecun_normal_(self.patch_embed.conv)
+        hidden_dim, num_tokens = int(mlp_ratio * embed_dim), self.patch_embed.num_patches
+        self.mixer_layers = nn.LayerList(
+            SpatialGatingBlock(embed_dim, hidden_dim, num_tokens, proj_drop_rate, rate)
+            for rate in drop_path_rates(drop_path_rate, depth, drop_path_ramp)
+        )
+        self.norm = nn.LayerNorm(embed_dim, epsilon=NORM_EPS)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a fresh one, whose logits are all equal; 0 leaves the pooled features."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        if num_classes:
+            initializer.Constant(0.0)(self.head.weight)
+            initializer.Constant(self.head_bias)(self.head.bias)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, img_size, img_size] -> normalised tokens [B, N, C]."""
+        x = self.patch_embed(x)
+        for block in self.mixer_layers:
+            x = run_block(block, x, again=self.recompute)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normalised tokens [B, N, C] -> logits [B, K], or with `pre_logits` their mean [B, C]."""
+        x = x.mean(1)
+        return x if pre_logits else self.head(self.head_drop(x))
+
+    def forward_intermediates(self, x: Tensor, indices: Sequence[int], norm: bool = False) -> list[Tensor]:
+        """Feature maps [B, C, S / P, S / P] after the blocks `indices` (from 0), with the final norm if `norm`."""
+        maps = []
+        x = self.patch_embed(x)
+        for i, block in enumerate(self.mixer_layers):
+            x = run_block(block, x, again=self.recompute)
+            if i in indices:
+                tokens = self.norm(x) if norm else x
+                grid = [self.patch_embed.grid_size] * 2
+                maps.append(tokens.transpose([0, 2, 1]).reshape([0, self.embed_dim, *grid]))
+        return maps
+
+    @staticmethod
+    def upstream_name(name: str) -> str | None:
+        """timm's `stem.` and `blocks.` are PaddleViT's `patch_embed.` and `mixer_layers.`."""
+        if name.startswith('stem.proj.'):
+            return 'patch_embed.patch_embed.' + name[len('stem.proj.') :]
+        if name.startswith('stem.'):
+            return 'patch_embed.' + name[len('stem.') :]
+        if name.startswith('blocks.'):
+            return 'mixer_layers.' + name[len('blocks.') :]
+        return name
+
+
+@register_model('gmlp', 'GatedMLP')
+def build_gmlp(config) -> GMLP:
+    """Builds gMLP from a configuration."""
+    mixer = config.MODEL.MIXER
+    return GMLP(
+        img_size=config.DATA.IMAGE_SIZE,
+        patch_size=mixer.PATCH_SIZE,
+        in_chans=config.DATA.IMAGE_CHANNELS,
+        num_classes=config.MODEL.NUM_CLASSES,
+        embed_dim=mixer.EMBED_DIM,
+        depth=mixer.DEPTH,
+        mlp_ratio=mixer.MLP_RATIO,
+        stem_norm=mixer.STEM_NORM,
+        proj_drop_rate=config.MODEL.DROPOUT,
+        drop_path_rate=config.MODEL.DROPPATH,
+        drop_path_ramp=config.MODEL.DROPPATH_RAMP,
+        recompute=config.TRAIN.RECOMPUTE,
+    )

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Initialisers that fill a parameter in place, with the conventions the published models were trained with."""
+
+from __future__ import annotations
+
+import math
+
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+# Standard deviation of a unit normal distribution truncated at +-2.
+_TRUNCATED_STD = 0.87962566103423978
+
+
+def trunc_normal_(parameter: Tensor, std: float = 0.02) -> None:
+    """Normal distribution, cut at the absolute values +-2 (timm's default, in effect no cut for small `std`)."""
+    initializer.TruncatedNormal(std=std, a=-2.0, b=2.0)(parameter)
+
+
+def lecun_normal_(conv: nn.Conv2D) -> None:
+    """Weight: normal distribution cut at two sigma, whose standard deviation after the cut is sqrt(1 / fan_in); bias: 0."""
+    std = math.sqrt(1.0 / _fan_in(conv)) / _TRUNCATED_STD
+    initializer.TruncatedNormal(std=std, a=-2 * std, b=2 * std)(conv.weight)
+    initializer.Constant(0.0)(conv.bias)
+
+
+def torch_conv_(conv: nn.Conv2D) -> None:
+    """Weight and bias uniform in +-sqrt(1 / fan_in), which PyTorch does by default and the DeiT family keeps."""
+    bound = math.sqrt(1.0 / _fan_in(conv))
+    initializer.Uniform(-bound, bound)(conv.weight)
+    initializer.Uniform(-bound, bound)(conv.bias)
+
+
+def xavier_uniform_(linear: nn.Linear, bias_std: float = 0.0) -> None:
+    """Weight uniform in +-sqrt(6 / (in + out)); bias normal with `bias_std`, or 0."""
+    initializer.XavierUniform()(linear.weight)
+    initializer.Normal(std=bias_std)(linear.bias) if bias_std else initializer.Constant(0.0)(linear.bias)
+
+
+def _fan_in(conv: nn.Conv2D) -> int:
+    return math.prod(conv.weight.shape[1:])

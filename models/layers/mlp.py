@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two-layer perceptron of Transformer blocks."""
+
+from __future__ import annotations
+
+from paddle import Tensor, nn
+
+
+class Mlp(nn.Layer):
+    """Linear, exact GELU, dropout, Linear, dropout.
+
+    Args:
+        dim: channels of input and output.
+        hidden_dim: channels in between.
+        drop_rate: rate of both dropouts.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image to tokens."""
+
+from __future__ import annotations
+
+from paddle import Tensor, nn
+
+from utils.errors import UserError
+
+
+class PatchEmbed(nn.Layer):
+    """Cuts an image into patches and maps each linearly: a convolution whose stride is its kernel.
+
+    Args:
+        img_size: side of the image the model is made for, pixels.
+        patch_size: side of a patch, pixels.
+        in_chans: channels of the image.
+        embed_dim: channels C of a token.
+        norm_eps: epsilon of a LayerNorm on the tokens; None: no norm.
+        any_size: take other image sizes too, as long as whole patches fit.
+        proj: attribute name of the convolution, which the published weights use.
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        norm_eps: float | None = None,
+        any_size: bool = False,
+        proj: str = 'proj',
+    ):
+        super().__init__()
+        if img_size % patch_size:
+            raise UserError(f'an image of {img_size} pixels does not divide into patches of {patch_size}.')
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.any_size = any_size
+        self.grid_size = img_size // patch_size
+        self.num_patches = self.grid_size**2
+        self._proj = proj
+        setattr(self, proj, nn.Conv2D(in_chans, embed_dim, patch_size, patch_size))
+        self.norm = nn.LayerNorm(embed_dim, epsilon=norm_eps) if norm_eps is not None else None
+
+    @property
+    def conv(self) -> nn.Conv2D:
+        """The convolution, whatever its name."""
+        return getattr(self, self._proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> [B, N, C], rows of patches from top to bottom."""
+        self._check(x.shape[2], x.shape[3])
+        x = self.conv(x).flatten(2).transpose([0, 2, 1])
+        return x if self.norm is None else self.norm(x)
+
+    def _check(self, height: int, width: int) -> None:
+        if self.any_size:
+            if height % self.patch_size or width % self.patch_size:
+                raise UserError(
+                    f'an image of {height}x{width} pixels does not divide into patches of {self.patch_size}; '
+                    'set DATA.IMAGE_SIZE to a multiple.'
+                )
+        elif height != self.img_size or width != self.img_size:
+            raise UserError(
+                f'the model takes images of {self.img_size}x{self.img_size} pixels, not {height}x{width}; '
+                'set DATA.IMAGE_SIZE to the size of the data (the model is then built for it).'
+            )

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters and multiply-accumulates of a model, exactly and without computing anything.
+
+The model is traced to Paddle's intermediate representation, in which every operation knows its shapes; the
+multiplications of convolutions, linear maps and matrix products are then counted. Normalisation, activations, softmax,
+additions and the moving of data count nothing, as in the papers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import paddle
+from paddle import nn
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Cost of one forward pass.
+
+    Attributes:
+        params: number of parameters, buffers not included.
+        macs: multiply-accumulates of the batch.
+        by_kind: `macs` split into 'conv', 'linear' (one factor is a parameter) and 'matmul' (none is).
+    """
+
+    params: int
+    macs: int
+    by_kind: dict[str, int]
+
+
+def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Profile:
+    """Counts parameters, and the multiply-accumulates of an evaluation of `input_shape` [B, C, H, W].
+
+    Raises:
+        NotImplementedError: the model uses an operation that multiplies and that is not known here.
+    """
+    training = model.training
+    model.eval()
+    try:
+        program = _trace(model, input_shape)
+    finally:
+        model.train() if training else model.eval()
+    by_kind = dict.fromkeys(('conv', 'linear', 'matmul'), 0)
+    for op in program.global_block().ops:
+        count = _COUNTERS.get(op.name())
+        if count is not None:
+            kind, macs = count(op)
+            by_kind[kind] += macs
+    params = sum(math.prod(p.shape) for p in model.parameters())
+    return Profile(params, sum(by_kind.values()), by_kind)
+
+
+def _trace(model: nn.Layer, input_shape: Sequence[int]):
+    def run(x):
+        return model(x)
+
+    spec = [paddle.static.InputSpec(list(input_shape), 'float32')]
+    return paddle.jit.to_static(run, input_spec=spec, full_graph=True).concrete_program.main_program
+
+
+def _shapes(op) -> list[list[int]]:
+    return [list(value.shape) for value in op.operands_source()]
+
+
+def _size(op) -> int:
+    return math.prod(op.results()[0].shape)
+
+
+def _conv(op) -> tuple[str, int]:
+    """Each output value is a sum over [in / groups, kh, kw]."""
+    return 'conv', _size(op) * math.prod(_shapes(op)[1][1:])
+
+
+def _conv_transpose(op) -> tuple[str, int]:
+    """Each input value is multiplied with [out / groups, kh, kw]."""
+    x, weight = _shapes(op)[:2]
+    return 'conv', math.prod(x) * math.prod(weight[1:])
+
+
+def _matmul(op) -> tuple[str, int]:
+    """Each output value is a sum over the axis that the factors share."""
+    x = _shapes(op)[0]
+    shared = x[-2] if op.attrs().get('transpose_x') and len(x) > 1 else x[-1]
+    return 'linear' if any(map(_is_parameter, op.operands_source()[:2])) else 'matmul', _size(op) * shared
+
+
+def _attention(op) -> tuple[str, int]:
+    """Fused attention of q [B, N, H, d] and k, v [B, M, H, d]: both products."""
+    q, k = _shapes(op)[:2]
+    return 'matmul', 2 * math.prod(q) * k[1]
+
+
+def _unknown(op):
+    raise NotImplementedError(f'the multiplications of {op.name()} are not counted; write it as a matmul')
+
+
+def _is_parameter(value) -> bool:
+    """Whether a value is a parameter, possibly transposed, reshaped or cast."""
+    op = value.get_defining_op()
+    while op is not None and op.name() in ('pd_op.transpose', 'pd_op.reshape', 'pd_op.cast', 'pd_op.unsqueeze'):
+        op = op.operands_source()[0].get_defining_op()
+    return op is not None and op.name() == 'builtin.parameter'
+
+
+_COUNTERS = {
+    'pd_op.conv2d': _conv,
+    'pd_op.depthwise_conv2d': _conv,
+    'pd_op.conv2d_transpose': _conv_transpose,
+    'pd_op.matmul': _matmul,
+    'pd_op.bmm': _matmul,
+    'pd_op.flash_attn': _attention,
+    'pd_op.memory_efficient_attention': _attention,
+    **dict.fromkeys(('pd_op.einsum', 'pd_op.addmm', 'pd_op.baddbmm', 'pd_op.conv3d', 'pd_op.bilinear'), _unknown),
+}

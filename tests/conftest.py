@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared by all tests: reference vectors, and Paddle's environment as the launchers set it."""
+
+import json
+import os
+
+os.environ.setdefault('FLAGS_use_stride_kernel', '0')
+os.environ.setdefault('FLAGS_paddle_num_threads', '1')
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import numpy as np
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+
+
+class Golden(dict):
+    """A reference file: `g['in/x']`; `g.group('sd')` is a dict without the prefix; `g.meta` the description."""
+
+    @property
+    def meta(self) -> dict:
+        return json.loads(str(self['meta']))
+
+    def group(self, prefix: str) -> dict:
+        return {k[len(prefix) + 1 :]: v for k, v in self.items() if k.startswith(prefix + '/')}
+
+
+def golden(name: str) -> Golden:
+    """Reference inputs, weights and outputs computed by the original PyTorch code."""
+    with np.load(os.path.join(HERE, 'goldens', f'{name}.npz'), allow_pickle=False) as file:
+        return Golden({key: file[key] for key in file.files})
+
+
+def assert_close(actual, expected, tolerance: float = 1e-4) -> None:
+    """Largest difference relative to the scale of the expected values."""
+    actual, expected = np.asarray(actual, 'float64'), np.asarray(expected, 'float64')
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    scale = max(float(np.abs(expected).max()), 1e-12)
+    worst = float(np.abs(actual - expected).max()) / scale
+    assert worst <= tolerance, f'relative difference {worst:.3g} > {tolerance:.3g}'

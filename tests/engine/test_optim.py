@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Optimisers, parameter groups, clipping and EMA against the original programs."""
+
+import math
+
+import numpy as np
+import paddle
+import pytest
+from paddle import nn
+
+from config import get_config
+from engine.ema import ModelEma
+from engine.optim import build_optimizer, clip_gradients, parameter_groups
+from tests.conftest import assert_close, golden
+
+
+class Named(nn.Layer):
+    """Parameters under given names, with what the optimiser asks of a model."""
+
+    num_layers = 3
+
+    def __init__(self, arrays, exempt=()):
+        super().__init__()
+        self.exempt = set(exempt)
+        self.arrays = {}
+        for name, value in arrays.items():
+            parameter = self.create_parameter(value.shape)
+            parameter.set_value(value)
+            self.arrays[name] = parameter
+
+    def named_parameters(self, *_args, **_kwargs):
+        return iter(self.arrays.items())
+
+    def parameters(self, *_args, **_kwargs):
+        return list(self.arrays.values())
+
+    def state_dict(self, *_args, **_kwargs):
+        return dict(self.arrays)
+
+    def no_weight_decay(self):
+        return self.exempt
+
+    def layer_id(self, name):
+        return {'patch_embed': 0, 'blocks': 1, 'head': 3}.get(name.split('.')[0], 2)
+
+
+def settings(*opts):
+    return get_config(opts=list(opts))
+
+
+def test_adamw_clipping_decay_groups_and_ema_follow_timm():
+    reference = golden('evit-optim')
+    hyper = reference.meta['hyper']
+    model = Named(reference.group('sd'), exempt=('pos_embed', 'cls_token'))
+    config = settings('TRAIN.WEIGHT_DECAY', hyper['weight_decay'], 'TRAIN.OPTIMIZER.EPS', hyper['eps'])
+    decayed = {
+        id(parameter): group['weight_decay'] for group in parameter_groups(model, 0.05) for parameter in group['params']
+    }
+    assert {name for name, p in model.named_parameters() if decayed[id(p)] == 0} == set(reference.meta['no_decay'])
+    optimizer = build_optimizer(config, model)
+    ema = ModelEma(model, hyper['ema_decay'])
+    steps = sorted({key.split('/')[1] for key in reference if key.startswith('in/grad')})
+    for step, group in enumerate(steps):
+        for name, parameter in model.named_parameters():
+            parameter.grad = paddle.to_tensor(reference[f'in/{group}/{name}'])
+        norm = clip_gradients(model.parameters(), hyper['clip_norm'])
+        assert_close(norm.item(), np.ravel(reference['out/grad_norm'])[step], 1e-5)
+        optimizer.set_lr(float(np.ravel(reference['in/lr'])[step]))
+        optimizer.step()
+        optimizer.clear_grad()
+        ema.update()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.numpy(), reference[f'out/param/{name}'], 1e-5)
+        assert_close(ema.average[name].numpy(), reference[f'out/ema/{name}'], 1e-5)
+
+
+def tiny():
+    rng = np.random.default_rng(0)
+    return {
+        'patch_embed.weight': rng.normal(size=(4, 3)).astype('float32'),
+        'blocks.0.weight': rng.normal(size=(3, 3)).astype('float32'),
+        'blocks.0.bias': rng.normal(size=(3,)).astype('float32'),
+        'head.weight': rng.normal(size=(3, 2)).astype('float32'),
+    }
+
+
+def train(name, *opts, steps=3):
+    """Three steps on fixed gradients; returns start, gradients and end."""
+    start, rng = tiny(), np.random.default_rng(1)
+    model = Named(start)
+    optimizer = build_optimizer(settings('TRAIN.OPTIMIZER.NAME', name, *opts), model)
+    optimizer.set_lr(0.1)
+    gradients = []
+    for _ in range(steps):
+        gradients.append({key: rng.normal(size=value.shape).astype('float32') for key, value in start.items()})
+        for key, parameter in model.named_parameters():
+            parameter.grad = paddle.to_tensor(gradients[-1][key])
+        optimizer.step()
+        optimizer.clear_grad()
+    return start, gradients, {key: p.numpy() for key, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+def test_sgd_is_pytorchs(nesterov):
+    """v <- m v + g, w <- w - lr (g + m v) with Nesterov, else w - lr v; g includes the L2 term of decayed tensors."""
+    start, gradients, end = train('SGD', 'TRAIN.OPTIMIZER.NESTEROV', nesterov, 'TRAIN.WEIGHT_DECAY', 0.01)
+    for key, weight in start.items():
+        weight, velocity = weight.astype('float64'), 0.0
+        for gradient in gradients:
+            g = gradient[key] + (0.01 if weight.ndim > 1 else 0.0) * weight
+            velocity = 0.9 * velocity + g
+            weight = weight - 0.1 * (g + 0.9 * velocity if nesterov else velocity)
+        assert_close(end[key], weight, 1e-5)
+
+
+def test_lamb_is_the_papers():
+    """Adam's direction plus decay, scaled to the norm of a decayed weight (arXiv 1904.00962, algorithm 2; timm)."""
+    start, gradients, end = train('Lamb', 'TRAIN.WEIGHT_DECAY', 0.01, 'TRAIN.OPTIMIZER.EPS', 1e-6)
+    for key, weight in start.items():
+        weight, m, v = weight.astype('float64'), 0.0, 0.0
+        for t, gradient in enumerate(gradients, 1):
+            m = 0.9 * m + 0.1 * gradient[key]
+            v = 0.999 * v + 0.001 * gradient[key] ** 2
+            step = (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6)
+            if weight.ndim > 1:
+                step = step + 0.01 * weight
+                step = step * np.linalg.norm(weight) / np.linalg.norm(step)
+            weight = weight - 0.1 * step
+        assert_close(end[key], weight, 1e-4)
+
+
+def test_layer_decay_scales_the_step_of_each_layer():
+    _, _, plain = train('AdamW', 'TRAIN.WEIGHT_DECAY', 0.0, steps=1)
+    start, _, scaled = train('AdamW', 'TRAIN.WEIGHT_DECAY', 0.0, 'TRAIN.LAYER_DECAY', 0.5, steps=1)
+    for name, layer in {'patch_embed.weight': 0, 'blocks.0.weight': 1, 'head.weight': 3}.items():
+        assert_close(scaled[name] - start[name], (plain[name] - start[name]) * 0.5 ** (3 - layer), 1e-4)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model = Named(tiny())
+    model.arrays['head.weight'].stop_gradient = True
+    assert sum(len(group['params']) for group in parameter_groups(model, 0.1)) == 3
+
+
+def test_clipping_leaves_small_gradients_and_reports_the_norm():
+    parameter = Named({'w': np.zeros((2, 2), 'float32')}).parameters()[0]
+    for limit, expected in ((None, 5.0), (10.0, 5.0), (1.0, 1.0)):
+        parameter.grad = paddle.to_tensor([[3.0, 0.0], [0.0, 4.0]])
+        assert clip_gradients([parameter], limit).item() == pytest.approx(5.0)
+        assert paddle.linalg.norm(parameter.grad).item() == pytest.approx(expected, rel=1e-5)
+    parameter.grad = paddle.to_tensor([[math.nan, 0.0], [0.0, 4.0]])
+    assert math.isnan(clip_gradients([parameter], 1.0).item())
+
+
+def test_averages_are_applied_inside_the_block_only():
+    model = Named({'w': np.ones((2, 2), 'float32')})
+    ema = ModelEma(model, 0.5)
+    model.parameters()[0].set_value(np.full((2, 2), 3.0, 'float32'))
+    ema.update()
+    with ema.applied():
+        assert (model.parameters()[0].numpy() == 2.0).all()
+    assert (model.parameters()[0].numpy() == 3.0).all()

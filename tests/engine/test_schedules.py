@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning-rate schedules against the tables of the original programs."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from config import get_config
+from engine.schedules import SCHEDULES, lr_schedule
+from tests.conftest import assert_close, golden
+from utils.errors import UserError
+
+
+@pytest.mark.parametrize('index', range(4))
+def test_paddlevit_rates_per_epoch(index):
+    reference = golden('gmlp-lr')
+    settings = reference.meta['sets'][index]
+    keys = ('BASE_LR', 'WARMUP_START_LR', 'END_LR', 'LINEAR_SCALED_LR', 'NUM_EPOCHS', 'WARMUP_EPOCHS')
+    config = get_config(opts=[item for key in keys for item in (f'TRAIN.{key}', settings[key])])
+    lr = lr_schedule(config, settings['BATCH_SIZE'] * settings['ACCUM_ITER'] * settings['world_size'])
+    rates = [lr(epoch, 0.5) for epoch in range(1, settings['NUM_EPOCHS'] + 1)]
+    assert_close(rates, reference[f'out/lr{index}'], 1e-6)
+
+
+@pytest.mark.parametrize('index', range(4))
+def test_deit_rates_per_epoch(index):
+    reference = golden('evit-lr')
+    case = {**reference.meta['defaults'], **reference.meta['cases'][index]}
+    options = [
+        *('TRAIN.BASE_LR', case['lr'], 'TRAIN.WARMUP_START_LR', case['warmup_lr'], 'TRAIN.END_LR', case['min_lr']),
+        *('TRAIN.WARMUP_EPOCHS', case['warmup_epochs'], 'TRAIN.NUM_EPOCHS', case['epochs']),
+        *('TRAIN.LR_SCHEDULER.NAME', 'timmcosine', 'TRAIN.LR_SCHEDULER.SCALE_ENDS', False),
+    ]
+    lr = lr_schedule(get_config(opts=options), case['total_batch'])
+    assert_close([lr(t, 0.0) for t in range(case['epochs'] + 5)], reference[f'out/schedule{index}'], 1e-6)
+    lr = lr_schedule(get_config(opts=[*options, 'TRAIN.LR_SCHEDULER.LAG', 2]), case['total_batch'])
+    assert_close([lr(epoch, 0.0) for epoch in range(1, case['epochs'] + 1)], reference[f'out/effective{index}'], 1e-6)
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.floats(0, 30), st.floats(0, 10), st.integers(11, 30))
+def test_rates_stay_between_their_ends(name, t, warmup, total):
+    rate = SCHEDULES[name](t, base=1.0, start=1e-3, end=1e-2, warmup=warmup, total=total)
+    assert 1e-3 - 1e-12 <= rate <= 1.0 + 1e-12
+
+
+def test_update_per_step_is_the_same_curve_between_epochs():
+    options = ['TRAIN.LINEAR_SCALED_LR', None, 'TRAIN.NUM_EPOCHS', 10, 'TRAIN.WARMUP_EPOCHS', 3]
+    epochs = lr_schedule(get_config(opts=options), 8)
+    steps = lr_schedule(get_config(opts=[*options, 'TRAIN.LR_SCHEDULER.UPDATE', 'step']), 8)
+    assert np.isclose(steps(5, 0.0), epochs(4, 0.0))
+    assert steps(5, 0.25) > steps(5, 0.75) > steps(6, 0.0)
+    assert epochs(5, 0.25) == epochs(5, 0.75)
+
+
+def test_unknown_schedule_names_the_known_ones():
+    with pytest.raises(UserError, match="'cosin'.*Known: .*warmupcosine"):
+        lr_schedule(get_config(opts=['TRAIN.LR_SCHEDULER.NAME', 'cosin']), 8)

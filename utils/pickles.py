@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a pickle as data, whoever wrote it.
+
+Python's unpickler runs what a file names. An allow-list in its `find_class` is a half measure: what is on the list can
+still be called with any argument and altered, and twelve bytes can ask for gigabytes. So the opcodes, decoded by the
+standard library's `pickletools`, are followed here instead. Containers, numbers and text are built as they come; a
+name that calls something must be a key of a table, whose value is a function of ours that makes plain data. Nothing in
+a file is ever imported, called or assigned to.
+"""
+
+from __future__ import annotations
+
+import math
+import pickletools
+from collections.abc import Callable, Mapping
+from typing import IO, Any
+
+import numpy as np
+
+
+class RefusedError(ValueError):
+    """The file asks for something that is not data: its text says what, as the end of a sentence."""
+
+
+class DType:
+    """`numpy.dtype` of a number or boolean; anything that could hold Python objects is refused."""
+
+    def __init__(self, code: str, *_: Any):
+        if not isinstance(code, str) or np.dtype(code).kind not in 'biufc':
+            raise RefusedError(f'it holds an array of {code!r}, which are not numbers')
+        self.numpy = np.dtype(code)
+
+    def set_state(self, state: tuple) -> None:
+        """What numpy stores besides the code; of it only the byte order matters."""
+        self.numpy = self.numpy.newbyteorder(state[1])
+
+
+class Inert:
+    """An object of a class that weights do not need, such as the arguments of a training run: kept as plain data."""
+
+    def __init__(self, *args: Any):
+        self.args = args
+        self.state: Any = None
+
+
+# ---------------------------------------------------------------------------------------------------- known names
+NDARRAY = 'numpy.ndarray'
+
+
+def _empty_array(kind: Any, *_: Any) -> np.ndarray:
+    if kind is not NDARRAY:
+        raise RefusedError('it holds an array of an unknown kind')
+    return np.empty(0, np.uint8)
+
+
+def _fill(array: np.ndarray, state: tuple) -> None:
+    """Gives an array of `_empty_array` its shape, type and content, in place, since the file may refer to it again."""
+    shape, dtype, fortran_order, raw = state[-4:]
+    raw = raw.encode('latin1') if isinstance(raw, str) else raw
+    if array.size or not isinstance(dtype, DType) or not isinstance(raw, bytes):
+        raise ValueError('an array without its content')
+    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.numpy.itemsize != len(raw):
+        raise ValueError(f'an array of shape {shape} with {len(raw)} bytes')
+    array.__setstate__((1, shape, dtype.numpy, bool(fortran_order), raw))
+
+
+def _from_buffer(buffer: bytes | bytearray, dtype: DType, shape: tuple, order: str) -> np.ndarray:
+    return np.frombuffer(buffer, dtype.numpy).reshape(shape, order=order).copy(order=order)
+
+
+def _scalar(dtype: DType, raw: bytes | str) -> np.generic:
+    raw = raw.encode('latin1') if isinstance(raw, str) else raw
+    (number,) = np.frombuffer(raw, dtype.numpy)
+    return number
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    """How protocols below 3 write bytes."""
+    if encoding != 'latin1':
+        raise RefusedError(f'it asks for the codec {encoding!r}')
+    return text.encode('latin1')
+
+
+def _sequence(items: list | tuple = ()) -> list | tuple:
+    if not isinstance(items, (list, tuple)):
+        raise TypeError(f'items from a {type(items).__name__}')
+    return items
+
+
+def _mapping(items: Any = ()) -> dict:
+    result: dict = {}
+    _set_items(result, items.items() if isinstance(items, dict) else _sequence(items))
+    return result
+
+
+def _set_items(mapping: dict, items: Any) -> None:
+    for key, value in items:
+        mapping[_hashable(key)] = value
+
+
+def _hashable(key: Any) -> Any:
+    """Hashing a tuple of tuples of tuples can take for ever or overflow the stack; no state dict has such a key."""
+    flat = key if isinstance(key, tuple) else (key,)
+    if not all(part is None or isinstance(part, (str, bytes, int, float, bool)) for part in flat):
+        raise ValueError(f'a {type(key).__name__} as a key')
+    return key
+
+
+KNOWN: Mapping[str, Any] = {
+    NDARRAY: NDARRAY,
+    'numpy.dtype': DType,
+    **{
+        f'numpy.{core}.{name}': function
+        for core in ('core', '_core')  # before and since numpy 2
+        for name, function in {
+            'multiarray._reconstruct': _empty_array,
+            'multiarray.scalar': _scalar,
+            'numeric._frombuffer': _from_buffer,
+        }.items()
+    },
+    '_codecs.encode': _encode,
+    'collections.OrderedDict': _mapping,
+    'collections.Counter': _mapping,
+    'collections.defaultdict': lambda factory=None: {},
+    'yacs.config.CfgNode': _mapping,
+    **{
+        f'{builtins}.{name}': function
+        for builtins in ('builtins', '__builtin__')  # Python 3 and 2
+        for name, function in {
+            'dict': _mapping,
+            'list': lambda items=(): list(_sequence(items)),
+            'tuple': lambda items=(): tuple(_sequence(items)),
+            'set': lambda items=(): {_hashable(item) for item in _sequence(items)},
+            'frozenset': lambda items=(): frozenset(_hashable(item) for item in _sequence(items)),
+            'bytes': lambda: b'',
+            'bytearray': lambda raw=b'', *_: bytearray(raw if isinstance(raw, bytes) else raw.encode('latin1')),
+            'int': lambda: 0,
+            'float': lambda: 0.0,
+        }.items()
+    },
+    'argparse.Namespace': Inert,
+    'types.SimpleNamespace': Inert,
+    **{
+        f'{module}.{name}': Inert
+        for module in ('pathlib', 'pathlib._local')
+        for name in ('Path', 'PosixPath', 'WindowsPath', 'PurePosixPath', 'PureWindowsPath')
+    },
+}
+
+
+# ---------------------------------------------------------------------------------------------------- the reader
+_LITERALS = {
+    'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4', 'FLOAT', 'BINFLOAT', 'STRING', 'BINSTRING',
+    'SHORT_BINSTRING', 'UNICODE', 'BINUNICODE', 'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES',
+    'BINBYTES8', 'BYTEARRAY8',
+}  # fmt: skip
+_NOTHING = {'PROTO', 'FRAME'}
+
+
+class PickleReader:
+    """Reads one pickle after another from a stream.
+
+    Args:
+        known: names a file may use, and what each stands for: a function that makes data, or the datum itself.
+        persistent_load: what a reference to something outside the pickle stands for.
+    """
+
+    def __init__(self, known: Mapping[str, Any] = KNOWN, persistent_load: Callable[[Any], Any] | None = None):
+        self._known = known
+        self._persistent_load = persistent_load
+
+    def load(self, stream: IO[bytes]) -> Any:
+        """Returns the next object of `stream`, which is left behind its end.
+
+        Raises:
+            RefusedError: a name that is not known.
+            Exception: of any kind, where the bytes are not a pickle.
+        """
+        self._stack: list = []
+        self._outer: list[list] = []  # what was on the stack before each open MARK
+        self._memo: dict[int, Any] = {}
+        for opcode, arg, _ in pickletools.genops(stream):
+            name = opcode.name
+            if name in _LITERALS:
+                self._stack.append(arg)
+            elif name == 'STOP':
+                break
+            elif name in _OPERATIONS:
+                _OPERATIONS[name](self, arg)
+            elif name not in _NOTHING:
+                raise RefusedError(f'it uses the pickle operation {name}')
+        (result,) = self._stack
+        return result
+
+    # Each operation takes the opcode's argument, or None.
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _take(self, count: int) -> tuple:
+        """The last `count` values, removed from the stack."""
+        if count > len(self._stack):
+            raise IndexError('an operation without its operands')
+        taken = self._stack[len(self._stack) - count :]
+        del self._stack[len(self._stack) - count :]
+        return tuple(taken)
+
+    def _to_mark(self) -> list:
+        """The values since the last MARK, removed from the stack."""
+        taken, self._stack = self._stack, self._outer.pop()
+        return taken
+
+    def _mark(self, _) -> None:
+        self._outer.append(self._stack)
+        self._stack = []
+
+    def _store(self, index: int | None) -> None:
+        self._memo[len(self._memo) if index is None else int(index)] = self._stack[-1]
+
+    def _recall(self, index: int) -> None:
+        self._push(self._memo[int(index)])
+
+    def _name(self, name: str) -> None:
+        """Stands for a class or function; module and name come apart at a blank."""
+        name = name.replace(' ', '.', 1)
+        if name not in self._known:
+            raise RefusedError(f"it names '{name}', which is code and not data")
+        self._push(self._known[name])
+
+    def _instance(self, name: str) -> None:
+        """Protocol 0: a class by name, called with all since the mark."""
+        args = self._to_mark()
+        self._name(name)
+        self._call(*self._take(1), args)
+
+    def _object(self, _) -> None:
+        """Protocol 1: a class and its arguments, all since the mark."""
+        function, *args = self._to_mark()
+        self._call(function, args)
+
+    def _call(self, function: Any, args: Any) -> None:
+        if not callable(function) or not isinstance(args, (tuple, list)):
+            raise TypeError('a call of what cannot be called')
+        self._push(function(*args))
+
+    def _build(self, _) -> None:
+        """State of the object below: that of arrays is their content; attributes of dictionaries are of no interest."""
+        (state,) = self._take(1)
+        target = self._stack[-1]
+        if isinstance(target, np.ndarray):
+            _fill(target, state)
+        elif isinstance(target, DType):
+            target.set_state(state)
+        elif isinstance(target, Inert):
+            target.state = state
+        elif not isinstance(target, dict):
+            raise TypeError(f'state for a {type(target).__name__}')
+
+    def _append(self, items: list | tuple) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, list):
+            raise TypeError(f'items for a {type(target).__name__}')
+        target.extend(items)
+
+    def _set(self, items: list | tuple) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, dict):
+            raise TypeError(f'keys for a {type(target).__name__}')
+        _set_items(target, _pairs(items))
+
+    def _add(self, items: list) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, set):
+            raise TypeError(f'members for a {type(target).__name__}')
+        target.update(_hashable(item) for item in items)
+
+    def _persistent(self, reference: Any) -> None:
+        if self._persistent_load is None:
+            raise ValueError('a reference to something outside the file')
+        self._push(self._persistent_load(reference))
+
+
+def _pairs(items: list | tuple) -> list[tuple]:
+    if len(items) % 2:
+        raise ValueError('a key without a value')
+    return list(zip(items[::2], items[1::2]))
+
+
+_OPERATIONS: dict[str, Callable[[PickleReader, Any], Any]] = {
+    'NONE': lambda self, _: self._push(None),
+    'NEWTRUE': lambda self, _: self._push(True),
+    'NEWFALSE': lambda self, _: self._push(False),
+    'EMPTY_TUPLE': lambda self, _: self._push(()),
+    'EMPTY_LIST': lambda self, _: self._push([]),
+    'EMPTY_DICT': lambda self, _: self._push({}),
+    'EMPTY_SET': lambda self, _: self._push(set()),
+    'MARK': PickleReader._mark,
+    'TUPLE': lambda self, _: self._push(tuple(self._to_mark())),
+    'TUPLE1': lambda self, _: self._push(self._take(1)),
+    'TUPLE2': lambda self, _: self._push(self._take(2)),
+    'TUPLE3': lambda self, _: self._push(self._take(3)),
+    'LIST': lambda self, _: self._push(self._to_mark()),
+    'DICT': lambda self, _: self._push(_mapping(_pairs(self._to_mark()))),
+    'FROZENSET': lambda self, _: self._push(frozenset(_hashable(item) for item in self._to_mark())),
+    'APPEND': lambda self, _: self._append(self._take(1)),
+    'APPENDS': lambda self, _: self._append(self._to_mark()),
+    'SETITEM': lambda self, _: self._set(self._take(2)),
+    'SETITEMS': lambda self, _: self._set(self._to_mark()),
+    'ADDITEMS': lambda self, _: self._add(self._to_mark()),
+    'POP': lambda self, _: self._take(1) if self._stack else self._to_mark(),
+    'POP_MARK': lambda self, _: self._to_mark(),
+    'DUP': lambda self, _: self._push(self._stack[-1]),
+    **dict.fromkeys(('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'), PickleReader._store),
+    **dict.fromkeys(('GET', 'BINGET', 'LONG_BINGET'), PickleReader._recall),
+    'GLOBAL': PickleReader._name,
+    'STACK_GLOBAL': lambda self, _: self._name(' '.join(self._take(2))),
+    **dict.fromkeys(('REDUCE', 'NEWOBJ'), lambda self, _: self._call(*self._take(2))),
+    'INST': PickleReader._instance,
+    'OBJ': PickleReader._object,
+    'BUILD': PickleReader._build,
+    'PERSID': PickleReader._persistent,
+    'BINPERSID': lambda self, _: self._persistent(*self._take(1)),
+}

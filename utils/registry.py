@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named builders: the allow-list between a name in a configuration and the code it runs."""
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterator
+
+from utils.errors import UserError
+
+
+class Registry:
+    """Maps names to functions. Names are compared without regard to case.
+
+    >>> MODELS = Registry('model')
+    >>> @MODELS.register('gmlp')
+    ... def build_gmlp(config): ...
+    >>> MODELS['gmlp'](config)
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._entries: dict[str, Callable] = {}
+        self._aliases: dict[str, str] = {}
+
+    def register(self, name: str, *aliases: str) -> Callable[[Callable], Callable]:
+        """Decorator that files a function under `name`; `aliases` are other spellings that are found but not listed."""
+
+        def decorate(function: Callable) -> Callable:
+            for key in (name, *aliases):
+                if key.lower() in self._aliases:
+                    raise ValueError(f'{self.kind} {key!r} is registered twice')
+                self._aliases[key.lower()] = name
+            self._entries[name] = function
+            return function
+
+        return decorate
+
+    def __getitem__(self, name: str) -> Callable:
+        try:
+            return self._entries[self._aliases[str(name).lower()]]
+        except KeyError:
+            near = difflib.get_close_matches(str(name).lower(), self._aliases, n=1, cutoff=0.4)
+            hint = f" Did you mean '{self._aliases[near[0]]}'?" if near else ''
+            raise UserError(f"unknown {self.kind} '{name}'.{hint} Known: {', '.join(self)}.") from None
+
+    def __contains__(self, name: str) -> bool:
+        return str(name).lower() in self._aliases
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._entries))
+
+    def match(self, pattern: str = '*') -> list[str]:
+        """Names that match a shell pattern, sorted."""
+        return [name for name in self if fnmatch.fnmatch(name, pattern)]

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads what `torch.save` wrote, without PyTorch: the zip archives of PyTorch 1.6 and later, and the files before them.
+
+Both hold one pickle of the saved object, in which a tensor is a view (offset, size, strides) on a numbered storage,
+and the storages as raw numbers. Several tensors may share a storage.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from utils import bfloat16
+from utils.pickles import KNOWN, Inert, PickleReader, RefusedError
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+BFLOAT16 = 'bfloat16'
+# A tensor may repeat numbers (stride 0), which costs nothing until it is copied: up to here it may.
+MAX_REPEATED = 1 << 24
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """`torch.FloatStorage` and its like: the numpy code of its numbers, or BFLOAT16."""
+
+    code: str
+
+    @property
+    def stored(self) -> np.dtype:
+        """How the file holds a number, apart from the byte order."""
+        return np.dtype('u2' if self.code == BFLOAT16 else self.code)
+
+    @property
+    def loaded(self) -> np.dtype:
+        """How numpy holds it."""
+        return np.dtype('f4' if self.code == BFLOAT16 else self.code)
+
+    def decode(self, raw: bytes, byteorder: str) -> np.ndarray:
+        """The bytes of the file -> the numbers in numpy."""
+        numbers = np.frombuffer(raw, self.stored.newbyteorder(byteorder))
+        return bfloat16.to_float32(numbers) if self.code == BFLOAT16 else numbers.astype(self.loaded)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A flat array that tensors are views of."""
+
+    type: StorageType
+    array: np.ndarray
+
+
+def _tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: Any) -> np.ndarray:
+    """torch._utils._rebuild_tensor, and _v2, which adds requires_grad, hooks and metadata."""
+    if rest[2:] and rest[2]:
+        raise RefusedError('it holds a conjugated or negated view of a tensor; store its clone()')
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f'a tensor of size {size} and strides {stride}')
+    count = math.prod(size)
+    if not count:
+        return np.empty(size, storage.array.dtype)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
+    if last >= storage.array.size or count > max(storage.array.size, MAX_REPEATED):
+        raise ValueError(f'a tensor of size {size} beyond its {storage.array.size} stored numbers')
+    steps = [step * storage.array.itemsize for step in stride]
+    return np.lib.stride_tricks.as_strided(storage.array[offset:], size, steps)
+
+
+_STORAGES = {
+    'Double': 'f8', 'Float': 'f4', 'Half': 'f2', 'BFloat16': BFLOAT16, 'Long': 'i8', 'Int': 'i4', 'Short': 'i2',
+    'Char': 'i1', 'Byte': 'u1', 'Bool': '?', 'ComplexFloat': 'c8', 'ComplexDouble': 'c16',
+}  # fmt: skip
+_DTYPES = (
+    'float64', 'float32', 'float16', 'bfloat16', 'int64', 'int32', 'int16', 'int8', 'uint8', 'bool', 'complex64',
+    'complex128',
+)  # fmt: skip
+
+TORCH_KNOWN = {
+    **KNOWN,
+    'torch._utils._rebuild_tensor': _tensor,
+    'torch._utils._rebuild_tensor_v2': _tensor,
+    'torch._utils._rebuild_parameter': lambda data, requires_grad, hooks: data,
+    'torch.Size': lambda items=(): tuple(items),
+    'torch.device': Inert,
+    **{f'torch.{name}Storage': StorageType(code) for name, code in _STORAGES.items()},
+    **{f'torch.{name}': f'torch.{name}' for name in _DTYPES},
+}
+
+
+class _Storages(dict):
+    """Storages by key, made when the pickle first refers to them.
+
+    Args:
+        limit: bytes all of them may take together: the size of the file that holds them.
+        fill: called once with the key and the new storage.
+    """
+
+    def __init__(self, limit: int, fill: Callable[[str, Storage], None] = lambda key, storage: None):
+        super().__init__()
+        self._left = limit
+        self._fill = fill
+
+    def refer(self, reference: tuple) -> Storage:
+        """A persistent id: ('storage', type, key, device, count, and in old files (view key, offset, count) or None)."""
+        kind, type_, key, _, count, *view = reference
+        if kind != 'storage' or not isinstance(type_, StorageType) or type(count) is not int:
+            raise ValueError('a reference that is no storage')
+        if key not in self:
+            self._left -= count * type_.stored.itemsize
+            if count < 0 or self._left < 0:
+                raise ValueError('storages larger than the file')
+            self[key] = Storage(type_, np.zeros(count, type_.loaded))
+            self._fill(key, self[key])
+        if not view or view[0] is None:
+            return self[key]
+        _, offset, length = view[0]
+        if not 0 <= offset <= offset + length <= self[key].array.size:
+            raise ValueError('a view beyond its storage')
+        return Storage(type_, self[key].array[offset : offset + length])
+
+
+def read_archive(stream: IO[bytes], size: int) -> Any:
+    """The object in a zip archive of `torch.save`; `size`: of the file, bytes."""
+    with zipfile.ZipFile(stream) as archive:
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            raise RefusedError('it is a compressed archive, which torch.save does not write')
+        if sum(member.file_size for member in members) > size or len(members) != len(set(archive.namelist())):
+            raise ValueError('its members overlap')
+        (root,) = (name[: -len('data.pkl')] for name in archive.namelist() if is_object(name))
+        byteorder = archive.read(f'{root}byteorder') if f'{root}byteorder' in archive.namelist() else b'little'
+
+        def fill(key: str, storage: Storage) -> None:
+            raw = archive.read(f'{root}data/{key}')
+            storage.array[:] = storage.type.decode(raw, {b'little': '<', b'big': '>'}[byteorder])
+
+        reader = PickleReader(TORCH_KNOWN, _Storages(size, fill).refer)
+        return reader.load(io.BytesIO(archive.read(f'{root}data.pkl')))
+
+
+def is_object(name: str) -> bool:
+    """Whether an archive's member is the pickle of the saved object."""
+    return name == 'data.pkl' or (name.endswith('/data.pkl') and name.count('/') == 1)
+
+
+def read_legacy(stream: IO[bytes], size: int) -> Any:
+    """The object in a file of `torch.save` before PyTorch 1.6: pickles in a row, then the storages one by one."""
+    plain = PickleReader()
+    magic, _, _ = plain.load(stream), plain.load(stream), plain.load(stream)  # the second and third: protocol, machine
+    if magic != LEGACY_MAGIC:
+        raise ValueError('a wrong magic number')
+    storages = _Storages(size)
+    result = PickleReader(TORCH_KNOWN, storages.refer).load(stream)
+    keys = plain.load(stream)
+    if set(keys) != set(storages):
+        raise ValueError('storages are missing')
+    for key in keys:  # tensors are views, so they are complete once their storages are
+        storage = storages[key]
+        (count,) = struct.unpack('<Q', stream.read(8))
+        if count != storage.array.size:
+            raise ValueError('a storage of another length than announced')
+        raw = stream.read(count * storage.type.stored.itemsize)
+        storage.array[:] = storage.type.decode(raw, '<')
+    return result
