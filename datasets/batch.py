@@ -25,7 +25,7 @@ def to_tensor(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tupl
     channels = batch.images.shape[-1]
     scale = 1.0 / (255.0 * np.asarray(std[:channels], 'float64'))
     shift = -np.asarray(mean[:channels], 'float64') / np.asarray(std[:channels], 'float64')
-    images = paddle.to_tensor(batch.images).transpose([0, 3, 1, 2]).astype('float32')
+    images = paddle.to_tensor(batch.images).astype('float32').transpose([0, 3, 1, 2])
     images = images * _per_channel(scale) + _per_channel(shift)
     if batch.erase is not None:
         positions, values = (paddle.to_tensor(array) for array in batch.erase)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 
 import numpy as np
 from PIL import Image
@@ -13,11 +12,7 @@ from datasets.dataset import Dataset
 from datasets.folder import data_path
 from datasets.registry import register_dataset
 from utils.errors import UserError
-
-try:
-    from numpy._core.multiarray import _reconstruct
-except ImportError:  # numpy 1
-    from numpy.core.multiarray import _reconstruct
+from utils.pickles import PickleReader
 
 
 @register_dataset('cifar10')
@@ -55,41 +50,27 @@ def _build(config, name: str, folder: str, files: list[str], label_key: str, met
     root = data_path(config)
     if not os.path.exists(os.path.join(root, meta)):
         root = os.path.join(root, folder)
-    class_names = _field(os.path.join(root, meta), names_key, name)
+    (class_names,) = _fields(os.path.join(root, meta), name, names_key)
     images, labels = [], []
     for file in files:
         path = os.path.join(root, file)
-        pixels = np.asarray(_field(path, 'data', name))
-        if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3072:
+        pixels, file_labels = _fields(path, name, 'data', label_key)
+        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
             raise UserError(f"'{path}' does not hold rows of 3072 bytes; unpack {name}-python.tar.gz again.")
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels += list(_field(path, label_key, name))
+        labels += list(file_labels)
     return Dataset(ArrayStorage(np.concatenate(images), root), labels, source=f"'{root}'", class_names=class_names)
 
 
-def _field(path: str, key: str, name: str):
-    """One entry of a pickled dict. Nothing but numpy arrays and plain values is unpickled."""
+def _fields(path: str, name: str, *keys: str) -> list:
+    """Entries of a pickled dict."""
     try:
         with open(path, 'rb') as file:
-            return _ArrayUnpickler(file, encoding='latin1').load()[key]
+            content = PickleReader().load(file)
+        return [content[key] for key in keys]
     except FileNotFoundError:
         raise UserError(
             f"'{path}' is missing; unpack https://www.cs.toronto.edu/~kriz/{name}-python.tar.gz into DATA.DATA_PATH."
         ) from None
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"'{path}' is damaged ({error}); unpack {name}-python.tar.gz again.") from None
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    _ALLOWED = {
-        ('numpy', 'ndarray'): np.ndarray,
-        ('numpy', 'dtype'): np.dtype,
-        ('numpy.core.multiarray', '_reconstruct'): _reconstruct,
-        ('numpy._core.multiarray', '_reconstruct'): _reconstruct,
-    }
-
-    def find_class(self, module: str, name: str):
-        try:
-            return self._ALLOWED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f'refused {module}.{name}') from None

@@ -46,9 +46,13 @@ class Dataset:
         self.labels = np.asarray(labels, dtype=np.int64)
         self.source = source
         self.class_names = None if class_names is None else list(class_names)
+        if len(self.labels) == 0:
+            raise UserError(f'{source} holds no image.')
         self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
         if len(storage) != len(self.labels):
-            raise ValueError(f'{len(storage)} items, but {len(self.labels)} labels')
+            raise UserError(f'{source} has {len(storage)} images, but {len(self.labels)} labels.')
+        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
+            raise UserError(f'{source} has labels outside 0 to {self.num_classes - 1}.')
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.dataset import Dataset
-from datasets.folder import class_folders, scan_folder
+from datasets.folder import class_folders, image_folder
 from datasets.registry import register_dataset
 from utils.errors import UserError
 
@@ -27,8 +27,7 @@ _HELD_OUT = 5  # every fifth picture of a class
 def build_digits(config, split: str) -> Dataset:
     """scikit-learn's digits; DATA_PATH is not used."""
     folder = os.path.join(digits_folder(), split)
-    names = class_folders(folder)
-    return Dataset(*scan_folder(folder, names), source=f"'{folder}'", class_names=names)
+    return image_folder(folder, class_folders(folder))
 
 
 def digits_folder() -> str:

@@ -22,22 +22,27 @@ def build_folder(config, split: str) -> Dataset:
     # Validation may lack classes; they are numbered as in training. Only folder names of the training part are read.
     train = os.path.join(root, 'train')
     names = class_folders(train if os.path.isdir(train) else folder)
-    if split != 'train':
-        unknown = sorted(set(class_folders(folder)) - set(names))
-        if unknown:
-            raise UserError(f"'{os.path.join(folder, unknown[0])}' is a class that '{train}' does not have.")
-    return Dataset(*scan_folder(folder, names), source=f"'{folder}'", class_names=names)
+    return image_folder(folder, names)
 
 
-def scan_folder(folder: str, names: list[str]) -> tuple[FileStorage, np.ndarray]:
-    """Images below `folder/<name>` for each name, in the order of torchvision's ImageFolder, and their labels.
+def image_folder(folder: str, names: list[str]) -> Dataset:
+    """Images below `folder/<name>` for each class name."""
+    paths, labels = listed_images(folder, names)
+    return Dataset(FileStorage(folder, paths), labels, source=f"'{folder}'", class_names=names)
 
-    A missing class folder is skipped; one without an image is an error.
+
+def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray]:
+    """Image paths relative to `folder`, in the order of torchvision's ImageFolder, and labels, places in `names`.
+
+    Raises:
+        UserError: a class folder that `names` lacks, or one without an image. A name without a folder has no images.
     """
+    present = class_folders(folder)
+    unknown = sorted(set(present) - set(names))
+    if unknown:
+        raise UserError(f"class folder '{os.path.join(folder, unknown[0])}' has no counterpart in the training part.")
     paths, labels = [], []
-    for label, name in enumerate(names):
-        if not os.path.isdir(os.path.join(folder, name)):
-            continue
+    for name in present:
         found = images_below(folder, name)
         if not found:
             raise UserError(
@@ -45,8 +50,8 @@ def scan_folder(folder: str, names: list[str]) -> tuple[FileStorage, np.ndarray]
                 'remove it or fill it.'
             )
         paths += found
-        labels += [label] * len(found)
-    return FileStorage(folder, paths), np.array(labels, dtype=np.int64)
+        labels += [names.index(name)] * len(found)
+    return paths, np.array(labels, dtype=np.int64)
 
 
 def class_folders(folder: str) -> list[str]:
@@ -81,9 +86,9 @@ def build_list(config, split: str) -> Dataset:
     root = data_path(config)
     path = list_path(root, split)
     paths, labels = read_list(path, config.MODEL.NUM_CLASSES)
-    storage = FileStorage(root, paths)
-    _check_any_exists(storage, path)
-    return Dataset(storage, labels, source=f"'{path}'")
+    dataset = Dataset(FileStorage(root, paths), labels, source=f"'{path}'")
+    _check_any_exists(dataset, path)
+    return dataset
 
 
 @register_dataset('imagenet2012', 'imagenet')
@@ -134,18 +139,16 @@ def read_list(path: str, num_classes: int | None = None) -> tuple[list[str], np.
         ) from None
     except OSError as error:
         raise UserError(f"cannot read the list file '{path}': {error.strerror}.") from None
-    if not paths:
-        raise UserError(f"list file '{path}' names no image.")
     return paths, np.array(labels, dtype=np.int64)
 
 
-def _check_any_exists(storage: FileStorage, path: str, probes: int = 16) -> None:
+def _check_any_exists(dataset: Dataset, path: str, probes: int = 16) -> None:
     """A wrong DATA_PATH should show at once: of a few entries all over the list at least one must be there."""
-    places = np.unique(np.linspace(0, len(storage) - 1, probes).astype(int))
-    if not any(os.path.exists(storage.describe(index)) for index in places):
+    places = np.unique(np.linspace(0, len(dataset) - 1, probes).astype(int))
+    if not any(os.path.exists(dataset.describe(index)) for index in places):
         raise UserError(
-            f"'{path}' names '{storage.describe(0)}', which does not exist, nor do others tried; "
-            f"paths are relative to DATA.DATA_PATH, '{storage.root}'."
+            f"'{path}' names '{dataset.describe(0)}', which does not exist, nor do others that were tried; "
+            'paths are relative to the folder of the list (DATA.DATA_PATH).'
         )
 
 

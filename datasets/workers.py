@@ -99,7 +99,12 @@ class WorkerPool:
         with warnings.catch_warnings():
             # Python warns of forking beside threads; workers use nothing that those could hold.
             warnings.simplefilter('ignore', DeprecationWarning)
-            self._executor.submit(os.getpid)  # starts all workers now
+            # Workers inherit the mask: they never see these, not even before their first line of Python.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            try:
+                self._executor.submit(os.getpid)  # starts all workers now
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         processes = [child for child in multiprocessing.active_children() if child not in before]
         self._finalizer = weakref.finalize(self, _end, self._executor, processes)
 
@@ -181,8 +186,6 @@ _memories: list[BatchMemory]
 def _start_worker(make: Callable, memories: list[BatchMemory], parent: int) -> None:
     global _make, _memories
     _make, _memories = make, memories
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     die_with_parent()
     if os.getppid() != parent:  # it went before it could be watched
         os._exit(1)

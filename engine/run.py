@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import glob
 import itertools
 import os
 import time
@@ -101,7 +102,9 @@ def run_folder(config, context: distributed.Context) -> str:
         folder = context.broadcast_text(os.path.join(config.SAVE, config.TAG or _unused(config.SAVE, stamp)))
     if context.is_main:
         try:
-            os.makedirs(os.path.join(folder, 'vdl'), exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
+            for stale in glob.glob(os.path.join(glob.escape(folder), '.*.tmp')):  # of a process killed while writing
+                os.unlink(stale)
             _write_config(config, os.path.join(folder, 'config.yaml'))
             if not config.EVAL:
                 _point_latest(folder)

@@ -330,7 +330,7 @@ class Trainer:
                 self.log.master('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
             self.ema.set_state_dict(averages or self.model.state_dict())
         if self.metrics is not None:
-            self.metrics.rewind(self.position.step if self.position.validated else self.position.step - 1)
+            self.metrics.rewind(self.position.step, self.position.validated)
         self.log.master(f'----- Resume: epoch {self.position.epoch}, step {self.position.step} from {path}')
 
     def _load_position(self, state: dict) -> None:

@@ -135,6 +135,7 @@ KNOWN: Mapping[str, Any] = {
             'bytes': lambda: b'',
             'bytearray': lambda raw=b'', *_: bytearray(raw if isinstance(raw, bytes) else raw.encode('latin1')),
             'int': lambda: 0,
+            'long': lambda: 0,  # what protocol 2 calls int
             'float': lambda: 0.0,
         }.items()
     },

@@ -64,8 +64,12 @@ class MetricsFile:
         with open(self.path, 'a', encoding='utf-8') as file:
             file.write(json.dumps(row) + '\n')
 
-    def rewind(self, step: int) -> None:
-        """Drops rows after optimiser step `step`: a resumed run is about to write them again."""
+    def rewind(self, step: int, validated: bool) -> None:
+        """Drops rows that a run resumed at optimiser step `step` is about to write again.
+
+        Args:
+            validated: whether the evaluation due at that very step was done.
+        """
         if not os.path.exists(self.path):
             return
         rows = []
@@ -75,7 +79,7 @@ class MetricsFile:
                     row = json.loads(line)
                 except ValueError:  # cut off by a crash
                     continue
-                if row['step'] <= step:
+                if row['step'] < step or (row['step'] == step and (validated or row['kind'] == 'train')):
                     rows.append(line if line.endswith('\n') else line + '\n')
         with atomic_write(self.path, 'w') as file:
             file.writelines(rows)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loads weights into a model: all of them, or all but a classifier of another number of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from models.state import REBUILT_SUFFIXES, count_classes, fit_state
+from utils.errors import UserError
+from utils.weights import EMA_KEYS, PADDLE, choose_state_dict, file_format, read_file, resolve_weights_path
+
+
+def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = print, replace_head: bool = True) -> None:
+    """Loads a .pdparams file: flat weights, or a checkpoint, of which averaged weights are preferred (PaddleViT's rule).
+
+    Args:
+        model: not wrapped by DataParallel.
+        path: the file, with or without .pdparams, or a run folder.
+        log: takes a line for each thing worth saying.
+        replace_head: leave the classifier as it is where the file's has another number of classes; False: that is
+            an error, as for an evaluation.
+
+    Raises:
+        UserError: no such file, a damaged or foreign one, or weights that do not fit; the model is then unchanged.
+    """
+    path = resolve_weights_path(path)
+    kind = file_format(path)
+    if kind != PADDLE:
+        raise UserError(
+            f"'{path}' is a {kind} file; convert it first: "
+            f'python tools/port_weights.py -cfg CFG -source {path} -output X.pdparams'
+        )
+    where, arrays = choose_state_dict(read_file(path), prefer_ema=True, source=f"'{path}'")
+    averaged = ' (averaged weights, model_ema)' if set(where.split('.')) & set(EMA_KEYS) else ''
+    log(f'----- Pretrained: Load model state from {path}{averaged}')
+    load_state(model, arrays, source=f"'{path}'", log=log, replace_head=replace_head)
+
+
+def load_state(
+    model: nn.Layer,
+    arrays: Mapping[str, np.ndarray],
+    source: str = 'the weights',
+    log: Callable[[str], None] = print,
+    replace_head: bool = True,
+) -> None:
+    """Sets all weights of a model from arrays under its own names; see `load_pretrained`.
+
+    Everything is checked before the first weight changes.
+    """
+    arrays = {name: array for name, array in arrays.items() if not name.endswith(REBUILT_SUFFIXES)}
+    targets = model.state_dict()
+    ours, theirs = count_classes(model, targets), count_classes(model, arrays)
+    fresh: list[str] = []
+    if ours != theirs and None not in (ours, theirs):
+        if not replace_head:
+            mend = f'set MODEL.NUM_CLASSES to {theirs}' if theirs else 'give weights that were trained with one'
+            raise UserError(f'{source} has {_classifier(theirs)}, but the model {_classifier(ours)}; {mend}.')
+        fresh = [name for name in targets if name.startswith(model.head_names())]
+        arrays = {name: array for name, array in arrays.items() if not name.startswith(model.head_names())}
+        log(
+            f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}'
+            + (', which starts anew' if ours else '')
+        )
+    fitted = fit_state(model, arrays, source, optional=fresh)
+    for name, (old, new) in fitted.resized.items():
+        log(f'----- Pretrained: {name} interpolated from {list(old)} to {list(new)}')
+    values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in fitted.state.items()}
+    model.set_state_dict({**targets, **values})
+
+
+def _classifier(classes: int) -> str:
+    return f'a classifier of {classes} classes' if classes else 'no classifier'

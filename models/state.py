@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fits named arrays to a model, strictly: Paddle's `set_state_dict` lets missing, left-over and misshapen ones pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from paddle import Tensor, nn
+
+from utils import bfloat16
+from utils.errors import UserError
+
+LISTED = 8  # names an error shows per kind of trouble
+
+# Index tables that a model builds from its sizes; files may carry theirs.
+REBUILT_SUFFIXES = ('.relative_position_index',)
+# Buffers that are learned, unlike all others.
+STATISTICS_SUFFIXES = ('._mean', '._variance')
+
+
+@dataclass
+class Fitted:
+    """What `fit_state` made.
+
+    Attributes:
+        state: for `set_state_dict`, in the model's shapes and types.
+        resized: name -> (shape in the file, shape in the model) of interpolated tables.
+        kept: names of buffers that the file lacks and the model has built itself.
+    """
+
+    state: dict[str, np.ndarray] = field(default_factory=dict)
+    resized: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+
+
+def fit_state(
+    model: nn.Layer,
+    arrays: Mapping[str, np.ndarray],
+    source: str,
+    optional: Iterable[str] = (),
+    original_names: Mapping[str, str] | None = None,
+) -> Fitted:
+    """Brings arrays under the model's names into its shapes and types.
+
+    Numbers change their precision only; positional tables of another resolution are interpolated by the model's hook
+    `resize_positions(name, array) -> array`, where it has one.
+
+    Args:
+        model: offers names, shapes and types; it is not changed.
+        arrays: by the model's names.
+        source: what to call their origin in an error.
+        optional: names that may be missing.
+        original_names: what the file calls an array, where that is not the model's name.
+
+    Raises:
+        UserError: lists the names and shapes of arrays without a place, parameters without an array, and differences.
+    """
+    targets, original_names = model.state_dict(), original_names or {}
+    parameters = {name for name, _ in model.named_parameters()}
+    fitted, missing, different = Fitted(), [], []
+    for name, target in targets.items():
+        if name in arrays:
+            array = _cast(arrays[name], target)
+            if array is None:
+                different.append(f'{name} {arrays[name].dtype} instead of {_type_name(target)}')
+                continue
+            shape, wanted = array.shape, tuple(target.shape)
+            if shape != wanted and hasattr(model, 'resize_positions'):
+                array = model.resize_positions(name, array)
+            if array.shape != wanted:
+                different.append(f'{name} {list(shape)} instead of {list(wanted)}')
+                continue
+            if shape != wanted:
+                fitted.resized[name] = (shape, wanted)
+            fitted.state[name] = array
+        elif name not in parameters and not name.endswith(STATISTICS_SUFFIXES):
+            fitted.kept.append(name)
+        elif name not in optional:
+            missing.append(f'{name} {list(target.shape)}')
+    unknown = [f'{original_names.get(n, n)} {list(a.shape)}' for n, a in arrays.items() if n not in targets]
+    trouble = [
+        _listing(unknown, 'in the file without a place in the model'),
+        _listing(missing, 'in the model without weights in the file'),
+        _listing(different, 'of another shape or type'),
+    ]
+    if any(trouble):
+        raise UserError(f'{source} does not fit {type(model).__name__}: {"; ".join(filter(None, trouble))}.')
+    return fitted
+
+
+def count_classes(model: nn.Layer, state: Mapping) -> int | None:
+    """Number of classes of the classifier in a state dict; 0 without one, None where its parts disagree."""
+    counts = {value.shape[-1] for name, value in state.items() if name.startswith(model.head_names())}
+    return counts.pop() if len(counts) == 1 else None if counts else 0
+
+
+def _cast(array: np.ndarray, target: Tensor) -> np.ndarray | None:
+    """The array in the target's kind of number, or None where that would change what it says."""
+    wanted = _type_name(target)
+    if 'float' in wanted:
+        if array.dtype == np.uint16:  # how Paddle stores bfloat16
+            array = bfloat16.to_float32(array)
+        return array.astype('float64' if wanted == 'float64' else 'float32') if array.dtype.kind == 'f' else None
+    result = array.astype(wanted)
+    return result if np.array_equal(result, array) else None
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).rpartition('.')[2]
+
+
+def _listing(items: list[str], what: str) -> str:
+    if not items:
+        return ''
+    more = f', and {len(items) - LISTED} more' if len(items) > LISTED else ''
+    return f'{len(items)} {what} ({", ".join(items[:LISTED])}{more})'

@@ -1,0 +1,101 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Writes train_list.txt and val_list.txt from a folder per class, one line per image: relative path, blank, label.
+
+    python tools/make_lists.py -data_path /data/flowers              from train/<class>/ and val/<class>/
+    python tools/make_lists.py -data_path /data/flowers -split 0.1   from <class>/ (or train/<class>/), a tenth held out
+
+Classes are numbered in sorted order. With -split each class gives the same share, drawn with a fixed seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+
+from datasets.folder import class_folders, list_path, listed_images
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+
+Entries = list[tuple[str, int]]  # (path relative to the data folder, label)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    names, parts = split_folder(args.data_path, args.split, args.seed) if args.split else read_folders(args.data_path)
+    files = {split: list_path(args.data_path, split) for split in parts}
+    for path in files.values():
+        if os.path.exists(path) and not args.force:
+            raise UserError(f"'{path}' exists; -force overwrites it.")
+    contents = {split: format_list(entries) for split, entries in parts.items()}
+    for split, path in files.items():
+        with atomic_write(path) as file:
+            file.write(contents[split])
+        used = len({label for _, label in parts[split]})
+        print(f'{path}: {len(parts[split])} images, {used} of {len(names)} classes')
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument('-data_path', metavar='DIR', required=True, help='folder that holds the images')
+    parser.add_argument('-split', metavar='SHARE', type=float, help='hold this share of each class out for validation')
+    parser.add_argument('-seed', metavar='N', type=int, default=0, help='of the held-out draw (default: 0)')
+    parser.add_argument('-force', action='store_true', help='overwrite existing list files')
+    args = parser.parse_args(argv)
+    if args.split is not None and not 0 < args.split < 1:
+        raise UserError(f'-split is {args.split}, but must lie between 0 and 1.')
+    return args
+
+
+def read_folders(root: str) -> tuple[list[str], dict[str, Entries]]:
+    """Class names and the entries below `root/train` and `root/val`."""
+    if not os.path.isdir(os.path.join(root, 'val')) and os.path.isdir(root):
+        raise UserError(f"'{root}' has no val/; -split 0.1 holds a tenth of the images out instead.")
+    names = class_folders(os.path.join(root, 'train'))
+    return names, {'train': entries_below(root, 'train', names), 'val': entries_below(root, 'val', names)}
+
+
+def split_folder(root: str, share: float, seed: int) -> tuple[list[str], dict[str, Entries]]:
+    """Class names and the entries below `root/train`, or `root` without such a folder, in two disjoint parts."""
+    if os.path.isdir(os.path.join(root, 'val')):
+        raise UserError(f"'{root}' has a validation part in val/ already; leave -split out.")
+    part = 'train' if os.path.isdir(os.path.join(root, 'train')) else ''
+    names = class_folders(os.path.join(root, part))
+    entries = entries_below(root, part, names)
+    labels = np.array([label for _, label in entries])
+    held_out = np.zeros(len(entries), bool)
+    rng = np.random.default_rng(seed)
+    for label in range(len(names)):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        if len(members) < 2:
+            raise UserError(f"class '{names[label]}' has a single image, which cannot be split.")
+        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+    return names, {
+        'train': [entry for entry, out in zip(entries, held_out) if not out],
+        'val': [entry for entry, out in zip(entries, held_out) if out],
+    }
+
+
+def entries_below(root: str, part: str, names: list[str]) -> Entries:
+    """Images of each class in `root/part`, with paths relative to `root`."""
+    paths, labels = listed_images(os.path.join(root, part), names)
+    return [(os.path.join(part, path), label) for path, label in zip(paths, labels)]
+
+
+def format_list(entries: Entries) -> bytes:
+    for path, _ in entries:
+        if path != path.strip() or len(path.splitlines()) != 1:
+            raise UserError(f'{path!r} has a line break or begins or ends with a blank; rename it.')
+    return b''.join(os.fsencode(f'{path} {label}\n') for path, label in entries)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Converts published weights to .pdparams.
+
+    python tools/port_weights.py -cfg configs/gmlp_s16_224.yaml -source gmlp_s16_224.pth -output gmlp_s16_224.pdparams
+
+PyTorch is not needed and nothing in the source file is run. Every array of the source is used or dropped for a reason
+that is printed; anything else is an error that lists names and shapes, and then nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from config import get_config
+from models import build_model
+from models.port import port_with_report
+from utils import cli
+from utils.weights import PADDLE, SUFFIX, choose_state_dict, file_format, read_file, write_pdparams
+
+
+def main() -> None:
+    """Reads, converts, reports, writes."""
+    args = _arguments()
+    config = get_config(args.cfg, args.opts)
+    name = f"'{args.source}'"
+    where, arrays = choose_state_dict(read_file(args.source), prefer_ema=args.ema, source=name)
+    kind = file_format(args.source)
+    print(f'{args.source}: {kind} file, {len(arrays)} arrays' + (f" under '{where}'" if where else ''))
+    state, report = port_with_report(build_model(config), arrays, own_names=kind == PADDLE, source=name)
+    print(report)
+    output = args.output if args.output.endswith(SUFFIX) else args.output + SUFFIX
+    write_pdparams(state, output)
+    print(f'written: {output}')
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Convert published weights to .pdparams.', allow_abbrev=False)
+    parser.add_argument('-cfg', required=True, metavar='FILE', help='YAML file that describes the model')
+    parser.add_argument(
+        '-source', required=True, metavar='FILE',
+        help='.pth, .pt, .pth.tar, .safetensors or .npz of the published model, or .pdparams of PaddleViT',
+    )  # fmt: skip
+    parser.add_argument('-output', required=True, metavar='FILE', help='.pdparams file to write')
+    parser.add_argument('-ema', action='store_true', help='take the averaged weights of a training checkpoint')
+    parser.add_argument(
+        '-opts', nargs=argparse.REMAINDER, default=[], metavar='KEY VALUE',
+        help='configuration keys that win over the file, such as MODEL.NUM_CLASSES 10; must come last',
+    )  # fmt: skip
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    cli.run(main)
