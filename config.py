@@ -9,6 +9,7 @@ A run is described by one YAML file. Values are taken in this order, later ones 
 
 Keys are PaddleViT's where PaddleViT has the key; its YAML files load unchanged, old spellings included.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -33,8 +34,12 @@ _C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process; None: BATCH_SIZ
 _C.DATA.IMAGE_SIZE = 224  # side of the square input, pixels
 _C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
 _C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
-_C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black, as for CIFAR; auto: padded up to 32 px
-_C.DATA.INTERPOLATION = 'bicubic'  # resampling of both transforms: bicubic, bilinear, or random (training: one of both per image)
+_C.DATA.CROP = (
+    'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black, as for CIFAR; auto: padded up to 32 px
+)
+_C.DATA.INTERPOLATION = (
+    'bicubic'  # resampling of both transforms: bicubic, bilinear, or random (training: one of both per image)
+)
 _C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
 _C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
 _C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
@@ -50,6 +55,7 @@ _C.MODEL.NUM_CLASSES = None  # None: taken from the data set; 1000 when a model 
 _C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams
 _C.MODEL.RESUME = None  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = 0.0  # rate after the layers of an MLP
+_C.MODEL.ATTENTION_DROPOUT = 0.0  # rate of the attention weights
 _C.MODEL.DROPPATH = 0.1  # stochastic depth rate
 _C.MODEL.DROPPATH_RAMP = False  # True: the rate grows linearly over the depth, from 0 to DROPPATH
 
@@ -65,6 +71,24 @@ _C.MODEL.MIXER.DEPTH = 12  # number of blocks
 _C.MODEL.MIXER.MLP_RATIO = 6.0  # channels inside a block / EMBED_DIM
 _C.MODEL.MIXER.STEM_NORM = False  # LayerNorm after the patch embedding
 
+_C.MODEL.TRANS = CN()  # Vision Transformer
+_C.MODEL.TRANS.PATCH_SIZE = 16  # side of a patch, pixels
+_C.MODEL.TRANS.EMBED_DIM = 768  # channels of a token
+_C.MODEL.TRANS.DEPTH = 12  # number of blocks
+_C.MODEL.TRANS.NUM_HEADS = 12  # heads of each attention
+_C.MODEL.TRANS.MLP_RATIO = 4.0  # channels inside an MLP / EMBED_DIM
+_C.MODEL.TRANS.QKV_BIAS = True  # biases of query, key and value
+_C.MODEL.TRANS.GLOBAL_POOL = False  # classify the normalised mean of the patch tokens, not the class token
+_C.MODEL.TRANS.DISTILLED = False  # a second classifier for a teacher's labels
+_C.MODEL.TRANS.REPRESENTATION_SIZE = None  # channels of a tanh layer before the classifier; None: there is none
+
+_C.MODEL.EVIT = CN()  # EViT: blocks that keep only the patch tokens the class token attends to
+_C.MODEL.EVIT.KEEP_RATE = 1.0  # share of the tokens kept by each block of DROP_LOC; 1: off
+_C.MODEL.EVIT.DROP_LOC = (3, 6, 9)  # those blocks, numbered from 0
+_C.MODEL.EVIT.FUSE_TOKEN = False  # fuse the others into one token instead of dropping them
+_C.MODEL.EVIT.SHRINK_START_EPOCH = 0  # training: epochs with all tokens before the keep rate starts to fall
+_C.MODEL.EVIT.SHRINK_EPOCHS = 0  # training: epochs it takes to fall from 1 to KEEP_RATE
+
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # last finished epoch, for resuming from a file that holds weights only
@@ -79,7 +103,9 @@ _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'warmupcosine'  # a name of engine/schedules.py
 _C.TRAIN.LR_SCHEDULER.UPDATE = 'epoch'  # epoch: constant inside an epoch (PaddleViT, timm); step: follows every step
 _C.TRAIN.LR_SCHEDULER.LAG = 0  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT's loop: 2)
-_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (PaddleViT; DeiT: False)
+_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = (
+    True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (PaddleViT; DeiT: False)
+)
 _C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = None  # largest global gradient norm; None: off
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimiser step; equals one batch that many times as large
@@ -92,7 +118,9 @@ _C.TRAIN.OPTIMIZER.NESTEROV = False  # SGD
 _C.TRAIN.MODEL_EMA = False  # keep an exponential moving average of the weights, validated beside them
 _C.TRAIN.MODEL_EMA_DECAY = 0.99996  # share of the old average kept at each step
 _C.TRAIN.RECOMPUTE = False  # compute block activations again in the backward pass: less memory, about a third more time
-_C.TRAIN.NONFINITE = 'error'  # a loss or gradient that is not finite: error ends the run on every process; skip drops the step
+_C.TRAIN.NONFINITE = (
+    'error'  # a loss or gradient that is not finite: error ends the run on every process; skip drops the step
+)
 _C.TRAIN.DROP_LAST = False  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
 
 # augmentation, in the order it is applied
@@ -144,6 +172,7 @@ _OPTIONAL = {
     'MODEL.PUBLISHED.ACC1': float,
     'MODEL.PUBLISHED.ACC5': float,
     'MODEL.PUBLISHED.WEIGHTS': str,
+    'MODEL.TRANS.REPRESENTATION_SIZE': int,
     'TRAIN.LINEAR_SCALED_LR': int,
     'TRAIN.GRAD_CLIP': float,
     'TRAIN.CUTMIX_MINMAX': tuple,
@@ -154,7 +183,6 @@ _RENAMED = {
     'MODEL.MIXER.HIDDEN_SIZE': 'MODEL.MIXER.EMBED_DIM',
     'MODEL.MIXER.NUM_LAYERS': 'MODEL.MIXER.DEPTH',
     'MODEL.DROP_PATH': 'MODEL.DROPPATH',
-    'MODEL.ATTENTION_DROPOUT': None,  # never read by PaddleViT's gMLP
     'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the average lives beside the weights
     'NGPUS': None,  # one process per visible device
     'LOCAL_RANK': None,
@@ -179,12 +207,13 @@ _AT_LEAST = {
     'DATA.TIMEOUT': 0, 'MODEL.NUM_CLASSES': 0, 'TRAIN.LAST_EPOCH': 0, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0,
     'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.REPEATED_AUG': 0, 'TRAIN.RANDOM_ERASE_COUNT': 1, 'TRAIN.RAND_AUGMENT_LAYERS': 1,
     'TRAIN.LR_SCHEDULER.LAG': 0, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.LINEAR_SCALED_LR': 1, 'SAVE_FREQ': 0, 'SAVE_KEEP': 0,
-    'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0,
+    'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0, 'MODEL.EVIT.SHRINK_START_EPOCH': 0,
+    'MODEL.EVIT.SHRINK_EPOCHS': 0,
 }  # fmt: skip
 
 _PROBABILITIES = (
-    'MODEL.DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING', 'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB',
-    'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY',
+    'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
+    'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY',
 )  # fmt: skip
 
 
@@ -214,7 +243,9 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
 def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses PaddleViT's command line: single dash, `-x value` or `-x=value`, quotes around a value are dropped."""
     parser = argparse.ArgumentParser(
-        description='Train or evaluate an image classifier.', allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description='Train or evaluate an image classifier.',
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = lambda flag, kind=_unquoted, **kw: parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, **kw)  # noqa: E731
     switch = lambda flag, text: parser.add_argument(flag, action='store_true', default=argparse.SUPPRESS, help=text)  # noqa: E731
@@ -236,7 +267,13 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     switch('-eval', 'evaluate only')
     switch('-amp', 'mixed precision (acts on GPU)')
     switch('-throughput', 'measure images per second and stop')
-    parser.add_argument('-opts', nargs=argparse.REMAINDER, default=[], metavar='KEY VALUE', help='any configuration keys; must come last')
+    parser.add_argument(
+        '-opts',
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar='KEY VALUE',
+        help='any configuration keys; must come last',
+    )
     return parser.parse_args(argv)
 
 
@@ -325,7 +362,9 @@ def _merge_file(config: CN, path: str, parents: tuple[str, ...] = ()) -> None:
 def _walk(node: yaml.Node, path: str, prefix: str = ''):
     """Yields (dotted key, value, 'file:line') of each leaf; refuses duplicate keys and tags that build Python objects."""
     if not isinstance(node, yaml.MappingNode):
-        raise UserError(f"{path}:{node.start_mark.line + 1}: expected 'KEY: value' pairs under '{prefix[:-1] or 'the file'}'.")
+        raise UserError(
+            f"{path}:{node.start_mark.line + 1}: expected 'KEY: value' pairs under '{prefix[:-1] or 'the file'}'."
+        )
     seen = set()
     for key_node, value_node in node.value:
         where = f'{path}:{key_node.start_mark.line + 1}'

@@ -12,6 +12,7 @@ set -- -cfg="${CFG:-./configs/gmlp_digits.yaml}" ${DATASET:+-dataset="$DATASET"}
     ${BATCH_SIZE:+-batch_size="$BATCH_SIZE"} "$@"
 if [ -n "$NNODES" ]; then
     exec "${PYTHON:-python3}" -m paddle.distributed.launch --nnodes "$NNODES" --rank "${NODE_RANK:?set NODE_RANK to 0 .. NNODES-1}" \
-        --master "${MASTER:?set MASTER to HOST:PORT of node 0}" ${NPROC:+--nproc_per_node "$NPROC"} main_multi_gpu.py "$@"
+        --master "${MASTER:?set MASTER to HOST:PORT of node 0}" ${NPROC:+--nproc_per_node "$NPROC"} --log_dir "${LAUNCH_LOG_DIR:-output/launch}" \
+        main_multi_gpu.py "$@"
 fi
 exec "${PYTHON:-python3}" main_multi_gpu.py "$@"

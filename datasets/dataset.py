@@ -63,8 +63,7 @@ class Dataset:
             return self.storage.open(index)
         except UnreadableImage as error:
             raise BadImageError(
-                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {error}. "
-                'Mend or remove it, or set DATA.BAD_IMAGE to skip.'
+                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {error}."
             ) from None
 
     def describe(self, index: int) -> str:

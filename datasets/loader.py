@@ -107,7 +107,7 @@ class BatchMaker:
                 return candidate, self.dataset.load(candidate)
             except BadImageError as error:
                 if not self.skip:
-                    raise
+                    raise UserError(f'{error} Mend or remove it, or set DATA.BAD_IMAGE to skip.') from None
                 skipped.append(str(error))
         if self.training:
             raise UserError(f'{_TRIES} images in a row cannot be read; the last one: {skipped[-1]}')
@@ -161,6 +161,7 @@ class Loader:
         self._own_memory: BatchMemory | None = None
         self._pool: WorkerPool | None = None
         self._latest = 0
+        self._reported: set[str] = set()
 
     @property
     def num_samples(self) -> int:
@@ -195,7 +196,7 @@ class Loader:
         self._latest += 1
         if self._workers == 0:
             return self._only_latest(map(self._make_here, jobs), self._latest)
-        if self._pool is None:
+        if self._pool is None or self._pool.closed:
             memories = [self._new_memory() for _ in range(self._workers * self._prefetch)]
             self._pool = WorkerPool(self._maker, memories, self._workers, self._timeout, self.dataset.describe)
         finished = self._pool.run(jobs)
@@ -220,8 +221,9 @@ class Loader:
 
     def _collect(self, filled: Filled, memory: BatchMemory) -> Batch:
         """Copies a batch out of the memory that the worker is about to use again."""
-        for message in filled.skipped:
+        for message in sorted(set(filled.skipped) - self._reported):
             _LOG.warning('skipped: %s', message)
+            self._reported.add(message)
         indices = np.array(filled.indices, dtype=np.int64)
         height, width, channels = self._maker.transform.shape
         count = sum(filled.erased)

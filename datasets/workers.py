@@ -165,6 +165,10 @@ class WorkerPool:
         names = [f"'{self._describe(memory.at_work)}'" for memory in self._memories if memory.at_work >= 0]
         return f' (images in work: {", ".join(names[:8])})' if names else ''
 
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
     def close(self) -> None:
         """Ends the workers at once, hung ones too. Happens by itself when the pool is no longer referred to."""
         self._finalizer()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: the whole state of a run in one file, under names that do not depend on the process that wrote it.
 
-    last.pdparams        everything needed to go on as if nothing had happened
-    epoch_NNNN.pdparams  the same, every SAVE_FREQ epochs
-    best.pdparams        flat weights of the best evaluation, for `paddle.load` + `set_state_dict`
+last.pdparams        everything needed to go on as if nothing had happened
+epoch_NNNN.pdparams  the same, every SAVE_FREQ epochs
+best.pdparams        flat weights of the best evaluation, for `paddle.load` + `set_state_dict`
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def keep_epoch(folder: str, epoch: int, keep: int) -> str:
     path = os.path.join(folder, f'epoch_{epoch:04d}.pdparams')
     if os.path.exists(path):
         os.unlink(path)
-    os.link(os.path.join(folder, LAST), path)  # last.pdparams is replaced, never rewritten, so this name keeps its content
+    os.link(
+        os.path.join(folder, LAST), path
+    )  # last.pdparams is replaced, never rewritten, so this name keeps its content
     for old in epoch_files(folder)[:-keep] if keep else []:
         os.unlink(old)
     return path
@@ -137,10 +139,14 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
         stored = [parameter for parameter in group['params'] if names[parameter.name] in known]
         optimizer._create_accumulators(block, {**group, 'params': stored})
     for kind, entries in state.items():
-        targets = _by_name(optimizer._master_weights if kind == 'master_weight' else optimizer._accumulators[kind], names)
+        targets = _by_name(
+            optimizer._master_weights if kind == 'master_weight' else optimizer._accumulators[kind], names
+        )
         for name, value in entries.items():
             if tuple(targets[name].shape) != tuple(np.shape(value)):
-                raise UserError(f"the checkpoint's {kind} of {name} has shape {np.shape(value)}, not {targets[name].shape}.")
+                raise UserError(
+                    f"the checkpoint's {kind} of {name} has shape {np.shape(value)}, not {targets[name].shape}."
+                )
             targets[name].set_value(paddle.to_tensor(value).astype(targets[name].dtype))
 
 

@@ -108,10 +108,14 @@ def _devices(processes: int | None) -> list[str | None]:
 
     visible = paddle.device.cuda.device_count()
     if visible == 0:
-        raise UserError('this Paddle was built for GPUs but sees none; set CUDA_VISIBLE_DEVICES or install paddlepaddle.')
+        raise UserError(
+            'this Paddle was built for GPUs but sees none; set CUDA_VISIBLE_DEVICES or install paddlepaddle.'
+        )
     count = _count(processes, 'NPROC', default=visible)
     if count > visible:
-        raise UserError(f'{count} processes were asked for, but only {visible} GPUs are visible; lower -ngpus or NPROC.')
+        raise UserError(
+            f'{count} processes were asked for, but only {visible} GPUs are visible; lower -ngpus or NPROC.'
+        )
     return [str(index) for index in range(count)]
 
 

@@ -21,7 +21,7 @@ from models import build_model
 from models.pretrained import load_pretrained, load_state
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.runlog import RunLog
+from utils.runlog import MetricsFile, RunLog
 
 
 def run_config(config) -> None:
@@ -50,7 +50,7 @@ def run_config(config) -> None:
     }
     try:
         if config.EVAL:
-            _evaluate(config, model, loaders['val'], context, log)
+            _evaluate(config, model, loaders['val'], context, log, folder)
         else:
             _train(config, model, loaders, context, log, folder)
     finally:
@@ -59,17 +59,19 @@ def run_config(config) -> None:
         log.close()
 
 
-def _evaluate(config, model, loader, context, log) -> None:
+def _evaluate(config, model, loader, context, log, folder: str) -> None:
     if config.MODEL.RESUME:
         path, state = read_checkpoint(config.MODEL.RESUME, log.master)
-        load_state(model, state.get('model', state), path)
+        load_state(model, state.get('model', state), f"'{path}'", log.master, replace_head=False)
     else:
-        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, new_head=False)
+        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, replace_head=False)
     result = evaluate(config, model, loader, context, log)
     log.master(
         f'----- Validation: Validation Loss: {result["loss"]:.4f}, Validation Acc@1: {result["acc1"]:.4f}, '
         f'Validation Acc@5: {result["acc5"]:.4f}, time: {result["seconds"]:.2f}'
     )
+    if context.is_main:
+        MetricsFile(os.path.join(folder, 'metrics.jsonl')).append({'kind': 'eval', 'epoch': 0, 'step': 0, **result})
     if result['skipped']:
         log.master(f'{result["skipped"]} images could not be read and are not counted.')
 
@@ -80,7 +82,7 @@ def _train(config, model, loaders, context, log, folder: str) -> None:
         resume = folder
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
-        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, new_head=True)
+        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master)
     task = SupervisedTask(config, config.MODEL.NUM_CLASSES)
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder)
     if resume:
@@ -109,7 +111,9 @@ def run_folder(config, context: distributed.Context) -> str:
             if not config.EVAL:
                 _point_latest(folder)
         except OSError as error:
-            raise UserError(f"cannot write the run folder '{folder}': {error.strerror}; choose another with -output.") from None
+            raise UserError(
+                f"cannot write the run folder '{folder}': {error.strerror}; choose another with -output."
+            ) from None
     context.barrier()
     return folder
 

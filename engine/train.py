@@ -156,7 +156,12 @@ class Trainer:
                 if report and current is not None:
                     speed = (totals[IMAGES] - images_before) / max(time.time() - reported, 1e-9)
                     reported, images_before = time.time(), totals[IMAGES]
-                    eta = (num_batches - window[-1] - 1) * config.DATA.BATCH_SIZE * self.context.world_size / max(speed, 1e-9)
+                    eta = (
+                        (num_batches - window[-1] - 1)
+                        * config.DATA.BATCH_SIZE
+                        * self.context.world_size
+                        / max(speed, 1e-9)
+                    )
                     self._report(epoch, window[-1], num_batches, lr, current, totals, local, norm, speed, eta)
                 if current is not None and current[STOP] and step + 1 < steps:
                     self._leave()
@@ -315,11 +320,11 @@ class Trainer:
     def load_state_dict(self, state: dict, path: str) -> None:
         """Continues from a checkpoint of this suite, one of PaddleViT, or flat weights (position from TRAIN.LAST_EPOCH)."""
         if 'model' not in state:
-            load_state(self.model, state, path)
+            load_state(self.model, state, f"'{path}'", self.log.master, replace_head=False)
             self.position.epoch = self.config.TRAIN.LAST_EPOCH
             self.log.master(f'----- Resume: weights only from {path}; epoch {self.position.epoch} by -last_epoch.')
         else:
-            load_state(self.model, state['model'], path)
+            load_state(self.model, state['model'], f"'{path}'", self.log.master, replace_head=False)
             self._load_position(state)
             self._load_optimizer(state.get('optimizer') or {}, ours='progress' in state)
             if self.scaler.is_enable() and state.get('amp_grad_scaler'):

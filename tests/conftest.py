@@ -9,6 +9,8 @@ os.environ.setdefault('FLAGS_paddle_num_threads', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 import numpy as np
+import pytest
+from PIL import Image
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -38,3 +40,18 @@ def assert_close(actual, expected, tolerance: float = 1e-4) -> None:
     scale = max(float(np.abs(expected).max()), 1e-12)
     worst = float(np.abs(actual - expected).max()) / scale
     assert worst <= tolerance, f'relative difference {worst:.3g} > {tolerance:.3g}'
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """Three classes of textured squares: 75 training images, 13 validation images."""
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for split, per_class in (('train', (25, 25, 25)), ('val', (5, 4, 4))):
+        for label, count in enumerate(per_class):
+            folder = root / split / f'class{label}'
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * label
+                Image.fromarray(pixels.astype('uint8')).save(folder / f'{number}.png')
+    return str(root)

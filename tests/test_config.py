@@ -187,7 +187,9 @@ def test_every_key_is_explained_and_has_a_reader():
             if os.path.basename(path) != 'config.py':
                 with open(path, encoding='utf-8') as file:
                     code += file.read()
-    unread = [key for key, _ in config_module._leaves(get_config()) if not re.search(rf'\b{key.split(".")[-1]}\b', code)]
+    unread = [
+        key for key, _ in config_module._leaves(get_config()) if not re.search(rf'\b{key.split(".")[-1]}\b', code)
+    ]
     assert unread in ([], ['BASE'])
     bare = [line for line in source.splitlines() if re.match(r'_C\.\S+ = (?!CN\(\))', line) and '  # ' not in line]
     assert bare == []

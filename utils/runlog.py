@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run leaves to read: the screen, the log files and metrics.jsonl.
 
-    log.txt         the main process, averages over all processes; lines carry `MASTER_LOG`
-    log_<rank>.txt  one process
-    log_all.txt     every line of every process
+log.txt         the main process, averages over all processes; lines carry `MASTER_LOG`
+log_<rank>.txt  one process
+log_all.txt     every line of every process
 """
 
 from __future__ import annotations
@@ -87,4 +87,6 @@ class MetricsFile:
 
 def progress(iterable, total: int, label: str, shown: bool):
     """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(iterable, total=total, desc=label, leave=False, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
+    return tqdm(
+        iterable, total=total, desc=label, leave=False, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
+    )

@@ -42,11 +42,6 @@ class StorageType:
         """How numpy holds it."""
         return np.dtype('f4' if self.code == BFLOAT16 else self.code)
 
-    def decode(self, raw: bytes, byteorder: str) -> np.ndarray:
-        """The bytes of the file -> the numbers in numpy."""
-        numbers = np.frombuffer(raw, self.stored.newbyteorder(byteorder))
-        return bfloat16.to_float32(numbers) if self.code == BFLOAT16 else numbers.astype(self.loaded)
-
 
 @dataclass(frozen=True)
 class Storage:
@@ -54,6 +49,18 @@ class Storage:
 
     type: StorageType
     array: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the file."""
+        return self.array.size * self.type.stored.itemsize
+
+    def fill(self, raw: bytes, byteorder: str) -> None:
+        """Takes its numbers from the bytes of the file."""
+        if len(raw) != self.nbytes:
+            raise ValueError(f'a storage of {len(raw)} bytes instead of {self.nbytes}')
+        numbers = np.frombuffer(raw, self.type.stored.newbyteorder(byteorder))
+        self.array[:] = bfloat16.to_float32(numbers) if self.type.code == BFLOAT16 else numbers
 
 
 def _tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: Any) -> np.ndarray:
@@ -138,8 +145,7 @@ def read_archive(stream: IO[bytes], size: int) -> Any:
         byteorder = archive.read(f'{root}byteorder') if f'{root}byteorder' in archive.namelist() else b'little'
 
         def fill(key: str, storage: Storage) -> None:
-            raw = archive.read(f'{root}data/{key}')
-            storage.array[:] = storage.type.decode(raw, {b'little': '<', b'big': '>'}[byteorder])
+            storage.fill(archive.read(f'{root}data/{key}'), {b'little': '<', b'big': '>'}[byteorder])
 
         reader = PickleReader(TORCH_KNOWN, _Storages(size, fill).refer)
         return reader.load(io.BytesIO(archive.read(f'{root}data.pkl')))
@@ -166,6 +172,5 @@ def read_legacy(stream: IO[bytes], size: int) -> Any:
         (count,) = struct.unpack('<Q', stream.read(8))
         if count != storage.array.size:
             raise ValueError('a storage of another length than announced')
-        raw = stream.read(count * storage.type.stored.itemsize)
-        storage.array[:] = storage.type.decode(raw, '<')
+        storage.fill(stream.read(storage.nbytes), '<')
     return result

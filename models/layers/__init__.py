@@ -1,19 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts that several architectures share."""
 
+from models.layers.attention import Attention, AttentionMaps
 from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.init import lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.mlp import Mlp
 from models.layers.patch_embed import PatchEmbed
+from models.layers.positions import resize_position_table
 from models.layers.recompute import run_block
+from models.layers.token_reduction import EViTReducer, TokenState, take_tokens
 
 __all__ = [
+    'Attention',
+    'AttentionMaps',
     'DropPath',
+    'EViTReducer',
     'Mlp',
     'PatchEmbed',
+    'TokenState',
     'drop_path_rates',
     'lecun_normal_',
+    'resize_position_table',
     'run_block',
+    'take_tokens',
     'torch_conv_',
     'trunc_normal_',
     'xavier_uniform_',

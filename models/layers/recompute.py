@@ -10,5 +10,5 @@ from paddle.distributed.fleet.utils import recompute
 def run_block(block: nn.Layer, *inputs, again: bool):
     """`block(*inputs)`; with `again`, training keeps the inputs only and computes the block again in the backward pass."""
     if again and block.training:
-        return recompute(block, *inputs)
+        return recompute(block, *inputs, use_reentrant=False)
     return block(*inputs)

@@ -157,7 +157,9 @@ def test_flip():
 def test_interpolation(interpolation):
     config = config_of(DATA__INTERPOLATION=interpolation)
     crop = build_transform(config, training=True).steps[0]
-    assert crop.resamples == {'bicubic': (BICUBIC,), 'bilinear': (BILINEAR,), 'random': (BILINEAR, BICUBIC)}[interpolation]
+    assert (
+        crop.resamples == {'bicubic': (BICUBIC,), 'bilinear': (BILINEAR,), 'random': (BILINEAR, BICUBIC)}[interpolation]
+    )
     resize = build_transform(config, training=False).steps[0]
     assert resize.resample == (BILINEAR if interpolation == 'bilinear' else BICUBIC)
 

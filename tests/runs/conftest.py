@@ -12,8 +12,6 @@ import time
 import numpy as np
 import psutil
 import pytest
-from PIL import Image
-
 from tests.conftest import ROOT
 
 CONFIG = """
@@ -37,21 +35,6 @@ SAVE_STEPS: 1
 SAVE_FREQ: 1
 SAVE: '{output}'
 """
-
-
-@pytest.fixture(scope='session')
-def images(tmp_path_factory):
-    """Three classes of textured squares: 75 training images, 13 validation images."""
-    root = tmp_path_factory.mktemp('images')
-    rng = np.random.default_rng(0)
-    for split, per_class in (('train', (25, 25, 25)), ('val', (5, 4, 4))):
-        for label, count in enumerate(per_class):
-            folder = root / split / f'class{label}'
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * label
-                Image.fromarray(pixels.astype('uint8')).save(folder / f'{number}.png')
-    return str(root)
 
 
 @pytest.fixture

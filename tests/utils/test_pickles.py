@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.utils.helpers import ops
 from utils.pickles import PickleReader, RefusedError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
@@ -21,11 +22,6 @@ PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 
 def read(data: bytes):
     return PickleReader().load(io.BytesIO(data))
-
-
-def ops(value) -> bytes:
-    """The opcodes that put a plain value on the stack."""
-    return pickle.dumps(value, 2)[2:-1]
 
 
 # ---------------------------------------------------------------------------------------------------- data

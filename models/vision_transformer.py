@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Vision Transformer, once: DeiT, EViT and the ViTs of MAE-Lite are settings of this model.
+
+ViT: https://arxiv.org/abs/2010.11929, DeiT: https://arxiv.org/abs/2012.12877, EViT: https://arxiv.org/abs/2202.07800,
+MAE-Lite: https://arxiv.org/abs/2205.14443. Parameter names and numbers are those of timm 0.4.12, on which the
+published weights of all of them rest, so that their checkpoints port without renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.base import Classifier
+from models.layers import (
+    Attention,
+    DropPath,
+    EViTReducer,
+    Mlp,
+    PatchEmbed,
+    TokenState,
+    drop_path_rates,
+    resize_position_table,
+    run_block,
+    torch_conv_,
+    trunc_normal_,
+)
+from models.registry import register_model
+from utils.errors import UserError
+
+NORM_EPS = 1e-6
+
+
+class Block(nn.Layer):
+    """Pre-norm Transformer block: mix the tokens, reduce their number, then a perceptron on each.
+
+    Args:
+        dim: channels C.
+        num_heads: heads of the attention.
+        mlp_ratio: hidden channels of the perceptron / C.
+        qkv_bias: biases of query, key and value.
+        drop_rate: dropout of the projections.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth of both branches.
+        reducer: called between the two branches; None: all tokens stay.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        reducer: EViTReducer | None = None,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop_rate, drop_rate)
+        self.norm2 = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+        self.reducer = reducer
+
+    def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """[B, N, C] -> [B, N', C] and the state that the next block starts from."""
+        reduces = self.reducer is not None and self.reducer.acts(state)
+        mixed, maps = self.attn(self.norm1(x), need_maps=reduces)
+        x = x + self.drop_path(mixed)
+        if reduces:
+            x, state = self.reducer(x, maps, state)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x, state._replace(counts=(*state.counts, state.num_body))
+
+
+class VisionTransformer(Classifier):
+    """Vision Transformer image classifier.
+
+    Args:
+        img_size: side of the image that the position table is for, pixels; other sizes interpolate the table.
+        patch_size: side of a patch, pixels.
+        in_chans: channels of the image.
+        num_classes: K; 0: features are returned.
+        embed_dim: channels C of a token.
+        depth: number of blocks.
+        num_heads: heads per attention.
+        mlp_ratio: hidden channels of the perceptrons / C.
+        qkv_bias: biases of query, key and value.
+        drop_rate: dropout after the positions and in the blocks.
+        attn_drop_rate: dropout of the attention weights.
+        drop_path_rate: stochastic depth.
+        drop_path_ramp: let its rate grow linearly over the depth instead of being the same everywhere.
+        distilled: second classifier for a teacher's labels. In training the pair of logits is returned, in evaluation
+            their mean. It reads a distillation token of its own (DeiT), or with `global_pool` the class token
+            (MAE-Lite).
+        global_pool: classify the mean of the patch tokens, which is normalised after pooling, not the class token.
+        representation_size: channels of a linear layer with tanh before the classifier; None: there is none.
+        keep_rate: EViT, share of the patch tokens each block keeps: one number, or one per block.
+        fuse_token: EViT, fuse the tokens not kept into one.
+        recompute: save memory in training by computing the blocks again in the backward pass.
+    """
+
+    stem_names = ('cls_token', 'dist_token', 'pos_embed', 'patch_embed')
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_ramp: bool = True,
+        distilled: bool = False,
+        global_pool: bool = False,
+        representation_size: int | None = None,
+        keep_rate: float | Sequence[float] = 1.0,
+        fuse_token: bool = False,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        if embed_dim % num_heads:
+            raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
+        self.embed_dim = embed_dim
+        self.depth = depth
+        self.distilled = distilled
+        self.global_pool = global_pool
+        self.recompute = recompute
+        self.keep_rate: float | None = None
+        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, any_size=True)
+        torch_conv_(self.patch_embed.conv)
+        self._add_tokens()
+        self.pos_drop = nn.Dropout(drop_rate)
+        drop_paths = drop_path_rates(drop_path_rate, depth, drop_path_ramp)
+        keep_rates = _per_block('keep_rate', keep_rate, depth)
+        self.blocks = nn.LayerList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                drop_rate,
+                attn_drop_rate,
+                drop_paths[i],
+                reducer=EViTReducer(i, keep_rates[i], fuse_token),
+            )
+            for i in range(depth)
+        )
+        self._add_head(num_classes, representation_size)
+        self.apply(_init_linear)
+
+    def _add_tokens(self) -> None:
+        token_init = initializer.TruncatedNormal(std=0.02)
+        dim = self.embed_dim
+        self.cls_token = self.create_parameter([1, 1, dim], default_initializer=token_init)
+        self.dist_token = None
+        if self.distilled and not self.global_pool:
+            self.dist_token = self.create_parameter([1, 1, dim], default_initializer=token_init)
+        self.num_prefix = 1 if self.dist_token is None else 2
+        rows = self.num_prefix + self.patch_embed.num_patches
+        self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
+
+    def _add_head(self, num_classes: int, representation_size: int | None) -> None:
+        dim = self.embed_dim
+        norms = ['fc_norm', 'dist_norm'][: 1 + self.distilled] if self.global_pool else ['norm']
+        for name in norms:
+            setattr(self, name, nn.LayerNorm(dim, epsilon=NORM_EPS))
+        self.pre_logits = None
+        if representation_size and not self.distilled:
+            self.pre_logits = nn.Sequential(('fc', nn.Linear(dim, representation_size)), ('act', nn.Tanh()))
+        self.num_features = representation_size if self.pre_logits is not None else dim
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifiers by fresh ones; 0 leaves the features."""
+        self.num_classes = num_classes
+        for name in ['head', 'head_dist'][: 1 + self.distilled]:
+            head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+            setattr(self, name, head)
+            _init_linear(head)
+
+    def set_keep_rate(self, rate: float | None) -> None:
+        """Keep rate of the following passes in all blocks that reduce; None: each block's own."""
+        self.keep_rate = rate
+
+    # ------------------------------------------------------------------------------------------------ forward
+    def forward(
+        self,
+        x: Tensor,
+        keep_rate: float | Sequence[float | None] | None = None,
+        tokens: int | Sequence[int | None] | None = None,
+        get_idx: bool = False,
+    ):
+        """Classifies images.
+
+        Args:
+            x: normalised images [B, in_chans, H, W], sides divisible by the patch size.
+            keep_rate: EViT, rate for this pass, one number or one per block; None: as `set_keep_rate` says. Blocks
+                built with rate 1 ignore it.
+            tokens: EViT, number of patch tokens to keep instead, one number or one per block with None allowed.
+            get_idx: return the kept positions too.
+
+        Returns:
+            Logits [B, K]; in training a distilled model returns (logits, distillation logits). With `get_idx` a
+            pair of that and `TokenState.indices` as a list.
+        """
+        x, state = self.forward_tokens(x, keep_rate, tokens)
+        logits = self.forward_head(x)
+        return (logits, list(state.indices)) if get_idx else logits
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalised unless they are pooled first."""
+        return self.forward_tokens(x)[0]
+
+    def forward_tokens(
+        self,
+        x: Tensor,
+        keep_rate: float | Sequence[float | None] | None = None,
+        tokens: int | Sequence[int | None] | None = None,
+    ) -> tuple[Tensor, TokenState]:
+        """`forward_features` and what became of the tokens; arguments as in `forward`."""
+        keep_rate = self.keep_rate if keep_rate is None else keep_rate
+        x = self.embed(x)
+        state = TokenState(
+            num_prefix=self.num_prefix,
+            num_body=x.shape[1] - self.num_prefix,
+            keep_rates=_per_block('keep_rate', keep_rate, self.depth),
+            tokens=_per_block('tokens', tokens, self.depth),
+        )
+        for block in self.blocks:
+            x, state = run_block(block, x, state, again=self.recompute)
+        return (x if self.global_pool else self.norm(x)), state
+
+    def embed(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
+        grid = (x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size)
+        x = self.patch_embed(x)
+        prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        prefix = [token.expand([x.shape[0], -1, -1]).astype(x.dtype) for token in prefix]
+        table = resize_position_table(self.pos_embed, (self.patch_embed.grid_size,) * 2, grid, self.num_prefix)
+        return self.pos_drop(paddle.concat([*prefix, x], axis=1) + table)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False):
+        """Tokens of `forward_features` -> logits [B, K]; distilled in training: both logits.
+
+        With `pre_logits`, what the classifiers see is returned instead: [B, C], or a pair when distilled.
+        """
+        features = self._pool(x)
+        if pre_logits:
+            return features if self.distilled else features[0]
+        logits = self.head(features[0])
+        if not self.distilled:
+            return logits
+        logits_dist = self.head_dist(features[1])
+        return (logits, logits_dist) if self.training else (logits + logits_dist) / 2
+
+    def _pool(self, x: Tensor) -> tuple[Tensor, ...]:
+        if self.global_pool:
+            pooled = self.fc_norm(x[:, self.num_prefix :].mean(1))
+            features = (pooled, self.dist_norm(x[:, 0])) if self.distilled else (pooled,)
+        else:
+            features = (x[:, 0], x[:, 1]) if self.distilled else (x[:, 0],)
+        return features if self.pre_logits is None else (self.pre_logits(features[0]),)
+
+    # ------------------------------------------------------------------------------------------------ weights
+    def head_names(self) -> tuple[str, ...]:
+        """Prefixes of the classifiers' parameters."""
+        return ('head.', 'head_dist.')
+
+    def no_weight_decay(self) -> set[str]:
+        """Tokens and positions."""
+        return {'cls_token', 'dist_token', 'pos_embed'}
+
+    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A position table of another resolution, interpolated to this model's; any other array as it is."""
+        if name != 'pos_embed' or array.ndim != 3:
+            return array
+        side = round(max(array.shape[1] - self.num_prefix, 0) ** 0.5)
+        if side**2 + self.num_prefix != array.shape[1]:
+            return array
+        new = (self.patch_embed.grid_size,) * 2
+        table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
+        return resize_position_table(table, (side, side), new, self.num_prefix).numpy()
+
+
+def _init_linear(layer: nn.Layer) -> None:
+    if isinstance(layer, nn.Linear):
+        trunc_normal_(layer.weight)
+        if layer.bias is not None:
+            initializer.Constant(0.0)(layer.bias)
+
+
+def _per_block(name: str, value, depth: int) -> list:
+    """One value per block; a single one is repeated."""
+    values = [value] * depth if value is None or isinstance(value, (int, float)) else list(value)
+    if len(values) != depth:
+        raise UserError(f'{name} has {len(values)} values for {depth} blocks.')
+    if name == 'keep_rate' and any(v is not None and not 0 < v <= 1 for v in values):
+        raise UserError(f'keep_rate is {value}, but must lie in (0, 1].')
+    return values
+
+
+@register_model('vit', 'deit', 'evit')
+def build_vit(config) -> VisionTransformer:
+    """Builds a Vision Transformer from a configuration."""
+    model, trans, evit = config.MODEL, config.MODEL.TRANS, config.MODEL.EVIT
+    outside = [i for i in evit.DROP_LOC if not 0 <= i < trans.DEPTH]
+    if outside:
+        raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {trans.DEPTH - 1}.')
+    return VisionTransformer(
+        img_size=config.DATA.IMAGE_SIZE,
+        patch_size=trans.PATCH_SIZE,
+        in_chans=config.DATA.IMAGE_CHANNELS,
+        num_classes=model.NUM_CLASSES,
+        embed_dim=trans.EMBED_DIM,
+        depth=trans.DEPTH,
+        num_heads=trans.NUM_HEADS,
+        mlp_ratio=trans.MLP_RATIO,
+        qkv_bias=trans.QKV_BIAS,
+        drop_rate=model.DROPOUT,
+        attn_drop_rate=model.ATTENTION_DROPOUT,
+        drop_path_rate=model.DROPPATH,
+        drop_path_ramp=model.DROPPATH_RAMP,
+        distilled=trans.DISTILLED,
+        global_pool=trans.GLOBAL_POOL,
+        representation_size=trans.REPRESENTATION_SIZE,
+        keep_rate=[evit.KEEP_RATE if i in evit.DROP_LOC else 1.0 for i in range(trans.DEPTH)],
+        fuse_token=evit.FUSE_TOKEN,
+        recompute=config.TRAIN.RECOMPUTE,
+    )

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop itself, in this process: what a step is, what stops it, what it leaves."""
+
+import json
+import os
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+import datasets
+from config import get_config
+from datasets.batch import to_tensor
+from engine.distributed import Context
+from engine.tasks import SupervisedTask
+from engine.train import Trainer
+from models import build_model
+from tests.conftest import assert_close
+from utils.errors import UserError
+from utils.runlog import RunLog
+from utils.weights import read_file
+
+# Nothing random but the order of the images: steps can be compared between recipes.
+PLAIN = {
+    'DATA.DATASET': 'folder', 'DATA.IMAGE_SIZE': 16, 'DATA.BATCH_SIZE': 8, 'DATA.NUM_WORKERS': 0, 'DATA.CROP_PCT': 1.0,
+    'MODEL.TYPE': 'gmlp', 'MODEL.NUM_CLASSES': 3, 'MODEL.DROPPATH': 0.0, 'MODEL.MIXER.PATCH_SIZE': 4,
+    'MODEL.MIXER.EMBED_DIM': 16, 'MODEL.MIXER.DEPTH': 2, 'MODEL.MIXER.MLP_RATIO': 2, 'TRAIN.NUM_EPOCHS': 1,
+    'TRAIN.WARMUP_EPOCHS': 0, 'TRAIN.LR_SCHEDULER.NAME': 'constant', 'TRAIN.BASE_LR': 0.01, 'TRAIN.LINEAR_SCALED_LR': None, 'TRAIN.CROP_SCALE': (1.0, 1.0),
+    'TRAIN.CROP_RATIO': (1.0, 1.0), 'TRAIN.HFLIP': 0.0, 'TRAIN.RAND_AUGMENT': False, 'TRAIN.COLOR_JITTER': 0.0,
+    'TRAIN.RANDOM_ERASE_PROB': 0.0, 'TRAIN.MIXUP_ALPHA': 0.0, 'TRAIN.CUTMIX_ALPHA': 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture
+def trainer(tmp_path, images):
+    """Makes trainers on the plain recipe with changes."""
+    made = []
+
+    def make(task=None, **changes):
+        changed = {name.replace('__', '.'): value for name, value in changes.items()}
+        options = {**PLAIN, 'DATA.DATA_PATH': images, **changed}
+        config = get_config(opts=[item for pair in options.items() for item in pair])
+        paddle.seed(0)
+        model = build_model(config)
+        rng = np.random.default_rng(0)
+        for parameter in model.parameters():  # away from the zero head, where every gradient below it is zero
+            parameter.set_value(parameter + paddle.to_tensor(rng.normal(0, 0.05, parameter.shape).astype('float32')))
+        folder = str(tmp_path / f'run{len(made)}')
+        os.makedirs(folder)
+        loaders = [
+            datasets.build_dataloader(config, datasets.build_dataset(config, split), split == 'train')
+            for split in ('train', 'val')
+        ]
+        task = task or SupervisedTask(config, 3)
+        made.append(Trainer(config, model, task, *loaders, Context(0, 1, False), RunLog(folder, 0), folder))
+        return made[-1]
+
+    return make
+
+
+def weights(trainer):
+    return {name: value.numpy() for name, value in trainer.model.state_dict().items()}
+
+
+def rows(trainer, kind):
+    with open(os.path.join(trainer.folder, 'metrics.jsonl'), encoding='utf-8') as file:
+        return [row for row in map(json.loads, file) if row['kind'] == kind]
+
+
+@pytest.mark.parametrize('clip', [None, 0.1])
+def test_accumulation_equals_the_large_batch(trainer, clip):
+    """75 images: three steps of 24 and a leftover of 3, which 8-image micro-batches reach in 1 + 0 + 0."""
+    large = trainer(DATA__BATCH_SIZE=24, TRAIN__GRAD_CLIP=clip, TRAIN__OPTIMIZER__NAME='SGD')
+    large.fit()
+    small = trainer(DATA__BATCH_SIZE=8, TRAIN__ACCUM_ITER=3, TRAIN__GRAD_CLIP=clip, TRAIN__OPTIMIZER__NAME='SGD')
+    small.fit()
+    assert small.position.step == large.position.step == 4
+    for name, value in weights(large).items():
+        assert_close(weights(small)[name], value, 1e-6)
+    assert rows(small, 'train')[0]['images'] == 75
+    assert rows(small, 'train')[0]['loss'] == pytest.approx(rows(large, 'train')[0]['loss'], rel=1e-5)
+
+
+def test_the_epochs_loss_is_the_mean_over_images(trainer):
+    """With a learning rate of zero every image is judged by the same weights."""
+    still = trainer(TRAIN__BASE_LR=0.0, TRAIN__WARMUP_START_LR=0.0, TRAIN__END_LR=0.0, TRAIN__SMOOTHING=0.0)
+    losses, hits = [], 0
+    still.model.eval()
+    for batch in still.train_loader.epoch(1):
+        images, labels = to_tensor(batch, still.config.DATA.IMAGENET_MEAN, still.config.DATA.IMAGENET_STD)
+        logits = still.model(images)
+        losses += F.cross_entropy(logits, labels, reduction='none').numpy().tolist()
+        hits += (logits.argmax(-1) == labels).sum().item()
+    still.fit()
+    row = rows(still, 'train')[0]
+    assert len(losses) == row['images'] == 75
+    assert row['loss'] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert row['acc1'] == pytest.approx(hits / 75)
+
+
+class Poisoned:
+    """The supervised task, whose loss or gradient goes wrong at one micro-batch."""
+
+    def __init__(self, config, kind, at):
+        self.task = SupervisedTask(config, 3)
+        self.kind = kind
+        self.left = at
+
+    def __call__(self, model, images, labels, rng):
+        loss, correct = self.task(model, images, labels, rng)
+        self.left -= 1
+        if self.left == 0:
+            if self.kind == 'gradient':  # finite value, infinite slope
+                parameter = next(iter(model.parameters()))
+                return loss + paddle.sqrt((parameter * 0.0).square().sum()), correct
+            loss = loss * float(self.kind)
+        return loss, correct
+
+
+@pytest.mark.parametrize('kind', ['nan', 'inf', 'gradient'])
+def test_not_finite_ends_the_run_before_the_update(trainer, kind):
+    run = trainer(SAVE_STEPS=1, REPORT_FREQ=1000)
+    run.task = Poisoned(run.config, kind, at=4)
+    with pytest.raises(UserError, match=r'not finite at step 4 \(epoch 1, lr 0\.01\).*NONFINITE'):
+        run.fit()
+    saved = read_file(os.path.join(run.folder, 'last.pdparams'))
+    assert saved['step'] == 3
+    for name, value in weights(run).items():  # untouched since the last good step, in memory and on disk
+        np.testing.assert_array_equal(value, saved['model'][name])
+
+
+@pytest.mark.parametrize('kind', ['nan', 'gradient'])
+def test_not_finite_steps_can_be_skipped(trainer, kind):
+    run = trainer(TRAIN__NONFINITE='skip')
+    run.task = Poisoned(run.config, kind, at=4)
+    run.fit()
+    assert all(np.isfinite(value).all() for value in weights(run).values())
+    row = rows(run, 'train')[0]
+    assert (row['skipped'], row['images']) == (8, 67)
+    assert np.isfinite(row['loss'])
+
+
+def test_the_average_is_validated_and_best_is_the_best_of_both(trainer):
+    run = trainer(TRAIN__MODEL_EMA=True, TRAIN__MODEL_EMA_DECAY=1.0, TRAIN__NUM_EPOCHS=2, TRAIN__BASE_LR=0.05)
+    start = weights(run)
+    run.fit()
+    assert [row['epoch'] for row in rows(run, 'val_ema')] == [1, 2]
+    assert len({row['loss'] for row in rows(run, 'val_ema')}) == 1  # a decay of 1 keeps the first weights
+    for name, value in run.ema.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), start[name])
+    best = max(row['acc1'] for kind in ('val', 'val_ema') for row in rows(run, kind))
+    assert run.position.best_acc1 == best
+    assert os.path.exists(os.path.join(run.folder, 'best.pdparams'))
+
+
+def test_best_weights_load_with_plain_paddle(trainer):
+    run = trainer()
+    run.fit()
+    state = paddle.load(os.path.join(run.folder, 'best.pdparams'))
+    for name, value in weights(run).items():
+        np.testing.assert_array_equal(state[name].numpy(), value)
+
+
+def test_paddlevit_checkpoints_are_resumed(trainer, tmp_path):
+    """Its files: nested dict, whole epochs, moments under automatic names."""
+    first = trainer(TRAIN__NUM_EPOCHS=2)
+    first._train_epoch = _only(first._train_epoch, epochs=1)
+    first.fit()
+    theirs = {
+        'model': first.model.state_dict(),
+        'optimizer': {k: v for k, v in first.optimizer.state_dict().items() if k != 'LR_Scheduler'},
+        'epoch': 1,
+        'lr_scheduler': {},
+    }
+    path = str(tmp_path / 'Epoch-1-Loss-1.0986')
+    paddle.save(theirs, path + '.pdparams')
+    run = trainer(TRAIN__NUM_EPOCHS=2)
+    run.load_state_dict(read_file(path + '.pdparams'), path)
+    assert (run.position.epoch, run.position.step) == (1, 10)
+    run.fit()
+    straight = trainer(TRAIN__NUM_EPOCHS=2)
+    straight.fit()
+    for name, value in weights(straight).items():
+        np.testing.assert_array_equal(weights(run)[name], value)
+
+
+def _only(method, epochs):
+    return lambda epoch: method(epoch) if epoch <= epochs else None
+
+
+def test_flat_weights_take_the_epoch_from_the_flag(trainer):
+    run = trainer(TRAIN__LAST_EPOCH=1, TRAIN__NUM_EPOCHS=1)
+    run.load_state_dict(weights(run), 'flat.pdparams')
+    assert run.position.epoch == 1
+
+
+def test_a_changed_global_batch_goes_on_before_the_position(trainer):
+    run = trainer()
+    state = run.state_dict()
+    state['sampler']['samples'] = 27
+    other = trainer(DATA__BATCH_SIZE=5)
+    other.load_state_dict({**state, 'model': weights(run), 'config': ''}, 'x')
+    assert other.position.samples == 25
+
+
+def test_recompute_changes_nothing(trainer):
+    plain, again = trainer(), trainer(TRAIN__RECOMPUTE=True)
+    plain.fit()
+    again.fit()
+    for name, value in weights(plain).items():
+        assert_close(weights(again)[name], value, 1e-6)

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes: equal numbers, ends that never hang, machines under Paddle's own launcher."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT
+from tests.runs.conftest import environment, finish, learnt, metrics, run, start, state, wait_for
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory, images):
+    """(recipe, run folder) of one epoch."""
+    from tests.runs.conftest import CONFIG
+
+    folder = tmp_path_factory.mktemp('trained')
+    recipe = folder / 'tiny.yaml'
+    recipe.write_text(CONFIG.format(data=images, output=folder))
+    run('main_single_gpu.py', f'-cfg={recipe}', '-tag=run', '-opts', 'TRAIN.NUM_EPOCHS', '1', 'TRAIN.BASE_LR', '0.1')
+    return str(recipe), folder / 'run'
+
+
+def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_path):
+    """13 images, whose number no other number of processes divides; top-5 of three classes."""
+    recipe, folder = trained
+    results = []
+    for processes in (1, 2, 3):
+        name = f'eval{processes}'
+        flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-eval', f'-pretrained={folder}', f'-tag={name}', '-batch_size=4')
+        out, _ = run('main_multi_gpu.py', *flags, NPROC=str(processes))
+        assert 'Validation Acc@1: ' in out
+        results.append(metrics(tmp_path / name)[-1])
+    for result in results:
+        assert (result['kind'], result['images'], result['acc5']) == ('eval', 13, 1.0)
+        assert result['acc1'] == results[0]['acc1']
+        assert result['loss'] == pytest.approx(results[0]['loss'], rel=1e-6)
+
+
+def test_evaluation_touches_the_validation_images_only(trained, images, tmp_path):
+    recipe, folder = trained
+    shutil.copytree(os.path.join(images, 'val'), tmp_path / 'data' / 'val')
+    flags = (f'-cfg={recipe}', f'-output={tmp_path}', f'-data_path={tmp_path / "data"}')
+    out, _ = run('main_single_gpu.py', *flags, '-eval', f'-pretrained={folder}')
+    assert 'Validation Acc@1' in out
+
+
+def test_nan_on_one_process_ends_all_with_one_sentence(recipe, tmp_path):
+    script = os.path.join('tests', 'runs', 'nan_on_last_rank.py')
+    began = time.monotonic()
+    out, err = run(script, f'-cfg={recipe}', '-tag=nan', NPROC='2', status=2)
+    assert err.count('error: the loss or its gradient is not finite at step 2') == 1
+    assert 'Traceback' not in err and time.monotonic() - began < 60
+    assert state(tmp_path / 'out' / 'nan')['step'] == 1
+
+
+def test_a_killed_process_ends_the_job_which_then_resumes(recipe, tmp_path):
+    process = start('main_multi_gpu.py', f'-cfg={recipe}', '-tag=cut', NPROC='2')
+    folder = tmp_path / 'out' / 'cut'
+    wait_for(folder / 'log.txt', 'Epoch[002/003], Step[0001/', process)
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if child.environ().get('PADDLE_TRAINER_ID') == '1'
+    ]
+    ranks[0].kill()
+    began = time.monotonic()
+    status, _, _ = finish(process, timeout=60)
+    assert status not in (0, None)
+    assert time.monotonic() - began < 30
+    run('main_multi_gpu.py', f'-resume={folder}', NPROC='2')
+    assert state(folder)['epoch'] == 3
+
+
+def test_workers_end_with_their_launcher(recipe, tmp_path):
+    process = start('main_multi_gpu.py', f'-cfg={recipe}', '-tag=orphans', '-opts', 'TRAIN.NUM_EPOCHS', '500', NPROC='2')
+    wait_for(tmp_path / 'out' / 'orphans' / 'log.txt', 'Epoch[001/', process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert len(family) >= 2 and not alive
+
+
+def test_two_machines_under_paddles_launcher(recipe, tmp_path):
+    """Two launchers on loopback, one process each; the same numbers as two processes on one machine."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        master = f'127.0.0.1:{probe.getsockname()[1]}'
+    nodes = []
+    for rank in range(2):
+        command = ['sh', os.path.join(ROOT, 'run_train_multi.sh'), '-tag=nodes']
+        variables = environment(
+            PYTHON=sys.executable, CFG=recipe, NNODES='2', NODE_RANK=str(rank), MASTER=master, NPROC='1',
+            LAUNCH_LOG_DIR=str(tmp_path / f'launch{rank}'),
+        )  # fmt: skip
+        pipe = subprocess.PIPE
+        nodes.append(subprocess.Popen(command, env=variables, stdout=pipe, stderr=pipe, text=True))
+    for node in nodes:
+        status, out, err = finish(node)
+        assert status == 0, out[-2000:] + err[-2000:]
+    run('main_multi_gpu.py', f'-cfg={recipe}', '-tag=local', NPROC='2')
+    assert learnt(tmp_path / 'out' / 'nodes')['rows'] == learnt(tmp_path / 'out' / 'local')['rows']
+
+
+def test_a_second_interrupt_ends_at_once(recipe, tmp_path):
+    process = start('main_multi_gpu.py', f'-cfg={recipe}', '-tag=twice', '-opts', 'TRAIN.NUM_EPOCHS', '500', NPROC='2')
+    wait_for(tmp_path / 'out' / 'twice' / 'log.txt', 'Epoch[001/', process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    status, _, _ = finish(process)
+    assert status == 130 and time.monotonic() - began < 20
