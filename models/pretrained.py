@@ -43,7 +43,7 @@ def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = pri
 def load_state(
     model: nn.Layer,
     arrays: Mapping[str, np.ndarray],
-    source: str = 'the weights',
+    source: str = 'the state dict',
     log: Callable[[str], None] = print,
     replace_head: bool = True,
 ) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+import warnings
 
 # A training step frees and takes back the same large buffers; glibc would hand them to the kernel and fault them in again
 # each time, which makes operations on them two to three times slower. Read by glibc at process start only.
@@ -46,6 +47,7 @@ def tune_process() -> None:
 
     Does nothing on a GPU build, whose defaults are right, and nothing to variables that are set already.
     """
+    warnings.filterwarnings('ignore', message='No ccache found')  # Paddle tells users who compile nothing
     if is_gpu_build():
         return
     processes = int(os.environ.get('PADDLE_LOCAL_SIZE', '1'))

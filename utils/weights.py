@@ -73,12 +73,17 @@ def _errors_of(path: str):
     try:
         yield
     except RefusedError as error:
-        raise UserError(f"'{path}' is refused: {error}.") from None
+        raise UserError(f"'{path}' is refused: {_one_line(error)}.") from None
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}.") from None
     except Exception as error:
-        reason = ' '.join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"'{path}' is damaged, cut short, or not a weight file: {reason}.") from None
+        raise UserError(f"'{path}' is damaged, cut short, or not a weight file: {_one_line(error)}.") from None
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, which may quote the file: short, and without the power to move a terminal's cursor."""
+    text = ' '.join(str(error).split())[:160].rstrip('.')
+    return ''.join(c if c.isprintable() else '?' for c in text) or type(error).__name__
 
 
 def _mapped(file: IO[bytes]) -> mmap.mmap:
@@ -163,12 +168,16 @@ def state_dicts(content: Any, where: str = '', depth: int = 4) -> dict[str, dict
     """Every state dict (name -> array) of a checkpoint, by the key it stands under; '' where the file itself is one."""
     if not isinstance(content, dict) or not depth:
         return {}
-    if content and all(isinstance(k, str) and isinstance(v, (np.ndarray, np.number)) for k, v in content.items()):
+    if content and all(_is_weight(name, value) for name, value in content.items()):
         return {where: _without_prefix({name: np.asarray(array) for name, array in content.items()})}
     found = {}
     for key in (*WEIGHT_KEYS, *EMA_KEYS):
         found.update(state_dicts(content.get(key), f'{where}.{key}'.lstrip('.'), depth - 1))
     return found
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and isinstance(value, (np.ndarray, np.number))
 
 
 def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -214,7 +223,7 @@ def choose_state_dict(
 def _describe(content: Any) -> str:
     if not isinstance(content, dict):
         return f'one {type(content).__name__}'
-    entries = [f"'{key}' ({type(value).__name__})" for key, value in list(content.items())[:12]]
+    entries = [f'{key!r:.60} ({type(value).__name__})' for key, value in list(content.items())[:12]]
     return f'{", ".join(entries) or "nothing"}{", ..." if len(content) > 12 else ""}'
 
 

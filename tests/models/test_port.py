@@ -13,6 +13,7 @@ from paddle import nn
 from models.base import Classifier
 from models.gmlp import GMLP
 from models.port import port_state_dict, port_with_report
+from models.vision_transformer import VisionTransformer
 from tests.conftest import HERE, assert_close, golden
 from utils.errors import UserError
 from utils.weights import find_state_dict, read_file
@@ -117,6 +118,21 @@ def test_two_names_for_one_parameter():
     arrays['patch_embed.patch_embed.bias'] = arrays['stem.proj.bias']
     with pytest.raises(UserError, match=r"twice, as 'stem\.proj\.bias' and as 'patch_embed\.patch_embed\.bias'"):
         port_state_dict(model, arrays)
+
+
+# ---------------------------------------------------------------------------------------------------- ViT
+@pytest.mark.parametrize('size', [64, 96, 48])
+def test_positions_follow_the_image_size(size):
+    reference = golden('evit-deit')
+    sizes = {key: value for key, value in reference.meta['ctor'].items() if key != 'ln_eps'}
+    model = VisionTransformer(**{**sizes, 'img_size': size})
+    model.eval()
+    state, report = port_with_report(model, find_state_dict({'model': reference.group('sd')}))
+    suffix = '' if size == 64 else str(size)
+    if suffix:
+        assert list(report.fitted.resized) == ['pos_embed']
+        assert_close(state['pos_embed'], reference[f'out/pos_embed{suffix}'])
+    assert_close(logits(model, state, reference[f'in/x{suffix}']), reference[f'out/logits{suffix}'])
 
 
 # ---------------------------------------------------------------------------------------------------- other layers

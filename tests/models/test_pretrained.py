@@ -179,8 +179,8 @@ def test_models_and_files_without_classifier(lines):
     load_state(model, features, log=lines.append)
     assert np.array_equal(values(model)['norm.weight'], features['norm.weight'])
     assert lines == [
-        '----- Pretrained: the weights has a classifier of 10 classes and the model no classifier',
-        '----- Pretrained: the weights has no classifier and the model a classifier of 10 classes, which starts anew',
+        '----- Pretrained: the state dict has a classifier of 10 classes and the model no classifier',
+        '----- Pretrained: the state dict has no classifier and the model a classifier of 10 classes, which starts anew',
     ]
 
 
@@ -220,7 +220,7 @@ def test_an_evaluation_wants_the_right_classifier(tmp_path):
 def test_any_other_difference_is_refused_and_the_model_unchanged(model, change, text):
     before, state = values(model), random_state(model)
     change(state)
-    with pytest.raises(UserError, match=f'the weights does not fit GMLP: .*{text}'):
+    with pytest.raises(UserError, match=f'the state dict does not fit GMLP: .*{text}'):
         load_state(model, state)
     assert same(values(model), before)
 

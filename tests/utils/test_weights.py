@@ -244,6 +244,15 @@ def test_what_is_no_weight_file_is_named_in_one_sentence(tmp_path, suffix, data)
         assert len(str(info.value)) < 250 + len(path)
 
 
+def test_what_a_file_says_cannot_move_the_cursor(tmp_path):
+    hostile = 'os\x1b[2J\n' + 'x' * 1000
+    for data in (b'\x80\x04' + pickle.dumps(hostile, 4)[2:-1] * 2 + b'\x93.', pickle.dumps({hostile: W, 1: 2}, 4)):
+        with pytest.raises(UserError) as info:
+            find_state_dict(read_file(write(tmp_path / 'x.pdparams', data)))
+        assert str(info.value).isprintable()
+        assert len(str(info.value)) < 300 + len(str(tmp_path))
+
+
 def test_files_that_cannot_be_opened(tmp_path):
     with pytest.raises(UserError, match=r"cannot read '.*/missing\.pdparams': No such file"):
         read_file(str(tmp_path / 'missing.pdparams'))
