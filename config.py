@@ -34,12 +34,8 @@ _C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process; None: BATCH_SIZ
 _C.DATA.IMAGE_SIZE = 224  # side of the square input, pixels
 _C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
 _C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
-_C.DATA.CROP = (
-    'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black, as for CIFAR; auto: padded up to 32 px
-)
-_C.DATA.INTERPOLATION = (
-    'bicubic'  # resampling of both transforms: bicubic, bilinear, or random (training: one of both per image)
-)
+_C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black (CIFAR); auto: padded up to 32 px
+_C.DATA.INTERPOLATION = 'bicubic'  # resampling: bicubic, bilinear, or random (training: one of both per image)
 _C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
 _C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
 _C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
@@ -103,9 +99,7 @@ _C.TRAIN.LR_SCHEDULER = CN()
 _C.TRAIN.LR_SCHEDULER.NAME = 'warmupcosine'  # a name of engine/schedules.py
 _C.TRAIN.LR_SCHEDULER.UPDATE = 'epoch'  # epoch: constant inside an epoch (PaddleViT, timm); step: follows every step
 _C.TRAIN.LR_SCHEDULER.LAG = 0  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT's loop: 2)
-_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = (
-    True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (PaddleViT; DeiT: False)
-)
+_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
 _C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = None  # largest global gradient norm; None: off
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimiser step; equals one batch that many times as large
@@ -118,9 +112,7 @@ _C.TRAIN.OPTIMIZER.NESTEROV = False  # SGD
 _C.TRAIN.MODEL_EMA = False  # keep an exponential moving average of the weights, validated beside them
 _C.TRAIN.MODEL_EMA_DECAY = 0.99996  # share of the old average kept at each step
 _C.TRAIN.RECOMPUTE = False  # compute block activations again in the backward pass: less memory, about a third more time
-_C.TRAIN.NONFINITE = (
-    'error'  # a loss or gradient that is not finite: error ends the run on every process; skip drops the step
-)
+_C.TRAIN.NONFINITE = 'error'  # loss or gradient not finite: error ends the run on all processes; skip drops the step
 _C.TRAIN.DROP_LAST = False  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
 
 # augmentation, in the order it is applied
@@ -147,6 +139,13 @@ _C.TRAIN.CUTMIX_MINMAX = None  # (low, high) share of the sides of the cutmix bo
 _C.TRAIN.MIXUP_PROB = 1.0  # probability that a batch (pair, image) is mixed at all
 _C.TRAIN.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
 _C.TRAIN.MIXUP_MODE = 'batch'  # one draw per batch, pair or elem
+
+# distillation from a trained model
+_C.TRAIN.DISTILLATION_TYPE = 'none'  # soft: the teacher's probabilities; hard: its decisions (DeiT, section 3)
+_C.TRAIN.DISTILLATION_ALPHA = 0.5  # share of the distillation loss
+_C.TRAIN.DISTILLATION_TAU = 1.0  # temperature of soft distillation
+_C.TRAIN.TEACHER_MODEL = None  # weights of TEACHER_CFG; without that an exported model, as tools/export.py wrote it
+_C.TRAIN.TEACHER_CFG = None  # configuration of the teacher, a file or a name of `python -m models`
 
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = './output'  # parent of the run folders
@@ -176,6 +175,8 @@ _OPTIONAL = {
     'TRAIN.LINEAR_SCALED_LR': int,
     'TRAIN.GRAD_CLIP': float,
     'TRAIN.CUTMIX_MINMAX': tuple,
+    'TRAIN.TEACHER_MODEL': str,
+    'TRAIN.TEACHER_CFG': str,
 }
 
 # PaddleViT spellings: an old name and the key it became, or None where the key has no effect here.
@@ -197,6 +198,7 @@ _CHOICES = {
     'TRAIN.NONFINITE': ('error', 'skip'),
     'TRAIN.RAND_AUGMENT_SPACE': ('timm', 'paddlevit'),
     'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'rand', 'const'),
+    'TRAIN.DISTILLATION_TYPE': ('none', 'soft', 'hard'),
     'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
     'AMP_LEVEL': ('O1', 'O2'),
     'AMP_DTYPE': ('float16', 'bfloat16'),
@@ -213,7 +215,7 @@ _AT_LEAST = {
 
 _PROBABILITIES = (
     'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
-    'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY',
+    'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY', 'TRAIN.DISTILLATION_ALPHA',
 )  # fmt: skip
 
 
@@ -263,6 +265,7 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add('-pretrained', metavar='FILE', help='.pdparams weights to start from or to evaluate')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
     add('-last_epoch', _integer, metavar='N', help='last finished epoch, when -resume names a weights-only file')
+    add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
     add('-ngpus', _integer, metavar='N', help='processes on this machine (default: one per GPU; on CPU one, see NPROC)')
     switch('-eval', 'evaluate only')
     switch('-amp', 'mixed precision (acts on GPU)')
@@ -281,7 +284,8 @@ _FLAGS = {
     'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH', 'output': 'SAVE', 'tag': 'TAG', 'batch_size': 'DATA.BATCH_SIZE',
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
-    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
+    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH',
+    'teacher_model_path': 'TRAIN.TEACHER_MODEL', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
 }  # fmt: skip
 
 

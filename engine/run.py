@@ -13,6 +13,7 @@ import paddle
 import datasets
 from engine import distributed
 from engine.checkpoint import LAST, read_checkpoint
+from engine.distill import build_teacher
 from engine.evaluate import evaluate
 from engine.tasks import SupervisedTask
 from engine.throughput import measure, report
@@ -83,7 +84,7 @@ def _train(config, model, loaders, context, log, folder: str) -> None:
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
         load_pretrained(model, config.MODEL.PRETRAINED, log=log.master)
-    task = SupervisedTask(config, config.MODEL.NUM_CLASSES)
+    task = SupervisedTask(config, config.MODEL.NUM_CLASSES, build_teacher(config, model, log.master))
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder)
     if resume:
         path, state = read_checkpoint(resume, log.master)

@@ -77,3 +77,17 @@ def lr_scale(config, global_batch: int) -> float:
     """The linear scaling rule: images per step / LINEAR_SCALED_LR, or 1 where that is None."""
     reference = config.TRAIN.LINEAR_SCALED_LR
     return 1.0 if reference is None else global_batch / reference
+
+
+def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
+    """EViT's keep rate (https://arxiv.org/abs/2202.07800, appendix; its helpers.py): 1, a half cosine, then `base`.
+
+    Args:
+        t: epochs since the start of training, with the fraction of the running one.
+        base: the final rate.
+        start: epochs with all tokens.
+        length: epochs of the way down; 0: a jump.
+    """
+    if t < start:
+        return 1.0
+    return base if t >= start + length else _half_cosine(1.0, base, (t - start) / length)

@@ -3,23 +3,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 
 from datasets.mixing import Mixup
+from engine.schedules import keep_rate
 
 
 class SupervisedTask:
-    """Classification with label smoothing, mixup and cutmix.
+    """Classification with label smoothing, mixup and cutmix, and distillation from a teacher where there is one.
 
     The loss is soft-target cross entropy, mean_b(-sum_k t_k log p_k), whenever images are mixed, else cross entropy with
     smoothing s, (1 - s) NLL + s mean_k(-log p_k) (timm). Accuracy under mixing is against the first label.
+
+    Args:
+        config: the tree; TRAIN's smoothing, mixing and distillation keys and MODEL.EVIT are read.
+        num_classes: K.
+        teacher: see engine/distill.py; images -> logits [B, K].
     """
 
-    def __init__(self, config, num_classes: int):
+    def __init__(self, config, num_classes: int, teacher: Callable[[paddle.Tensor], paddle.Tensor] | None = None):
         train = config.TRAIN
+        self.evit = config.MODEL.EVIT
         self.smoothing = train.SMOOTHING
+        self.teacher = teacher
+        self.distillation = {'kind': train.DISTILLATION_TYPE, 'tau': train.DISTILLATION_TAU}
+        self.alpha = train.DISTILLATION_ALPHA
         self.mixup = None
         if train.MIXUP_PROB > 0 and (train.MIXUP_ALPHA > 0 or train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX):
             self.mixup = Mixup(
@@ -33,10 +45,30 @@ class SupervisedTask:
                 smoothing=train.SMOOTHING,
             )
 
+    def set_time(self, model: paddle.nn.Layer, t: float) -> dict[str, float]:
+        """Puts what follows the run's clock into the model; `t` counts epochs since the start, with fractions.
+
+        Returns:
+            What to log.
+        """
+        if self.evit.KEEP_RATE == 1 or not hasattr(model, 'set_keep_rate'):
+            return {}
+        model.set_keep_rate(self._keep_rate(t))
+        return {'keep_rate': model.keep_rate}
+
+    def is_final(self, t: float) -> bool:
+        """Whether the model is at `t` what it will be at the end: evaluations before that cannot be the best."""
+        return self._keep_rate(t) == self.evit.KEEP_RATE
+
+    def _keep_rate(self, t: float) -> float:
+        evit = self.evit
+        return keep_rate(t, base=evit.KEEP_RATE, start=evit.SHRINK_START_EPOCH, length=evit.SHRINK_EPOCHS)
+
     def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
         """Computes a micro-batch.
 
         Args:
+            model: images -> logits [B, K], or a pair of class and distillation logits.
             images: [B, C, H, W] float32, normalised, on the device.
             labels: [B] int64.
             rng: source of the mixing draws.
@@ -47,13 +79,31 @@ class SupervisedTask:
         targets = None
         if self.mixup is not None:
             images, targets = self.mixup(images, labels, rng)
-        logits = model(images).astype('float32')
+        outputs = model(images)
+        logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, None)
+        logits = logits.astype('float32')
         if targets is None:
             loss = smoothed_cross_entropy(logits, labels, self.smoothing)
         else:
             loss = soft_cross_entropy(logits, targets)
+        if self.teacher is not None:
+            teaching = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
+            loss = (1.0 - self.alpha) * loss + self.alpha * teaching
         correct = (logits.detach().argmax(-1) == labels).astype('float32').sum()
         return loss, correct
+
+
+def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, tau: float = 1.0) -> paddle.Tensor:
+    """DeiT, equations 2 and 3, of the student's and the teacher's logits [B, K].
+
+    soft: tau^2 / (B K) * sum p_T (log p_T - log p_S) at temperature tau; divided by B K as DeiT's code has it.
+    hard: cross entropy with the teacher's decision.
+    """
+    if kind == 'hard':
+        return F.cross_entropy(logits, teacher.argmax(-1))
+    expected = F.log_softmax(teacher / tau, axis=-1)
+    difference = expected - F.log_softmax(logits / tau, axis=-1)
+    return (expected.exp() * difference).sum() * (tau * tau / logits.size)
 
 
 def soft_cross_entropy(logits: paddle.Tensor, targets: paddle.Tensor) -> paddle.Tensor:

@@ -143,6 +143,7 @@ class Trainer:
             for step in progress(range(first, steps), steps - first, f'epoch {epoch}', self.context.is_main):
                 window = range(step * accumulate, min((step + 1) * accumulate, num_batches))
                 lr = self.lr(epoch, step / steps)
+                clock = self.task.set_time(self.model, epoch - 1 + step / steps)
                 sums, norm = self._step(epoch, window, batches, lr, local)
                 position.step += 1
                 position.samples = min((step + 1) * self.global_batch, self.train_loader.num_samples)
@@ -162,7 +163,7 @@ class Trainer:
                         * self.context.world_size
                         / max(speed, 1e-9)
                     )
-                    self._report(epoch, window[-1], num_batches, lr, current, totals, local, norm, speed, eta)
+                    self._report(epoch, window[-1], num_batches, lr, current, totals, local, norm, speed, eta, clock)
                 if current is not None and current[STOP] and step + 1 < steps:
                     self._leave()
                 if save:
@@ -266,12 +267,16 @@ class Trainer:
 
     def _validate(self) -> None:
         self.log.master(f'----- Validation after Epoch: {self.position.epoch}')
-        self._validate_weights('val', self.model.state_dict)
+        steps = math.ceil(self.train_loader.num_batches / self.config.TRAIN.ACCUM_ITER)
+        last_step = self.position.epoch - 1 / steps  # the model as its last step had it
+        self.task.set_time(self.model, last_step)
+        counts = self.task.is_final(last_step) or self.position.epoch == self.config.TRAIN.NUM_EPOCHS
+        self._validate_weights('val', self.model.state_dict, counts)
         if self.ema is not None:
             with self.ema.applied():
-                self._validate_weights('val_ema', self.ema.state_dict)
+                self._validate_weights('val_ema', self.ema.state_dict, counts)
 
-    def _validate_weights(self, kind: str, weights) -> None:
+    def _validate_weights(self, kind: str, weights, counts: bool) -> None:
         config, position = self.config, self.position
         with self._autocast() if config.AMP_LEVEL == 'O2' else contextlib.nullcontext():
             result = evaluate(config, self.model, self.val_loader, self.context, self.log, lambda: bool(self.stop))
@@ -281,7 +286,7 @@ class Trainer:
             f'{label} Acc@1: {result["acc1"]:.4f}, {label} Acc@5: {result["acc5"]:.4f}, time: {result["seconds"]:.2f}'
         )
         self._record(kind, epoch=position.epoch, **result, images_per_second=result['images'] / result['seconds'])
-        if result['acc1'] > position.best_acc1:
+        if counts and result['acc1'] > position.best_acc1:
             position.best_acc1, position.best_epoch = result['acc1'], position.epoch
             if self.context.is_main:
                 save_best(self.folder, weights())
@@ -370,7 +375,7 @@ class Trainer:
         every = self.config.REPORT_FREQ
         return any(index % every == 0 or index == num_batches - 1 for index in window)
 
-    def _report(self, epoch, index, num_batches, lr, current, totals, local, norm, speed, eta) -> None:
+    def _report(self, epoch, index, num_batches, lr, current, totals, local, norm, speed, eta, clock) -> None:
         head = f'Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Step[{index:04d}/{num_batches:04d}], Lr: {lr:.6f}, '
         mine = local.tolist()
         self.log.local(
@@ -382,8 +387,9 @@ class Trainer:
         self.log.master(
             f'{head}Loss: {loss:.4f} ({totals[LOSS] / images:.4f}), Avg Acc: {totals[CORRECT] / images:.4f}, '
             f'Grad Norm: {norm.item():.3f}, Images/s: {speed:.0f}, ETA: {eta:.0f} s{memory}'
+            + ''.join(f', {name}: {value:.4g}' for name, value in clock.items())
         )
-        self._scalars('train', {'loss': loss, 'lr': lr, 'grad_norm': norm.item(), 'images_per_second': speed})
+        self._scalars('train', {'loss': loss, 'lr': lr, 'grad_norm': norm.item(), 'images_per_second': speed, **clock})
         if self.scaler.is_enable() and self.scaler.state_dict()['scale'].item() < 1.0:
             raise UserError('the loss scale fell below 1: float16 overflows at every step. Use AMP_DTYPE bfloat16.')
 

@@ -61,11 +61,10 @@ def load_state(
             raise UserError(f'{source} has {_classifier(theirs)}, but the model {_classifier(ours)}; {mend}.')
         fresh = [name for name in targets if name.startswith(model.head_names())]
         arrays = {name: array for name, array in arrays.items() if not name.startswith(model.head_names())}
-        log(
-            f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}'
-            + (', which starts anew' if ours else '')
-        )
     fitted = fit_state(model, arrays, source, optional=fresh)
+    if ours != theirs:
+        anew = ', which starts anew' if fresh else ''
+        log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{anew}')
     for name, (old, new) in fitted.resized.items():
         log(f'----- Pretrained: {name} interpolated from {list(old)} to {list(new)}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in fitted.state.items()}

@@ -92,7 +92,8 @@ def fit_state(
 
 def count_classes(model: nn.Layer, state: Mapping) -> int | None:
     """Number of classes of the classifier in a state dict; 0 without one, None where its parts disagree."""
-    counts = {value.shape[-1] for name, value in state.items() if name.startswith(model.head_names())}
+    shapes = [tuple(value.shape) for name, value in state.items() if name.startswith(model.head_names())]
+    counts = {shape[-1] for shape in shapes if shape}
     return counts.pop() if len(counts) == 1 else None if counts else 0
 
 

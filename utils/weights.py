@@ -62,7 +62,7 @@ def _format_of(file: IO[bytes], path: str) -> str:
     if head.startswith(b'PK'):
         with zipfile.ZipFile(file) as archive:
             return TORCH if any(map(torch_files.is_object, archive.namelist())) else NPZ
-    if path.endswith('.safetensors') or (head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= size):
+    if str(path).endswith('.safetensors') or (head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= size):
         return SAFETENSORS
     return OLD_TORCH if torch_files.LEGACY_MAGIC.to_bytes(10, 'little') in head[:32] else PADDLE
 
@@ -235,6 +235,7 @@ def write_pdparams(state: dict, path: str) -> None:
 
     Raises:
         TypeError: something that `read_file` would refuse; nothing is written.
+        UserError: a full or read-only disk.
     """
     plain = _plain(state, os.path.basename(path))
     with atomic_write(path) as file:

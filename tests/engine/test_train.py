@@ -99,16 +99,16 @@ def test_the_epochs_loss_is_the_mean_over_images(trainer):
     assert row['acc1'] == pytest.approx(hits / 75)
 
 
-class Poisoned:
+class Poisoned(SupervisedTask):
     """The supervised task, whose loss or gradient goes wrong at one micro-batch."""
 
     def __init__(self, config, kind, at):
-        self.task = SupervisedTask(config, 3)
+        super().__init__(config, 3)
         self.kind = kind
         self.left = at
 
     def __call__(self, model, images, labels, rng):
-        loss, correct = self.task(model, images, labels, rng)
+        loss, correct = super().__call__(model, images, labels, rng)
         self.left -= 1
         if self.left == 0:
             if self.kind == 'gradient':  # finite value, infinite slope

@@ -4,6 +4,9 @@
 import paddle
 from paddle import nn
 
+from config import get_config
+from models.registry import config_file
+
 
 def linear_weights(layer: nn.Layer) -> set[str]:
     """Names of the weights that PyTorch stores transposed."""
@@ -29,3 +32,25 @@ def load(layer: nn.Layer, arrays: dict) -> nn.Layer:
     assert {name: list(a.shape) for name, a in arrays.items()} == shapes
     layer.set_state_dict({name: paddle.to_tensor(a) for name, a in arrays.items()})
     return layer
+
+
+# Options that shrink an architecture until a test of it takes no time, by MODEL.TYPE.
+SMALL = {
+    'gmlp': ['DATA.IMAGE_SIZE', 16, 'MODEL.MIXER.PATCH_SIZE', 4, 'MODEL.MIXER.EMBED_DIM', 16, 'MODEL.MIXER.DEPTH', 2],
+    'vit': [
+        *['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.PATCH_SIZE', 8, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3],
+        *['MODEL.TRANS.DEPTH', 4, 'MODEL.EVIT.DROP_LOC', (1, 2)],
+    ],
+}
+
+
+def small_config(name: str, *opts):
+    """The configuration of a model at the size of a toy, with 5 classes."""
+    config = get_config(config_file(name))
+    return get_config(config_file(name), [*SMALL[config.MODEL.TYPE], 'MODEL.NUM_CLASSES', 5, *opts])
+
+
+def images(config, batch: int = 2) -> paddle.Tensor:
+    """Random images that the model of a configuration takes."""
+    data = config.DATA
+    return paddle.randn([batch, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])

@@ -215,6 +215,7 @@ def test_an_evaluation_wants_the_right_classifier(tmp_path):
             r'head\.weight \[8, 9\] instead of \[8, 10\]',
         ),
         (lambda s: s.pop('head.bias'), r'head\.bias \[10\]'),
+        (lambda s: s.update({'head.scale': np.array(1.0)}), r'head\.scale \[\]'),
     ],
 )
 def test_any_other_difference_is_refused_and_the_model_unchanged(model, change, text):

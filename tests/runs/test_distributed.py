@@ -34,7 +34,14 @@ def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_pat
     results = []
     for processes in (1, 2, 3):
         name = f'eval{processes}'
-        flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-eval', f'-pretrained={folder}', f'-tag={name}', '-batch_size=4')
+        flags = (
+            f'-cfg={recipe}',
+            f'-output={tmp_path}',
+            '-eval',
+            f'-pretrained={folder}',
+            f'-tag={name}',
+            '-batch_size=4',
+        )
         out, _ = run('main_multi_gpu.py', *flags, NPROC=str(processes))
         assert 'Validation Acc@1: ' in out
         results.append(metrics(tmp_path / name)[-1])
@@ -66,9 +73,7 @@ def test_a_killed_process_ends_the_job_which_then_resumes(recipe, tmp_path):
     folder = tmp_path / 'out' / 'cut'
     wait_for(folder / 'log.txt', 'Epoch[002/003], Step[0001/', process)
     ranks = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if child.environ().get('PADDLE_TRAINER_ID') == '1'
+        child for child in psutil.Process(process.pid).children() if child.environ().get('PADDLE_TRAINER_ID') == '1'
     ]
     ranks[0].kill()
     began = time.monotonic()
@@ -80,7 +85,9 @@ def test_a_killed_process_ends_the_job_which_then_resumes(recipe, tmp_path):
 
 
 def test_workers_end_with_their_launcher(recipe, tmp_path):
-    process = start('main_multi_gpu.py', f'-cfg={recipe}', '-tag=orphans', '-opts', 'TRAIN.NUM_EPOCHS', '500', NPROC='2')
+    process = start(
+        'main_multi_gpu.py', f'-cfg={recipe}', '-tag=orphans', '-opts', 'TRAIN.NUM_EPOCHS', '500', NPROC='2'
+    )
     wait_for(tmp_path / 'out' / 'orphans' / 'log.txt', 'Epoch[001/', process)
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()

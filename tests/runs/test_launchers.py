@@ -46,7 +46,16 @@ def test_the_two_scripts_on_a_machine_without_gpu(clone, tmp_path):
     assert float(accuracy) > 0.15  # two epochs: more than chance; the full recipe is the README's affair
     latest = clone / 'output' / 'latest'
     assert '----- world_size = 2' in (latest / 'log_0.txt').read_text()
-    for name in ('config.yaml', 'log.txt', 'log_1.txt', 'log_all.txt', 'metrics.jsonl', 'last.pdparams', 'best.pdparams', 'vdl'):
+    for name in (
+        'config.yaml',
+        'log.txt',
+        'log_1.txt',
+        'log_all.txt',
+        'metrics.jsonl',
+        'last.pdparams',
+        'best.pdparams',
+        'vdl',
+    ):
         assert (latest / name).exists(), name
     out, _ = shell(clone, 'run_eval_multi.sh', **cache)
     assert re.search(r'Validation Acc@1: (\d\.\d{4})', out).group(1) == accuracy
@@ -89,7 +98,9 @@ def test_a_written_configuration_runs_again(recipe, tmp_path):
     run('main_single_gpu.py', f'-cfg={recipe}', '-tag=one', '-opts', 'TRAIN.NUM_EPOCHS', '1')
     again = tmp_path / 'out' / 'one' / 'config.yaml'
     run('main_single_gpu.py', f'-cfg={again}', '-tag=two')
-    rows = [[{k: r[k] for k in ('kind', 'loss', 'acc1')} for r in metrics(tmp_path / 'out' / tag)] for tag in ('one', 'two')]
+    rows = [
+        [{k: r[k] for k in ('kind', 'loss', 'acc1')} for r in metrics(tmp_path / 'out' / tag)] for tag in ('one', 'two')
+    ]
     assert rows[0] == rows[1]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import collections
+import errno
 import io
 import json
 import os
@@ -401,6 +402,22 @@ def test_what_could_not_be_read_is_not_written(tmp_path):
             write_pdparams({'model': {'x': bad}}, path)
     assert np.array_equal(read_file(path)['w'], W)
     assert os.listdir(tmp_path) == ['last.pdparams']
+
+
+def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = str(tmp_path / 'last.pdparams')
+    write_pdparams({'w': W}, path)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(UserError, match=r"cannot write '.*/last\.pdparams': No space left on device"):
+        write_pdparams({'w': W + 1}, path)
+    assert np.array_equal(read_file(path)['w'], W)
+    assert os.listdir(tmp_path) == ['last.pdparams']
+    with pytest.raises(UserError, match='cannot write'):
+        write_pdparams({'w': W}, os.path.join(path, 'x.pdparams'))
 
 
 # ---------------------------------------------------------------------------------------------------- finding

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives against the original programs."""
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from engine.distill import build_teacher
+from engine.schedules import keep_rate
+from engine.tasks import SupervisedTask, distillation_loss, smoothed_cross_entropy, soft_cross_entropy
+from models import build_model
+from tests.conftest import assert_close, golden
+from utils.errors import UserError
+from utils.weights import write_pdparams
+
+STUDENT = {
+    'MODEL.TYPE': 'deit', 'MODEL.NUM_CLASSES': 4, 'DATA.IMAGE_SIZE': 16, 'MODEL.TRANS.PATCH_SIZE': 8,
+    'MODEL.TRANS.EMBED_DIM': 8, 'MODEL.TRANS.DEPTH': 2, 'MODEL.TRANS.NUM_HEADS': 2, 'MODEL.TRANS.DISTILLED': True,
+    'MODEL.EVIT.DROP_LOC': (1,), 'TRAIN.DISTILLATION_TYPE': 'hard',
+}  # fmt: skip
+
+
+def configured(**changes):
+    options = {**STUDENT, **{name.replace('__', '.'): value for name, value in changes.items()}}
+    return get_config(opts=[item for pair in options.items() for item in pair])
+
+
+def with_gradient(function, logits):
+    logits = paddle.to_tensor(logits, stop_gradient=False)
+    loss = function(logits)
+    loss.backward()
+    return loss.item(), logits.grad.numpy()
+
+
+@pytest.mark.parametrize(
+    ('name', 'loss'),
+    [
+        ('ls00', lambda x, g: smoothed_cross_entropy(x, paddle.to_tensor(g['in/label']), 0.0)),
+        ('ls10', lambda x, g: smoothed_cross_entropy(x, paddle.to_tensor(g['in/label']), 0.1)),
+        ('ls30', lambda x, g: smoothed_cross_entropy(x, paddle.to_tensor(g['in/label']), 0.3)),
+        ('soft', lambda x, g: soft_cross_entropy(x, paddle.to_tensor(g['in/soft']))),
+    ],
+)
+def test_losses_and_gradients_are_timms(name, loss):
+    reference = golden('evit-loss')
+    value, gradient = with_gradient(lambda x: loss(x, reference), reference['in/logits'])
+    assert_close(value, reference[f'out/{name}'].item(), 1e-6)
+    assert_close(gradient, reference[f'out/{name}_grad'], 1e-5)
+
+
+@pytest.mark.parametrize('index', [1, 2, 3, 4])
+def test_distillation_is_deits(index):
+    reference = golden('evit-loss')
+    settings = reference.meta['distill'][index]
+    base = soft_cross_entropy(paddle.to_tensor(reference['in/logits']), paddle.to_tensor(reference['in/soft'])).item()
+    value, gradient = with_gradient(
+        lambda x: distillation_loss(x, paddle.to_tensor(reference['in/teacher']), settings['type'], settings['tau']),
+        reference['in/logits_kd'],
+    )
+    total = (1 - settings['alpha']) * base + settings['alpha'] * value
+    assert_close(total, reference[f'out/distill{index}'].item(), 1e-6)
+    assert_close(settings['alpha'] * gradient, reference[f'out/distill{index}_grad_kd'], 1e-5)
+
+
+@pytest.mark.parametrize('index', range(5))
+def test_keep_rates_are_evits(index):
+    reference = golden('evit-keeprate')
+    settings = reference.meta['sched'][index]
+    iterations = reference[f'in/iters{index}']
+    for epoch, expected in enumerate(reference[f'out/sched{index}']):
+        rates = [
+            keep_rate(
+                epoch + step / settings['iters_per_epoch'],
+                base=settings['base_keep_rate'],
+                start=settings['shrink_start_epoch'],
+                length=settings['shrink_epochs'],
+            )
+            for step in iterations.tolist()
+        ]
+        assert_close(rates, expected, 1e-6)
+
+
+def test_the_clock_sets_the_keep_rate_and_says_when_it_is_final():
+    config = configured(MODEL__EVIT__KEEP_RATE=0.5, MODEL__EVIT__SHRINK_START_EPOCH=1, MODEL__EVIT__SHRINK_EPOCHS=2)
+    task, model = SupervisedTask(config, 4), build_model(config)
+    assert task.set_time(model, 0.5) == {'keep_rate': 1.0} and not task.is_final(0.5)
+    assert task.set_time(model, 2.0) == {'keep_rate': 0.75} and model.keep_rate == 0.75
+    assert task.set_time(model, 3.0) == {'keep_rate': 0.5} and task.is_final(3.0)
+    assert SupervisedTask(configured(), 4).set_time(model, 0.0) == {}
+
+
+def test_a_registered_teacher_teaches(tmp_path):
+    teacher_cfg = tmp_path / 'teacher.yaml'
+    teacher_cfg.write_text(configured(MODEL__TRANS__DISTILLED=False, TRAIN__DISTILLATION_TYPE='none').dump())
+    teacher = build_model(get_config(str(teacher_cfg)))
+    path = str(tmp_path / 'teacher.pdparams')
+    write_pdparams(teacher.state_dict(), path)
+    config = configured(
+        TRAIN__TEACHER_CFG=str(teacher_cfg),
+        TRAIN__TEACHER_MODEL=path,
+        TRAIN__DISTILLATION_ALPHA=1.0,
+        TRAIN__MIXUP_PROB=0,
+    )
+    student = build_model(config)
+    answer = build_teacher(config, student, print)
+    images = paddle.randn([3, 3, 16, 16])
+    teacher.eval()
+    np.testing.assert_array_equal(answer(images).numpy(), teacher(images).numpy())
+    student.train()
+    task = SupervisedTask(config, 4, answer)
+    loss, _ = task(student, images, paddle.to_tensor([0, 1, 2]), np.random.default_rng(0))
+    loss.backward()
+    assert student.head_dist.weight.grad is not None
+    assert not student.head.weight.grad.abs().sum().item()  # alpha 1: labels teach nothing
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert not [name for name in student.state_dict() if 'teacher' in name]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'TRAIN__DISTILLATION_TYPE': 'none'}, 'no teacher'),
+        ({'MODEL__TRANS__DISTILLED': False}, 'no distillation classifier'),
+        ({}, 'TRAIN.TEACHER_MODEL'),
+        ({'TRAIN__TEACHER_MODEL': 'gone'}, "exported teacher 'gone'"),
+        ({'TRAIN__TEACHER_MODEL': 'gone', 'TRAIN__TEACHER_CFG': 'deit_tiny_patch16_224'}, 'gone'),
+    ],
+)
+def test_mistakes_about_teachers(changes, words):
+    config = configured(**changes)
+    with pytest.raises(UserError) as caught:
+        build_teacher(config, build_model(config), print)
+    assert words in str(caught.value)

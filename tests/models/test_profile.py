@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counting of parameters and multiplications."""
+
+import paddle
+import pytest
+from paddle import nn
+
+from models.profile import Profile, profile
+
+
+class Everything(nn.Layer):
+    """One of each operation that counts, with sizes that differ."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2D(4, 6, 3, stride=2, padding=1, groups=2)
+        self.up = nn.Conv2DTranspose(6, 5, 2, stride=2)
+        self.linear = nn.Linear(5, 7, bias_attr=False)
+        self.mix = nn.Linear(64, 64)
+        self.norm = nn.LayerNorm(7)
+
+    def forward(self, x):
+        x = self.up(self.conv(x))  # [B, 5, 8, 8]
+        x = self.norm(self.linear(x.flatten(2).transpose([0, 2, 1])))  # [B, 64, 7]
+        x = paddle.matmul(self.mix.weight, x, transpose_x=True) + self.mix.bias.unsqueeze(-1)
+        scores = x @ x.transpose([0, 2, 1])
+        return paddle.bmm(scores, x).mean(1)
+
+
+def test_counts():
+    model = Everything()
+    model.train()
+    cost = profile(model, [2, 4, 8, 8])
+    conv = 2 * 6 * 4 * 4 * (2 * 3 * 3)
+    up = 2 * 6 * 4 * 4 * (5 * 2 * 2)
+    linear = 2 * 64 * 5 * 7 + 2 * 64 * 64 * 7
+    matmul = 2 * (64 * 64 * 7) * 2
+    params = (6 * 2 * 9 + 6) + (6 * 5 * 4 + 5) + 35 + (64 * 64 + 64) + 14
+    assert cost == Profile(params, conv + up + linear + matmul, {'conv': conv + up, 'linear': linear, 'matmul': matmul})
+    assert model.training
+    assert model(paddle.randn([3, 4, 8, 8])).shape == [3, 7]
+
+
+def test_unknown_products_are_not_missed():
+    class Einsum(nn.Layer):
+        def forward(self, x):
+            return paddle.einsum('bchw,bchw->bc', x, x)
+
+    with pytest.raises(NotImplementedError, match='einsum'):
+        profile(Einsum(), [1, 3, 4, 4])

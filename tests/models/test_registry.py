@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every configuration: what its file says, what it builds, and that the result can be trained, changed and exported."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import paddle
+import pytest
+import yaml
+
+from config import get_config
+from models import build_model, create_model, list_models, register_model
+from models.profile import profile
+from models.registry import config_file
+from tests.conftest import HERE, ROOT
+from tests.models.helpers import images, small_config
+from utils.errors import UserError
+
+SNAPSHOT = os.path.join(HERE, 'goldens', 'state_dicts.json')
+NAMES = list_models()
+# One of each architecture and of each way through it.
+KINDS = [
+    'gmlp_s16_224',
+    'gmlp_digits',
+    'deit_tiny_patch16_224',
+    'deit_tiny_distilled_patch16_224',
+    'evit_small_patch16_224_k05_fuse',
+    'evit_small_patch16_224_k05_drop',
+]
+
+
+def listing(model) -> dict:
+    """Shapes by name; blocks of equal shapes share an entry: {'blocks.[0-11].norm1.weight': [384]}."""
+    groups = {}
+    for name, value in model.state_dict().items():
+        number = re.search(r'\.(\d+)\.', name)
+        pattern = name if number is None else name.replace(number[0], '.[%s].', 1)
+        groups.setdefault((pattern, tuple(value.shape)), []).append(number and int(number[1]))
+    result = {}
+    for (pattern, shape), blocks in groups.items():
+        assert blocks == [None] or blocks == list(range(blocks[0], blocks[-1] + 1))
+        result[pattern.replace('%s', f'{blocks[0]}-{blocks[-1]}')] = list(shape)
+    return result
+
+
+def write_snapshot() -> None:
+    """Run by `python -m tests.models.test_registry` after a deliberate change of names or shapes."""
+    with open(SNAPSHOT, 'w', encoding='utf-8') as file:
+        entries = (f'{json.dumps(name)}: {json.dumps(listing(create_model(name)))}' for name in NAMES)
+        file.write('{\n' + ',\n'.join(entries) + '\n}\n')
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_full_size(name):
+    config = get_config(config_file(name))
+    model = build_model(config)
+    with open(SNAPSHOT, encoding='utf-8') as file:
+        assert listing(model) == json.load(file)[name]
+    if name != 'gmlp_digits':
+        cost = profile(model, [1, 3, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE])
+        with open(config_file(name), encoding='utf-8') as file:
+            header = ''.join(line for line in file if line.startswith('#'))
+        assert f'{cost.params:,} parameters' in header
+        assert f'{cost.macs:,} MACs' in header
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_file(name):
+    path = config_file(name)
+    with open(path, encoding='utf-8') as file:
+        text = file.read()
+    own, config = yaml.safe_load(text), get_config(path)
+    assert config.MODEL.NAME == own['MODEL']['NAME'] == name
+    assert config.MODEL.NUM_CLASSES is None
+    assert f'-cfg=./configs/{name}.yaml' in text
+    if config.DATA.DATASET == 'imagenet2012':
+        assert set(own['MODEL']['PUBLISHED']) == {'ACC1', 'ACC5', 'WEIGHTS'}, 'inherited facts belong to another model'
+        published = config.MODEL.PUBLISHED
+        for accuracy in filter(None, (published.ACC1, published.ACC5)):
+            assert str(accuracy) in text.partition('\nBASE')[0]
+        assert published.WEIGHTS is None or published.ACC1 is not None
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_training_step(name):
+    paddle.seed(0)
+    config = small_config(name)
+    model = build_model(config)
+    x = images(config)
+    model.train()
+    for _ in range(2):  # the classifier of gMLP starts at 0 and lets no gradient through in the first step
+        outputs = model(x)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        assert [out.shape for out in outputs] == [[2, 5]] * (1 + config.MODEL.TRANS.DISTILLED)
+        sum((out * paddle.arange(5.0)).square().sum() for out in outputs).backward()
+        grads = {parameter_name: parameter.grad for parameter_name, parameter in model.named_parameters()}
+        with paddle.no_grad():
+            for parameter in model.parameters():
+                parameter.set_value(parameter - 0.01 * parameter.grad.sign())
+        model.clear_gradients()
+    # The key's bias shifts all logits of a query alike; everything else matters.
+    assert [name for name, grad in grads.items() if grad is None or not grad.abs().max().item() > 0] == []
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_contract(name):
+    config = small_config(name)
+    model = build_model(config)
+    x = images(config)
+    model.eval()
+    np.testing.assert_array_equal(model(x), model.forward_head(model.forward_features(x)))
+    state = model.state_dict()
+    assert {model.layer_id(n) for n in state} == set(range(model.num_layers + 1))
+    assert model.no_weight_decay() <= set(state) | {'dist_token'}
+
+    body = {n: value.numpy() for n, value in state.items() if not n.startswith(model.head_names())}
+    model.reset_classifier(7)
+    assert model(x).shape == [2, 7]
+    after = model.state_dict()
+    assert {n for n in after if n.startswith(model.head_names())} == set(state) - set(body)
+    for n, value in body.items():
+        np.testing.assert_array_equal(after[n], value)
+    model.reset_classifier(0)
+    assert not any(n.startswith(model.head_names()) for n in model.state_dict())
+    pooled = model.forward_head(model.forward_features(x), pre_logits=True)
+    pooled = (pooled[0] + pooled[1]) / 2 if isinstance(pooled, tuple) else pooled
+    np.testing.assert_array_equal(model(x), pooled)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_export(name, tmp_path):
+    paddle.seed(0)
+    config = small_config(name)
+    model = build_model(config)
+    for parameter in model.parameters():  # away from the symmetric start of gMLP
+        parameter.set_value(parameter + 0.1 * paddle.randn(parameter.shape))
+    model.eval()
+    size, channels = config.DATA.IMAGE_SIZE, config.DATA.IMAGE_CHANNELS
+    spec = paddle.static.InputSpec([None, channels, size, size], 'float32')
+    static = paddle.jit.to_static(build_model(config), input_spec=[spec], full_graph=True)
+    static.set_state_dict(model.state_dict())
+    static.eval()
+    paddle.jit.save(static, str(tmp_path / 'model'))
+    loaded = paddle.jit.load(str(tmp_path / 'model'))
+    for batch in (1, 3):
+        x = images(config, batch)
+        np.testing.assert_allclose(loaded(x), model(x), 1e-5, 1e-5)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_no_type_is_taken_for_granted(name):
+    config = small_config(name, 'MODEL.DROPPATH', 0.5)
+    model = build_model(config).astype('float64')
+    model.train()
+    outputs = model(images(config).astype('float64'))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert {out.dtype for out in outputs} == {paddle.float64}
+    sum(out.sum() for out in outputs).backward()
+
+
+def test_names():
+    assert list_models('gmlp_?16_224') == ['gmlp_b16_224', 'gmlp_s16_224']
+    assert len(list_models('evit_small_patch16_224_k0?_*e')) == 6
+    assert list_models('nothing*') == []
+
+
+def test_create_model():
+    model = create_model(config_file('gmlp_digits'), num_classes=10, opts=['MODEL.MIXER.DEPTH', 1])
+    assert model.num_classes == 10
+    assert model.depth == 1
+    assert create_model('gmlp_digits').num_classes == 1000
+    with pytest.raises(UserError, match="unknown model 'gmlp_s16'.*Did you mean 'gmlp_s16_224'"):
+        create_model('gmlp_s16')
+    with pytest.raises(UserError, match='unknown MODEL.TYPE'):
+        create_model('gmlp_digits', opts=['MODEL.TYPE', 'resnet'])
+
+
+def test_the_callers_configuration_is_left_alone():
+    config = small_config('gmlp_digits', 'MODEL.NUM_CLASSES', None)
+    assert build_model(config).num_classes == 1000
+    assert config.MODEL.NUM_CLASSES is None
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match='twice'):
+        register_model('GMLP')(lambda config: None)
+
+
+def test_table():
+    run = lambda *arguments: subprocess.run(  # noqa: E731
+        [sys.executable, '-m', 'models', *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    result = run('gmlp_digits')
+    assert result.returncode == 0
+    assert re.fullmatch(r'gmlp_digits +[\d.]+ +[\d.]+ +16 +- +- +-', result.stdout.splitlines()[-1])
+    result = run('resnet*')
+    assert result.returncode == 1
+    assert "no model matches 'resnet*'" in result.stderr
+    assert 'Traceback' not in result.stderr
+
+
+if __name__ == '__main__':
+    write_snapshot()
