@@ -76,6 +76,8 @@ class _RecordBatch:
     def values(self, field: _Table) -> list:
         """Python values of a field: None, int, bytes, or lists of them."""
         length, _ = next(self._lengths)
+        if not 0 <= length <= len(self._body):
+            raise ValueError(f'not a value serialized by pyarrow ({length} values in {len(self._body)} bytes)')
         kind = field.number(2, 'B')
         if kind == _NULL:
             return [None] * length
@@ -88,6 +90,8 @@ class _RecordBatch:
         if kind not in (_BINARY, _LIST):
             raise ValueError(f'not a value serialized by pyarrow (Arrow type {kind})')
         ends = self._array('i', length + 1) if length else (0,)
+        if list(ends) != sorted(ends):
+            raise ValueError('not a value serialized by pyarrow (offsets out of order)')
         if kind == _BINARY:
             content = self._buffer()
             return [bytes(content[begin:end]) for begin, end in zip(ends, ends[1:])]

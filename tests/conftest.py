@@ -42,16 +42,20 @@ def assert_close(actual, expected, tolerance: float = 1e-4) -> None:
     assert worst <= tolerance, f'relative difference {worst:.3g} > {tolerance:.3g}'
 
 
-@pytest.fixture(scope='session')
-def images(tmp_path_factory):
-    """Three classes of textured squares: 75 training images, 13 validation images."""
-    root = tmp_path_factory.mktemp('images')
+def make_images(root: str) -> str:
+    """Three classes of textured squares under `root`: 75 training images, 13 validation images."""
     rng = np.random.default_rng(0)
     for split, per_class in (('train', (25, 25, 25)), ('val', (5, 4, 4))):
         for label, count in enumerate(per_class):
-            folder = root / split / f'class{label}'
-            folder.mkdir(parents=True)
+            folder = os.path.join(root, split, f'class{label}')
+            os.makedirs(folder)
             for number in range(count):
                 pixels = rng.integers(0, 120, (20, 24, 3)) + 60 * label
-                Image.fromarray(pixels.astype('uint8')).save(folder / f'{number}.png')
-    return str(root)
+                Image.fromarray(pixels.astype('uint8')).save(os.path.join(folder, f'{number}.png'))
+    return root
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory) -> str:
+    """An image folder; see `make_images`."""
+    return make_images(str(tmp_path_factory.mktemp('images')))

@@ -41,7 +41,9 @@ def test_take_tokens(data):
     batch, tokens, channels = (data.draw(st.integers(1, 5)) for _ in range(3))
     k = data.draw(st.integers(1, 4))
     index = np.array(
-        data.draw(st.lists(st.lists(st.integers(0, tokens - 1), min_size=k, max_size=k), min_size=batch, max_size=batch))
+        data.draw(
+            st.lists(st.lists(st.integers(0, tokens - 1), min_size=k, max_size=k), min_size=batch, max_size=batch)
+        )
     )
     x = np.random.default_rng(0).standard_normal((batch, tokens, channels)).astype('float32')
     expected = np.take_along_axis(x, index[:, :, None], axis=1)
