@@ -83,13 +83,16 @@ class FileStorage:
     def describe(self, index: int) -> str:
         return os.path.join(self.root, self._paths[index])
 
-    def open(self, index: int) -> Image.Image:
+    def read(self, index: int) -> bytes:
+        """The file as it is. Raises UnreadableImage."""
         try:
             with open(self.describe(index), 'rb') as file:
-                data = file.read()
+                return file.read()
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from None
-        return decode_image(data)
+
+    def open(self, index: int) -> Image.Image:
+        return decode_image(self.read(index))
 
 
 class PackedStrings:

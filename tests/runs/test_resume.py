@@ -62,3 +62,13 @@ def test_resume_reads_the_configuration_of_the_run(recipe, tmp_path):
     run('main_single_gpu.py', f'-resume={folder}', '-opts', 'TRAIN.NUM_EPOCHS', '2')
     assert state(folder)['epoch'] == 2
     assert os.path.exists(folder / 'epoch_0002.pdparams')
+
+
+def test_a_periodic_checkpoint_goes_on_in_a_folder_of_its_own(straight, tmp_path):
+    processes, recipe, expected = straight
+    script, variables = SCRIPTS[processes]
+    file = os.path.join(os.path.dirname(recipe), 'straight', 'epoch_0002')  # without .pdparams, as PaddleViT's users may
+    run(script, f'-cfg={recipe}', f'-output={tmp_path}', f'-resume={file}', '-tag=branch', **variables)
+    branch = learnt(tmp_path / 'branch')
+    assert [row['epoch'] for row in branch['rows']] == [3, 3, 3]
+    assert_same({**branch, 'rows': None}, {**expected, 'rows': None})

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in one LMDB file per part, for storage that is slow with a million small files.
+
+`DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`, single files. Two formats are read and told apart by their keys:
+
+LeanViT's, written by tools/make_lmdb.py; numbers are little-endian:
+    __format__      b'leanvit-lmdb-1'
+    __labels__      a label per image, int32
+    __classes__     class names as a JSON list; absent where classes have no names
+    0, 1, ...       (decimal) label int32, CRC-32 of the image uint32, the image file as it was
+
+Those of pyarrow's serialize(), as in EViT (https://github.com/youweiliang/evit) and many other codes:
+    __len__         number of images
+    0, 1, ...       (image file, label)
+Their labels lie among the images. They are collected once and kept beside the file, `train.lmdb.labels.npy`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import struct
+import zlib
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from datasets.arrow import deserialize
+from datasets.dataset import Dataset
+from datasets.folder import data_path
+from datasets.images import UnreadableImage, decode_image
+from datasets.registry import register_dataset
+from utils.errors import UserError
+from utils.files import atomic_write
+
+FORMAT_KEY, FORMAT = b'__format__', b'leanvit-lmdb-1'
+LABELS_KEY, CLASSES_KEY = b'__labels__', b'__classes__'
+_HEAD = struct.Struct('<iI')
+
+
+@register_dataset('lmdb')
+def build_lmdb(config, split: str) -> Dataset:
+    """`DATA_PATH/<split>.lmdb` in either format."""
+    path = os.path.join(data_path(config), f'{split}.lmdb')
+    file = LmdbFile(path)
+    try:
+        marker = file.get(FORMAT_KEY)
+        if marker == FORMAT:
+            return _own(file)
+        if marker is None and file.get(b'__len__') is not None:
+            return _upstream(file)
+        kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
+        raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it anew.")
+    except (UnreadableImage, ValueError) as error:
+        raise UserError(f"'{path}' is damaged: {error}.") from None
+    finally:
+        file.close()  # each process opens its own: an environment must not be carried through a fork
+
+
+def _own(file: LmdbFile) -> Dataset:
+    labels = np.frombuffer(file.get(LABELS_KEY) or b'', '<i4')
+    names = file.get(CLASSES_KEY)
+    storage = LmdbStorage(file, len(labels), unpack_record)
+    return Dataset(storage, labels, f"'{file.path}'", None if names is None else json.loads(names))
+
+
+def _upstream(file: LmdbFile) -> Dataset:
+    storage = LmdbStorage(file, int(deserialize(file.get(b'__len__'))), _unpack_upstream)
+    return Dataset(storage, _upstream_labels(storage), f"'{file.path}'")
+
+
+def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
+    path = storage.file.path
+    kept = path + '.labels.npy'
+    with contextlib.suppress(OSError, ValueError):
+        if os.path.getmtime(kept) >= os.path.getmtime(path):
+            labels = np.load(kept)
+            if labels.shape == (len(storage),):
+                return labels
+    numbers = tqdm(range(len(storage)), desc=f'labels of {path}', disable=None)
+    labels = np.array([storage.read(number)[1] for number in numbers], np.int64)
+    with contextlib.suppress(OSError), atomic_write(kept) as file:  # no harm done where the data cannot be written to
+        np.save(file, labels)
+    return labels
+
+
+# ---------------------------------------------------------------------------------------------------- records
+def pack_record(image: bytes, label: int) -> bytes:
+    """What LeanViT's format stores for an image file."""
+    return _HEAD.pack(label, zlib.crc32(image)) + image
+
+
+def unpack_record(record: bytes) -> tuple[bytes, int]:
+    """Image file and label. Raises ValueError when the image is not what was stored."""
+    if len(record) < _HEAD.size:
+        raise ValueError('the record is cut off')
+    label, checksum = _HEAD.unpack_from(record)
+    image = record[_HEAD.size :]
+    if zlib.crc32(image) != checksum:
+        raise ValueError('the record does not match its checksum')
+    return image, label
+
+
+def _unpack_upstream(record: bytes) -> tuple[bytes, int]:
+    value = deserialize(record)
+    if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], bytes) and isinstance(value[1], int)):
+        raise ValueError('the record is not an (image, label) pair')
+    return value[0], value[1]
+
+
+def record_key(index: int) -> bytes:
+    return str(index).encode()
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+class LmdbFile:
+    """A read-only LMDB file, opened by each process when it first reads."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self._environment = None
+        self._process: int | None = None
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of a key, None when there is none. Raises UnreadableImage where the file is damaged."""
+        if self._process != os.getpid():
+            self._environment, self._process = open_readonly(self.path), os.getpid()
+        try:
+            with self._environment.begin() as transaction:
+                return transaction.get(key)
+        except lmdb_module().Error as error:
+            raise UnreadableImage(str(error)) from None
+
+    def close(self) -> None:
+        """Closes the file in this process; a later `get` opens it again."""
+        if self._process == os.getpid():
+            self._environment.close()
+        self._environment = self._process = None
+
+
+class LmdbStorage:
+    """Images in an LMDB file; `unpack` makes (image file, label) of a record or raises ValueError."""
+
+    def __init__(self, file: LmdbFile, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
+        self.file = file
+        self._length = length
+        self._unpack = unpack
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        """Image file and label of an item. Raises UnreadableImage."""
+        record = self.file.get(record_key(index))
+        if record is None:
+            raise UnreadableImage(f'there is no record {index}')
+        try:
+            return self._unpack(record)
+        except ValueError as error:
+            raise UnreadableImage(f'record {index}: {error}') from None
+
+    def open(self, index: int) -> Image.Image:
+        return decode_image(self.read(index)[0])
+
+    def describe(self, index: int) -> str:
+        return f'{self.file.path}, key {index}'
+
+
+def open_readonly(path: str):
+    """An lmdb.Environment without lock and read-ahead.
+
+    Raises:
+        UserError: no such file, another kind of file, or one that was cut off, which LMDB itself would answer with a crash.
+    """
+    lmdb = lmdb_module()
+    if not os.path.isfile(path):
+        raise UserError(f"'{path}' does not exist; `python tools/make_lmdb.py` writes it.")
+    size = os.path.getsize(path)
+    try:
+        if size < 2 * os.sysconf('SC_PAGE_SIZE'):
+            raise lmdb.InvalidError('it is too short')
+        environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, create=False)
+    except lmdb.Error as error:
+        raise UserError(f"'{path}' is not an LMDB file: {error}.") from None
+    needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+    if size < needed:
+        environment.close()
+        raise UserError(f"'{path}' is cut off: it has {size} bytes of {needed}; copy or write it again.")
+    return environment
+
+
+def lmdb_module():
+    """The lmdb package, which only these data need."""
+    try:
+        import lmdb
+    except ImportError:
+        raise UserError('LMDB data need the lmdb package: pip install lmdb.') from None
+    return lmdb

@@ -1,0 +1,202 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Writes train.lmdb and val.lmdb from list files or a folder per class.
+
+    python tools/make_lmdb.py -data_path /dataset/imagenet -output /ssd/imagenet
+    python main_single_gpu.py -dataset lmdb -data_path /ssd/imagenet ...
+
+Image files are stored as they are. An interrupted run continues where it stopped; a file takes its name only when each
+record has been read back. datasets/lmdb.py describes the format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from tqdm import tqdm
+
+from config import get_config
+from datasets import Dataset, build_dataset
+from datasets.images import UnreadableImage
+from datasets.lmdb import (
+    CLASSES_KEY,
+    FORMAT,
+    FORMAT_KEY,
+    LABELS_KEY,
+    lmdb_module,
+    pack_record,
+    record_key,
+    unpack_record,
+)
+from utils.cli import run
+from utils.errors import UserError
+
+_SOURCE_KEY = b'__source__'  # what the file is made from; another source cannot continue it
+_CHUNK = 256  # images per transaction
+_FIRST_SIZE = 1 << 30  # of the map; it grows with the data
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    args = parse(argv)
+    targets = {split: os.path.join(args.output or args.data_path, f'{split}.lmdb') for split in args.split}
+    for target in targets.values():
+        if os.path.exists(target) and not args.force:
+            raise UserError(f"'{target}' exists; -force overwrites it.")
+    config = get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path])
+    try:
+        for split, target in targets.items():
+            write_lmdb(build_dataset(config, split), target)
+    except KeyboardInterrupt:
+        print('interrupted; the same command continues.', file=sys.stderr)
+        return 130
+    except lmdb_module().Error as error:
+        raise UserError(f"cannot write '{target}': {error}; the same command continues once that is mended.") from None
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add('-data_path', metavar='DIR', required=True, help='folder with list files, or train/<class>/ and val/<class>/')
+    add('-output', metavar='DIR', help='folder to write to (default: -data_path)')
+    add(
+        '-dataset', default='imagenet2012', choices=('imagenet2012', 'list', 'folder'), help='how the images are listed'
+    )
+    add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='parts to write (default: both)')
+    add('-force', action='store_true', help='overwrite existing files')
+    return parser.parse_args(argv)
+
+
+def write_lmdb(dataset: Dataset, target: str) -> None:
+    """Writes `target`, or what is still missing of it, through `target`.partial."""
+    os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
+    partial = target + '.partial'
+    with partial_file(partial, fingerprint(dataset)) as environment:
+        fill(environment, dataset, target)
+        verify(environment, dataset, target)
+        finish(environment, dataset)
+    os.replace(partial, target)
+    print(f'{target}: {len(dataset)} images, {dataset.num_classes} classes, {os.path.getsize(target) / 1e9:.3f} GB')
+
+
+def fingerprint(dataset: Dataset) -> bytes:
+    """Says which images with which labels, in which order, a file is made from."""
+    digest = hashlib.sha256(dataset.labels.tobytes())
+    for index in range(len(dataset)):
+        digest.update(os.fsencode(dataset.describe(index)) + b'\0')
+    return digest.digest()
+
+
+@contextlib.contextmanager
+def partial_file(path: str, source: bytes) -> Iterator:
+    """An unfinished file open for writing by this process alone; begun anew unless it was made from the same source."""
+    lmdb = lmdb_module()
+    with open(path, 'ab') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"'{path}' is being written by another process.") from None
+        if not _continues(path, source):
+            os.truncate(path, 0)
+        with lmdb.open(path, map_size=max(_FIRST_SIZE, os.path.getsize(path)), subdir=False, lock=False) as environment:
+            with environment.begin(write=True) as transaction:
+                transaction.put(_SOURCE_KEY, source)
+            yield environment
+
+
+def _continues(path: str, source: bytes) -> bool:
+    lmdb = lmdb_module()
+    try:
+        with lmdb.open(path, subdir=False, readonly=True, lock=False, create=False) as environment:
+            complete = (environment.info()['last_pgno'] + 1) * environment.stat()['psize'] <= os.path.getsize(path)
+            with environment.begin() as transaction:
+                return complete and transaction.get(_SOURCE_KEY) == source
+    except lmdb.Error:
+        return False
+
+
+def fill(environment, dataset: Dataset, target: str) -> None:
+    """Stores the images that are still missing. Transactions are in order, so those form a tail."""
+    with environment.begin() as transaction:
+        missing = _Missing(transaction, len(dataset))
+        start = bisect.bisect_left(missing, True)
+    if start:
+        print(f'{target}: continues after {start} images')
+    with tqdm(total=len(dataset), initial=start, desc=target, unit='image', disable=None) as bar:
+        for begin in range(start, len(dataset), _CHUNK):
+            chunk = range(begin, min(begin + _CHUNK, len(dataset)))
+            put_all(environment, [(record_key(index), record_of(dataset, index)) for index in chunk])
+            bar.update(len(chunk))
+
+
+class _Missing:
+    """For each image whether it is not stored yet, as a sequence to bisect."""
+
+    def __init__(self, transaction, length: int):
+        self._transaction = transaction
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> bool:
+        return self._transaction.get(record_key(index)) is None
+
+
+def record_of(dataset: Dataset, index: int) -> bytes:
+    try:
+        return pack_record(dataset.storage.read(index), int(dataset.labels[index]))
+    except UnreadableImage as error:
+        raise UserError(f"cannot read '{dataset.describe(index)}': {error}; mend or unlist it.") from None
+
+
+def put_all(environment, items: list[tuple[bytes, bytes]]) -> None:
+    """Stores all items or none, on disk; the map grows as needed."""
+    while True:
+        try:
+            with environment.begin(write=True) as transaction:
+                for key, value in items:
+                    transaction.put(key, value)
+            return
+        except lmdb_module().MapFullError:
+            environment.set_mapsize(2 * environment.info()['map_size'])
+
+
+def verify(environment, dataset: Dataset, target: str) -> None:
+    """Reads every record back."""
+    with environment.begin() as transaction:
+        for index in tqdm(range(len(dataset)), desc=f'verifying {target}', unit='image', disable=None):
+            try:
+                _, label = unpack_record(transaction.get(record_key(index)) or b'')
+            except ValueError as error:
+                raise UserError(
+                    f"'{target}.partial', record {index}: {error}; delete that file and try again."
+                ) from None
+            if label != dataset.labels[index]:
+                raise UserError(
+                    f"'{target}.partial', record {index} has another label; delete that file and try again."
+                )
+
+
+def finish(environment, dataset: Dataset) -> None:
+    """The labels, and last of all the mark that makes the file one that can be read."""
+    items = [(LABELS_KEY, dataset.labels.astype('<i4').tobytes()), (FORMAT_KEY, FORMAT)]
+    if dataset.class_names is not None:
+        items.append((CLASSES_KEY, json.dumps(dataset.class_names).encode()))
+    put_all(environment, items)
+    environment.sync(True)
+
+
+if __name__ == '__main__':
+    run(main)
