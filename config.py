@@ -16,6 +16,7 @@ import argparse
 import ast
 import difflib
 import os
+from collections.abc import Callable, Collection
 
 import yaml
 from yacs.config import CfgNode as CN
@@ -244,13 +245,20 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
 
 def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Parses PaddleViT's command line: single dash, `-x value` or `-x=value`, quotes around a value are dropped."""
+    return flag_parser('Train or evaluate an image classifier.').parse_args(argv)
+
+
+def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
+    """The parser of the launchers' flags; a tool takes `only` some of them, such as '-cfg', and adds its own."""
     parser = argparse.ArgumentParser(
-        description='Train or evaluate an image classifier.',
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = lambda flag, kind=_unquoted, **kw: parser.add_argument(flag, type=kind, default=argparse.SUPPRESS, **kw)  # noqa: E731
-    switch = lambda flag, text: parser.add_argument(flag, action='store_true', default=argparse.SUPPRESS, help=text)  # noqa: E731
+
+    def add(flag: str, kind: Callable = _unquoted, **options) -> None:
+        if only is None or flag in only:
+            options = options if 'action' in options else {'type': kind, **options}
+            parser.add_argument(flag, default=argparse.SUPPRESS, **options)
+
     add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
     add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, cifar10, cifar100, digits')
     add('-data_path', metavar='DIR', help='folder that holds the data')
@@ -267,9 +275,9 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add('-last_epoch', _integer, metavar='N', help='last finished epoch, when -resume names a weights-only file')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
     add('-ngpus', _integer, metavar='N', help='processes on this machine (default: one per GPU; on CPU one, see NPROC)')
-    switch('-eval', 'evaluate only')
-    switch('-amp', 'mixed precision (acts on GPU)')
-    switch('-throughput', 'measure images per second and stop')
+    add('-eval', action='store_true', help='evaluate only')
+    add('-amp', action='store_true', help='mixed precision (acts on GPU)')
+    add('-throughput', action='store_true', help='measure images per second and stop')
     parser.add_argument(
         '-opts',
         nargs=argparse.REMAINDER,
@@ -277,7 +285,7 @@ def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar='KEY VALUE',
         help='any configuration keys; must come last',
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 _FLAGS = {
@@ -293,11 +301,9 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     """Merges the file that `args.cfg` names, the flags, then `-opts` into `config`, which is left unfrozen."""
     config.defrost()
     given = vars(args)
-    resumed = os.path.join(given.get('resume', ''), 'config.yaml')
-    if 'cfg' in given:
-        _merge_file(config, given['cfg'])
-    elif 'resume' in given and os.path.isfile(resumed):  # a run folder knows what it is
-        _merge_file(config, resumed)
+    cfg_file = config_file_of(args)
+    if cfg_file is not None:
+        _merge_file(config, cfg_file)
     if 'batch_size' in given:
         config.DATA.BATCH_SIZE_EVAL = given['batch_size']
     for flag, key in _FLAGS.items():
@@ -306,6 +312,15 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     merge_opts(config, given.get('opts') or [])
     validate(config)
     return config
+
+
+def config_file_of(args: argparse.Namespace) -> str | None:
+    """The YAML file that `-cfg` names; without it the one of the run folder that `-resume` or `-pretrained` names."""
+    given = vars(args)
+    if 'cfg' in given:
+        return given['cfg']
+    runs = (os.path.join(given[flag], 'config.yaml') for flag in ('resume', 'pretrained') if flag in given)
+    return next(filter(os.path.isfile, runs), None)
 
 
 def merge_opts(config: CN, opts: list) -> None:

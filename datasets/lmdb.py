@@ -178,14 +178,12 @@ def open_readonly(path: str):
     lmdb = lmdb_module()
     if not os.path.isfile(path):
         raise UserError(f"'{path}' does not exist; `python tools/make_lmdb.py` writes it.")
-    size = os.path.getsize(path)
     try:
-        if size < 2 * os.sysconf('SC_PAGE_SIZE'):
-            raise lmdb.InvalidError('it is too short')
         environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, create=False)
     except lmdb.Error as error:
         raise UserError(f"'{path}' is not an LMDB file: {error}.") from None
     needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
+    size = os.path.getsize(path)
     if size < needed:
         environment.close()
         raise UserError(f"'{path}' is cut off: it has {size} bytes of {needed}; copy or write it again.")

@@ -87,7 +87,7 @@ def write_lmdb(dataset: Dataset, target: str) -> None:
         verify(environment, dataset, target)
         finish(environment, dataset)
     os.replace(partial, target)
-    print(f'{target}: {len(dataset)} images, {dataset.num_classes} classes, {os.path.getsize(target) / 1e9:.3f} GB')
+    print(f'{target}: {len(dataset)} images, {dataset.num_classes} classes, {os.path.getsize(target) / 1e6:.1f} MB')
 
 
 def fingerprint(dataset: Dataset) -> bytes:

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models as files that run without their Python code: Paddle's inference programs.
+
+`PREFIX.json` holds the program, `PREFIX.pdiparams` its weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+from paddle import inference, nn
+from paddle.static import InputSpec
+
+PROGRAM, WEIGHTS = '.json', '.pdiparams'
+INPUT_NAME = 'x'
+PRECISIONS = ('fp32', 'bf16')
+
+
+def save_program(model: nn.Layer, image_shape: Sequence[int], prefix: str) -> None:
+    """Writes the evaluation of a model as a program of one float32 input `x` [any batch, *image_shape].
+
+    The model is left in evaluation mode.
+    """
+    model.eval()
+    spec = InputSpec([None, *image_shape], 'float32', name=INPUT_NAME)
+    static = paddle.jit.to_static(model, input_spec=[spec], full_graph=True)
+    try:
+        paddle.jit.save(static, prefix)
+    finally:
+        model.forward.rollback()  # to_static put the program in the place of the model's own forward
+
+
+class Predictor:
+    """Runs a program that `save_program` wrote: on the GPU when there is one, else on the CPU with oneDNN.
+
+    Args:
+        prefix: path of the program without its suffix.
+        precision: 'fp32', or 'bf16' for bfloat16 where the device has kernels for it.
+    """
+
+    def __init__(self, prefix: str, precision: str = 'fp32'):
+        config = inference.Config(prefix + PROGRAM, prefix + WEIGHTS)
+        place = paddle.framework._current_expected_place_()
+        if place.is_gpu_place():
+            kind = inference.PrecisionType.Bfloat16 if precision == 'bf16' else inference.PrecisionType.Float32
+            config.enable_use_gpu(_GPU_POOL_MB, place.gpu_device_id(), kind)
+        else:
+            config.disable_gpu()
+            config.set_cpu_math_library_num_threads(cpu_threads())
+            config.enable_mkldnn()
+            if precision == 'bf16':
+                config.enable_mkldnn_bfloat16()
+        config.switch_ir_optim(True)
+        config.enable_new_executor(True)
+        config.enable_new_ir(True)  # without it the oneDNN passes are not applied
+        config.enable_memory_optim()
+        config.disable_glog_info()
+        self._predictor = inference.create_predictor(config)
+        self._input = self._predictor.get_input_handle(INPUT_NAME)
+        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Normalised images [B, C, H, W] float32 -> logits [B, K] float32."""
+        self._input.reshape(images.shape)
+        self._input.copy_from_cpu(images)
+        self._predictor.run()
+        return self._output.copy_to_cpu()
+
+
+_GPU_POOL_MB = 256  # initial size of the predictor's memory pool, which grows
+
+
+def cpu_threads() -> int:
+    """Threads of one operation on the CPU."""
+    return paddle.get_flags('FLAGS_paddle_num_threads')['FLAGS_paddle_num_threads']
