@@ -28,7 +28,7 @@ _C.BASE = ['']  # YAML files to inherit from, relative to the file that names th
 
 # ---------------------------------------------------------------------------------------------------- data
 _C.DATA = CN()
-_C.DATA.DATASET = 'imagenet2012'  # a registered data set: imagenet2012, folder, list, cifar10, cifar100, digits
+_C.DATA.DATASET = 'imagenet2012'  # a registered data set: imagenet2012, folder, list, lmdb, cifar10, cifar100, digits
 _C.DATA.DATA_PATH = '/dataset/imagenet/'  # folder that holds the data
 _C.DATA.BATCH_SIZE = 256  # training images per process and micro-batch
 _C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process; None: BATCH_SIZE
@@ -260,7 +260,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
             parser.add_argument(flag, default=argparse.SUPPRESS, **options)
 
     add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
-    add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, cifar10, cifar100, digits')
+    add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, lmdb, cifar10, cifar100, digits')
     add('-data_path', metavar='DIR', help='folder that holds the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')

@@ -127,9 +127,14 @@ def resolve_num_classes(config, dataset: Dataset) -> int:
         return dataset.num_classes
     named = dataset.class_names is not None
     if dataset.num_classes > wanted or (named and dataset.num_classes != wanted):
-        found = f'{dataset.num_classes} classes' if named else f'labels up to {dataset.num_classes - 1}'
+        largest = int(dataset.labels.argmax())
+        found = (
+            f'{dataset.num_classes} classes'
+            if named
+            else f"label {dataset.labels[largest]} ('{dataset.describe(largest)}')"
+        )
         raise UserError(
             f'MODEL.NUM_CLASSES is {wanted}, but {dataset.source} has {found}; '
-            f'set it to {dataset.num_classes} or leave it out.'
+            f'set it to {dataset.num_classes} (where it is not set, the training data decide).'
         )
     return wanted

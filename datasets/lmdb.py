@@ -45,42 +45,40 @@ _HEAD = struct.Struct('<iI')
 def build_lmdb(config, split: str) -> Dataset:
     """`DATA_PATH/<split>.lmdb` in either format."""
     path = os.path.join(data_path(config), f'{split}.lmdb')
-    file = LmdbFile(path)
     try:
-        marker = file.get(FORMAT_KEY)
+        marker = read_value(path, FORMAT_KEY)
         if marker == FORMAT:
-            return _own(file)
-        if marker is None and file.get(b'__len__') is not None:
-            return _upstream(file)
-        kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
-        raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it anew.")
+            return _own(path)
+        if marker is None and read_value(path, b'__len__') is not None:
+            return _upstream(path)
     except (UnreadableImage, ValueError) as error:
         raise UserError(f"'{path}' is damaged: {error}.") from None
     finally:
-        file.close()  # each process opens its own: an environment must not be carried through a fork
+        close_file(path)  # workers open their own
+    kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
+    raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it anew.")
 
 
-def _own(file: LmdbFile) -> Dataset:
-    labels = np.frombuffer(file.get(LABELS_KEY) or b'', '<i4')
-    names = file.get(CLASSES_KEY)
-    storage = LmdbStorage(file, len(labels), unpack_record)
-    return Dataset(storage, labels, f"'{file.path}'", None if names is None else json.loads(names))
+def _own(path: str) -> Dataset:
+    labels = np.frombuffer(read_value(path, LABELS_KEY) or b'', '<i4')
+    names = read_value(path, CLASSES_KEY)
+    storage = LmdbStorage(path, len(labels), unpack_record)
+    return Dataset(storage, labels, f"'{path}'", None if names is None else json.loads(names))
 
 
-def _upstream(file: LmdbFile) -> Dataset:
-    storage = LmdbStorage(file, int(deserialize(file.get(b'__len__'))), _unpack_upstream)
-    return Dataset(storage, _upstream_labels(storage), f"'{file.path}'")
+def _upstream(path: str) -> Dataset:
+    storage = LmdbStorage(path, int(deserialize(read_value(path, b'__len__'))), _unpack_upstream)
+    return Dataset(storage, _upstream_labels(storage), f"'{path}'")
 
 
 def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
-    path = storage.file.path
-    kept = path + '.labels.npy'
+    kept = storage.path + '.labels.npy'
     with contextlib.suppress(OSError, ValueError):
-        if os.path.getmtime(kept) >= os.path.getmtime(path):
+        if os.path.getmtime(kept) >= os.path.getmtime(storage.path):
             labels = np.load(kept)
             if labels.shape == (len(storage),):
                 return labels
-    numbers = tqdm(range(len(storage)), desc=f'labels of {path}', disable=None)
+    numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
     labels = np.array([storage.read(number)[1] for number in numbers], np.int64)
     with contextlib.suppress(OSError), atomic_write(kept) as file:  # no harm done where the data cannot be written to
         np.save(file, labels)
@@ -116,36 +114,11 @@ def record_key(index: int) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-class LmdbFile:
-    """A read-only LMDB file, opened by each process when it first reads."""
-
-    def __init__(self, path: str):
-        self.path = path
-        self._environment = None
-        self._process: int | None = None
-
-    def get(self, key: bytes) -> bytes | None:
-        """The value of a key, None when there is none. Raises UnreadableImage where the file is damaged."""
-        if self._process != os.getpid():
-            self._environment, self._process = open_readonly(self.path), os.getpid()
-        try:
-            with self._environment.begin() as transaction:
-                return transaction.get(key)
-        except lmdb_module().Error as error:
-            raise UnreadableImage(str(error)) from None
-
-    def close(self) -> None:
-        """Closes the file in this process; a later `get` opens it again."""
-        if self._process == os.getpid():
-            self._environment.close()
-        self._environment = self._process = None
-
-
 class LmdbStorage:
     """Images in an LMDB file; `unpack` makes (image file, label) of a record or raises ValueError."""
 
-    def __init__(self, file: LmdbFile, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
-        self.file = file
+    def __init__(self, path: str, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
+        self.path = path
         self._length = length
         self._unpack = unpack
 
@@ -154,7 +127,7 @@ class LmdbStorage:
 
     def read(self, index: int) -> tuple[bytes, int]:
         """Image file and label of an item. Raises UnreadableImage."""
-        record = self.file.get(record_key(index))
+        record = read_value(self.path, record_key(index))
         if record is None:
             raise UnreadableImage(f'there is no record {index}')
         try:
@@ -166,7 +139,37 @@ class LmdbStorage:
         return decode_image(self.read(index)[0])
 
     def describe(self, index: int) -> str:
-        return f'{self.file.path}, key {index}'
+        return f'{self.path}, key {index}'
+
+
+# Files open in this process, by real path: LMDB allows each once. (process id, lmdb.Environment)
+_OPEN: dict = {}
+
+
+def read_value(path: str, key: bytes) -> bytes | None:
+    """The value of a key, None when there is none; opens the file where this process has not.
+
+    Raises:
+        UnreadableImage: the file is damaged.
+        UserError: it cannot be opened.
+    """
+    owner, environment = _OPEN.get(os.path.realpath(path), (None, None))
+    if owner != os.getpid():
+        close_file(path)  # carried through a fork it must not be used; closing it leaves the parent's alone
+        environment = open_readonly(path)
+        _OPEN[os.path.realpath(path)] = os.getpid(), environment
+    try:
+        with environment.begin() as transaction:
+            return transaction.get(key)
+    except lmdb_module().Error as error:
+        raise UnreadableImage(str(error)) from None
+
+
+def close_file(path: str) -> None:
+    """Closes a file in this process; the next `read_value` opens it again."""
+    _, environment = _OPEN.pop(os.path.realpath(path), (None, None))
+    if environment is not None:
+        environment.close()
 
 
 def open_readonly(path: str):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import multiprocessing
 from collections.abc import Iterator
 
@@ -225,11 +226,10 @@ class Loader:
             _LOG.warning('skipped: %s', message)
             self._reported.add(message)
         indices = np.array(filled.indices, dtype=np.int64)
-        height, width, channels = self._maker.transform.shape
         count = sum(filled.erased)
         erase = None
         if count:
-            starts = np.arange(len(indices), dtype=np.int64) * (channels * height * width)
+            starts = np.arange(len(indices), dtype=np.int64) * math.prod(self._maker.transform.shape)
             erase = memory.positions[:count] + np.repeat(starts, filled.erased), memory.values[:count].copy()
         return Batch(
             images=memory.images[: len(indices)].copy(),

@@ -16,6 +16,7 @@ from paddle.static import InputSpec
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
 INPUT_NAME = 'x'
 PRECISIONS = ('fp32', 'bf16')
+GPU_POOL_MB = 256  # what a predictor takes at first; it grows
 
 
 def save_program(model: nn.Layer, image_shape: Sequence[int], prefix: str) -> None:
@@ -42,10 +43,10 @@ class Predictor:
 
     def __init__(self, prefix: str, precision: str = 'fp32'):
         config = inference.Config(prefix + PROGRAM, prefix + WEIGHTS)
-        place = paddle.framework._current_expected_place_()
-        if place.is_gpu_place():
+        device, _, number = paddle.device.get_device().partition(':')
+        if device == 'gpu':
             kind = inference.PrecisionType.Bfloat16 if precision == 'bf16' else inference.PrecisionType.Float32
-            config.enable_use_gpu(_GPU_POOL_MB, place.gpu_device_id(), kind)
+            config.enable_use_gpu(GPU_POOL_MB, int(number), kind)
         else:
             config.disable_gpu()
             config.set_cpu_math_library_num_threads(cpu_threads())
@@ -69,9 +70,21 @@ class Predictor:
         return self._output.copy_to_cpu()
 
 
-_GPU_POOL_MB = 256  # initial size of the predictor's memory pool, which grows
-
-
 def cpu_threads() -> int:
     """Threads of one operation on the CPU."""
     return paddle.get_flags('FLAGS_paddle_num_threads')['FLAGS_paddle_num_threads']
+
+
+def emulates_bfloat16() -> bool:
+    """Whether bfloat16 is computed without instructions for it, a hundred times slower than float32.
+
+    Known of x86 processors under Linux; others are taken at their word.
+    """
+    if paddle.device.get_device() != 'cpu':
+        return False
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            flags = next((line.split() for line in file if line.startswith('flags')), None)
+    except OSError:
+        return False
+    return flags is not None and not {'avx512_bf16', 'amx_bf16'} & set(flags)

@@ -1,15 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images per second of a model on this device."""
+"""How fast a model is on this device, and how much memory it takes."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
+import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
+import numpy as np
 import paddle
 
+from engine import distributed
 from engine.distributed import Context
+from engine.exported import Predictor
+from models import build_model
+from utils.errors import UserError
+from utils.processes import die_with_parent
+
+Call = Callable[[], None]  # one forward pass; may return before the device has finished it
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,6 @@ class Throughput:
     latency_ms: float  # of one batch
 
 
-@paddle.no_grad()
 def measure(
     model: paddle.nn.Layer,
     batch_size: int,
@@ -32,17 +44,8 @@ def measure(
     warmup: int = 3,
 ) -> Throughput:
     """Times the forward pass of random images [batch_size, channels, image_size, image_size] in evaluation mode."""
-    model.eval()
-    images = paddle.randn([batch_size, channels, image_size, image_size])
-    seconds = []
-    for index in range(warmup + rounds):
-        context.synchronize()
-        started = time.perf_counter()
-        model(images)
-        context.synchronize()
-        if index >= warmup:
-            seconds.append(time.perf_counter() - started)
-    median = statistics.median(seconds)
+    call = layer_call(model, [batch_size, channels, image_size, image_size])
+    median = statistics.median(time_interleaved([call], context, rounds, warmup)[0])
     return Throughput(batch_size, batch_size / median, median * 1000)
 
 
@@ -52,3 +55,118 @@ def report(result: Throughput) -> None:
         f'throughput: {result.images_per_second:.1f} images/s at batch {result.batch_size}, '
         f'{result.latency_ms:.1f} ms a batch (median)'
     )
+
+
+# ---------------------------------------------------------------------------------------------------- time
+def time_interleaved(calls: list[Call], context: Context, rounds: int, warmup: int) -> list[list[float]]:
+    """Seconds of each call in each round, after `warmup` rounds that do not count.
+
+    A round runs every call once, so that whatever else the machine does meanwhile slows all of them alike.
+    """
+    seconds: list[list[float]] = [[] for _ in calls]
+    for index in range(warmup + rounds):
+        for call, taken in zip(calls, seconds):
+            context.synchronize()
+            started = time.perf_counter()
+            call()
+            context.synchronize()
+            if index >= warmup:
+                taken.append(time.perf_counter() - started)
+    return seconds
+
+
+def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None = None) -> Call:
+    """A forward pass of random images, which lie on the device; `autocast`: arguments of `paddle.amp.auto_cast`."""
+    model.eval()
+    images = paddle.randn(shape)
+
+    def call() -> None:
+        with paddle.no_grad(), paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
+            model(images)
+
+    return call
+
+
+def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
+    """A run of an exported program, from images in main memory to logits in main memory."""
+    images = np.random.default_rng(0).standard_normal(shape, 'float32')
+    return lambda: predictor(images)
+
+
+# ---------------------------------------------------------------------------------------------------- what is measured
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure, described so that another process can build it.
+
+    Attributes:
+        name: what tables call it.
+        config: its configuration; with AMP it runs in mixed precision on a GPU.
+        program: prefix of its exported files, which are then run instead of the layers.
+        precision: of the exported program, 'fp32' or 'bf16'.
+    """
+
+    name: str
+    config: object
+    program: str | None = None
+    precision: str = 'fp32'
+
+    def image_shape(self) -> list[int]:
+        """[C, H, W]."""
+        data = self.config.DATA
+        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+
+    def calls(self, batch_sizes: list[int], context: Context) -> list[Call]:
+        """Builds the model, with random weights, and returns a forward pass for each batch size."""
+        shapes = [[size, *self.image_shape()] for size in batch_sizes]
+        if self.program is not None:
+            predictor = Predictor(self.program, self.precision)
+            return [predictor_call(predictor, shape) for shape in shapes]
+        model, autocast = build_model(self.config), None
+        if self.config.AMP and context.on_gpu:
+            autocast = {'level': self.config.AMP_LEVEL, 'dtype': self.config.AMP_DTYPE}
+            if self.config.AMP_LEVEL == 'O2':
+                model = paddle.amp.decorate(model, **autocast)
+        return [layer_call(model, shape, autocast) for shape in shapes]
+
+
+# ---------------------------------------------------------------------------------------------------- memory
+def peak_memory(subject: Subject, batch_size: int) -> int | None:
+    """Bytes that building a model and evaluating one batch need at their peak, measured in a process of its own.
+
+    On a GPU those that Paddle allocated there. On the CPU the growth of the resident memory since Paddle was imported,
+    which Linux tells; None elsewhere.
+
+    Raises:
+        UserError: when it runs out of memory, or is killed, as systems short of memory do.
+    """
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context('spawn'), initializer=die_with_parent
+    ) as executor:
+        try:
+            return executor.submit(_peak_memory_here, subject, batch_size).result()
+        except (BrokenProcessPool, MemoryError):
+            raise UserError(
+                f'{subject.name}: there is not enough memory for one batch of {batch_size} images; '
+                'try a smaller -batch_size.'
+            ) from None
+
+
+def _peak_memory_here(subject: Subject, batch_size: int) -> int | None:
+    context = distributed.start()
+    before = _resident('VmRSS')
+    with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # the peak so far is forgotten
+    subject.calls([batch_size], context)[0]()
+    if context.on_gpu:
+        context.synchronize()
+        return paddle.device.cuda.max_memory_allocated()
+    return None if before is None else _resident('VmHWM') - before
+
+
+def _resident(field: str) -> int | None:
+    """VmRSS, the resident memory of this process, or VmHWM, its peak, in bytes; None where there is no /proc."""
+    try:
+        with open('/proc/self/status', encoding='ascii') as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':'))
+    except OSError:
+        return None

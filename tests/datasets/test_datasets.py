@@ -240,6 +240,8 @@ def test_class_counts(list_data, folder_data, make_config):
         with pytest.raises(UserError, match='MODEL.NUM_CLASSES is 2, but .* set it to 3'):
             resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 2]), dataset)
     assert resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 1000]), lists) == 1000
+    with pytest.raises(UserError, match=r"label 2 \('.*picture 2\.png'\)"):
+        resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 2]), lists)
     with pytest.raises(UserError, match='MODEL.NUM_CLASSES is 1000, but .* has 3 classes'):
         resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 1000]), folder)
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LMDB files: our own, those of pyarrow's serialize(), damaged ones, and the tool that writes them."""
 
+from __future__ import annotations
+
+import contextlib
 import os
 import signal
 import subprocess
@@ -28,13 +31,20 @@ def upstream(tmp_path):
     """EViT's val.lmdb of three images."""
     reference = golden('evit-lmdb')
     path = tmp_path / 'val.lmdb'
-    with lmdb.open(str(path), subdir=False, map_size=1 << 24, lock=False) as environment:
-        with environment.begin(write=True) as transaction:
-            for number in range(3):
-                transaction.put(str(number).encode(), stored(reference, f'in/rec{number}'))
-            transaction.put(b'__keys__', stored(reference, 'in/keys'))
-            transaction.put(b'__len__', stored(reference, 'in/len'))
+    with writing(path) as transaction:
+        for number in range(3):
+            transaction.put(str(number).encode(), stored(reference, f'in/rec{number}'))
+        transaction.put(b'__keys__', stored(reference, 'in/keys'))
+        transaction.put(b'__len__', stored(reference, 'in/len'))
     return path
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A transaction that changes an LMDB file."""
+    environment = lmdb.open(str(path), subdir=False, map_size=1 << 24, lock=False)
+    with environment, environment.begin(write=True) as transaction:
+        yield transaction
 
 
 def convert(path, output, *args) -> int | None:
@@ -112,7 +122,9 @@ def test_same_images_as_the_files(list_data, make_config, tmp_path, capsys):
         dataset = build_dataset(config, 'train')
         assert dataset.load(3).size == (24, 20)  # read here first: workers must still open their own
         with build_dataloader(config, dataset, training=True) as loader:
-            for one, other in zip(expected, loader.epoch(0), strict=True):
+            batches = list(loader.epoch(0))
+            assert len(batches) == len(expected)
+            for one, other in zip(expected, batches):
                 assert np.array_equal(one.images, other.images)
                 assert np.array_equal(one.labels, other.labels)
 
@@ -211,9 +223,9 @@ def test_tool_mistakes(list_data, tmp_path):
         convert(path, output)
     assert convert(path, output, '-force') is None
     (output / 'val.lmdb').unlink()
-    with make_lmdb.partial_file(str(output / 'val.lmdb.partial'), b'x'):
-        with pytest.raises(UserError, match='another process'):
-            convert(path, output, '-split', 'val')
+    busy = make_lmdb.partial_file(str(output / 'val.lmdb.partial'), b'x')
+    with busy, pytest.raises(UserError, match='another process'):
+        convert(path, output, '-split', 'val')
 
 
 def test_killed_and_continued(tmp_path, write_image, make_config):
@@ -257,10 +269,9 @@ def test_other_files(list_data, make_config, tmp_path):
     os.remove(tmp_path / 'val.lmdb')
 
     def write(**items):
-        with lmdb.open(str(tmp_path / 'val.lmdb'), subdir=False, lock=False) as environment:
-            with environment.begin(write=True) as transaction:
-                for key, value in items.items():
-                    transaction.put(key.encode(), value)
+        with writing(tmp_path / 'val.lmdb') as transaction:
+            for key, value in items.items():
+                transaction.put(key.encode(), value)
 
     write(a=b'b')
     with pytest.raises(UserError, match='is not complete'):
@@ -276,12 +287,11 @@ def test_other_files(list_data, make_config, tmp_path):
 def test_damaged_record(list_data, make_config, tmp_path):
     """A flipped bit and a missing record are told by key, or skipped, like any unreadable image."""
     convert(list_data(6), tmp_path / 'out')
-    with lmdb.open(str(tmp_path / 'out' / 'val.lmdb'), subdir=False, lock=False) as environment:
-        with environment.begin(write=True) as transaction:
-            record = bytearray(transaction.get(b'2'))
-            record[100] ^= 1
-            transaction.put(b'2', bytes(record))
-            transaction.delete(b'4')
+    with writing(tmp_path / 'out' / 'val.lmdb') as transaction:
+        record = bytearray(transaction.get(b'2'))
+        record[100] ^= 1
+        transaction.put(b'2', bytes(record))
+        transaction.delete(b'4')
     config = make_config(tmp_path / 'out', DATA__DATASET='lmdb', DATA__BAD_IMAGE='skip')
     dataset = build_dataset(config, 'val')
     with pytest.raises(UserError, match=r'val\.lmdb, key 2.*checksum'):

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import build_dataloader, build_dataset
@@ -109,6 +109,7 @@ def test_repeated_augmentation(list_data, make_config, monkeypatch):
         make_loader(make_config(list_data(7), TRAIN__REPEATED_AUG=3))
 
 
+@settings(deadline=None, derandomize=True)
 @given(st.integers(1, 50), st.integers(1, 5), st.integers(1, 9), st.booleans(), st.booleans())
 def test_global_batch_sizes(size, world, batch_size, training, drop_last):
     """batch_size_at counts what the ranks really get, and adds up to num_samples."""

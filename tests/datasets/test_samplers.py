@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import samplers
@@ -14,6 +14,7 @@ from utils.errors import UserError
 sizes, worlds = st.integers(1, 60), st.integers(1, 9)
 
 
+@settings(deadline=None, derandomize=True)
 @given(sizes, worlds, st.integers(0, 3))
 def test_training_covers_the_data(size, world, epoch):
     """All ranks together: a permutation, continued from its start to a multiple of the world size."""
@@ -34,6 +35,7 @@ def test_training_order_depends_on_seed_and_epoch():
     assert not np.array_equal(first, TrainSampler(50, 1, seed=1).epoch(0, 0)[0])
 
 
+@settings(deadline=None, derandomize=True)
 @given(sizes, worlds)
 def test_evaluation_counts_each_image_once(size, world):
     sampler = EvalSampler(size, world)

@@ -67,7 +67,9 @@ def test_resume_reads_the_configuration_of_the_run(recipe, tmp_path):
 def test_a_periodic_checkpoint_goes_on_in_a_folder_of_its_own(straight, tmp_path):
     processes, recipe, expected = straight
     script, variables = SCRIPTS[processes]
-    file = os.path.join(os.path.dirname(recipe), 'straight', 'epoch_0002')  # without .pdparams, as PaddleViT's users may
+    file = os.path.join(
+        os.path.dirname(recipe), 'straight', 'epoch_0002'
+    )  # without .pdparams, as PaddleViT's users may
     run(script, f'-cfg={recipe}', f'-output={tmp_path}', f'-resume={file}', '-tag=branch', **variables)
     branch = learnt(tmp_path / 'branch')
     assert [row['epoch'] for row in branch['rows']] == [3, 3, 3]

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Compares models on this machine: size, multiply-accumulates, images per second, latency, memory.
+
+    python tools/benchmark.py gmlp_ti16_224 gmlp_s16_224 -batch_size 8 -rounds 10 -json out.json
+    python tools/benchmark.py gmlp_s16_224 -backend exported
+
+Models take turns in every round, so that a busy machine does not favour one. docs/benchmark.md explains the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from dataclasses import replace
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import paddle
+
+from config import flag_parser, get_config, update_config
+from engine import distributed
+from engine.distributed import Context
+from engine.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
+from engine.throughput import Subject, peak_memory, time_interleaved
+from models import build_model
+from models.profile import profile
+from models.registry import config_file
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+
+WARMUP = 3
+COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>11} {:>10} {:>6}'
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    with atomic_write(args.json, 'w') if args.json else contextlib.nullcontext() as file:
+        result = benchmark(args)
+        if file:
+            json.dump(result, file, indent=2)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = flag_parser(
+        'Compare the speed and size of models.', ('-batch_size', '-image_size', '-num_classes', '-amp')
+    )
+    parser.add_argument('models', nargs='+', metavar='MODEL', help='names of configurations, or YAML files')
+    parser.add_argument('-rounds', type=int, default=10, metavar='N', help='timed rounds; medians are reported')
+    parser.add_argument(
+        '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
+    )
+    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='of the exported program')
+    parser.add_argument('-json', metavar='FILE', help='write the results there too')
+    parser.set_defaults(batch_size=8)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
+    if args.backend == 'dygraph' and args.precision != 'fp32':
+        raise UserError('-precision belongs to -backend exported; layers run in mixed precision with -amp, on a GPU.')
+    if args.backend == 'exported' and 'amp' in args:
+        raise UserError('-amp belongs to -backend dygraph; give -precision bf16 to the exported program.')
+    return args
+
+
+def benchmark(args: argparse.Namespace) -> dict:
+    """Measures the models, prints the table and returns everything that the JSON file says."""
+    context = distributed.start()
+    if args.precision == 'bf16' and emulates_bfloat16():
+        raise UserError(
+            'this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16): leave -precision out.'
+        )
+    if 'amp' in args and not context.on_gpu:
+        print('-amp is asked for, but mixed precision needs a GPU: measuring in float32.')
+    subjects = find_subjects(args)
+    facts = environment(args, context)
+    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    rows = [cost(subject) for subject in subjects]
+    with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
+        if args.backend == 'exported':
+            subjects = [export(subject, os.path.join(folder, f'{i}')) for i, subject in enumerate(subjects)]
+        for row, subject in zip(rows, subjects):
+            row['memory_bytes'] = peak_memory(subject, args.batch_size)
+        calls = [call for subject in subjects for call in subject.calls([args.batch_size, 1], context)]
+    seconds = time_interleaved(calls, context, args.rounds, WARMUP)
+    for row, batch, single in zip(rows, seconds[::2], seconds[1::2]):
+        row['images_per_second'] = args.batch_size / statistics.median(batch)
+        row['latency_ms'] = statistics.median(single) * 1000
+        row['ratio'] = row['images_per_second'] / rows[0]['images_per_second']
+        row['batch_seconds'], row['single_seconds'] = batch, single
+    print_table(rows)
+    return {'environment': facts, 'models': rows}
+
+
+def find_subjects(args: argparse.Namespace) -> list[Subject]:
+    """The models of the command line, each with its configuration."""
+    subjects = []
+    for name in args.models:
+        config = update_config(get_config(), argparse.Namespace(**{**vars(args), 'cfg': config_file(name)}))
+        config.freeze()
+        subjects.append(Subject(name, config, precision=args.precision))
+    return subjects
+
+
+def environment(args: argparse.Namespace, context: Context) -> dict:
+    """What the numbers depend on besides the models."""
+    device = paddle.device.cuda.get_device_name() if context.on_gpu else processor_name()
+    return {
+        'paddle': paddle.__version__,
+        'device': device,
+        'threads': cpu_threads(),
+        'backend': args.backend,
+        'precision': args.precision if 'amp' not in args or not context.on_gpu else 'amp',
+        'batch_size': args.batch_size,
+        'rounds': args.rounds,
+        'memory': 'allocated on the GPU' if context.on_gpu else 'growth of the resident memory',
+    }
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def cost(subject: Subject) -> dict:
+    """Name, input and what can be counted without running the model."""
+    found = profile(build_model(subject.config), [1, *subject.image_shape()])
+    return {
+        'name': subject.name,
+        'image_size': subject.config.DATA.IMAGE_SIZE,
+        'params': found.params,
+        'macs': found.macs,
+    }
+
+
+def export(subject: Subject, prefix: str) -> Subject:
+    """The same subject, run from exported files."""
+    save_program(build_model(subject.config), subject.image_shape(), prefix)
+    return replace(subject, program=prefix)
+
+
+def print_table(rows: list[dict]) -> None:
+    print(COLUMNS.format('name', 'params M', 'MACs G', 'images/s', 'latency ms', 'memory MB', 'ratio'))
+    for row in rows:
+        memory = '-' if row['memory_bytes'] is None else f'{row["memory_bytes"] / 1e6:.0f}'
+        print(
+            COLUMNS.format(
+                row['name'],
+                f'{row["params"] / 1e6:.3f}',
+                f'{row["macs"] / 1e9:.3f}',
+                f'{row["images_per_second"]:.1f}',
+                f'{row["latency_ms"]:.2f}',
+                memory,
+                f'{row["ratio"]:.2f}',
+            )
+        )
+
+
+if __name__ == '__main__':
+    run(main)

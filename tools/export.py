@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Exports a trained classifier as an inference program that runs without this code.
+
+    python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams -output exported/gmlp_s16_224
+    python tools/export.py -pretrained output/latest -output exported/mine
+
+Writes exported/mine.json (program), .pdiparams (weights) and .preprocess.json (what to do to an image before). They
+appear only after the program has been run and agrees with the model. docs/predict_export.md shows how to use them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import numpy as np
+import paddle
+
+from config import flag_parser
+from datasets.transforms import build_transform
+from engine.exported import INPUT_NAME, PROGRAM, WEIGHTS, Predictor, save_program
+from engine.inference import load_classifier
+from tools._common import trained_config
+from utils.cli import run
+from utils.errors import UserError
+
+PREPROCESS = '.preprocess.json'
+TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
+BATCHES = (1, 3)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config = trained_config(args)
+    folder, name = os.path.split(os.path.abspath(args.target))
+    paddle.set_device('cpu')  # the files are the same for all devices, and here float32 is float32
+    model = load_classifier(config)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f'.{name}.', suffix='.tmp', dir=folder) as unfinished:
+            prefix = os.path.join(unfinished, name)
+            difference = export(model, image_shape(config), prefix)
+            with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
+                json.dump(describe(config, model.num_classes), file, indent=2)
+            publish(prefix, os.path.join(folder, name))
+    except OSError as error:
+        raise UserError(f"cannot write '{args.target}': {error.strerror or error}; give another -output.") from None
+    print(f'largest relative difference between program and model: {difference:.1e}')
+    print(f'written: {", ".join(args.target + suffix for suffix in (PROGRAM, WEIGHTS, PREPROCESS))}')
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = flag_parser('Export a trained classifier as an inference program.', ('-cfg', '-pretrained', '-image_size'))
+    parser.add_argument(
+        '-output', dest='target', required=True, metavar='DIR/NAME', help='files to write, without their suffixes'
+    )
+    args = parser.parse_args(argv)
+    if os.path.isdir(args.target) or not os.path.basename(args.target):
+        raise UserError(f"-output is the folder '{args.target}'; add a name for the files in it.")
+    return args
+
+
+def image_shape(config) -> list[int]:
+    """[C, H, W]."""
+    return [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+
+
+def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
+    """Writes the program and runs it; returns the largest difference of a logit, relative to the largest logit.
+
+    Raises:
+        UserError: when that is too large.
+    """
+    rng = np.random.default_rng(0)
+    batches = [rng.standard_normal((size, *shape), 'float32') for size in BATCHES]
+    with paddle.no_grad():
+        expected = [model(paddle.to_tensor(images)).numpy() for images in batches]
+    save_program(model, shape, prefix)
+    predictor = Predictor(prefix)
+    differences = [relative_difference(predictor(images), logits) for images, logits in zip(batches, expected)]
+    worst = float(np.max(differences))
+    if not worst <= TOLERANCE:  # NaN included
+        raise UserError(
+            f'the exported program disagrees with the model by {worst:.1e} of the largest logit, more than {TOLERANCE}: '
+            'nothing is written.'
+        )
+    return worst
+
+
+def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
+    return np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo('float32').tiny)
+
+
+def describe(config, num_classes: int) -> dict:
+    """What a program needs to be given, so that its answers are those of the evaluation."""
+    data = config.DATA
+    resize, crop = build_transform(config, training=False).steps
+    return {
+        'model': config.MODEL.NAME,
+        'num_classes': num_classes,
+        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(config)]},
+        'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
+        'resize_short': resize.size,
+        'interpolation': resize.resample.name.lower(),
+        'image_size': crop.size,
+        'crop_pct': data.CROP_PCT if resize.size > crop.size else 1.0,
+        'mean': list(data.IMAGENET_MEAN[: data.IMAGE_CHANNELS]),
+        'std': list(data.IMAGENET_STD[: data.IMAGE_CHANNELS]),
+    }
+
+
+def publish(prefix: str, target: str) -> None:
+    """Moves the files to their place. The program, without which nothing loads, goes first and comes last."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(target + PROGRAM)
+    for suffix in (WEIGHTS, PREPROCESS, PROGRAM):
+        with open(prefix + suffix, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(prefix + suffix, target + suffix)
+
+
+if __name__ == '__main__':
+    run(main)
