@@ -246,9 +246,10 @@ class VisionTransformer(Classifier):
     def embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
         grid = (x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size)
-        x = self.patch_embed(x)
+        # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
+        x = self.patch_embed(x).astype(self.pos_embed.dtype)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
-        prefix = [token.expand([x.shape[0], -1, -1]).astype(x.dtype) for token in prefix]
+        prefix = [token.expand([x.shape[0], -1, -1]) for token in prefix]
         table = resize_position_table(self.pos_embed, (self.patch_embed.grid_size,) * 2, grid, self.num_prefix)
         return self.pos_drop(paddle.concat([*prefix, x], axis=1) + table)
 

@@ -52,13 +52,12 @@ class Attention(nn.Layer):
 
     def forward(self, x: Tensor, need_maps: bool = False) -> tuple[Tensor, AttentionMaps | None]:
         """[B, N, C] -> [B, N, C], and the maps where they are asked for: a fused kernel does not have them."""
-        qkv = self.qkv(x).reshape([0, 0, 3, self.num_heads, self.head_dim])
+        q, k, v = self.qkv(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         if not need_maps and _fused_kernel(x):
-            q, k, v = qkv.unbind(2)
             rate = self.attn_drop.p
             x, maps = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, training=self.training), None
         else:
-            q, k, v = qkv.transpose([2, 0, 3, 1, 4]).unbind(0)
+            q, k, v = (part.transpose([0, 2, 1, 3]) for part in (q, k, v))
             logits = paddle.matmul(q * self.scale, k, transpose_y=True)
             weights = self.attn_drop(F.softmax(logits, axis=-1))
             x = paddle.matmul(weights, v).transpose([0, 2, 1, 3])

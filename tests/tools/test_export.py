@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exported programs answer as the model does; where they do not, there are none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, assert_close
+from tests.runs.conftest import run
+from tests.tools.conftest import CLASSES, evaluated_logits
+from tools import export
+from utils.errors import UserError
+
+
+def flags(trained, target) -> list[str]:
+    return [f'-cfg={trained.cfg}', f'-pretrained={trained.weights}', f'-output={target}']
+
+
+def test_the_guide_reproduces_the_evaluation(trained, tmp_path, monkeypatch):
+    """The guide's code, run on the exported files alone, gives the logits of an evaluation."""
+    run('tools/export.py', *flags(trained, tmp_path / 'exported' / 'mine'))
+    assert sorted(os.listdir(tmp_path / 'exported')) == ['mine.json', 'mine.pdiparams', 'mine.preprocess.json']
+    spec = json.loads((tmp_path / 'exported' / 'mine.preprocess.json').read_text())
+    assert (spec['num_classes'], spec['crop_pct'], spec['resize_short']) == (CLASSES, 0.9, 44)
+    assert spec['input'] == {'name': 'x', 'dtype': 'float32', 'shape': [None, 3, 40, 40]}
+
+    with open(os.path.join(ROOT, 'docs', 'predict_export.md'), encoding='utf-8') as file:
+        (code,) = re.findall(r'```python\n(.*?)```', file.read(), re.DOTALL)
+    paths = [
+        os.path.join(folder, name) for folder, _, names in sorted(os.walk(trained.images)) for name in sorted(names)
+    ]
+    assert "['a.jpg', 'b.jpg']" in code
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {}
+    exec(code.replace("['a.jpg', 'b.jpg']", repr(paths)), variables)
+    assert_close(variables['logits'], evaluated_logits(trained), 1e-5)
+
+
+class Deviating(export.Predictor):
+    """A program that is off by a little."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        logits = super().__call__(images)
+        return logits + 1e-4 * np.abs(logits).max() * (len(images) == 3)
+
+
+def test_a_program_that_disagrees_is_not_left_behind(trained, tmp_path, monkeypatch):
+    target = tmp_path / 'net.v1'
+    export.main(flags(trained, target))
+    before = {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)}
+    assert len(before) == 3
+    monkeypatch.setattr(export, 'Predictor', Deviating)
+    with pytest.raises(UserError, match='disagrees with the model by 1.0e-04'):
+        export.main(flags(trained, target))
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == before
+    with pytest.raises(UserError, match='disagrees'):
+        export.main(flags(trained, tmp_path / 'other'))
+    assert set(os.listdir(tmp_path)) == set(before)
+
+
+@pytest.mark.parametrize('moved', [0, 1, 2])
+def test_an_interrupted_move_leaves_nothing_that_loads(trained, tmp_path, monkeypatch, moved):
+    """Never the program of one export beside the weights of another."""
+    target = tmp_path / 'net'
+    for suffix in (export.PROGRAM, export.WEIGHTS, export.PREPROCESS):
+        (tmp_path / f'net{suffix}').write_text('older')
+        (tmp_path / f'new{suffix}').write_text('newer')
+    replace, calls = os.replace, []
+
+    def failing(source, destination):
+        calls.append(source)
+        if len(calls) > moved:
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, 'replace', failing)
+    with pytest.raises(KeyboardInterrupt):
+        export.publish(str(tmp_path / 'new'), str(target))
+    assert not os.path.exists(f'{target}{export.PROGRAM}')
+    monkeypatch.setattr(os, 'replace', replace)
+
+
+def test_mistakes(trained, tmp_path):
+    for target, text in [(tmp_path, 'is the folder'), ('/proc/x/y', "cannot write '/proc/x/y'")]:
+        with pytest.raises(UserError, match=text):
+            export.main(flags(trained, target))

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Predictions are those of an evaluation, and every image is accounted for."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+from tests.runs.conftest import run
+from tests.tools.conftest import CLASSES, evaluated_logits, random_state
+from tools import predict
+from utils.errors import UserError
+from utils.weights import write_pdparams
+
+
+def flags(trained) -> list[str]:
+    return [f'-cfg={trained.cfg}', f'-pretrained={trained.weights}']
+
+
+def in_process(*argv: str) -> int:
+    return predict.main([*argv, '-opts', 'DATA.NUM_WORKERS', '0'])
+
+
+def test_predictions_are_those_of_the_evaluation(trained, tmp_path):
+    output = tmp_path / 'new folder' / 'out.json'
+    run('tools/predict.py', *flags(trained), '-topk=99', f'-output={output}', trained.images)
+    rows = json.loads(output.read_text())
+    logits = evaluated_logits(trained)
+    expected = F.softmax(paddle.to_tensor(logits), axis=-1).numpy()
+    assert len(rows) == len(expected) == 3 * CLASSES
+    assert len(set(logits.argmax(-1))) > 2
+    for row, probabilities in zip(rows, expected):
+        assert [entry['class'] for entry in row['predictions']] == np.argsort(-probabilities).tolist()
+        told = [entry['probability'] for entry in row['predictions']]
+        np.testing.assert_allclose(told, np.sort(probabilities)[::-1], rtol=0, atol=1e-6)
+
+    out, _ = run('main_single_gpu.py', *flags(trained), '-eval', f'-output={tmp_path}')
+    labels = [int(re.search(r'class(\d)', row['image']).group(1)) for row in rows]
+    right = [row['predictions'][0]['class'] == label for row, label in zip(rows, labels)]
+    assert float(re.search(r'Validation Acc@1: (\d\.\d+)', out).group(1)) == pytest.approx(np.mean(right), abs=1e-4)
+
+
+def test_unreadable_images_keep_their_place(trained, tmp_path):
+    """Damaged files, files without a suffix, names that are no text; the others do not suffer."""
+    good = os.path.join(trained.images, 'class0', '0.png')
+    folder = tmp_path / 'some'
+    (folder / 'b').mkdir(parents=True)
+    (folder / 'a.jpg').write_bytes(b'not an image')
+    (folder / 'notes.txt').write_text('no suffix of an image')
+    (folder / '.hidden.png').write_bytes(b'')
+    with open(good, 'rb') as file:
+        (folder / 'b' / 'cut.png').write_bytes(file.read()[:200])
+    shutil.copy(good, os.fsencode(folder) + b'/b/\xff.png')
+    shutil.copy(good, tmp_path / 'bare')
+    names = tmp_path / 'names.txt'
+    names.write_text(''.join(f'name, {k}\n' for k in range(CLASSES)))
+    output = tmp_path / 'out.csv'
+    extra = ['-topk=2', f'-class_names={names}', '-batch_size=2', f'-output={output}']
+    out, _ = run('tools/predict.py', *flags(trained), *extra, str(folder), str(tmp_path / 'bare'), good)
+    with open(output, encoding='utf-8', errors='surrogateescape', newline='') as file:
+        header, *rows = csv.reader(file)
+    assert header == ['image', 'class1', 'name1', 'probability1', 'class2', 'name2', 'probability2', 'error']
+    expected = [folder / 'a.jpg', folder / 'b' / 'cut.png', folder / 'b' / '\udcff.png', tmp_path / 'bare', good]
+    assert [row[0] for row in rows] == [str(path) for path in expected]
+    assert [row[1:-1] for row in rows[:2]] == [[''] * 6] * 2
+    assert 'not an image' in rows[0][-1]
+    assert rows[1][-1]
+    for row in rows[2:]:
+        assert row[1:] == rows[4][1:]
+        assert row[2] == f'name, {row[1]}'
+        assert row[-1] == ''
+    assert '5 images, 2 of them unreadable' in out
+    assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
+
+
+def test_status_1_when_nothing_can_be_read(trained, tmp_path, capsys):
+    paths = [str(tmp_path / name) for name in ('a.jpg', 'b.jpg')]
+    for path in paths:
+        open(path, 'wb').close()
+    assert in_process(*flags(trained), *paths) == 1
+    assert f'{paths[1]}: the file is empty' in capsys.readouterr().out
+
+
+def test_a_run_folder_says_what_it_is(trained, tmp_path, capsys):
+    """Its configuration is used, and of a checkpoint the averaged weights, which are those of `trained`."""
+    shutil.copy(trained.cfg, tmp_path / 'config.yaml')
+    averaged, other = random_state(trained.cfg, seed=0), random_state(trained.cfg, seed=1)
+    write_pdparams({'model': other, 'model_ema': averaged, 'epoch': 3}, str(tmp_path / 'last.pdparams'))
+    assert in_process(f'-pretrained={tmp_path}', '-topk=1', trained.images) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if '.png: ' in line]
+    told = [int(line.rpartition(': ')[2].split()[0]) for line in lines]
+    assert told == evaluated_logits(trained).argmax(-1).tolist()
+
+
+def test_mistakes(trained, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    names = tmp_path / 'names.txt'
+    names.write_text('one\ntwo\n')
+    weights, images = flags(trained), trained.images
+    mistakes = [
+        ([*weights, str(tmp_path / 'none')], 'no file or folder .*none'),
+        ([*weights, str(tmp_path / 'empty')], r'no image \(.*jpg.* below .*empty'),
+        ([*weights, '-output=out.txt', images], r'out\.txt.*must end in \.csv or \.json'),
+        ([*weights, '-output=/proc/out.csv', images], "cannot write '/proc/out.csv'"),
+        ([*weights, '-topk=0', images], '-topk is 0'),
+        ([*weights, f'-class_names={names}', images], r'names\.txt.* 2 lines.*7 classes'),
+        ([*weights, f'-class_names={tmp_path}/x', images], 'cannot read -class_names .*x'),
+        ([weights[0], images], '-pretrained is missing'),
+        ([weights[1], images], '-cfg is missing'),
+        ([weights[0], f'-pretrained={tmp_path}/w', images], 'no weights'),
+    ]
+    for argv, text in mistakes:
+        with pytest.raises(UserError, match=text):
+            in_process(*argv)
+    with pytest.raises(UserError, match='7 classes.*3 classes'):
+        predict.main([*weights, images, '-opts', 'MODEL.NUM_CLASSES', '3'])
