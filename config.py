@@ -86,6 +86,15 @@ _C.MODEL.EVIT.FUSE_TOKEN = False  # fuse the others into one token instead of dr
 _C.MODEL.EVIT.SHRINK_START_EPOCH = 0  # training: epochs with all tokens before the keep rate starts to fall
 _C.MODEL.EVIT.SHRINK_EPOCHS = 0  # training: epochs it takes to fall from 1 to KEEP_RATE
 
+_C.MODEL.MSMLP = CN()  # MS-MLP
+_C.MODEL.MSMLP.PATCH_SIZE = 4  # side of a patch, pixels
+_C.MODEL.MSMLP.EMBED_DIM = 96  # channels of the first stage, doubled by each further one
+_C.MODEL.MSMLP.DEPTHS = [3, 3, 9, 3]  # blocks of each stage
+_C.MODEL.MSMLP.SHIFT_DIST = [-2, -1, 0, 1, 2]  # pixels each group of channels is shifted by; as many groups as numbers
+_C.MODEL.MSMLP.MIX_SIZE = [[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]]  # kernels, stage by group
+_C.MODEL.MSMLP.MLP_RATIO = 4.0  # channels inside an MLP / channels
+_C.MODEL.MSMLP.PATCH_NORM = True  # LayerNorm after the patch embedding
+
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = CN()
 _C.TRAIN.LAST_EPOCH = 0  # last finished epoch, for resuming from a file that holds weights only
@@ -101,6 +110,8 @@ _C.TRAIN.LR_SCHEDULER.NAME = 'warmupcosine'  # a name of engine/schedules.py
 _C.TRAIN.LR_SCHEDULER.UPDATE = 'epoch'  # epoch: constant inside an epoch (PaddleViT, timm); step: follows every step
 _C.TRAIN.LR_SCHEDULER.LAG = 0  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT's loop: 2)
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # NAME step: epochs between decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # NAME step: factor of each decay
 _C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = None  # largest global gradient norm; None: off
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimiser step; equals one batch that many times as large
@@ -211,12 +222,14 @@ _AT_LEAST = {
     'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.REPEATED_AUG': 0, 'TRAIN.RANDOM_ERASE_COUNT': 1, 'TRAIN.RAND_AUGMENT_LAYERS': 1,
     'TRAIN.LR_SCHEDULER.LAG': 0, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.LINEAR_SCALED_LR': 1, 'SAVE_FREQ': 0, 'SAVE_KEEP': 0,
     'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0, 'MODEL.EVIT.SHRINK_START_EPOCH': 0,
-    'MODEL.EVIT.SHRINK_EPOCHS': 0,
+    'MODEL.EVIT.SHRINK_EPOCHS': 0, 'MODEL.MSMLP.PATCH_SIZE': 1, 'MODEL.MSMLP.EMBED_DIM': 1,
+    'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,
 }  # fmt: skip
 
 _PROBABILITIES = (
     'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
     'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY', 'TRAIN.DISTILLATION_ALPHA',
+    'TRAIN.LR_SCHEDULER.DECAY_RATE',
 )  # fmt: skip
 
 

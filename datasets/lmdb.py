@@ -80,7 +80,7 @@ def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
     labels = np.array([storage.read(number)[1] for number in numbers], np.int64)
-    with contextlib.suppress(OSError), atomic_write(kept) as file:  # no harm done where the data cannot be written to
+    with contextlib.suppress(UserError), atomic_write(kept) as file:  # no harm done where the data cannot be written to
         np.save(file, labels)
     return labels
 

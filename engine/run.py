@@ -31,8 +31,9 @@ def run_config(config) -> None:
     if config.DATA.BATCH_SIZE_EVAL is None:
         config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
     if config.THROUGHPUT:
-        model = build_model(config)
-        report(measure(model, config.DATA.BATCH_SIZE, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_CHANNELS, context))
+        result = measure(config, context)
+        if context.is_main:
+            report(result)
         return
     if config.EVAL and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError('-eval needs weights: give -pretrained=FILE.pdparams, or -resume=RUN.')

@@ -23,8 +23,11 @@ def _half_cosine(base: float, end: float, progress: float) -> float:
     return end + (base - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
+# Each takes `t` and, of the values that `lr_schedule` collects, those it depends on.
+
+
 @SCHEDULES.register('warmupcosine')
-def warmup_cosine(t: float, *, base: float, start: float, end: float, warmup: float, total: float) -> float:
+def warmup_cosine(t: float, *, base: float, start: float, end: float, warmup: float, total: float, **_) -> float:
     """Linear from `start` to `base` in `warmup` epochs, then a half cosine over the rest (PaddleViT, MAE)."""
     if t < warmup:
         return _warmup(t, base, start, warmup)
@@ -32,15 +35,41 @@ def warmup_cosine(t: float, *, base: float, start: float, end: float, warmup: fl
 
 
 @SCHEDULES.register('timmcosine')
-def timm_cosine(t: float, *, base: float, start: float, end: float, warmup: float, total: float) -> float:
-    """As above, but the cosine runs over all `total` epochs, so that it is entered at t = warmup (timm, DeiT)."""
+def timm_cosine(t: float, *, base: float, start: float, end: float, warmup: float, total: float, **_) -> float:
+    """As above, but the cosine runs over all `total` epochs, so that it is entered at t = warmup (timm, DeiT, Swin)."""
     if t < warmup:
         return _warmup(t, base, start, warmup)
     return _half_cosine(base, end, t / total)
 
 
+@SCHEDULES.register('linear')
+def linear(t: float, *, base: float, start: float, end: float, warmup: float, total: float, **_) -> float:
+    """After the warm-up a straight line from `base` to `end` (Swin and MS-MLP, whose end is always base / 100)."""
+    if t < warmup:
+        return _warmup(t, base, start, warmup)
+    return base + (end - base) * ((t - warmup) / (total - warmup) if total > warmup else 1.0)
+
+
+@SCHEDULES.register('step')
+def step(
+    t: float,
+    *,
+    base: float,
+    start: float,
+    end: float,
+    warmup: float,
+    decay_epochs: float,
+    decay_rate: float,
+    **_,
+) -> float:
+    """After the warm-up `base`, times `decay_rate` for each `decay_epochs` since the start of training, at least `end`."""
+    if t < warmup:
+        return _warmup(t, base, start, warmup)
+    return max(base * decay_rate ** (t // decay_epochs), end)
+
+
 @SCHEDULES.register('constant')
-def constant(t: float, *, base: float, start: float, end: float, warmup: float, total: float) -> float:
+def constant(t: float, *, base: float, start: float, warmup: float, **_) -> float:
     """`base` after the warm-up."""
     return _warmup(t, base, start, warmup) if t < warmup else base
 
@@ -67,6 +96,8 @@ def lr_schedule(config, global_batch: int) -> Callable[[int, float], float]:
         'end': train.END_LR * ends,
         'warmup': train.WARMUP_EPOCHS,
         'total': train.NUM_EPOCHS,
+        'decay_epochs': train.LR_SCHEDULER.DECAY_EPOCHS,
+        'decay_rate': train.LR_SCHEDULER.DECAY_RATE,
     }
     if train.LR_SCHEDULER.UPDATE == 'step':
         return lambda epoch, progress: function(epoch - 1 + progress, **values)

@@ -34,18 +34,11 @@ class Throughput:
     latency_ms: float  # of one batch
 
 
-def measure(
-    model: paddle.nn.Layer,
-    batch_size: int,
-    image_size: int,
-    channels: int,
-    context: Context,
-    rounds: int = 10,
-    warmup: int = 3,
-) -> Throughput:
-    """Times the forward pass of random images [batch_size, channels, image_size, image_size] in evaluation mode."""
-    call = layer_call(model, [batch_size, channels, image_size, image_size])
-    median = statistics.median(time_interleaved([call], context, rounds, warmup)[0])
+def measure(config, context: Context, rounds: int = 10, warmup: int = 3) -> Throughput:
+    """Times the forward pass of the model that `config` describes, on DATA.BATCH_SIZE random images."""
+    batch_size = config.DATA.BATCH_SIZE
+    calls = Subject(config.MODEL.NAME, config).calls([batch_size], context)
+    median = statistics.median(time_interleaved(calls, context, rounds, warmup)[0])
     return Throughput(batch_size, batch_size / median, median * 1000)
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformer, once: DeiT, EViT and the ViTs of MAE-Lite are settings of this model.
+"""The Vision Transformer, once: DeiT, EViT, the ViTs of MAE-Lite and those without some attention are settings of it.
 
 ViT: https://arxiv.org/abs/2010.11929, DeiT: https://arxiv.org/abs/2012.12877, EViT: https://arxiv.org/abs/2202.07800,
-MAE-Lite: https://arxiv.org/abs/2205.14443. Parameter names and numbers are those of timm 0.4.12, on which the
+MAE-Lite: https://arxiv.org/abs/2205.14443, removed attention: attention_removal.py, ToMe: layers/tome.py. Parameter names and numbers are those of timm 0.4.12, on which the
 published weights of all of them rest, so that their checkpoints port without renaming.
 """
 
@@ -15,7 +15,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.base import Classifier
+from models.attention_removal import RemovableAttention
 from models.layers import (
     Attention,
     DropPath,
@@ -23,7 +23,9 @@ from models.layers import (
     Mlp,
     PatchEmbed,
     TokenState,
+    ToMeReducer,
     drop_path_rates,
+    merge_schedule,
     resize_position_table,
     run_block,
     torch_conv_,
@@ -46,7 +48,11 @@ class Block(nn.Layer):
         drop_rate: dropout of the projections.
         attn_drop_rate: dropout of the attention weights.
         drop_path_rate: stochastic depth of both branches.
+        attention: False: the block is built without one and doubles its input instead.
         reducer: called between the two branches; None: all tokens stay.
+
+    Attributes:
+        merger: called after the reducer; None: no tokens are merged.
     """
 
     def __init__(
@@ -58,28 +64,54 @@ class Block(nn.Layer):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        attention: bool = True,
         reducer: EViTReducer | None = None,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
-        self.attn = Attention(dim, num_heads, qkv_bias, attn_drop_rate, drop_rate)
+        if attention:
+            self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
+            self.attn = Attention(dim, num_heads, qkv_bias, attn_drop_rate, drop_rate)
         self.norm2 = nn.LayerNorm(dim, epsilon=NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
         self.reducer = reducer
+        self.merger: ToMeReducer | None = None
+        self.weigh_attention(1.0)
+
+    def weigh_attention(self, weight: float, identity: float | None = None) -> None:
+        """The following passes compute identity * x + weight * attention(x), identity being 2 - weight (arXiv 2404.05657).
+
+        With weight 0 the attention is not computed, and no tokens are reduced.
+        """
+        self.attn_weight = weight
+        self.identity_weight = 2.0 - weight if identity is None else identity
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """[B, N, C] -> [B, N', C] and the state that the next block starts from."""
-        reduces = self.reducer is not None and self.reducer.acts(state)
-        mixed, maps = self.attn(self.norm1(x), need_maps=reduces)
-        x = x + self.drop_path(mixed)
-        if reduces:
-            x, state = self.reducer(x, maps, state)
+        if self.attn_weight:
+            x, state = self._attend(x, state)
+        else:
+            x = self.identity_weight * x
         x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, state._replace(counts=(*state.counts, state.num_body))
+        return x, state._replace(counts=(*state.counts, state.num_body), keys=None)
+
+    def _attend(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        reduces = self.reducer is not None and self.reducer.acts(state)
+        merges = self.merger is not None
+        key_bias = self.merger.key_bias(state) if merges else None
+        mixed, maps = self.attn(self.norm1(x), need_maps=reduces, need_keys=merges, key_bias=key_bias)
+        mixed = self.drop_path(mixed)
+        x = x + mixed if self.attn_weight == 1 else self.identity_weight * x + self.attn_weight * mixed
+        if reduces:
+            x, state = self.reducer(x, maps, state._replace(keys=maps.keys))
+        elif merges:
+            state = state._replace(keys=maps.keys)
+        if merges and self.merger.acts(state):
+            x, state = self.merger(x, state)
+        return x, state
 
 
-class VisionTransformer(Classifier):
+class VisionTransformer(RemovableAttention):
     """Vision Transformer image classifier.
 
     Args:
@@ -94,6 +126,7 @@ class VisionTransformer(Classifier):
         qkv_bias: biases of query, key and value.
         drop_rate: dropout after the positions and in the blocks.
         attn_drop_rate: dropout of the attention weights.
+        head_drop_rate: dropout of what the classifiers see.
         drop_path_rate: stochastic depth.
         drop_path_ramp: let its rate grow linearly over the depth instead of being the same everywhere.
         distilled: second classifier for a teacher's labels. In training the pair of logits is returned, in evaluation
@@ -103,6 +136,12 @@ class VisionTransformer(Classifier):
         representation_size: channels of a linear layer with tanh before the classifier; None: there is none.
         keep_rate: EViT, share of the patch tokens each block keeps: one number, or one per block.
         fuse_token: EViT, fuse the tokens not kept into one.
+        prune_layers: blocks whose attention fades as `set_attn_lambda` says, see attention_removal.py.
+        done_layers: blocks whose attention has faded, and whose dead weights are kept.
+        removed_layers: blocks built without attention.
+        merge: ToMe, tokens to merge in a block, see `merge_tokens`.
+        frozen_stages: train neither the embedding nor the blocks 0 to this one, which stay in evaluation mode; -1: all
+            is trained.
         recompute: save memory in training by computing the blocks again in the backward pass.
     """
 
@@ -121,6 +160,7 @@ class VisionTransformer(Classifier):
         qkv_bias: bool = True,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
+        head_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         drop_path_ramp: bool = True,
         distilled: bool = False,
@@ -128,6 +168,11 @@ class VisionTransformer(Classifier):
         representation_size: int | None = None,
         keep_rate: float | Sequence[float] = 1.0,
         fuse_token: bool = False,
+        prune_layers: Sequence[int] = (),
+        done_layers: Sequence[int] = (),
+        removed_layers: Sequence[int] = (),
+        merge: int | Sequence[float] = 0,
+        frozen_stages: int = -1,
         recompute: bool = False,
     ):
         super().__init__()
@@ -145,6 +190,8 @@ class VisionTransformer(Classifier):
         self.pos_drop = nn.Dropout(drop_rate)
         drop_paths = drop_path_rates(drop_path_rate, depth, drop_path_ramp)
         keep_rates = _per_block('keep_rate', keep_rate, depth)
+        self.plan_removal(prune_layers, done_layers, removed_layers)
+        attending = self.attention_layers()
         self.blocks = nn.LayerList(
             Block(
                 embed_dim,
@@ -154,12 +201,17 @@ class VisionTransformer(Classifier):
                 drop_rate,
                 attn_drop_rate,
                 drop_paths[i],
-                reducer=EViTReducer(i, keep_rates[i], fuse_token),
+                attention=i not in self.removed_layers,
+                reducer=EViTReducer(i, keep_rates[i], fuse_token) if i in attending else None,
             )
             for i in range(depth)
         )
+        self.start_fading()
+        self.merge_tokens(merge)
         self._add_head(num_classes, representation_size)
+        self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(_init_linear)
+        self._freeze(frozen_stages)
 
     def _add_tokens(self) -> None:
         token_init = initializer.TruncatedNormal(std=0.02)
@@ -195,6 +247,46 @@ class VisionTransformer(Classifier):
         """Keep rate of the following passes in all blocks that reduce; None: each block's own."""
         self.keep_rate = rate
 
+    def merge_tokens(self, r: int | Sequence[float], start: int = 0, prop_attn: bool = True) -> None:
+        """Merges similar tokens (ToMe) in the following passes.
+
+        Blocks that keep their attention are counted from 0, and those from number `start` on merge. In a block that
+        EViT reduces too, EViT comes first.
+
+        Args:
+            r: number of tokens to merge: one for all blocks; a list, or a tuple (r, inflect), see `merge_schedule`. Of
+                the schedule for all blocks, the blocks that merge take one number after the other. 0: none merge.
+            prop_attn: proportional attention.
+        """
+        for block in self.blocks:
+            block.merger = None
+        schedule = merge_schedule(r, self.depth)
+        if any(schedule):
+            for layer, number in zip(self.attention_layers()[start:], schedule):
+                self.blocks[layer].merger = ToMeReducer(number, prop_attn)
+
+    def _freeze(self, stages: int) -> None:
+        if stages >= self.depth:
+            raise UserError(f'cannot freeze block {stages} (FROZEN_STAGES): there are blocks 0 to {self.depth - 1}.')
+        self.frozen: list[nn.Layer] = []
+        if stages < 0:
+            return
+        self.frozen = [self.patch_embed, self.pos_drop, *self.blocks[: stages + 1]]
+        for parameter in [
+            self.cls_token,
+            self.dist_token,
+            self.pos_embed,
+            *(p for l in self.frozen for p in l.parameters()),
+        ]:
+            if parameter is not None:
+                parameter.stop_gradient = True
+
+    def train(self) -> None:
+        """Training mode, but for the frozen stages."""
+        super().train()
+        for layer in self.frozen:
+            layer.eval()
+
     # ------------------------------------------------------------------------------------------------ forward
     def forward(
         self,
@@ -229,8 +321,12 @@ class VisionTransformer(Classifier):
         x: Tensor,
         keep_rate: float | Sequence[float | None] | None = None,
         tokens: int | Sequence[int | None] | None = None,
+        trace: bool = False,
     ) -> tuple[Tensor, TokenState]:
-        """`forward_features` and what became of the tokens; arguments as in `forward`."""
+        """`forward_features` and what became of the tokens; arguments as in `forward`.
+
+        With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones.
+        """
         keep_rate = self.keep_rate if keep_rate is None else keep_rate
         x = self.embed(x)
         state = TokenState(
@@ -238,10 +334,15 @@ class VisionTransformer(Classifier):
             num_body=x.shape[1] - self.num_prefix,
             keep_rates=_per_block('keep_rate', keep_rate, self.depth),
             tokens=_per_block('tokens', tokens, self.depth),
+            source=paddle.eye(x.shape[1]).expand([x.shape[0], -1, -1]) if trace else None,
         )
         for block in self.blocks:
             x, state = run_block(block, x, state, again=self.recompute)
-        return (x if self.global_pool else self.norm(x)), state
+        if not self.global_pool:
+            return self.norm(x), state
+        if state.size is not None:  # so that pooling averages over the tokens as they were before merging
+            x = x * (state.size / state.size[:, self.num_prefix :].mean(1, keepdim=True))
+        return x, state
 
     def embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
@@ -261,6 +362,7 @@ class VisionTransformer(Classifier):
         features = self._pool(x)
         if pre_logits:
             return features if self.distilled else features[0]
+        features = tuple(self.head_drop(feature) for feature in features)
         logits = self.head(features[0])
         if not self.distilled:
             return logits

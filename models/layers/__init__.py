@@ -9,6 +9,7 @@ from models.layers.patch_embed import PatchEmbed
 from models.layers.positions import resize_position_table
 from models.layers.recompute import run_block
 from models.layers.token_reduction import EViTReducer, TokenState, take_tokens
+from models.layers.tome import ToMeReducer, merge_schedule
 
 __all__ = [
     'Attention',
@@ -17,9 +18,11 @@ __all__ = [
     'EViTReducer',
     'Mlp',
     'PatchEmbed',
+    'ToMeReducer',
     'TokenState',
     'drop_path_rates',
     'lecun_normal_',
+    'merge_schedule',
     'resize_position_table',
     'run_block',
     'take_tokens',

@@ -16,10 +16,12 @@ class AttentionMaps(NamedTuple):
     Attributes:
         logits: scaled scores before the softmax, [B, H, N, N].
         weights: after softmax and dropout, [B, H, N, N].
+        keys: mean over the heads, [B, N, C / H].
     """
 
-    logits: Tensor
-    weights: Tensor
+    logits: Tensor | None = None
+    weights: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class Attention(nn.Layer):
@@ -50,18 +52,31 @@ class Attention(nn.Layer):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
-    def forward(self, x: Tensor, need_maps: bool = False) -> tuple[Tensor, AttentionMaps | None]:
-        """[B, N, C] -> [B, N, C], and the maps where they are asked for: a fused kernel does not have them."""
+    def forward(
+        self, x: Tensor, need_maps: bool = False, need_keys: bool = False, key_bias: Tensor | None = None
+    ) -> tuple[Tensor, AttentionMaps]:
+        """Mixes tokens.
+
+        Args:
+            x: [B, N, C].
+            need_maps: return logits and weights, which a fused kernel does not have.
+            need_keys: return the keys.
+            key_bias: added to the logits, [B, 1, 1, N].
+
+        Returns:
+            [B, N, C], and of the maps those that were asked for.
+        """
         q, k, v = self.qkv(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
-        if not need_maps and _fused_kernel(x):
-            rate = self.attn_drop.p
-            x, maps = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, training=self.training), None
+        maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
+        if not need_maps and key_bias is None and _fused_kernel(x):
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
         else:
             q, k, v = (part.transpose([0, 2, 1, 3]) for part in (q, k, v))
             logits = paddle.matmul(q * self.scale, k, transpose_y=True)
+            logits = logits if key_bias is None else logits + key_bias
             weights = self.attn_drop(F.softmax(logits, axis=-1))
             x = paddle.matmul(weights, v).transpose([0, 2, 1, 3])
-            maps = AttentionMaps(logits, weights) if need_maps else None
+            maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fewer tokens from block to block. A reducer sits between the attention and the perceptron of a block.
 
-EViT: "Not All Patches are What You Need", https://arxiv.org/abs/2202.07800, section 3.
+`EViTReducer` is here, `ToMeReducer` in tome.py. EViT: "Not All Patches are What You Need", https://arxiv.org/abs/2202.07800, section 3.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import paddle
@@ -29,6 +29,9 @@ class TokenState(NamedTuple):
         indices: for each block that reduced, the positions it kept, [B, k] int64, best first, counted from the first
             body token of its input.
         scores: for each block that reduced, the attention of the class token to the body tokens, [B, num_body].
+        size: how many tokens each token stands for, [B, N, 1]; None: one, nothing was merged yet (ToMe).
+        source: which of the first tokens are in each token, [B, N, N0] of 0 and 1; None: not asked for.
+        keys: of the block at work, a mean over the heads, [B, N, D]; None: no one asks for them.
     """
 
     num_prefix: int
@@ -38,6 +41,9 @@ class TokenState(NamedTuple):
     counts: tuple[int, ...] = ()
     indices: tuple[Tensor, ...] = ()
     scores: tuple[Tensor, ...] = ()
+    size: Tensor | None = None
+    source: Tensor | None = None
+    keys: Tensor | None = None
 
 
 class EViTReducer:
@@ -46,7 +52,7 @@ class EViTReducer:
     Args:
         block: number of the block, from 0.
         keep_rate: share of the body tokens to keep, in (0, 1]; 1: this block reduces only when a pass names `tokens`.
-        fuse: append the sum of the other tokens, weighted by their attention.
+        fuse: append the sum of the other tokens, weighted by their attention. It counts as one token (`TokenState.size`).
     """
 
     def __init__(self, block: int, keep_rate: float = 1.0, fuse: bool = False):
@@ -76,16 +82,29 @@ class EViTReducer:
         # Stable, so that equal scores keep the order of the image.
         order = paddle.argsort(scores.detach(), axis=-1, descending=True, stable=True)
         kept, rest = order[:, :k], order[:, k:]
-        prefix, body = x[:, : state.num_prefix], x[:, state.num_prefix :]
-        parts = [prefix, take_tokens(body, kept)]
-        if self.fuse:
-            # The raw weights, not normalised; the gradient reaches the attention through them.
-            weights = take_tokens(scores.unsqueeze(-1), rest)
-            parts.append((take_tokens(body, rest) * weights).sum(1, keepdim=True).astype(x.dtype))
-        state = state._replace(
-            num_body=k + int(self.fuse), indices=(*state.indices, kept), scores=(*state.scores, scores)
+        # The raw weights, not normalised; the gradient reaches the attention through them.
+        weights = take_tokens(scores.unsqueeze(-1), rest) if self.fuse else None
+
+        def reduce(tokens: Tensor | None, fused: Callable[[Tensor], Tensor]) -> Tensor | None:
+            if tokens is None:
+                return None
+            prefix, body = tokens[:, : state.num_prefix], tokens[:, state.num_prefix :]
+            parts = [prefix, take_tokens(body, kept)]
+            if self.fuse:
+                parts.append(fused(take_tokens(body, rest)).astype(tokens.dtype))
+            return paddle.concat(parts, axis=1)
+
+        def weighted_sum(tokens: Tensor) -> Tensor:
+            return (tokens * weights).sum(1, keepdim=True)
+
+        return reduce(x, weighted_sum), state._replace(
+            num_body=k + int(self.fuse),
+            indices=(*state.indices, kept),
+            scores=(*state.scores, scores),
+            size=reduce(state.size, lambda sizes: paddle.ones_like(sizes[:, :1])),
+            source=reduce(state.source, lambda sources: sources.max(1, keepdim=True)),
+            keys=reduce(state.keys, weighted_sum),
         )
-        return paddle.concat(parts, axis=1), state
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -179,7 +179,7 @@ def _dense(dim: int, heads: int, size: int, classes: int) -> VisionTransformer:
 
 
 @pytest.mark.parametrize('row', sorted(_COSTS), ids=lambda row: '-'.join(map(str, row[:6])))
-def test_cost(row):
+def test_cost(row, zero_weights):
     dim, heads, size, classes, rate, fuse, *drop_loc, params, macs, _ = row
     model = _dense(dim, heads, size, classes)
     for i, block in enumerate(model.blocks):

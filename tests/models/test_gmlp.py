@@ -189,7 +189,7 @@ def test_names_and_shapes():
         ('gmlp_b16_224', 73_075_392, 15_720_452_096, 72_562_392),
     ],
 )
-def test_size(name, params, macs, without_head):
+def test_size(name, params, macs, without_head, zero_weights):
     model = create_model(name)
     cost = profile(model)
     assert (cost.params, cost.macs) == (params, macs)

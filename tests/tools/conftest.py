@@ -46,13 +46,14 @@ def trained(tmp_path_factory) -> SimpleNamespace:
 
 
 def random_state(cfg: str, seed: int) -> dict[str, np.ndarray]:
-    """Weights under which the likeliest class differs from image to image: large matrices, small biases."""
+    """Weights under which the likeliest class differs from image to image: large matrices, small biases, unit scales."""
     model = build_model(get_config(cfg, ['MODEL.NUM_CLASSES', CLASSES]))
     rng = np.random.default_rng(seed)
-    return {
-        name: rng.normal(0, 0.5 if value.ndim > 1 else 0.1, value.shape).astype('float32')
-        for name, value in model.state_dict().items()
-    }
+    state = {}
+    for name, value in model.state_dict().items():
+        numbers = rng.normal(0, 0.5 if value.ndim > 1 else 0.1, value.shape)
+        state[name] = (numbers + name.endswith('norm.weight')).astype('float32')
+    return state
 
 
 def write_images(folder) -> None:

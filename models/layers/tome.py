@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token merging, ToMe: https://arxiv.org/abs/2210.09461. Similar tokens become one, and a size says how many they were.
+
+Written from the paper's description (section 3 and appendix D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import paddle
+from paddle import Tensor, nn
+
+from models.layers.token_reduction import TokenState, take_tokens
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Which tokens go into which.
+
+    Every `stride`-th token is a destination and stays. Each of the others, the candidates, either is merged into the
+    destination it resembles most or stays too. Merged tokens stand in the order candidates that stay, destinations;
+    with `swapped` the first destination (the distillation token) comes second, after the first candidate (the class
+    token).
+
+    Attributes:
+        unmerged: positions of the candidates that stay, [B, u] int64.
+        sources: positions of the tokens that are merged, [B, r] int64, most similar first.
+        destinations: number of the destination of each, [B, r] int64.
+        stride: distance between destinations.
+        swapped: see above.
+    """
+
+    unmerged: Tensor
+    sources: Tensor
+    destinations: Tensor
+    stride: int = 2
+    swapped: bool = False
+
+    def merge(self, x: Tensor, mode: str = 'sum') -> Tensor:
+        """[B, N, C] -> [B, u + N // stride, C]: destinations and their sources are reduced by sum, mean or amax."""
+        destinations = x[:, self.stride - 1 :: self.stride]
+        sources = take_tokens(x, self.sources)
+        if mode == 'amax':
+            index = self.destinations.unsqueeze(-1).expand_as(sources)
+            merged = paddle.put_along_axis(destinations, index, sources, axis=1, reduce='amax')
+        else:
+            merged = self._add(destinations, sources)
+            if mode == 'mean':
+                merged = merged / self._add(
+                    paddle.ones_like(destinations[:, :, :1]), paddle.ones_like(sources[:, :, :1])
+                )
+        if self.unmerged.shape[1] == 0:
+            return merged
+        stay = take_tokens(x, self.unmerged)
+        if self.swapped:
+            return paddle.concat([stay[:, :1], merged[:, :1], stay[:, 1:], merged[:, 1:]], axis=1)
+        return paddle.concat([stay, merged], axis=1)
+
+    def unmerge(self, y: Tensor) -> Tensor:
+        """[B, u + N // stride, C] -> [B, N, C], in the old order; each source gets a copy of its destination.
+
+        N is a multiple of the stride for `match_groups`, which leaves out the rest.
+        """
+        staying = self.unmerged.shape[1]
+        stay, merged = y[:, :staying], y[:, staying:]
+        if self.swapped:
+            stay = paddle.concat([y[:, :1], y[:, 2 : staying + 1]], axis=1)
+            merged = paddle.concat([y[:, 1:2], y[:, staying + 1 :]], axis=1)
+        tokens = paddle.concat([stay, take_tokens(merged, self.destinations), merged], axis=1)
+        ends = paddle.arange(merged.shape[1], dtype='int64') * self.stride + (self.stride - 1)
+        ends = ends.unsqueeze(0) + paddle.zeros_like(self.destinations[:, :1])
+        positions = paddle.concat([self.unmerged, self.sources, ends], axis=1)
+        return take_tokens(tokens, paddle.argsort(positions, axis=-1))
+
+    def merge_weighted(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean of merged tokens, each counting for as many as it stands for.
+
+        Args:
+            x: tokens [B, N, C].
+            size: how many tokens each stands for, [B, N, 1]; None: one.
+
+        Returns:
+            Tokens [B, N', C] and their sizes [B, N', 1].
+        """
+        size = paddle.ones_like(x[:, :, :1]) if size is None else size
+        merged_size = self.merge(size)
+        return self.merge(x * size) / merged_size, merged_size
+
+    def merge_source(self, source: Tensor) -> Tensor:
+        """Which of the first tokens are in each token, [B, N, N0] of 0 and 1 -> [B, N', N0]."""
+        return self.merge(source, mode='amax')
+
+    def _add(self, destinations: Tensor, sources: Tensor) -> Tensor:
+        """Adds each source to its destination, on flat rows; nothing is rounded but the sum, unlike in a product."""
+        rows = destinations.shape[1]
+        start = paddle.arange(destinations.shape[0], dtype='int64').unsqueeze(-1) * rows
+        flat = paddle.index_add(
+            destinations.flatten(0, 1), (self.destinations + start).flatten(), 0, sources.flatten(0, 1)
+        )
+        return flat.reshape([-1, rows, destinations.shape[2]])
+
+
+def num_merged(tokens: int, r: int, protected: int) -> int:
+    """How many of `tokens` are merged where r are asked for: at most half of those that are not protected."""
+    return max(min(r, (tokens - protected) // 2), 0)
+
+
+@paddle.no_grad()
+def match(metric: Tensor, r: int, class_token: bool = True, distill_token: bool = False) -> Matching | None:
+    """Bipartite soft matching (section 3): candidates are the tokens 0, 2, 4, ..., destinations 1, 3, 5, ...
+
+    Equal similarities go by position. No gradient flows through the choice.
+
+    Args:
+        metric: what the cosine similarity is taken of, [B, N, D].
+        r: number of candidates to merge; see `num_merged`.
+        class_token: token 0 is never merged, and the candidates that stay keep their order; without it they stand
+            in falling similarity.
+        distill_token: token 1 is never merged into.
+
+    Returns:
+        None where nothing is to be merged.
+    """
+    r = num_merged(metric.shape[1], r, class_token + distill_token)
+    first = int(distill_token)
+    if r == 0 or metric.shape[1] // 2 <= first:
+        return None
+    metric = _normalise(metric)
+    scores = paddle.matmul(metric[:, ::2], metric[:, 1::2], transpose_y=True)[:, :, first:]
+    best, choice = scores.max(-1), scores.argmax(-1) + first
+    if class_token:
+        best = paddle.where(paddle.arange(best.shape[1]) == 0, paddle.full_like(best, -float('inf')), best)
+    order = paddle.argsort(best, axis=-1, descending=True, stable=True)
+    sources, stay = order[:, :r], order[:, r:]
+    if class_token:
+        stay = stay.sort(-1)
+    return Matching(2 * stay, 2 * sources, paddle.take_along_axis(choice, sources, axis=1), swapped=distill_token)
+
+
+@paddle.no_grad()
+def match_groups(metric: Tensor, k: int) -> Matching:
+    """The last of each k tokens is a destination, all others are merged; N mod k tokens at the end are left out.
+
+    Args:
+        metric: [B, N, D] with N >= k.
+        k: length of a group, at least 2.
+    """
+    rows = metric.shape[1] // k
+    metric = _normalise(metric)
+    positions = paddle.arange(rows * k, dtype='int64').reshape([rows, k])[:, :-1].flatten()
+    candidates = paddle.index_select(metric, positions, axis=1)
+    choice = paddle.matmul(candidates, metric[:, k - 1 :: k], transpose_y=True).argmax(-1)
+    sources = positions.unsqueeze(0) + paddle.zeros_like(choice)
+    return Matching(sources[:, :0], sources, choice, stride=k)
+
+
+def _normalise(metric: Tensor) -> Tensor:
+    """Rows of length 1, in float32 at least; zero stays zero."""
+    metric = metric if metric.dtype == paddle.float64 else metric.astype('float32')
+    return metric / metric.norm(axis=-1, keepdim=True).clip(min=1e-30)
+
+
+def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
+    """Number of tokens to merge, block by block.
+
+    Args:
+        r: one number for all; a list of numbers, lacking ones being 0; or a tuple (r, inflect), which goes linearly
+            from r (1 - inflect) to r (1 + inflect): -1 falls from 2 r to 0 and 1 rises, for the same sum (appendix D).
+        depth: number of blocks.
+    """
+    if isinstance(r, tuple):
+        r, inflect = r
+        low = int(r * (1.0 - inflect))
+        step = (2 * r - 2 * low) / max(depth - 1, 1)
+        values = [int(low + step * i) for i in range(depth)]
+    else:
+        values = [r] * depth if isinstance(r, int) else [*r, *[0] * (depth - len(r))]
+    if any(value < 0 for value in values):
+        raise UserError(f'ToMe cannot merge {min(values)} tokens; MODEL.TOME gives {values}.')
+    return values
+
+
+class ToMeReducer(nn.Layer):
+    """Merges r tokens by the likeness of their keys, between the attention and the perceptron of a block.
+
+    Args:
+        r: number of tokens to merge; 0: none, but the attention still knows their sizes.
+        prop_attn: proportional attention, a token weighs as much as the tokens it stands for (equation 1).
+    """
+
+    def __init__(self, r: int, prop_attn: bool = True):
+        super().__init__()
+        self.r = r
+        self.prop_attn = prop_attn
+
+    def key_bias(self, state: TokenState) -> Tensor | None:
+        """What the attention adds to its logits, [B, 1, 1, N]; None: nothing, no token stands for several yet."""
+        if not self.prop_attn or state.size is None:
+            return None
+        return state.size.log().squeeze(-1).unsqueeze([1, 2])
+
+    def acts(self, state: TokenState) -> bool:
+        """Whether tokens are merged in this pass."""
+        return num_merged(state.num_prefix + state.num_body, self.r, state.num_prefix) > 0
+
+    def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
+        """[B, N, C] -> [B, N', C], by the keys in the state."""
+        # In half precision rounding would make tokens alike that are not.
+        with paddle.amp.auto_cast(enable=False):
+            matching = match(state.keys, self.r, state.num_prefix >= 1, state.num_prefix >= 2)
+            x, size = matching.merge_weighted(x, state.size)
+        source = None if state.source is None else matching.merge_source(state.source)
+        return x, state._replace(num_body=x.shape[1] - state.num_prefix, size=size, source=source)
+
+    def extra_repr(self) -> str:
+        return f'r={self.r}, prop_attn={self.prop_attn}'

@@ -1,0 +1,323 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MS-MLP: an attention-free pyramid that mixes tokens by shifting groups of channels.
+
+"Mixing and Shifting: Exploiting Global and Local Dependencies in Vision MLPs", https://arxiv.org/abs/2202.06510.
+Channels are split into groups; each group is rolled by its own distance and mixed by a depth-wise convolution of its
+own size, once along the width and once along the height. Numbers and parameter names are those of the published code
+(https://github.com/JegZheng/MS-MLP), which shifts before it mixes, where the paper's figure mixes first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.base import Classifier
+from models.layers import DropPath, drop_path_rates, run_block, torch_conv_, trunc_normal_
+from models.registry import register_model
+from utils.errors import UserError
+
+NORM_EPS = 1e-6
+LAYER_SCALE = 1e-6  # start of gamma: a block begins as the identity
+
+
+# ---------------------------------------------------------------------------------------------------- mixing
+def split_channels(dim: int, groups: int) -> list[int]:
+    """Sizes of `groups` runs of ceil(dim / groups) channels, of which the last takes what is left.
+
+    Raises:
+        UserError: the channels are used up before the last group.
+    """
+    size = -(-dim // groups)
+    sizes = [min(size, dim - start) for start in range(0, dim, size)]
+    if len(sizes) != groups:
+        raise UserError(
+            f'{dim} channels in runs of ceil({dim} / {groups}) = {size} make {len(sizes)} groups, but '
+            f'MODEL.MSMLP.SHIFT_DIST has {groups} shifts; change it or MODEL.MSMLP.EMBED_DIM.'
+        )
+    return sizes
+
+
+def shifted_conv(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:
+    """Rolls maps by (down, right) pixels, then convolves each channel, with zeros around the rolled map.
+
+    Args:
+        x: [B, C, H, W].
+        weight: [C, 1, k, k], k odd.
+        shift: may exceed the size of the map.
+
+    Returns:
+        [B, C, H, W]
+    """
+    return F.conv2d(paddle.roll(x, shift, (2, 3)), weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+
+def shifted_conv_as_products(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:
+    """`shifted_conv` of maps [C, B, H, W] as two matrix products per channel, into which shift and padding are folded.
+
+    The first product, the same for all channels, lines up the k input rows of each output row. The second sums over
+    them and the columns: its matrix has the kernel's taps on k diagonals.
+    """
+    dim, batch, height, width = x.shape
+    kernel = weight.shape[-1]
+    rows = _taps(height, kernel, shift[0], weight.dtype).reshape([height * kernel, height])
+    columns = _taps(width, kernel, shift[1], weight.dtype).transpose([1, 2, 0]).reshape([kernel, width * width])
+    x = paddle.matmul(rows, x).reshape([dim, batch * height, kernel * width])
+    bands = paddle.matmul(weight.reshape([dim * kernel, kernel]), columns).reshape([dim, kernel * width, width])
+    return paddle.bmm(x, bands).reshape([dim, batch, height, width])
+
+
+@functools.lru_cache(maxsize=256)
+def _taps(size: int, kernel: int, shift: int, dtype: paddle.dtype) -> Tensor:
+    """[size, kernel, size]: 1 where tap j of output o meets input i of a line that is rolled, then padded with zeros."""
+    rolled = np.arange(size)[:, None] + np.arange(kernel) - kernel // 2
+    inside = (rolled >= 0) & (rolled < size)
+    taps = np.eye(size)[(rolled - shift) % size] * inside[..., None]
+    return paddle.to_tensor(taps, dtype, place=paddle.CPUPlace())
+
+
+class MixShiftBlock(nn.Layer):
+    """x + DropPath(gamma * MLP(LayerNorm(mix(x)))), where `mix` is the sum of the two shifted convolutions.
+
+    Args:
+        dim: channels C.
+        shift_dist: pixels by which each group of channels is rolled, to the right and, for the other sum, down.
+        mix_size: side of each group's kernel, odd.
+        mlp_ratio: hidden channels of the perceptron = int(mlp_ratio * C).
+        drop_path_rate: stochastic depth.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        shift_dist: Sequence[int],
+        mix_size: Sequence[int],
+        mlp_ratio: float = 4.0,
+        drop_path_rate: float = 0.0,
+    ):
+        super().__init__()
+        self.shift_dist = tuple(shift_dist)
+        self.group_dims = split_channels(dim, len(self.shift_dist))
+        self.gamma = self.create_parameter([dim], default_initializer=initializer.Constant(LAYER_SCALE))
+        self.dwconv_lr = _depthwise_convs(self.group_dims, mix_size)
+        self.dwconv_td = _depthwise_convs(self.group_dims, mix_size)
+        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.pwconv1 = nn.Linear(dim, int(mlp_ratio * dim))
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(int(mlp_ratio * dim), dim)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]."""
+        z = self.norm(self.mix(x))
+        z = self.pwconv2(self.act(self.pwconv1(z)))
+        return x + self.drop_path(self.gamma * z)
+
+    def mix(self, x: Tensor) -> Tensor:
+        """Sum of the branches shifted left-right and top-down, [B, H, W, C] -> [B, H, W, C]."""
+        # Paddle's depth-wise convolution is slow on the CPU. Forward and backward of `mix` in a Tiny of batch 8, relative
+        # to the products: 56x56 maps 3.8, 28x28 4.3, 14x14 4.5, 7x7 8.4. One convolution for both branches takes 2.3 to
+        # 9, one of 7x7 for everything 6.7 to 10, k * k slices added up 9 to 32. GPUs and exported models convolve.
+        products = paddle.in_dynamic_mode() and x.place.is_cpu_place()
+        conv, axis = (shifted_conv_as_products, 0) if products else (shifted_conv, 1)
+        maps = x.transpose([3, 0, 1, 2] if products else [0, 3, 1, 2])
+        groups = zip(maps.split(self.group_dims, axis), self.shift_dist, self.dwconv_lr, self.dwconv_td)
+        z = [conv(group, lr.weight, (0, s)) + conv(group, td.weight, (s, 0)) for group, s, lr, td in groups]
+        # One bias for both branches: summing its gradient over all positions costs as much as a small convolution.
+        bias = paddle.concat([lr.bias + td.bias for lr, td in zip(self.dwconv_lr, self.dwconv_td)])
+        z = paddle.concat(z, axis) + bias.reshape([-1] + [1] * (3 - axis))
+        return z.transpose([1, 2, 3, 0] if products else [0, 2, 3, 1])
+
+
+def _depthwise_convs(group_dims: Sequence[int], mix_size: Sequence[int]) -> nn.LayerList:
+    """Parameters of one branch; the forward passes of these layers are not used."""
+    convs = nn.LayerList(nn.Conv2D(dim, dim, kernel, groups=dim) for dim, kernel in zip(group_dims, mix_size))
+    for conv in convs:
+        torch_conv_(conv)
+    return convs
+
+
+# ---------------------------------------------------------------------------------------------------- pyramid
+class PatchProjection(nn.Layer):
+    """Maps each patch linearly, then normalises it. Rows and columns that do not fill a patch are left out.
+
+    Args:
+        in_dim: channels of the input.
+        dim: channels C of the output.
+        patch_size: side of a patch.
+        norm: LayerNorm after the projection.
+    """
+
+    def __init__(self, in_dim: int, dim: int, patch_size: int, norm: bool = True):
+        super().__init__()
+        self.proj = nn.Conv2D(in_dim, dim, patch_size, patch_size)
+        torch_conv_(self.proj)
+        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS) if norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_dim, H, W] -> [B, H // patch_size, W // patch_size, C]."""
+        x = self.proj(x).transpose([0, 2, 3, 1])
+        return x if self.norm is None else self.norm(x)
+
+
+class Stage(nn.Layer):
+    """Blocks of one resolution, then a projection that halves the sides and doubles the channels, except at the end."""
+
+    def __init__(self, dim: int, blocks: Sequence[MixShiftBlock], last: bool):
+        super().__init__()
+        self.blocks = nn.LayerList(blocks)
+        self.downsample = None if last else PatchProjection(dim, 2 * dim, 2)
+
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], at the end [B, H, W, C]."""
+        for block in self.blocks:
+            x = run_block(block, x, again=recompute)
+        return x if self.downsample is None else self.downsample(x.transpose([0, 3, 1, 2]))
+
+
+class MSMLP(Classifier):
+    """MS-MLP image classifier. The weights suit images of any size that leaves a pixel to the last stage.
+
+    Args:
+        patch_size: side of a patch, pixels.
+        in_chans: channels of the image.
+        num_classes: K; 0: pooled features are returned.
+        embed_dim: channels of the first stage; each further stage has twice as many.
+        depths: number of blocks of each stage.
+        shift_dist: for each group of channels the pixels it is rolled by, the same in all stages.
+        mix_size: for each stage the kernel side of each group, odd.
+        mlp_ratio: hidden channels of the perceptrons / channels.
+        patch_norm: LayerNorm after the patch embedding; the projections between stages always have theirs.
+        drop_rate: dropout after the patch embedding.
+        drop_path_rate: stochastic depth.
+        drop_path_ramp: let its rate grow linearly over the depth instead of being the same everywhere.
+        recompute: save memory in training by computing the blocks again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        patch_size: int = 4,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        embed_dim: int = 96,
+        depths: Sequence[int] = (3, 3, 9, 3),
+        shift_dist: Sequence[int] = (-2, -1, 0, 1, 2),
+        mix_size: Sequence[Sequence[int]] = ((1, 1, 3, 5, 7), (1, 3, 3, 5, 7), (1, 5, 5, 5, 7), (1, 7, 7, 7, 7)),
+        mlp_ratio: float = 4.0,
+        patch_norm: bool = True,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_path_ramp: bool = True,
+        recompute: bool = False,
+    ):
+        super().__init__()
+        _check_groups(depths, shift_dist, mix_size)
+        self.depths = tuple(depths)
+        self.depth = sum(depths)
+        self.min_size = patch_size * 2 ** (len(depths) - 1)
+        self.num_features = embed_dim * 2 ** (len(depths) - 1)
+        self.recompute = recompute
+        self.patch_embed = PatchProjection(in_chans, embed_dim, patch_size, patch_norm)
+        self.pos_drop = nn.Dropout(drop_rate)
+        rates = iter(drop_path_rates(drop_path_rate, self.depth, drop_path_ramp))
+        self.layers = nn.LayerList()
+        for i, depth in enumerate(depths):
+            dim = embed_dim * 2**i
+            blocks = [MixShiftBlock(dim, shift_dist, mix_size[i], mlp_ratio, next(rates)) for _ in range(depth)]
+            self.layers.append(Stage(dim, blocks, last=i + 1 == len(depths)))
+        self.norm = nn.LayerNorm(self.num_features, epsilon=NORM_EPS)
+        self.reset_classifier(num_classes)
+        self.apply(_init_linear)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a fresh one; 0 leaves the pooled features."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        _init_linear(self.head)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError where an image is too small for the number of stages."""
+        if 0 <= min(height, width) < self.min_size:  # negative: not known yet, in an export
+            raise UserError(
+                f'an image of {height}x{width} pixels is too small for {len(self.depths)} stages (MODEL.MSMLP.DEPTHS); '
+                f'its sides must be at least {self.min_size}.'
+            )
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> maps of the last stage [B, h, w, C], not normalised."""
+        self.check_size(x.shape[2], x.shape[3])
+        x = self.pos_drop(self.patch_embed(x))
+        for stage in self.layers:
+            x = stage(x, self.recompute)
+        return x
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Maps [B, h, w, C] -> logits [B, K], or with `pre_logits` their normalised mean [B, C]."""
+        x = self.norm(x.mean([1, 2]))
+        return x if pre_logits else self.head(x)
+
+    def layer_id(self, name: str) -> int:
+        """Blocks are counted through all stages; the projection after a stage belongs to its last block."""
+        if not name.startswith('layers.'):
+            return super().layer_id(name)
+        _, stage, part, block, *_ = name.split('.')
+        first = sum(self.depths[: int(stage)])
+        return first + (int(block) + 1 if part == 'blocks' else self.depths[int(stage)])
+
+
+def _check_groups(depths: Sequence[int], shift_dist: Sequence[int], mix_size: Sequence[Sequence[int]]) -> None:
+    lists = [('DEPTHS', depths), ('SHIFT_DIST', shift_dist)]
+    lists += [(f'MIX_SIZE of stage {stage}', kernels) for stage, kernels in enumerate(mix_size)]
+    for name, values in lists:
+        if not isinstance(values, (list, tuple)) or not values or not all(isinstance(value, int) for value in values):
+            raise UserError(f'MODEL.MSMLP.{name} must be a list of whole numbers, not {values!r}.')
+    if min(depths) < 1:
+        raise UserError(f'MODEL.MSMLP.DEPTHS is {list(depths)}, but each stage needs a block.')
+    if len(mix_size) != len(depths):
+        raise UserError(
+            f'MODEL.MSMLP.MIX_SIZE is for {len(mix_size)} stages, but DEPTHS {list(depths)} for {len(depths)}.'
+        )
+    for name, kernels in lists[2:]:
+        if len(kernels) != len(shift_dist):
+            raise UserError(
+                f'MODEL.MSMLP.{name} has {len(kernels)} kernels for the {len(shift_dist)} groups of SHIFT_DIST.'
+            )
+        if any(kernel < 1 or kernel % 2 == 0 for kernel in kernels):
+            raise UserError(
+                f'MODEL.MSMLP.{name} is {list(kernels)}, but kernels must be odd: even ones change the size of a map.'
+            )
+
+
+def _init_linear(layer: nn.Layer) -> None:
+    if isinstance(layer, nn.Linear):
+        trunc_normal_(layer.weight)
+        initializer.Constant(0.0)(layer.bias)
+
+
+@register_model('ms_mlp')
+def build_ms_mlp(config) -> MSMLP:
+    """Builds MS-MLP from a configuration."""
+    msmlp = config.MODEL.MSMLP
+    model = MSMLP(
+        patch_size=msmlp.PATCH_SIZE,
+        in_chans=config.DATA.IMAGE_CHANNELS,
+        num_classes=config.MODEL.NUM_CLASSES,
+        embed_dim=msmlp.EMBED_DIM,
+        depths=msmlp.DEPTHS,
+        shift_dist=msmlp.SHIFT_DIST,
+        mix_size=msmlp.MIX_SIZE,
+        mlp_ratio=msmlp.MLP_RATIO,
+        patch_norm=msmlp.PATCH_NORM,
+        drop_rate=config.MODEL.DROPOUT,
+        drop_path_rate=config.MODEL.DROPPATH,
+        drop_path_ramp=config.MODEL.DROPPATH_RAMP,
+        recompute=config.TRAIN.RECOMPUTE,
+    )
+    model.check_size(config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
+    return model
