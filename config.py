@@ -53,6 +53,7 @@ _C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams
 _C.MODEL.RESUME = None  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = 0.0  # rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = 0.0  # rate of the attention weights
+_C.MODEL.HEAD_DROPOUT = 0.0  # rate of what the classifier of a Vision Transformer sees
 _C.MODEL.DROPPATH = 0.1  # stochastic depth rate
 _C.MODEL.DROPPATH_RAMP = False  # True: the rate grows linearly over the depth, from 0 to DROPPATH
 
@@ -78,6 +79,7 @@ _C.MODEL.TRANS.QKV_BIAS = True  # biases of query, key and value
 _C.MODEL.TRANS.GLOBAL_POOL = False  # classify the normalised mean of the patch tokens, not the class token
 _C.MODEL.TRANS.DISTILLED = False  # a second classifier for a teacher's labels
 _C.MODEL.TRANS.REPRESENTATION_SIZE = None  # channels of a tanh layer before the classifier; None: there is none
+_C.MODEL.TRANS.FROZEN_STAGES = -1  # train neither the embedding nor the blocks 0 to this one; -1: train all
 
 _C.MODEL.EVIT = CN()  # EViT: blocks that keep only the patch tokens the class token attends to
 _C.MODEL.EVIT.KEEP_RATE = 1.0  # share of the tokens kept by each block of DROP_LOC; 1: off
@@ -85,6 +87,20 @@ _C.MODEL.EVIT.DROP_LOC = (3, 6, 9)  # those blocks, numbered from 0
 _C.MODEL.EVIT.FUSE_TOKEN = False  # fuse the others into one token instead of dropping them
 _C.MODEL.EVIT.SHRINK_START_EPOCH = 0  # training: epochs with all tokens before the keep rate starts to fall
 _C.MODEL.EVIT.SHRINK_EPOCHS = 0  # training: epochs it takes to fall from 1 to KEEP_RATE
+
+_C.MODEL.LAMBDA = CN()  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
+_C.MODEL.LAMBDA.PRUNE_LAYERS = ()  # blocks whose attention fades in training, numbered from 0
+_C.MODEL.LAMBDA.DONE_LAYERS = ()  # blocks whose attention faded in an earlier training
+_C.MODEL.LAMBDA.REMOVED = False  # build the blocks of both lists without attention: for a model that is trained
+_C.MODEL.LAMBDA.START_EPOCH = 0  # training: finished epochs up to which the weight of the fading attention is 1
+_C.MODEL.LAMBDA.DECAY_EPOCHS = None  # training: epochs it takes to fall to 0; None: 299/400 of the remaining epochs
+
+_C.MODEL.TOME = CN()  # ToMe: blocks that merge similar tokens
+_C.MODEL.TOME.R = 0  # tokens each block merges; 0: off
+_C.MODEL.TOME.INFLECT = 0.0  # -1: R falls over the depth from 2 R to 0; 1: it rises; values between do so less
+_C.MODEL.TOME.SCHEDULE = None  # a list of R for the blocks that merge, in order, instead of R and INFLECT
+_C.MODEL.TOME.START_IDX = 0  # blocks with attention that come before those that merge
+_C.MODEL.TOME.PROP_ATTN = True  # a merged token weighs in the attention as much as the tokens it stands for
 
 _C.MODEL.MSMLP = CN()  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = 4  # side of a patch, pixels
@@ -184,6 +200,8 @@ _OPTIONAL = {
     'MODEL.PUBLISHED.ACC5': float,
     'MODEL.PUBLISHED.WEIGHTS': str,
     'MODEL.TRANS.REPRESENTATION_SIZE': int,
+    'MODEL.LAMBDA.DECAY_EPOCHS': int,
+    'MODEL.TOME.SCHEDULE': tuple,
     'TRAIN.LINEAR_SCALED_LR': int,
     'TRAIN.GRAD_CLIP': float,
     'TRAIN.CUTMIX_MINMAX': tuple,
@@ -223,11 +241,12 @@ _AT_LEAST = {
     'TRAIN.LR_SCHEDULER.LAG': 0, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.LINEAR_SCALED_LR': 1, 'SAVE_FREQ': 0, 'SAVE_KEEP': 0,
     'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0, 'MODEL.EVIT.SHRINK_START_EPOCH': 0,
     'MODEL.EVIT.SHRINK_EPOCHS': 0, 'MODEL.MSMLP.PATCH_SIZE': 1, 'MODEL.MSMLP.EMBED_DIM': 1,
-    'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1,
+    'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1, 'MODEL.TRANS.FROZEN_STAGES': -1, 'MODEL.LAMBDA.START_EPOCH': 0,
+    'MODEL.LAMBDA.DECAY_EPOCHS': 1, 'MODEL.TOME.R': 0, 'MODEL.TOME.START_IDX': 0,
 }  # fmt: skip
 
 _PROBABILITIES = (
-    'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
+    'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.HEAD_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
     'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY', 'TRAIN.DISTILLATION_ALPHA',
     'TRAIN.LR_SCHEDULER.DECAY_RATE',
 )  # fmt: skip

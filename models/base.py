@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
 from paddle import Tensor, nn
 
 
@@ -53,6 +56,19 @@ class Classifier(nn.Layer):
         if part == self.blocks_name:
             return int(rest.partition('.')[0]) + 1
         return self.num_layers
+
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """Whether some training passes leave trainable parameters without a gradient."""
+        return False
+
+    def unused_weights(self, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
+        """Arrays of a file, by the model's names, that it has no use for: name -> reason.
+
+        Raises:
+            UserError: the arrays contradict the model.
+        """
+        return {}
 
     @staticmethod
     def upstream_name(name: str) -> str | None:

@@ -83,6 +83,10 @@ def port_with_report(
         raise UserError(f'{source} has {given} classes, but the model {wanted}; set MODEL.NUM_CLASSES to {given}.')
     original_names = {ours: name for name, ours in report.used.items()}
     report.fitted = fit_state(model, renamed, source, original_names=original_names)
+    for ours, reason in report.fitted.unused.items():
+        name = original_names[ours]
+        del report.used[name]
+        report.dropped[name] = reason
     return report.fitted.state, report
 
 

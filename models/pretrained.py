@@ -65,6 +65,12 @@ def load_state(
     if ours != theirs:
         anew = ', which starts anew' if fresh else ''
         log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{anew}')
+    if fitted.unused:
+        reasons = '; '.join(dict.fromkeys(fitted.unused.values()))
+        log(f'----- Pretrained: {len(fitted.unused)} arrays of {source} are left out: {reasons}')
+    for name in fitted.kept:
+        if not name.endswith(REBUILT_SUFFIXES):
+            log(f'----- Pretrained: {source} does not say {name}; the model keeps {targets[name].tolist()}')
     for name, (old, new) in fitted.resized.items():
         log(f'----- Pretrained: {name} interpolated from {list(old)} to {list(new)}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in fitted.state.items()}

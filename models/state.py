@@ -28,11 +28,13 @@ class Fitted:
         state: for `set_state_dict`, in the model's shapes and types.
         resized: name -> (shape in the file, shape in the model) of interpolated tables.
         kept: names of buffers that the file lacks and the model has built itself.
+        unused: name -> why the model has no use for it, by its hook `unused_weights`.
     """
 
     state: dict[str, np.ndarray] = field(default_factory=dict)
     resized: dict[str, tuple[tuple, tuple]] = field(default_factory=dict)
     kept: list[str] = field(default_factory=list)
+    unused: dict[str, str] = field(default_factory=dict)
 
 
 def fit_state(
@@ -60,6 +62,9 @@ def fit_state(
     targets, original_names = model.state_dict(), original_names or {}
     parameters = {name for name, _ in model.named_parameters()}
     fitted, missing, different = Fitted(), [], []
+    if hasattr(model, 'unused_weights'):
+        fitted.unused = model.unused_weights(arrays, source)
+        arrays = {name: array for name, array in arrays.items() if name not in fitted.unused}
     for name, target in targets.items():
         if name in arrays:
             array = _cast(arrays[name], target)

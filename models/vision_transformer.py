@@ -2,12 +2,14 @@
 """The Vision Transformer, once: DeiT, EViT, the ViTs of MAE-Lite and those without some attention are settings of it.
 
 ViT: https://arxiv.org/abs/2010.11929, DeiT: https://arxiv.org/abs/2012.12877, EViT: https://arxiv.org/abs/2202.07800,
-MAE-Lite: https://arxiv.org/abs/2205.14443, removed attention: attention_removal.py, ToMe: layers/tome.py. Parameter names and numbers are those of timm 0.4.12, on which the
-published weights of all of them rest, so that their checkpoints port without renaming.
+MAE-Lite: https://arxiv.org/abs/2205.14443, removed attention: https://arxiv.org/abs/2404.05657, ToMe:
+https://arxiv.org/abs/2210.09461. Parameter names and numbers are those of timm 0.4.12, on which the published weights
+of all of them rest, so that their checkpoints port without renaming.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -139,7 +141,6 @@ class VisionTransformer(RemovableAttention):
         prune_layers: blocks whose attention fades as `set_attn_lambda` says, see attention_removal.py.
         done_layers: blocks whose attention has faded, and whose dead weights are kept.
         removed_layers: blocks built without attention.
-        merge: ToMe, tokens to merge in a block, see `merge_tokens`.
         frozen_stages: train neither the embedding nor the blocks 0 to this one, which stay in evaluation mode; -1: all
             is trained.
         recompute: save memory in training by computing the blocks again in the backward pass.
@@ -171,43 +172,33 @@ class VisionTransformer(RemovableAttention):
         prune_layers: Sequence[int] = (),
         done_layers: Sequence[int] = (),
         removed_layers: Sequence[int] = (),
-        merge: int | Sequence[float] = 0,
         frozen_stages: int = -1,
         recompute: bool = False,
     ):
         super().__init__()
         if embed_dim % num_heads:
             raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
-        self.embed_dim = embed_dim
-        self.depth = depth
-        self.distilled = distilled
-        self.global_pool = global_pool
+        self.embed_dim, self.depth = embed_dim, depth
+        self.distilled, self.global_pool = distilled, global_pool
         self.recompute = recompute
         self.keep_rate: float | None = None
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, any_size=True)
         torch_conv_(self.patch_embed.conv)
         self._add_tokens()
         self.pos_drop = nn.Dropout(drop_rate)
-        drop_paths = drop_path_rates(drop_path_rate, depth, drop_path_ramp)
-        keep_rates = _per_block('keep_rate', keep_rate, depth)
         self.plan_removal(prune_layers, done_layers, removed_layers)
-        attending = self.attention_layers()
+        staying = self.attention_layers()
+        keep_rates = _per_block('keep_rate', keep_rate, depth)
+        block = functools.partial(Block, embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
         self.blocks = nn.LayerList(
-            Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                drop_rate,
-                attn_drop_rate,
-                drop_paths[i],
+            block(
+                drop_path,
                 attention=i not in self.removed_layers,
-                reducer=EViTReducer(i, keep_rates[i], fuse_token) if i in attending else None,
+                reducer=EViTReducer(i, keep_rates[i], fuse_token) if i in staying else None,
             )
-            for i in range(depth)
+            for i, drop_path in enumerate(drop_path_rates(drop_path_rate, depth, drop_path_ramp))
         )
         self.start_fading()
-        self.merge_tokens(merge)
         self._add_head(num_classes, representation_size)
         self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(_init_linear)
@@ -268,18 +259,12 @@ class VisionTransformer(RemovableAttention):
     def _freeze(self, stages: int) -> None:
         if stages >= self.depth:
             raise UserError(f'cannot freeze block {stages} (FROZEN_STAGES): there are blocks 0 to {self.depth - 1}.')
-        self.frozen: list[nn.Layer] = []
-        if stages < 0:
-            return
-        self.frozen = [self.patch_embed, self.pos_drop, *self.blocks[: stages + 1]]
-        for parameter in [
-            self.cls_token,
-            self.dist_token,
-            self.pos_embed,
-            *(p for l in self.frozen for p in l.parameters()),
-        ]:
-            if parameter is not None:
-                parameter.stop_gradient = True
+        self.frozen = [self.patch_embed, self.pos_drop, *self.blocks[: stages + 1]] if stages >= 0 else []
+        parameters = [p for layer in self.frozen for p in layer.parameters()]
+        if self.frozen:
+            parameters += [p for p in (self.cls_token, self.dist_token, self.pos_embed) if p is not None]
+        for parameter in parameters:
+            parameter.stop_gradient = True
 
     def train(self) -> None:
         """Training mode, but for the frozen stages."""
@@ -419,10 +404,15 @@ def _per_block(name: str, value, depth: int) -> list:
 def build_vit(config) -> VisionTransformer:
     """Builds a Vision Transformer from a configuration."""
     model, trans, evit = config.MODEL, config.MODEL.TRANS, config.MODEL.EVIT
+    removal, tome = config.MODEL.LAMBDA, config.MODEL.TOME
     outside = [i for i in evit.DROP_LOC if not 0 <= i < trans.DEPTH]
     if outside:
         raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {trans.DEPTH - 1}.')
-    return VisionTransformer(
+    leaving = (*removal.PRUNE_LAYERS, *removal.DONE_LAYERS)
+    clash = sorted({*leaving} & {*evit.DROP_LOC}) if evit.KEEP_RATE < 1 else []
+    if clash:
+        raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
+    vit = VisionTransformer(
         img_size=config.DATA.IMAGE_SIZE,
         patch_size=trans.PATCH_SIZE,
         in_chans=config.DATA.IMAGE_CHANNELS,
@@ -434,6 +424,7 @@ def build_vit(config) -> VisionTransformer:
         qkv_bias=trans.QKV_BIAS,
         drop_rate=model.DROPOUT,
         attn_drop_rate=model.ATTENTION_DROPOUT,
+        head_drop_rate=model.HEAD_DROPOUT,
         drop_path_rate=model.DROPPATH,
         drop_path_ramp=model.DROPPATH_RAMP,
         distilled=trans.DISTILLED,
@@ -441,5 +432,12 @@ def build_vit(config) -> VisionTransformer:
         representation_size=trans.REPRESENTATION_SIZE,
         keep_rate=[evit.KEEP_RATE if i in evit.DROP_LOC else 1.0 for i in range(trans.DEPTH)],
         fuse_token=evit.FUSE_TOKEN,
+        prune_layers=() if removal.REMOVED else removal.PRUNE_LAYERS,
+        done_layers=() if removal.REMOVED else removal.DONE_LAYERS,
+        removed_layers=leaving if removal.REMOVED else (),
+        frozen_stages=trans.FROZEN_STAGES,
         recompute=config.TRAIN.RECOMPUTE,
     )
+    schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
+    vit.merge_tokens(schedule, tome.START_IDX, tome.PROP_ATTN)
+    return vit

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from yacs.config import CfgNode
 
 from config import config_file_of, get_config, update_config
+from datasets.folder import images_below
+from datasets.images import EXTENSIONS
 from utils.errors import UserError
 
 
@@ -22,3 +25,18 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
     if config_file_of(args) is None:
         raise UserError('-cfg is missing: give the YAML file of the model, or a run folder as -pretrained.')
     return update_config(get_config(), args)
+
+
+def find_images(places: list[str]) -> list[str]:
+    """Files as they are named, whatever their suffix; of folders the images below them, in sorted order."""
+    paths = []
+    for place in places:
+        if not os.path.exists(place):
+            raise UserError(f"there is no file or folder '{place}'.")
+        found = [place]
+        if os.path.isdir(place):
+            found = [os.path.join(place, os.path.normpath(path)) for path in images_below(place, '')]
+        if not found:
+            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{place}'.")
+        paths += found
+    return paths

@@ -27,11 +27,9 @@ if __name__ == '__main__':
     tune_process()  # before Paddle is imported
 
 from config import flag_parser
-from datasets.folder import images_below
-from datasets.images import EXTENSIONS
 from engine import distributed
 from engine.inference import Prediction, classify, load_classifier
-from tools._common import trained_config
+from tools._common import find_images, trained_config
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -75,21 +73,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.target and not args.target.endswith(('.csv', '.json')):
         raise UserError(f"-output is '{args.target}', but must end in .csv or .json.")
     return args
-
-
-def find_images(places: list[str]) -> list[str]:
-    """Files as they are named, whatever their suffix; of folders the images below them, in sorted order."""
-    paths = []
-    for place in places:
-        if not os.path.exists(place):
-            raise UserError(f"there is no file or folder '{place}'.")
-        found = [place]
-        if os.path.isdir(place):
-            found = [os.path.join(place, os.path.normpath(path)) for path in images_below(place, '')]
-        if not found:
-            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{place}'.")
-        paths += found
-    return paths
 
 
 def read_class_names(path: str, num_classes: int) -> list[str]:

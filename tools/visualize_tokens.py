@@ -41,8 +41,7 @@ from datasets.transforms import build_transform
 from engine import distributed
 from engine.inference import load_classifier
 from models.vision_transformer import VisionTransformer
-from tools._common import trained_config
-from tools.predict import find_images
+from tools._common import find_images, trained_config
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -203,7 +202,7 @@ def draw_strip(path: str, image: np.ndarray, steps: Sequence[Reduction]) -> Imag
     canvas = ImageDraw.Draw(strip)
     left, below = MARGIN, MARGIN + side + GAP
     strip.paste(draw_holders(image, np.arange(num_patches), scale), (left, MARGIN))
-    write(canvas, (left, below), shorten(path, side), INK)
+    write(canvas, (left, below), shorten(path, side - CHIP), INK)
     write(canvas, (left, below + LINE), f'{num_patches} patches of {patch} px', FAINT)
     for block, holders in steps:
         left += side + GAP

@@ -178,8 +178,9 @@ def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
         values = [int(low + step * i) for i in range(depth)]
     else:
         values = [r] * depth if isinstance(r, int) else [*r, *[0] * (depth - len(r))]
-    if any(value < 0 for value in values):
-        raise UserError(f'ToMe cannot merge {min(values)} tokens; MODEL.TOME gives {values}.')
+    wrong = [value for value in values if not isinstance(value, int) or value < 0]
+    if wrong:
+        raise UserError(f'ToMe cannot merge {wrong[0]} tokens; MODEL.TOME gives {values}.')
     return values
 
 

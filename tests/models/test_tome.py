@@ -7,8 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.exported import Predictor, save_program
+from models.layers import TokenState, take_tokens
 from models.layers.tome import Matching, match, match_groups, merge_schedule
+from models.port import port_state_dict
+from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
+from tests.models.helpers import load
+from tests.models.test_vision_transformer import build, tiny
 from utils.errors import UserError
 
 MATCHES = golden('lambda_vit-tome_match')
@@ -132,3 +138,140 @@ def test_gradients_reach_every_token():
     merged.sum().backward()
     assert_close(x.grad.sum([1, 2]), np.full(2, 6 * 3), 1e-5)
     assert (x.grad.numpy() > 0).all()
+
+
+# ---------------------------------------------------------------------------------------------------- models
+def outputs_of_blocks(model: VisionTransformer, x: np.ndarray):
+    """Logits, final state, and after each block its tokens and their sizes."""
+    seen = []
+    hooks = [block.register_forward_post_hook(lambda _, __, out: seen.append(out)) for block in model.blocks]
+    with paddle.no_grad():
+        tokens, state = model.forward_tokens(paddle.to_tensor(x), trace=True)
+        logits = model.forward_head(tokens)
+    for hook in hooks:
+        hook.remove()
+    return logits, state, [tokens for tokens, _ in seen], [state.size for _, state in seen]
+
+
+def check(model: VisionTransformer, x: np.ndarray, expected: dict) -> None:
+    """Compares with the entries of a run of a golden."""
+    logits, state, tokens, sizes = outputs_of_blocks(model, x)
+    assert_close(logits, expected['logits'])
+    assert [t.shape[1] for t in tokens] == expected['tokens_per_block'].tolist()
+    assert [count + model.num_prefix for count in state.counts] == expected['tokens_per_block'].tolist()
+    assert_close(state.size, expected['size'], 1e-6)
+    if 'source' in expected:
+        np.testing.assert_array_equal(state.source, expected['source'])
+    np.testing.assert_array_equal(state.source.sum(-1, keepdim=True), state.size)
+    for i, (token, size) in enumerate(zip(tokens, sizes)):
+        if f'tokens_block{i}' in expected:
+            assert_close(token, expected[f'tokens_block{i}'])
+        if f'size_block{i}' in expected:
+            assert_close(size, expected[f'size_block{i}'], 1e-6)
+
+
+@pytest.mark.parametrize('name', ['tome_deit', 'tome_removed', 'tome_removed_schedule'])
+def test_models(name):
+    g = golden(f'lambda_vit-{name}')
+    model = build(g.meta['ctor'], removed_layers=g.meta['done_layer'])
+    fit = port_state_dict(model, g.group('sd'))
+    model.set_state_dict(fit)
+    model.eval()
+    assert_close(model(paddle.to_tensor(g['in/x'])), g['out/logits_no_merge'])
+    for run in g.meta['runs']:
+        r = tuple(run['r']) if run['r_kind'] == 'tuple' else run['r']
+        model.merge_tokens(r, g.meta['start_idx'], run['prop_attn'])
+        check(model, g['in/x'], arrays(g, f'out/{run["run"]}_'))
+    model.merge_tokens(0)
+    assert_close(model(paddle.to_tensor(g['in/x'])), g['out/logits_no_merge'])
+
+
+def test_distillation_token():
+    g = golden('lambda_vit-tome_distilled')
+    model = load(build(g.meta['ctor'], distilled=True), g.group('sd'))
+    model.eval()
+    assert_close(model(paddle.to_tensor(g['in/x'])), g['out/logits_no_merge'])
+    model.merge_tokens(g.meta['r'], prop_attn=g.meta['prop_attn'])
+    check(model, g['in/x'], arrays(g, 'out/'))
+
+
+def test_gradients_recompute_and_types():
+    """Training with merging: the same gradients with recompute, in any precision."""
+    x = paddle.randn([2, 3, 32, 32])
+    model = tiny(drop_path_rate=0.2)
+    model.merge_tokens(3)
+    results = []
+    for model.recompute in (False, True):
+        paddle.seed(1)
+        model(x).square().mean().backward()
+        results.append([parameter.grad.numpy() for parameter in model.parameters()])
+        model.clear_gradients()
+    for plain, again in zip(*results):
+        np.testing.assert_array_equal(plain, again)
+        assert np.abs(plain).max() > 0
+    assert model.to(dtype='float64')(x.astype('float64')).dtype == paddle.float64
+
+
+@pytest.mark.parametrize('fuse', [False, True])
+def test_evit_then_tome_in_one_block(fuse):
+    """Of 16 patches 8 are kept (and one fused), then 3 merged; what the tokens stand for follows both."""
+    model = tiny(keep_rate=[1, 0.5, 1], fuse_token=fuse)
+    model.merge_tokens([2, 3, 1])
+    model.eval()
+    x = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype('float32')
+    _, state, tokens, sizes = outputs_of_blocks(model, x)
+    assert state.counts == (14, 7 + fuse - 3, 7 + fuse - 4)
+    dense = model.embed(paddle.to_tensor(x))
+    kept = state.indices[0]
+    assert kept.shape == [2, 7]
+    assert sizes[1].sum().item() <= 2 * 17 if fuse else sizes[1].sum().item() < 2 * 17
+    source = state.source
+    assert source.shape == [2, 1 + 7 + fuse - 4, dense.shape[1]]
+    assert source.sum(1).max().item() == 1  # no patch is in two tokens
+    assert (source.sum() == (2 * 17 if fuse else sizes[2].sum())).item()
+    model.merge_tokens(0)
+    assert model.forward_tokens(paddle.to_tensor(x))[1].counts == (16, 8 + fuse, 8 + fuse)
+
+
+def test_keys_of_reduced_tokens_are_those_that_are_merged():
+    """EViT keeps all but the least attended; merging by keys then equals matching the kept keys by hand."""
+    model = tiny(keep_rate=[0.5, 1, 1])
+    model.merge_tokens([3])
+    model.eval()
+    x = model.embed(paddle.randn([2, 3, 32, 32]))
+    block = model.blocks[0]
+    state = TokenState(1, 16, [None] * 3, [None] * 3)
+    _, maps = block.attn(block.norm1(x), need_maps=True, need_keys=True)
+    after, after_state = block(x, state)
+    kept = after_state.indices[0]
+    keys = paddle.concat([maps.keys[:, :1], take_tokens(maps.keys[:, 1:], kept)], axis=1)
+    mixed = x + block.attn(block.norm1(x))[0]
+    mixed = paddle.concat([mixed[:, :1], take_tokens(mixed[:, 1:], kept)], axis=1)
+    merged, size = match(keys, 3).merge_weighted(mixed)
+    merged = merged + block.mlp(block.norm2(merged))
+    assert_close(after, merged, 1e-6)
+    np.testing.assert_array_equal(after_state.size, size)
+
+
+def test_pooling_averages_over_the_tokens_before_merging():
+    model = tiny(global_pool=True, depth=1)
+    model.blocks[0].mlp.fc2.weight.set_value(paddle.zeros_like(model.blocks[0].mlp.fc2.weight))
+    model.eval()
+    x = paddle.randn([2, 3, 32, 32])
+    means = []
+    for r in (0, 5):
+        model.merge_tokens(r)
+        means.append(model.forward_features(x)[:, 1:].mean(1).numpy())
+    np.testing.assert_allclose(*means, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+def test_export(distilled, tmp_path):
+    paddle.seed(0)
+    model = tiny(distilled=distilled, removed_layers=[1], keep_rate=[1, 1, 0.5], fuse_token=True)
+    model.merge_tokens(3)
+    save_program(model, [3, 32, 32], str(tmp_path / 'model'))
+    predictor = Predictor(str(tmp_path / 'model'))
+    for batch in (1, 3):
+        x = paddle.randn([batch, 3, 32, 32])
+        assert_close(predictor(x.numpy()), model(x), 1e-5)
