@@ -7,6 +7,7 @@ import pytest
 
 from config import get_config
 from engine.distill import build_teacher
+from engine.exported import save_program
 from engine.schedules import keep_rate
 from engine.tasks import SupervisedTask, distillation_loss, smoothed_cross_entropy, soft_cross_entropy
 from models import build_model
@@ -132,3 +133,16 @@ def test_mistakes_about_teachers(changes, words):
     with pytest.raises(UserError) as caught:
         build_teacher(config, build_model(config), print)
     assert words in str(caught.value)
+
+
+def test_an_exported_teacher_teaches(tmp_path):
+    teacher = build_model(configured(MODEL__TRANS__DISTILLED=False, TRAIN__DISTILLATION_TYPE='none'))
+    teacher.eval()
+    path = str(tmp_path / 'teacher')
+    save_program(teacher, [3, 16, 16], path)
+    config = configured(TRAIN__TEACHER_MODEL=path)
+    answer = build_teacher(config, build_model(config), print)
+    images = paddle.randn([5, 3, 16, 16])
+    assert_close(answer(images).numpy(), teacher(images).numpy(), 1e-5)
+    with pytest.raises(UserError, match='the teacher knows 4 classes, but the student 7'):
+        build_teacher(configured(TRAIN__TEACHER_MODEL=path, MODEL__NUM_CLASSES=7), build_model(config), print)
