@@ -121,9 +121,10 @@ class MixShiftBlock(nn.Layer):
 
     def mix(self, x: Tensor) -> Tensor:
         """Sum of the branches shifted left-right and top-down, [B, H, W, C] -> [B, H, W, C]."""
-        # Paddle's depth-wise convolution is slow on the CPU. Forward and backward of `mix` in a Tiny of batch 8, relative
-        # to the products: 56x56 maps 3.8, 28x28 4.3, 14x14 4.5, 7x7 8.4. One convolution for both branches takes 2.3 to
-        # 9, one of 7x7 for everything 6.7 to 10, k * k slices added up 9 to 32. GPUs and exported models convolve.
+        # Paddle's depth-wise convolution is slow on the CPU. Forward and backward of this function (Tiny, batch 8, one
+        # thread; stages in order), relative to the products: 3.1, 4.4, 6.6, 9.6, nearly all of it the convolutions, not
+        # the rolls. One convolution for both branches: 2.7 to 9.5; one of 7x7 for all groups: 9.4 to 11; k * k slices
+        # summed: 11 to 35. A training step of Tiny takes 1.7 times as long. GPUs and exported models convolve.
         products = paddle.in_dynamic_mode() and x.place.is_cpu_place()
         conv, axis = (shifted_conv_as_products, 0) if products else (shifted_conv, 1)
         maps = x.transpose([3, 0, 1, 2] if products else [0, 3, 1, 2])

@@ -6,7 +6,7 @@ from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.init import lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.mlp import Mlp
 from models.layers.patch_embed import PatchEmbed
-from models.layers.positions import resize_position_table
+from models.layers.positions import resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
 from models.layers.token_reduction import EViTReducer, TokenState, take_tokens
 from models.layers.tome import ToMeReducer, merge_schedule
@@ -25,6 +25,7 @@ __all__ = [
     'merge_schedule',
     'resize_position_table',
     'run_block',
+    'sincos_position_table',
     'take_tokens',
     'torch_conv_',
     'trunc_normal_',

@@ -1,11 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learned position tables at other resolutions."""
+"""Position tables: fixed ones, and learned ones at other resolutions."""
 
 from __future__ import annotations
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
+
+from utils.errors import UserError
+
+
+def sincos_position_table(dim: int, grid_size: int, num_prefix: int = 0) -> np.ndarray:
+    """Sines and cosines of column and row at dim / 4 frequencies from 1 to 1/10000, as in MAE (arXiv 2111.06377).
+
+    The first half of a row belongs to the patch's column, the second to its row; each is [sines, cosines].
+
+    Args:
+        dim: channels C, divisible by 4.
+        grid_size: G patches on each side.
+        num_prefix: rows of zeros in front, such as the class token's.
+
+    Returns:
+        [1, num_prefix + G * G, C] float32, computed in float64.
+    """
+    if dim % 4:
+        raise UserError(f'{dim} channels do not divide by 4, which sine-cosine positions need.')
+    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    angles = np.arange(grid_size)[:, None] * frequencies
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [G, C / 2]
+    columns, rows = np.tile(waves, (grid_size, 1)), np.repeat(waves, grid_size, axis=0)
+    patches = np.concatenate([columns, rows], axis=1)
+    return np.concatenate([np.zeros([num_prefix, dim]), patches])[None].astype('float32')
 
 
 def resize_position_table(

@@ -201,7 +201,8 @@ class ToMeReducer(nn.Layer):
         """What the attention adds to its logits, [B, 1, 1, N]; None: nothing, no token stands for several yet."""
         if not self.prop_attn or state.size is None:
             return None
-        return state.size.log().squeeze(-1).unsqueeze([1, 2])
+        # log(size), in a form that Paddle 3.3's inference programs do not compute in the place of `size`
+        return (state.size - 1.0).log1p().squeeze(-1).unsqueeze([1, 2])
 
     def acts(self, state: TokenState) -> bool:
         """Whether tokens are merged in this pass."""

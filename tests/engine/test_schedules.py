@@ -38,10 +38,34 @@ def test_deit_rates_per_epoch(index):
     assert_close([lr(epoch, 0.0) for epoch in range(1, case['epochs'] + 1)], reference[f'out/effective{index}'], 1e-6)
 
 
-@given(st.sampled_from(sorted(SCHEDULES)), st.floats(0, 30), st.floats(0, 10), st.integers(11, 30))
-def test_rates_stay_between_their_ends(name, t, warmup, total):
-    rate = SCHEDULES[name](t, base=1.0, start=1e-3, end=1e-2, warmup=warmup, total=total)
+@pytest.mark.parametrize('index', range(7))
+def test_ms_mlp_rates_per_step(index):
+    """Upstream's linear and step schedules know no end of their own: they use base / 100 and 0."""
+    reference = golden('ms_mlp-lr')
+    case = reference.meta['settings'][index]
+    end = {'cosine': case['min_lr'], 'linear': case['base_lr'] / 100, 'step': 0.0}[case['name']]
+    name = 'timmcosine' if case['name'] == 'cosine' else case['name']
+    options = [
+        *('TRAIN.BASE_LR', case['base_lr'], 'TRAIN.WARMUP_START_LR', case['warmup_lr'], 'TRAIN.END_LR', end),
+        *('TRAIN.WARMUP_EPOCHS', case['warmup_epochs'], 'TRAIN.NUM_EPOCHS', case['epochs']),
+        *('TRAIN.LR_SCHEDULER.NAME', name, 'TRAIN.LR_SCHEDULER.UPDATE', 'step', 'TRAIN.LINEAR_SCALED_LR', None),
+        *('TRAIN.LR_SCHEDULER.DECAY_EPOCHS', case['decay_epochs']),
+        *('TRAIN.LR_SCHEDULER.DECAY_RATE', case['decay_rate']),
+    ]
+    lr = lr_schedule(get_config(opts=options), 1)
+    assert np.isclose(lr(1, 0.0), reference[f'out/{index}_initial'], 1e-6)
+    steps = [divmod(step, case['n_iter']) for step in range(len(reference[f'out/{index}_lr']))]
+    rates = [lr(epoch + 1, step / case['n_iter']) for epoch, step in steps]
+    np.testing.assert_allclose(rates, reference[f'out/{index}_lr'], 1e-6)
+
+
+@given(st.sampled_from(sorted(SCHEDULES)), st.floats(0, 1), st.floats(0, 10), st.integers(11, 30))
+def test_rates_stay_between_their_ends(name, share, warmup, total):
+    values = {'base': 1.0, 'start': 1e-3, 'end': 1e-2, 'warmup': warmup, 'total': total}
+    rate = SCHEDULES[name](share * total, **values, decay_epochs=4.0, decay_rate=0.1)
     assert 1e-3 - 1e-12 <= rate <= 1.0 + 1e-12
+    if share * total >= warmup:
+        assert rate >= 1e-2 - 1e-12
 
 
 def test_update_per_step_is_the_same_curve_between_epochs():

@@ -22,8 +22,6 @@ from tests.models.helpers import load, to_ours
 from utils.errors import UserError
 from utils.weights import find_state_dict
 
-VARIANTS = ['tiny', 'small', 'base']
-
 
 def name_of(variant: str) -> str:
     return f'ms_mlp_{variant}_patch4_shift5_224'
@@ -145,8 +143,29 @@ def test_forward(name):
     np.testing.assert_allclose(model(paddle.to_tensor(g['in/x'])), g['out/logits'], 1e-5, 3e-5)
 
 
-@pytest.mark.parametrize('variant', ['tiny', 'base'])
-def test_full_size(variant):
+# What weight decay takes and what it leaves: tensors, parameters.
+DECAYED = {'tiny': (221, 28_583_136), 'small': (437, 50_161_536), 'base': (437, 88_507_504)}
+EXEMPT = {'tiny': (285, 73_096), 'small': (555, 142_216), 'base': (555, 189_288)}
+
+
+@pytest.mark.parametrize('variant', ['tiny', 'small', 'base'])
+def test_published_models(variant):
+    g = golden('ms_mlp-names')
+    parameters = [(name, tuple(shape)) for name, shape in g.meta['variants'][variant]['params']]
+    model = create_model(name_of(variant))
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    assert [(name, array.shape) for name, array in to_ours(model, state).items()] == parameters
+    rates = [block.drop_path.rate for stage in model.layers for block in stage.blocks]
+    np.testing.assert_allclose(rates, g[f'out/drop_path_{variant}'], 1e-6)
+    groups = {group['weight_decay']: group['params'] for group in parameter_groups(model, 0.05)}
+    sizes = {decay: (len(members), sum(p.size for p in members)) for decay, members in groups.items()}
+    assert sizes == {0.05: DECAYED[variant], 0.0: EXEMPT[variant]}
+    if variant != 'small':
+        check_outputs(model, parameters, variant)
+
+
+def check_outputs(model: MSMLP, parameters: list, variant: str) -> None:
+    """Outputs at 224 x 224 with the weights that the reference drew."""
     g = golden('ms_mlp-full')
     seed = g.meta['seed0']
 
@@ -160,9 +179,7 @@ def test_full_size(variant):
             return 0.1 * r
         return r / shape[-1] if 'dwconv' in name else 0.04 * r
 
-    parameters = golden('ms_mlp-names').meta['variants'][variant]['params']
-    arrays = {name: draw(k, name, shape).astype('float32') for k, (name, shape) in enumerate(parameters)}
-    model = load(create_model(name_of(variant)), arrays)
+    load(model, {name: draw(k, name, shape).astype('float32') for k, (name, shape) in enumerate(parameters)})
     model.eval()
     x = np.random.RandomState(seed - 1).standard_normal((1, 3, 224, 224)).astype('float32')
     with paddle.no_grad():
@@ -176,34 +193,7 @@ def test_full_size(variant):
         np.testing.assert_allclose(model.forward_head(x), g[f'out/{variant}_logits'], 0, 1e-4)
 
 
-# Convolutions (stem, depth-wise, between stages) and linear layers (perceptrons, head), and what weight decay takes.
-SIZES = {
-    'tiny': ((14_450_688 + 87_343_872 + 173_408_256, 4_161_798_144 + 768_000), (221, 28_583_136), (285, 73_096)),
-    'small': ((14_450_688 + 154_912_128 + 173_408_256, 8_323_596_288 + 768_000), (437, 50_161_536), (555, 142_216)),
-    'base': ((19_267_584 + 208_137_888 + 308_281_344, 14_797_504_512 + 1_024_000), (437, 88_507_504), (555, 189_288)),
-}
-
-
-@pytest.mark.parametrize('variant', VARIANTS)
-def test_published_models(variant):
-    g = golden('ms_mlp-names')
-    published = g.meta['variants'][variant]
-    model = create_model(name_of(variant))
-    ours = {name: value.numpy() for name, value in model.state_dict().items()}
-    assert [(name, list(array.shape)) for name, array in to_ours(model, ours).items()] == [
-        (name, shape) for name, shape in published['params']
-    ]
-    rates = [block.drop_path.rate for stage in model.layers for block in stage.blocks]
-    np.testing.assert_allclose(rates, g[f'out/drop_path_{variant}'], 1e-6)
-    (conv, linear), decayed, other = SIZES[variant]
-    cost = profile(model)
-    assert cost.params == published['n_params']
-    assert cost.by_kind == {'conv': conv, 'linear': linear, 'matmul': 0}
-    groups = {group['weight_decay']: group['params'] for group in parameter_groups(model, 0.05)}
-    assert {decay: (len(p), sum(q.size for q in p)) for decay, p in groups.items()} == {0.05: decayed, 0.0: other}
-
-
-def test_initialisation():
+def test_initialisation_and_cost():
     paddle.seed(0)
     model = create_model(name_of('tiny'))
     values = {name: value.numpy().astype('float64') for name, value in model.state_dict().items()}
@@ -219,6 +209,10 @@ def test_initialisation():
             assert value.std() == pytest.approx(rule['std'], rel=6 * value.size**-0.5), name
             assert abs(value.mean()) < 5 * rule['std'] * value.size**-0.5, name
     assert not values
+    stem, depthwise, perceptrons, downsampling, head = 14_450_688, 87_343_872, 4_161_798_144, 173_408_256, 768_000
+    cost = profile(model)
+    assert cost.params == 28_656_232
+    assert cost.by_kind == {'conv': stem + depthwise + downsampling, 'linear': perceptrons + head, 'matmul': 0}
 
 
 def test_published_checkpoints_port():
@@ -361,7 +355,7 @@ def test_published_recipe(run):
         ours: look_up(theirs, key) for key, ours in KEYS.items()
     }
     train = config.TRAIN
-    assert train.ACCUM_ITER == max(theirs['TRAIN']['ACCUMULATION_STEPS'], 1)
+    assert max(theirs['TRAIN']['ACCUMULATION_STEPS'], 1) == train.ACCUM_ITER
     assert train.RAND_AUGMENT and train.RAND_AUGMENT_SPACE == 'timm'
     assert (train.LR_SCHEDULER.NAME, train.LR_SCHEDULER.UPDATE) == ('timmcosine', 'step')
     scale = lr_scale(config, config.DATA.BATCH_SIZE * case['world'] * train.ACCUM_ITER)

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked autoencoders: "Masked Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377.
+
+The Vision Transformer of this suite sees a quarter of the patches; a small one rebuilds the pixels of the others. For
+light encoders, as in "A Closer Look at Self-Supervised Lightweight Vision Transformers" (MAE-Lite),
+https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.layers import (
+    TokenState,
+    resize_position_table,
+    run_block,
+    sincos_position_table,
+    take_tokens,
+    xavier_uniform_,
+)
+from models.registry import register_model
+from models.vision_transformer import NORM_EPS, Block, VisionTransformer
+from utils.errors import UserError
+
+TARGET_EPS = 1e-6
+
+
+class Reconstruction(NamedTuple):
+    """What a pass of the autoencoder returns.
+
+    Attributes:
+        loss: mean over the removed patches of the squared error, 0-D float32.
+        pred: rebuilt patches [B, L, P * P * in_chans]; normalised ones where the model was trained on those.
+        mask: 1 where a patch was removed, 0 where it was seen, [B, L], rows of patches from top to bottom.
+        order: the patches in the order of their noise, [B, L] int64; the first ones were seen.
+    """
+
+    loss: Tensor
+    pred: Tensor
+    mask: Tensor
+    order: Tensor
+
+
+class MaskedAutoencoder(VisionTransformer):
+    """A Vision Transformer without classifier, and a decoder.
+
+    Both position tables are fixed sines and cosines: part of the state, but not trained.
+
+    Args:
+        decoder_embed_dim: channels of the decoder.
+        decoder_depth: its blocks; 0: there is no decoder, and the model can only `encode`.
+        decoder_num_heads: heads of its attentions.
+        mask_ratio: share of the patches to remove.
+        norm_pix_loss: rebuild patches that are normalised by their own mean and variance.
+        encoder: further arguments of `VisionTransformer`.
+    """
+
+    stem_names = (*VisionTransformer.stem_names, 'mask_token')
+
+    def __init__(
+        self,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        mask_ratio: float = 0.75,
+        norm_pix_loss: bool = False,
+        **encoder,
+    ):
+        super().__init__(num_classes=0, **encoder)
+        self.patch_size = self.patch_embed.patch_size
+        self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
+        seen = num_visible(self.patch_embed.num_patches, mask_ratio)
+        if not 1 <= seen < self.patch_embed.num_patches:
+            raise UserError(
+                f'a mask ratio of {mask_ratio} (MODEL.MAE.MASK_RATIO) leaves no patch to see or to rebuild.'
+            )
+        _fix(self.pos_embed, sincos_position_table(self.embed_dim, self.patch_embed.grid_size, self.num_prefix))
+        initializer.Normal(std=0.02)(self.cls_token)
+        self.decoder_depth = decoder_depth
+        if decoder_depth:
+            mlp_ratio = encoder.get('mlp_ratio', 4.0)
+            self._add_decoder(decoder_embed_dim, decoder_num_heads, mlp_ratio)
+        conv = self.patch_embed.conv.weight
+        initializer.XavierUniform(fan_in=conv[0].size, fan_out=self.embed_dim)(conv)
+        self.apply(lambda layer: xavier_uniform_(layer) if isinstance(layer, nn.Linear) else None)
+
+    def _add_decoder(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+        if dim % num_heads:
+            raise UserError(
+                f'{dim} channels (MODEL.MAE.DECODER_EMBED_DIM) do not divide into {num_heads} heads '
+                '(MODEL.MAE.DECODER_NUM_HEADS).'
+            )
+        table = sincos_position_table(dim, self.patch_embed.grid_size, self.num_prefix)
+        self.decoder_embed = nn.Linear(self.embed_dim, dim)
+        self.mask_token = self.create_parameter([1, 1, dim], default_initializer=initializer.Normal(std=0.02))
+        self.decoder_pos_embed = self.create_parameter(table.shape)
+        _fix(self.decoder_pos_embed, table)
+        self.decoder_blocks = nn.LayerList(Block(dim, num_heads, mlp_ratio) for _ in range(self.decoder_depth))
+        self.decoder_norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        pixels = self.patch_embed.conv.weight[0].size
+        self.decoder_pred = nn.Linear(dim, pixels)
+
+    # ------------------------------------------------------------------------------------------------ forward
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Removes patches and rebuilds them.
+
+        Args:
+            x: normalised images [B, in_chans, H, W], sides divisible by the patch size.
+            noise: [B, L] numbers; the patches with the smallest are seen. None: uniform random ones.
+        """
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
+        order = paddle.argsort(noise, axis=-1)
+        seen = num_visible(order.shape[1], self.mask_ratio)
+        restore = paddle.argsort(order, axis=-1)
+        mask = (restore >= seen).astype('float32')
+        pred = self.decode(self.encode(x, order[:, :seen]), restore, grid)
+        return Reconstruction(self.loss(x, pred, mask), pred, mask, order)
+
+    def encode(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> normalised tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""
+        x = self.embed(x)
+        x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], kept)], axis=1)
+        return self.norm(self._mix(self.blocks, x))
+
+    def decode(self, latent: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens of `encode` -> patches [B, L, P * P * in_chans] from top to bottom.
+
+        Args:
+            latent: [B, 1 + V, C].
+            restore: place of each patch in the order of the noise, [B, L] int64.
+            grid: (rows, columns) of patches.
+        """
+        # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
+        x = self.decoder_embed(latent).astype(self.mask_token.dtype)
+        prefix, body = x[:, : self.num_prefix], x[:, self.num_prefix :]
+        removed = self.mask_token.expand([x.shape[0], restore.shape[1] - body.shape[1], -1])
+        body = take_tokens(paddle.concat([body, removed], axis=1), restore)
+        old = (self.patch_embed.grid_size,) * 2
+        table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
+        x = self._mix(self.decoder_blocks, paddle.concat([prefix, body], axis=1) + table)
+        return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix :]
+
+    def _mix(self, blocks: Iterable[Block], x: Tensor) -> Tensor:
+        state = TokenState(self.num_prefix, x.shape[1] - self.num_prefix, [None] * self.depth, [None] * self.depth)
+        for block in blocks:
+            x, state = run_block(block, x, state, again=self.recompute)
+        return x
+
+    def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        """Squared error per pixel of images x [B, in_chans, H, W], averaged over the removed patches."""
+        target = patchify(x.astype('float32'), self.patch_size)
+        if self.norm_pix_loss:
+            target, _, _ = normalise_patches(target)
+        error = paddle.square(pred.astype('float32') - target).mean(-1)
+        return (error * mask).sum() / mask.sum()
+
+    def paint(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
+        """Pictures of a pass: what was seen, the rest being 0, and that completed by what was rebuilt.
+
+        Args:
+            x: the images of the pass, [B, in_chans, H, W].
+
+        Returns:
+            Two batches like x. Normalised patches get the mean and the variance of the true ones.
+        """
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        patches, pred = patchify(x, self.patch_size), output.pred.astype('float32')
+        if self.norm_pix_loss:
+            _, mean, std = normalise_patches(patches)
+            pred = pred * std + mean
+        mask = output.mask.unsqueeze(-1)
+        seen = patches * (1 - mask)
+        return unpatchify(seen, self.patch_size, grid), unpatchify(seen + pred * mask, self.patch_size, grid)
+
+    # ------------------------------------------------------------------------------------------------ weights
+    def no_weight_decay(self) -> set[str]:
+        """Nothing: in pre-training the tokens are decayed, and the positions are not trained."""
+        return set()
+
+    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Tables of another resolution are computed, not interpolated."""
+        fixed = {'pos_embed': self.pos_embed, 'decoder_pos_embed': getattr(self, 'decoder_pos_embed', None)}.get(name)
+        return array if fixed is None or array.shape[2:] != tuple(fixed.shape[2:]) else fixed.numpy()
+
+    def unused_weights(self, arrays, source: str) -> dict[str, str]:
+        """The decoder, where the model has none."""
+        unused = super().unused_weights(arrays, source)
+        if not self.decoder_depth:
+            unused.update({name: 'the model has no decoder' for name in arrays if name.startswith(DECODER_PARTS)})
+        return unused
+
+
+DECODER_PARTS = ('decoder_', 'mask_token')
+
+
+def _fix(parameter: Tensor, table: np.ndarray) -> None:
+    parameter.set_value(table)
+    parameter.stop_gradient = True
+
+
+def num_visible(num_patches: int, mask_ratio: float) -> int:
+    """Patches that are seen, rounded down as upstream does: 9 of 100 at ratio 0.9, whose 1 - ratio is below 0.1."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, C, H, W] -> [B, L, P * P * C]: patches from top to bottom, in each the rows of pixels, channels last."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = images.reshape([batch, channels, rows, patch_size, columns, patch_size])
+    return x.transpose([0, 2, 4, 3, 5, 1]).reshape([batch, rows * columns, -1])
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`; `grid` is (rows, columns) of patches."""
+    x = patches.reshape([patches.shape[0], *grid, patch_size, patch_size, -1])
+    return x.transpose([0, 5, 1, 3, 2, 4]).flatten(4).flatten(2, 3)
+
+
+def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches [B, L, D] with mean 0 and (unbiased) variance 1, and that mean and deviation [B, L, 1]."""
+    mean = patches.mean(-1, keepdim=True)
+    std = paddle.sqrt(patches.var(-1, keepdim=True) + TARGET_EPS)
+    return (patches - mean) / std, mean, std
+
+
+@register_model('mae')
+def build_mae(config) -> MaskedAutoencoder:
+    """Builds a masked autoencoder from a configuration."""
+    trans, mae = config.MODEL.TRANS, config.MODEL.MAE
+    return MaskedAutoencoder(
+        decoder_embed_dim=mae.DECODER_EMBED_DIM,
+        decoder_depth=mae.DECODER_DEPTH,
+        decoder_num_heads=mae.DECODER_NUM_HEADS,
+        mask_ratio=mae.MASK_RATIO,
+        norm_pix_loss=mae.NORM_PIX_LOSS,
+        img_size=config.DATA.IMAGE_SIZE,
+        patch_size=trans.PATCH_SIZE,
+        in_chans=config.DATA.IMAGE_CHANNELS,
+        embed_dim=trans.EMBED_DIM,
+        depth=trans.DEPTH,
+        num_heads=trans.NUM_HEADS,
+        mlp_ratio=trans.MLP_RATIO,
+        qkv_bias=trans.QKV_BIAS,
+        recompute=config.TRAIN.RECOMPUTE,
+    )

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked autoencoders against MAE-Lite's numbers."""
+
+import numpy as np
+import paddle
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.layers import sincos_position_table, take_tokens
+from models.mae import MaskedAutoencoder, num_visible, patchify, unpatchify
+from tests.conftest import assert_close, golden
+from tests.models.helpers import linear_weights, load
+from utils.errors import UserError
+
+
+def build(ctor: dict, **changes) -> MaskedAutoencoder:
+    return MaskedAutoencoder(**{**{name: value for name, value in ctor.items() if name != 'norm_eps'}, **changes})
+
+
+def tiny(**changes) -> MaskedAutoencoder:
+    sizes = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 2, 'num_heads': 3}
+    decoder = {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}
+    return MaskedAutoencoder(**{**sizes, **decoder, **changes})
+
+
+def test_position_tables():
+    g = golden('mae_lite-sincos')
+    for case in g.meta['cases']:
+        table = sincos_position_table(case['embed_dim'], case['grid_size'], int(case['cls_token']))
+        assert_close(table[0], g[f'out/{case["out"]}'], 1e-6)
+    with pytest.raises(UserError, match='30 channels do not divide by 4'):
+        sincos_position_table(30, 4)
+
+
+def test_patches():
+    g = golden('mae_lite-masking')
+    for case in g.meta['patchify']:
+        i, side, size = case['i'], case['img_size'], case['patch_size']
+        np.testing.assert_array_equal(patchify(paddle.to_tensor(g[f'in/imgs{i}']), size), g[f'out/patches{i}'])
+        pictures = unpatchify(paddle.to_tensor(g[f'in/tokens{i}']), size, (side // size,) * 2)
+        np.testing.assert_array_equal(pictures, g[f'out/unpatch{i}'])
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4]), st.sampled_from([1, 3]))
+def test_unpatchify_is_the_inverse(batch, rows, columns, size, channels):
+    images = paddle.arange(batch * channels * rows * columns * size**2).astype('float32')
+    images = images.reshape([batch, channels, rows * size, columns * size])
+    np.testing.assert_array_equal(unpatchify(patchify(images, size), size, (rows, columns)), images)
+
+
+def test_masking():
+    g = golden('mae_lite-masking')
+    for case in g.meta['masking']:
+        i = case['i']
+        order = paddle.argsort(paddle.to_tensor(g[f'in/noise{i}']), axis=-1)
+        seen = num_visible(order.shape[1], case['mask_ratio'])
+        np.testing.assert_array_equal(order, g[f'out/ids_shuffle{i}'])
+        np.testing.assert_array_equal(paddle.argsort(order, axis=-1), g[f'out/ids_restore{i}'])
+        np.testing.assert_array_equal(
+            take_tokens(paddle.to_tensor(g[f'in/x{i}']), order[:, :seen]), g[f'out/x_masked{i}']
+        )
+    table = g.meta['len_keep']
+    counts = [[num_visible(patches, ratio) for ratio in table['mask_ratio']] for patches in table['L']]
+    np.testing.assert_array_equal(counts, g['out/len_keep'])
+
+
+@pytest.mark.parametrize('name', ['mae_fwd', 'mae_fwd_p16', 'mae_fwd_eps'])
+def test_forward_and_gradients(name):
+    g = golden(f'mae_lite-{name}')
+    model = load(build(g.meta['ctor'], mask_ratio=g.meta['mask_ratio']), g.group('sd'))
+    images, noise = paddle.to_tensor(g['in/imgs']), paddle.to_tensor(g['in/noise'])
+    output = model(images, noise)
+    np.testing.assert_array_equal(output.mask, g['out/mask'])
+    np.testing.assert_array_equal(output.order, g['out/ids_shuffle'])
+    latent = model.encode(images, output.order[:, : g['out/latent'].shape[1] - 1])
+    assert_close(latent, g['out/latent'])
+    assert_close(output.pred, g['out/pred'])
+    assert_close(output.loss.item(), g['out/loss'], 1e-5)
+    model.norm_pix_loss = True
+    loss = model(images, noise).loss
+    assert_close(loss.item(), g['out/loss_normpix'], 1e-5)
+    loss.backward()
+    parameters, linear = dict(model.named_parameters()), linear_weights(model)
+    for key, gradient in g.group('out/grad_normpix').items():
+        assert_close(parameters[key].grad, gradient.T if key in linear else gradient, 1e-3)
+
+
+def test_fixed_tables_are_in_the_state_but_not_trained():
+    g = golden('mae_lite-mae_fwd')
+    model = build(g.meta['ctor'])
+    frozen = {name for name, parameter in model.named_parameters() if parameter.stop_gradient}
+    assert frozen == set(g.meta['frozen']) <= set(model.state_dict())
+    np.testing.assert_array_equal(model.pos_embed, sincos_position_table(48, 6, 1))
+    np.testing.assert_array_equal(model.decoder_pos_embed, sincos_position_table(32, 6, 1))
+
+
+def test_initialisation():
+    paddle.seed(0)
+    model = tiny(embed_dim=192, decoder_embed_dim=96)
+    for name, parameter in model.named_parameters():
+        values = parameter.numpy()
+        if name.startswith('patch_embed.proj'):
+            fan_in = 3 * 8 * 8
+            bound = (6 / (fan_in + 192)) ** 0.5 if values.ndim > 1 else fan_in**-0.5
+            assert 0.9 * bound < np.abs(values).max() <= bound, name
+        elif 'token' in name:
+            assert values.std() == pytest.approx(0.02, rel=0.2), name
+        elif values.ndim == 2:  # qkv is one matrix
+            bound = (6 / sum(values.shape)) ** 0.5
+            assert 0.99 * bound < np.abs(values).max() <= bound, name
+        elif 'pos_embed' not in name:
+            assert np.unique(values).tolist() == [float('norm' in name and name.endswith('weight'))], name
+
+
+def test_removed_patches_are_never_looked_at():
+    """What the encoder returns does not depend on them, and the loss not on what was seen."""
+    paddle.seed(0)
+    model = tiny(mask_ratio=0.5)
+    images, noise = paddle.randn([2, 3, 32, 32]), paddle.rand([2, 16])
+    output = model(images, noise)
+    seen, _ = model.paint(images, output)
+    kept = output.order[:, :8]
+    assert_close(model.encode(seen, kept), model.encode(images, kept), 1e-6)
+    other_pred = output.pred + paddle.randn(output.pred.shape) * (1 - output.mask.unsqueeze(-1))
+    assert model.loss(images, other_pred, output.mask).item() == pytest.approx(output.loss.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize('norm_pix', [False, True])
+def test_pictures_of_a_perfect_reconstruction(norm_pix):
+    model = tiny(norm_pix_loss=norm_pix)
+    images = paddle.randn([2, 3, 32, 32])
+    output = model(images)
+    target = patchify(images, 8)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / paddle.sqrt(target.var(-1, keepdim=True) + 1e-6)
+    seen, rebuilt = model.paint(images, output._replace(pred=target))
+    assert_close(rebuilt, images, 1e-5)
+    assert (seen == 0).astype('float32').mean().item() == pytest.approx(0.75)
+
+
+def test_other_image_sizes():
+    """A wide image, and weights of a smaller model, whose tables are computed anew."""
+    model = tiny()
+    assert model(paddle.randn([1, 3, 16, 64])).pred.shape == [1, 16, 192]
+    larger = tiny(img_size=48)
+    for name in ('pos_embed', 'decoder_pos_embed'):
+        table = larger.resize_positions(name, model.state_dict()[name].numpy())
+        np.testing.assert_array_equal(table, larger.state_dict()[name])
+
+
+def test_the_encoder_alone():
+    model = tiny(decoder_depth=0)
+    full = tiny()
+    assert set(full.state_dict()) - set(model.state_dict()) == set(
+        model.unused_weights({name: value.numpy() for name, value in full.state_dict().items()}, 'x')
+    )
+    assert model.encode(paddle.randn([2, 3, 32, 32]), paddle.to_tensor([[3, 1], [0, 2]])).shape == [2, 3, 24]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'mask_ratio': 1.0}, 'leaves no patch'),
+        ({'mask_ratio': 0.0}, 'leaves no patch'),
+        ({'decoder_num_heads': 3}, 'DECODER_NUM_HEADS'),
+        ({'decoder_embed_dim': 18}, 'do not divide by 4'),
+    ],
+)
+def test_mistakes(changes, words):
+    with pytest.raises(UserError, match=words):
+        tiny(**changes)
