@@ -13,22 +13,20 @@ Keys are PaddleViT's where PaddleViT has the key; its YAML files load unchanged,
 from __future__ import annotations
 
 import argparse
-import ast
-import difflib
 import os
 from collections.abc import Callable, Collection
 
-import yaml
 from yacs.config import CfgNode as CN
 
 from utils.errors import UserError
+from utils.schema import Schema
 
 _C = CN()
 _C.BASE = ['']  # YAML files to inherit from, relative to the file that names them
 
 # ---------------------------------------------------------------------------------------------------- data
 _C.DATA = CN()
-_C.DATA.DATASET = 'imagenet2012'  # a registered data set: imagenet2012, folder, list, lmdb, cifar10, cifar100, digits
+_C.DATA.DATASET = 'imagenet2012'  # a registered data set; docs/data.md lists them
 _C.DATA.DATA_PATH = '/dataset/imagenet/'  # folder that holds the data
 _C.DATA.BATCH_SIZE = 256  # training images per process and micro-batch
 _C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process; None: BATCH_SIZE
@@ -37,11 +35,13 @@ _C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
 _C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
 _C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black (CIFAR); auto: padded up to 32 px
 _C.DATA.INTERPOLATION = 'bicubic'  # resampling: bicubic, bilinear, or random (training: one of both per image)
+_C.DATA.FAST_RESIZE = False  # training: crops decoded and resized faster, to somewhat other pixels, see docs/data.md
 _C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
 _C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
 _C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
 _C.DATA.PREFETCH = 2  # batches each worker prepares ahead
 _C.DATA.TIMEOUT = 300.0  # seconds to wait for a batch before the run is ended with an error; 0 waits for ever
+_C.DATA.CACHE = 'no'  # image files held in memory: no; full: all; part: a process holds, and sees, its share only
 _C.DATA.BAD_IMAGE = 'error'  # unreadable image: error ends the run and names it; skip leaves it out and counts it
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -49,7 +49,7 @@ _C.MODEL = CN()
 _C.MODEL.TYPE = 'gmlp'  # a registered architecture, see `python -m models`
 _C.MODEL.NAME = 'gmlp'  # shown in logs and tables
 _C.MODEL.NUM_CLASSES = None  # None: taken from the data set; 1000 when a model is built without one
-_C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams
+_C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams; none: from scratch
 _C.MODEL.RESUME = None  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = 0.0  # rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = 0.0  # rate of the attention weights
@@ -102,17 +102,25 @@ _C.MODEL.TOME.SCHEDULE = None  # a list of R for the blocks that merge, in order
 _C.MODEL.TOME.START_IDX = 0  # blocks with attention that come before those that merge
 _C.MODEL.TOME.PROP_ATTN = True  # a merged token weighs in the attention as much as the tokens it stands for
 
+_C.MODEL.MAE = CN()  # masked autoencoder; its encoder is MODEL.TRANS
+_C.MODEL.MAE.DECODER_EMBED_DIM = 512  # channels of a token of the decoder
+_C.MODEL.MAE.DECODER_DEPTH = 8  # number of its blocks; 0: there is no decoder
+_C.MODEL.MAE.DECODER_NUM_HEADS = 16  # heads of each of its attentions
+_C.MODEL.MAE.MASK_RATIO = 0.75  # share of the patches that are removed
+_C.MODEL.MAE.NORM_PIX_LOSS = True  # rebuild patches normalised by their own mean and variance
+
 _C.MODEL.MSMLP = CN()  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = 4  # side of a patch, pixels
 _C.MODEL.MSMLP.EMBED_DIM = 96  # channels of the first stage, doubled by each further one
 _C.MODEL.MSMLP.DEPTHS = [3, 3, 9, 3]  # blocks of each stage
 _C.MODEL.MSMLP.SHIFT_DIST = [-2, -1, 0, 1, 2]  # pixels each group of channels is shifted by; as many groups as numbers
-_C.MODEL.MSMLP.MIX_SIZE = [[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]]  # kernels, stage by group
+_C.MODEL.MSMLP.MIX_SIZE = [[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]]  # per stage: kernels
 _C.MODEL.MSMLP.MLP_RATIO = 4.0  # channels inside an MLP / channels
 _C.MODEL.MSMLP.PATCH_NORM = True  # LayerNorm after the patch embedding
 
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = CN()
+_C.TRAIN.TASK = 'supervised'  # what is learnt: supervised (classes), mae (to rebuild removed patches)
 _C.TRAIN.LAST_EPOCH = 0  # last finished epoch, for resuming from a file that holds weights only
 _C.TRAIN.NUM_EPOCHS = 300  # length of the run
 _C.TRAIN.WARMUP_EPOCHS = 20.0  # length of the warm-up, may be a fraction
@@ -223,6 +231,7 @@ _CHOICES = {
     'DATA.IMAGE_CHANNELS': (1, 3),
     'DATA.INTERPOLATION': ('bicubic', 'bilinear', 'random'),
     'DATA.BAD_IMAGE': ('error', 'skip'),
+    'DATA.CACHE': ('no', 'part', 'full'),
     'DATA.CROP': ('auto', 'resized', 'padded'),
     'TRAIN.LR_SCHEDULER.UPDATE': ('epoch', 'step'),
     'TRAIN.NONFINITE': ('error', 'skip'),
@@ -252,6 +261,9 @@ _PROBABILITIES = (
 )  # fmt: skip
 
 
+_SCHEMA = Schema(_C, _OPTIONAL, _RENAMED, _CHOICES, _AT_LEAST, _PROBABILITIES)
+
+
 # ---------------------------------------------------------------------------------------------------- reading
 def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
     """Returns the configuration of a YAML file.
@@ -268,7 +280,7 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
     """
     config = _C.clone()
     if cfg_file is not None:
-        _merge_file(config, cfg_file)
+        _SCHEMA.merge_file(config, cfg_file)
     merge_opts(config, opts or [])
     validate(config)
     config.freeze()
@@ -292,7 +304,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
             parser.add_argument(flag, default=argparse.SUPPRESS, **options)
 
     add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
-    add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, lmdb, cifar10, cifar100, digits')
+    add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, zip, lmdb, cifar10, cifar100, digits')
     add('-data_path', metavar='DIR', help='folder that holds the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
@@ -335,12 +347,12 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     given = vars(args)
     cfg_file = config_file_of(args)
     if cfg_file is not None:
-        _merge_file(config, cfg_file)
+        _SCHEMA.merge_file(config, cfg_file)
     if 'batch_size' in given:
         config.DATA.BATCH_SIZE_EVAL = given['batch_size']
     for flag, key in _FLAGS.items():
         if flag in given:
-            _set(config, key, given[flag], f'-{flag}')
+            _SCHEMA.set(config, key, given[flag], f'-{flag}')
     merge_opts(config, given.get('opts') or [])
     validate(config)
     return config
@@ -360,149 +372,18 @@ def merge_opts(config: CN, opts: list) -> None:
     if len(opts) % 2:
         raise UserError(f"-opts takes pairs of KEY VALUE, but '{opts[-1]}' has no partner.")
     for key, value in zip(opts[::2], opts[1::2]):
-        _set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
+        _SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
 
 
 def validate(config: CN) -> None:
-    """Checks values that one key alone can get wrong. Raises UserError with the key and what it may be."""
-    for key, value in _leaves(config):
-        default = _lookup(_C, key)
-        if value is None and default is not None and key not in _OPTIONAL:
-            raise UserError(f'{key} is None, but it needs a value such as {default!r}.')
-        if value is None:
-            continue
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise UserError(f'{key} is {value!r}, but must be one of: {", ".join(map(str, _CHOICES[key]))}.')
-        if key in _AT_LEAST and value < _AT_LEAST[key]:
-            raise UserError(f'{key} is {value}, but must be at least {_AT_LEAST[key]}.')
-        if key in _PROBABILITIES and not 0 <= value <= 1:
-            raise UserError(f'{key} is {value}, but must lie between 0 and 1.')
+    """Checks values that are wrong whatever the data and the model are. Raises UserError with the key and the mend."""
+    _SCHEMA.check(config)
     for key in ('CROP_SCALE', 'CROP_RATIO'):
         low_high = config.TRAIN[key]
         if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
             raise UserError(f'TRAIN.{key} is {low_high}, but must be (low, high) with 0 < low <= high.')
     if not 0 < config.DATA.CROP_PCT <= 1:
         raise UserError(f'DATA.CROP_PCT is {config.DATA.CROP_PCT}, but must lie in (0, 1].')
-
-
-# ---------------------------------------------------------------------------------------------------- merging
-def _merge_file(config: CN, path: str, parents: tuple[str, ...] = ()) -> None:
-    real = os.path.realpath(path)
-    if real in parents:
-        raise UserError(f"BASE of '{parents[-1]}' leads back to '{real}'; remove one of the two.")
-    try:
-        with open(path, encoding='utf-8') as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
-    except OSError as error:
-        named = f" (BASE of '{parents[-1]}')" if parents else ''
-        raise UserError(f"cannot read the configuration '{path}'{named}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
-    if root is None:  # an empty file changes nothing
-        return
-    values = list(_walk(root, path))
-    for key, value, _ in values:
-        if key == 'BASE':
-            for base in [value] if isinstance(value, str) else value or []:
-                if base:
-                    _merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
-    for key, value, where in values:
-        _set(config, key, value, where)
-
-
-def _walk(node: yaml.Node, path: str, prefix: str = ''):
-    """Yields (dotted key, value, 'file:line') of each leaf; refuses duplicate keys and tags that build Python objects."""
-    if not isinstance(node, yaml.MappingNode):
-        raise UserError(
-            f"{path}:{node.start_mark.line + 1}: expected 'KEY: value' pairs under '{prefix[:-1] or 'the file'}'."
-        )
-    seen = set()
-    for key_node, value_node in node.value:
-        where = f'{path}:{key_node.start_mark.line + 1}'
-        key = prefix + str(key_node.value)
-        if key in seen:
-            raise UserError(f"{where}: the key '{key}' is given twice; keep one.")
-        seen.add(key)
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _walk(value_node, path, key + '.')
-            continue
-        try:
-            yield key, _construct(value_node), where
-        except yaml.YAMLError as error:
-            raise UserError(f"{where}: cannot read the value of '{key}': {error.problem}.") from None
-
-
-def _construct(node: yaml.Node):
-    loader = yaml.SafeLoader('')
-    try:
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _set(config: CN, key: str, value, where: str) -> None:
-    """Sets one dotted key, converting the value to the kind of its default."""
-    if key in _RENAMED:
-        key = _RENAMED[key]
-        if key is None:
-            return
-    *groups, name = key.split('.')
-    node = config
-    for group in groups:
-        node = node.get(group) if isinstance(node, CN) else None
-    if not isinstance(node, CN) or name not in node or isinstance(node[name], CN):
-        near = difflib.get_close_matches(key, [k for k, _ in _leaves(_C)], n=1, cutoff=0)
-        raise UserError(f"{where}: unknown key '{key}'. Did you mean '{near[0]}'?")
-    node[name] = _coerce(value, key, where)
-
-
-def _coerce(value, key: str, where: str):
-    default = _lookup(_C, key)
-    kind = _OPTIONAL.get(key, type(default))
-    if isinstance(value, str) and kind is not str:
-        value = _literal(value)
-    elif isinstance(value, str) and value in ('None', 'null') and key in _OPTIONAL:
-        return None
-    if value is None:
-        return None
-    if kind is bool and (isinstance(value, bool) or value in (0, 1)):
-        return bool(value)
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value):
-        return int(value)
-    if kind in (list, tuple) and isinstance(value, (list, tuple)):
-        return kind(_literal(v) if isinstance(v, str) and key != 'BASE' else v for v in value)
-    if kind in (list, tuple) and key == 'BASE':
-        return [value]
-    if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        return str(value)
-    name = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'text'}.get(kind, 'a list')
-    raise UserError(f'{where}: {key} must be {name}, not {value!r}.')
-
-
-def _literal(text: str):
-    """`5e-4`, `None`, `(0.1, 1)` and the like as Python values; YAML spellings of booleans too; other text unchanged."""
-    if text.lower() in ('true', 'false', 'null'):
-        return {'true': True, 'false': False, 'null': None}[text.lower()]
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
-
-
-def _leaves(node: CN, prefix: str = ''):
-    for name, value in node.items():
-        if isinstance(value, CN):
-            yield from _leaves(value, f'{prefix}{name}.')
-        else:
-            yield prefix + name, value
-
-
-def _lookup(node: CN, key: str):
-    for name in key.split('.'):
-        node = node[name]
-    return node
 
 
 def _unquoted(text: str) -> str:

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from datasets.images import UnreadableImage, decode_image
+from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
 from utils.errors import UserError
 
 
@@ -24,6 +26,17 @@ class Storage(Protocol):
 
     def describe(self, index: int) -> str:
         """What a person can look the item up by: its path, or file and key."""
+
+
+class EncodedStorage(Storage):
+    """A storage of image files, wherever these lie."""
+
+    def read(self, index: int) -> bytes:
+        """The image file as it is. Raises UnreadableImage."""
+        raise NotImplementedError
+
+    def open(self, index: int) -> Image.Image:
+        return decode_image(self.read(index))
 
 
 class BadImageError(UserError):
@@ -59,18 +72,36 @@ class Dataset:
 
     def load(self, index: int) -> Image.Image:
         """Item `index` as an RGB picture. Raises BadImageError."""
-        try:
+        with self.naming(index):
             return self.storage.open(index)
+
+    def picture(self, index: int) -> Image.Image | Jpeg:
+        """Item `index` for a transform, which may be what decodes it: to be used within `naming`."""
+        if isinstance(self.storage, EncodedStorage):
+            return open_image(self.storage.read(index))
+        return self.storage.open(index)
+
+    @contextlib.contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        """Makes an UnreadableImage of its block a BadImageError, which says that it is item `index`."""
+        try:
+            yield
         except UnreadableImage as error:
             raise BadImageError(
                 f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {error}."
             ) from None
 
+    def stored_in(self, storage: Storage) -> Dataset:
+        """The same items, opened by another storage."""
+        other = copy.copy(self)
+        other.storage = storage
+        return other
+
     def describe(self, index: int) -> str:
         return self.storage.describe(index)
 
 
-class FileStorage:
+class FileStorage(EncodedStorage):
     """Image files below a folder."""
 
     def __init__(self, root: str, paths: Iterable[str]):
@@ -84,15 +115,11 @@ class FileStorage:
         return os.path.join(self.root, self._paths[index])
 
     def read(self, index: int) -> bytes:
-        """The file as it is. Raises UnreadableImage."""
         try:
             with open(self.describe(index), 'rb') as file:
                 return file.read()
         except OSError as error:
             raise UnreadableImage(error.strerror or str(error)) from None
-
-    def open(self, index: int) -> Image.Image:
-        return decode_image(self.read(index))
 
 
 class PackedStrings:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -113,33 +114,47 @@ def read_list(path: str, num_classes: int | None = None) -> tuple[list[str], np.
     Raises:
         UserError: naming file and line, for a line that is not 'path label' or a label outside `num_classes`.
     """
-    paths, labels = [], []
+    hint = f'`python tools/make_lists.py -data_path {os.path.dirname(path)}` writes it from a folder tree'
+    entries = list(read_entries(path, _path_and_label, "'relative/path label'", hint, num_classes))
+    return [name for _, name, _ in entries], np.array([label for _, _, label in entries], dtype=np.int64)
+
+
+def _path_and_label(line: str) -> list[str]:
+    return [field.strip() for field in line.rsplit(None, 1)]
+
+
+def read_entries(
+    path: str, fields: Callable[[str], list[str]], form: str, hint: str, num_classes: int | None
+) -> Iterator[tuple[str, str, int]]:
+    """Yields ('file:line', name, label) of each line of a list file that is not blank.
+
+    Args:
+        fields: takes a line apart, into name and label.
+        form: what a line should look like, for messages.
+        hint: how to get the file where it is missing.
+
+    Raises:
+        UserError: naming file and line, for a line of another form or a label outside `num_classes`.
+    """
     try:
         with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
             for number, line in enumerate(file, 1):
-                fields = line.rsplit(None, 1)
-                if not fields:
+                if not line.strip():
                     continue
-                if len(fields) != 2 or not (fields[1].isascii() and fields[1].isdecimal()):
-                    raise UserError(
-                        f"{path}:{number}: expected 'relative/path label' with a label of 0 or more, not {line.strip()!r}."
-                    )
-                label = int(fields[1])
+                where, found = f'{path}:{number}', fields(line)
+                if len(found) != 2 or not (found[1].isascii() and found[1].isdecimal()):
+                    raise UserError(f'{where}: expected {form} with a label of 0 or more, not {line.strip()!r}.')
+                name, label = found[0], int(found[1])
                 if num_classes is not None and label >= num_classes:
                     raise UserError(
-                        f'{path}:{number}: label {label} is out of range, MODEL.NUM_CLASSES is {num_classes} '
+                        f'{where}: label {label} is out of range, MODEL.NUM_CLASSES is {num_classes} '
                         f'(labels 0 to {num_classes - 1}).'
                     )
-                paths.append(fields[0].strip())
-                labels.append(label)
+                yield where, name, label
     except FileNotFoundError:
-        raise UserError(
-            f"list file '{path}' is missing; `python tools/make_lists.py -data_path {os.path.dirname(path)}` "
-            'writes it from a folder tree, or give another -data_path.'
-        ) from None
+        raise UserError(f"list file '{path}' is missing; {hint}, or give another -data_path.") from None
     except OSError as error:
         raise UserError(f"cannot read the list file '{path}': {error.strerror}.") from None
-    return paths, np.array(labels, dtype=np.int64)
 
 
 def _check_any_exists(dataset: Dataset, path: str, probes: int = 16) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
@@ -24,6 +25,73 @@ def decode_image(data: bytes) -> Image.Image:
     Raises:
         UnreadableImage: empty, truncated or damaged data, something else than an image, or a decompression bomb.
     """
+    return open_image(data).convert('RGB')
+
+
+def open_image(data: bytes) -> Image.Image | Jpeg:
+    """The same picture, but a sound JPEG file is only decoded when, and as far as, a transform asks for its pixels.
+
+    Raises:
+        UnreadableImage: here or, for a `Jpeg`, when its pixels are asked for.
+    """
+    size = _plain_jpeg_size(data)
+    return _decode(data) if size is None else Jpeg(data, size)
+
+
+class Jpeg:
+    """A JPEG file, with what the first step of a transform uses of Pillow's interface.
+
+    The pixels are those that Pillow gives: libjpeg-turbo decodes for both, but simplejpeg spends less around it.
+
+    Attributes:
+        size: (width, height).
+    """
+
+    def __init__(self, data: bytes, size: tuple[int, int]):
+        self.size = self.width, self.height = size
+        self._data = data
+
+    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+        left, top, right, bottom = box
+        pixels = np.ascontiguousarray(self._pixels('RGBX')[top:bottom, left:right])  # the layout Pillow has in memory
+        return Image.frombytes('RGB', (right - left, bottom - top), pixels.data, 'raw', 'RGBX')
+
+    def convert(self, mode: str) -> Image.Image:
+        whole = self.crop((0, 0, *self.size))
+        return whole if mode == whole.mode else whole.convert(mode)
+
+    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+        return self.convert('RGB').resize(size, resample)
+
+    def reduced(self, box: tuple[int, int, int, int], side: int) -> np.ndarray:
+        """Pixels of a box [h, w, 3] uint8, decoded at 1/2, 1/4 or 1/8 where both sides stay at least `side`."""
+        left, top, right, bottom = box
+        least = [-(-side * whole // part) for whole, part in zip(self.size, (right - left, bottom - top))]
+        pixels = self._pixels('RGB', min_width=least[0], min_height=least[1], min_factor=2)
+        height, width = pixels.shape[:2]
+        rows = slice(top * height // self.height, -(-bottom * height // self.height))
+        return pixels[rows, left * width // self.width : -(-right * width // self.width)]
+
+    def _pixels(self, layout: str, **reduction: int) -> np.ndarray:
+        try:
+            return simplejpeg.decode_jpeg(self._data, layout, **reduction)
+        except ValueError:  # damaged: Pillow decides whether it can be used
+            return np.asarray(_decode(self._data).convert(layout))
+
+
+def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) of a JPEG file, None for anything out of the ordinary, which is left to Pillow."""
+    if not data.startswith(b'\xff\xd8\xff'):
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if colours in ('YCbCr', 'Gray') and width * height <= Image.MAX_IMAGE_PIXELS else None
+
+
+def _decode(data: bytes) -> Image.Image:
+    """Decodes any image file to RGB with Pillow."""
     if not data:
         raise UnreadableImage('the file is empty')
     try:

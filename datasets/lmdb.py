@@ -25,13 +25,12 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from datasets.arrow import deserialize
-from datasets.dataset import Dataset
+from datasets.dataset import Dataset, EncodedStorage
 from datasets.folder import data_path
-from datasets.images import UnreadableImage, decode_image
+from datasets.images import UnreadableImage
 from datasets.registry import register_dataset
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -79,7 +78,7 @@ def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
             if labels.shape == (len(storage),):
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
-    labels = np.array([storage.read(number)[1] for number in numbers], np.int64)
+    labels = np.array([storage.record(number)[1] for number in numbers], np.int64)
     with contextlib.suppress(UserError), atomic_write(kept) as file:  # no harm done where the data cannot be written to
         np.save(file, labels)
     return labels
@@ -114,7 +113,7 @@ def record_key(index: int) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-class LmdbStorage:
+class LmdbStorage(EncodedStorage):
     """Images in an LMDB file; `unpack` makes (image file, label) of a record or raises ValueError."""
 
     def __init__(self, path: str, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
@@ -125,7 +124,10 @@ class LmdbStorage:
     def __len__(self) -> int:
         return self._length
 
-    def read(self, index: int) -> tuple[bytes, int]:
+    def read(self, index: int) -> bytes:
+        return self.record(index)[0]
+
+    def record(self, index: int) -> tuple[bytes, int]:
         """Image file and label of an item. Raises UnreadableImage."""
         record = read_value(self.path, record_key(index))
         if record is None:
@@ -134,9 +136,6 @@ class LmdbStorage:
             return self._unpack(record)
         except ValueError as error:
             raise UnreadableImage(f'record {index}: {error}') from None
-
-    def open(self, index: int) -> Image.Image:
-        return decode_image(self.read(index)[0])
 
     def describe(self, index: int) -> str:
         return f'{self.path}, key {index}'

@@ -16,9 +16,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from datasets.cache import cached
 from datasets.dataset import BadImageError, Dataset
 from datasets.erasing import RandomErasing
-from datasets.samplers import EvalSampler, RepeatedSampler, TrainSampler
+from datasets.samplers import EvalSampler, PartSampler, RepeatedSampler, TrainSampler
 from datasets.transforms import Transform, build_transform
 from datasets.workers import BatchMemory, Job, WorkerPool
 from utils.errors import UserError
@@ -76,20 +77,11 @@ class BatchMaker:
         end = 0
         for place, (index, repeat) in enumerate(zip(job.indices.tolist(), job.repeats.tolist())):
             memory.at_work = index
-            try:
-                found = self._readable(index, filled.skipped)
-                if found is None:
-                    continue
-                index, image = found
-                rng = np.random.default_rng([self.seed, job.epoch, int(job.indices[place]), repeat])
-                memory.images[len(filled.indices)] = self.transform(image, rng)
-                erase = self._erase(place, len(job.indices), rng)
-            except UserError:
-                raise
-            except Exception as error:
-                raise RuntimeError(
-                    f"{type(error).__name__} while preparing image '{self.dataset.describe(index)}': {error}"
-                ) from error
+            found = self._prepare(index, [self.seed, job.epoch, index, repeat], filled.skipped)
+            if found is None:
+                continue
+            index, memory.images[len(filled.indices)], rng = found
+            erase = self._erase(place, len(job.indices), rng)
             count = 0
             if erase is not None:
                 count = len(erase[0])
@@ -100,16 +92,24 @@ class BatchMaker:
         memory.at_work = -1
         return filled
 
-    def _readable(self, index: int, skipped: list[str]):
-        """(index, picture) to use for `index`, or None when the image is to be left out."""
+    def _prepare(self, index: int, seed: list[int], skipped: list[str]):
+        """(index, pixels, generator to draw further from) to use for `index`, or None when the image is to be left out."""
         for step in range(_TRIES if self.training else 1):
             candidate = (index + step) % len(self.dataset)
+            rng = np.random.default_rng(seed)
             try:
-                return candidate, self.dataset.load(candidate)
+                with self.dataset.naming(candidate):
+                    return candidate, self.transform(self.dataset.picture(candidate), rng), rng
             except BadImageError as error:
                 if not self.skip:
                     raise UserError(f'{error} Mend or remove it, or set DATA.BAD_IMAGE to skip.') from None
                 skipped.append(str(error))
+            except UserError:
+                raise
+            except Exception as error:
+                raise RuntimeError(
+                    f"{type(error).__name__} while preparing image '{self.dataset.describe(candidate)}': {error}"
+                ) from error
         if self.training:
             raise UserError(f'{_TRIES} images in a row cannot be read; the last one: {skipped[-1]}')
         return None
@@ -256,19 +256,16 @@ class Loader:
 def build_dataloader(config, dataset: Dataset, training: bool, rank: int = 0, world_size: int = 1) -> Loader:
     """The loader that DATA and TRAIN describe, for process `rank` of `world_size`."""
     data, train = config.DATA, config.TRAIN
+    if data.CACHE != 'no':
+        all_of_it = training and data.CACHE == 'full'
+        indices = np.arange(len(dataset)) if all_of_it else np.arange(rank, len(dataset), world_size)
+        dataset = cached(dataset, indices, show_progress=rank == 0)
     maker = BatchMaker(dataset, build_transform(config, training), training, config.SEED, data.BAD_IMAGE == 'skip')
-    batch_size = data.BATCH_SIZE
-    if training:
-        if train.RANDOM_ERASE_PROB > 0:
-            maker.erasing = RandomErasing(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE, train.RANDOM_ERASE_COUNT)
-            maker.erase_second_half_only = train.RANDOM_ERASE_SPLIT
-        if train.REPEATED_AUG > 1:
-            sampler = RepeatedSampler(len(dataset), world_size, config.SEED, train.REPEATED_AUG)
-        else:
-            sampler = TrainSampler(len(dataset), world_size, config.SEED)
-    else:
-        sampler = EvalSampler(len(dataset), world_size)
-        batch_size = data.BATCH_SIZE_EVAL or batch_size
+    if training and train.RANDOM_ERASE_PROB > 0:
+        maker.erasing = RandomErasing(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE, train.RANDOM_ERASE_COUNT)
+        maker.erase_second_half_only = train.RANDOM_ERASE_SPLIT
+    sampler = build_sampler(config, len(dataset), training, world_size)
+    batch_size = data.BATCH_SIZE if training else data.BATCH_SIZE_EVAL or data.BATCH_SIZE
     loader = Loader(
         maker,
         sampler,
@@ -285,3 +282,17 @@ def build_dataloader(config, dataset: Dataset, training: bool, rank: int = 0, wo
             'processes, and TRAIN.DROP_LAST leaves incomplete batches out; lower DATA.BATCH_SIZE.'
         )
     return loader
+
+
+def build_sampler(config, size: int, training: bool, world_size: int) -> TrainSampler | EvalSampler:
+    """Deals `size` images out to processes as DATA.CACHE and TRAIN say."""
+    if not training:
+        return EvalSampler(size, world_size)
+    repeats, part = config.TRAIN.REPEATED_AUG, config.DATA.CACHE == 'part'
+    if repeats > 1 and part and world_size > 1:
+        raise UserError('TRAIN.REPEATED_AUG deals images out to all processes: set DATA.CACHE to full or no.')
+    if repeats > 1:
+        return RepeatedSampler(size, world_size, config.SEED, repeats)
+    if part:
+        return PartSampler(size, world_size, config.SEED, config.TRAIN.DROP_LAST)
+    return TrainSampler(size, world_size, config.SEED)

@@ -56,6 +56,30 @@ class RepeatedSampler(TrainSampler):
         return permutation(self.size, self.seed, epoch)[places // self.repeats], places % self.repeats
 
 
+class PartSampler(TrainSampler):
+    """Each rank trains on its own share for ever, the images i with i % world_size == rank, in the order of the epoch's
+    permutation (DATA.CACHE part). One process sees what `TrainSampler` gives it.
+
+    Shares differ by one image where the world size does not divide the number of images: with `drop_last` the surplus is left
+    out, otherwise ranks without one see their first image again, so that all take equally many steps.
+    """
+
+    def __init__(self, size: int, world_size: int, seed: int, drop_last: bool):
+        super().__init__(size, world_size, seed)
+        self.drop_last = drop_last
+        if size < world_size:
+            raise UserError(f'DATA.CACHE part has {size} images for {world_size} processes; set it to full or no.')
+
+    def length(self, rank: int) -> int:
+        return self.size // self.world_size if self.drop_last else super().length(rank)
+
+    def epoch(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        order = permutation(self.size, self.seed, epoch)
+        own = order[order % self.world_size == rank]
+        places = np.arange(self.length(rank))
+        return own[places % len(own)], places // len(own)
+
+
 class EvalSampler:
     """Every image exactly once, dealt out by rank without padding: ranks may get unequal numbers."""
 

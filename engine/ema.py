@@ -8,23 +8,32 @@ from collections.abc import Iterator
 
 import paddle
 
+from models.state import STATISTICS_SUFFIXES
+
 
 class ModelEma:
-    """average <- decay * average + (1 - decay) * weight after each optimiser step, over the whole state (timm's ModelEmaV2).
+    """average <- decay * average + (1 - decay) * weight after each optimiser step (timm's ModelEmaV2).
 
-    Averages are float32 whatever the weights are. Create it after pretrained weights are loaded.
+    Parameters and the statistics of normalisation layers are averaged; other buffers, which say how the model computes
+    (index tables, the weight of fading attention), are copied. Averages are float32 whatever the weights are. Create it
+    after pretrained weights are loaded.
     """
 
     def __init__(self, model: paddle.nn.Layer, decay: float):
         self.model = model
         self.decay = decay
         self.average = {name: value.astype('float32').clone() for name, value in model.state_dict().items()}
+        parameters = {name for name, _ in model.named_parameters()}
+        self.copied = {n for n in self.average if n not in parameters and not n.endswith(STATISTICS_SUFFIXES)}
 
     @paddle.no_grad()
     def update(self) -> None:
         """Takes the current weights in."""
         for name, value in self.model.state_dict().items():
             average = self.average[name]
+            if name in self.copied:
+                average.set_value(value.astype('float32'))
+                continue
             average.scale_(self.decay)
             average.add_(value.astype('float32') * (1.0 - self.decay))
 

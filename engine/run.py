@@ -11,11 +11,10 @@ import time
 import paddle
 
 import datasets
-from engine import distributed
+from engine import distributed, pretraining  # noqa: F401 (registers its objectives)
 from engine.checkpoint import LAST, read_checkpoint
-from engine.distill import build_teacher
 from engine.evaluate import evaluate
-from engine.tasks import SupervisedTask
+from engine.tasks import TASKS
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
@@ -23,6 +22,7 @@ from models.pretrained import load_pretrained, load_state
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.runlog import MetricsFile, RunLog
+from utils.weights import FACTS
 
 
 def run_config(config) -> None:
@@ -37,9 +37,12 @@ def run_config(config) -> None:
         return
     if config.EVAL and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError('-eval needs weights: give -pretrained=FILE.pdparams, or -resume=RUN.')
-    splits = {split: datasets.build_dataset(config, split) for split in (['val'] if config.EVAL else ['train', 'val'])}
-    for data in splits.values():
-        config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(config, data)
+    splits = {}
+    for split in (
+        ['val'] if config.EVAL else ['train', 'val']
+    ):  # training first: its classes are what validation must fit
+        splits[split] = datasets.build_dataset(config, split)
+        config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(config, splits[split])
     paddle.seed(config.SEED)  # the same initial weights on every process
     model = build_model(config)
     config.freeze()
@@ -64,14 +67,13 @@ def run_config(config) -> None:
 def _evaluate(config, model, loader, context, log, folder: str) -> None:
     if config.MODEL.RESUME:
         path, state = read_checkpoint(config.MODEL.RESUME, log.master)
-        load_state(model, state.get('model', state), f"'{path}'", log.master, replace_head=False)
+        weights = {**state.get('model', state), FACTS: state.get(FACTS, {})}
+        load_state(model, weights, f"'{path}'", log.master, replace_head=False)
     else:
         load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, replace_head=False)
-    result = evaluate(config, model, loader, context, log)
-    log.master(
-        f'----- Validation: Validation Loss: {result["loss"]:.4f}, Validation Acc@1: {result["acc1"]:.4f}, '
-        f'Validation Acc@5: {result["acc5"]:.4f}, time: {result["seconds"]:.2f}'
-    )
+    measure = TASKS[config.TRAIN.TASK](config, model, log.master, training=False).measure
+    result = evaluate(config, model, loader, context, log, measure=measure)
+    log.master(f'----- Validation: {measure.text(result, "Validation")}, time: {result["seconds"]:.2f}')
     if context.is_main:
         MetricsFile(os.path.join(folder, 'metrics.jsonl')).append({'kind': 'eval', 'epoch': 0, 'step': 0, **result})
     if result['skipped']:
@@ -85,7 +87,7 @@ def _train(config, model, loaders, context, log, folder: str) -> None:
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
         load_pretrained(model, config.MODEL.PRETRAINED, log=log.master)
-    task = SupervisedTask(config, config.MODEL.NUM_CLASSES, build_teacher(config, model, log.master))
+    task = TASKS[config.TRAIN.TASK](config, model, log.master, training=True)
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder)
     if resume:
         path, state = read_checkpoint(resume, log.master)

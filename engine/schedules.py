@@ -122,3 +122,17 @@ def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
     if t < start:
         return 1.0
     return base if t >= start + length else _half_cosine(1.0, base, (t - start) / length)
+
+
+def attn_lambda(t: float, *, start: int, length: int) -> float:
+    """Weight of fading attention (https://arxiv.org/abs/2404.05657, section 3.3): 1, a straight line, then 0.
+
+    It is constant inside an epoch.
+
+    Args:
+        t: epochs since the start of training; fractions do not count.
+        start: the last epoch, from 0, of weight 1.
+        length: epochs after it until the weight is 0.
+    """
+    epoch = math.floor(t)
+    return 1.0 if epoch <= start else max(0.0, 1 - (epoch - start) / max(length, 1))

@@ -1,5 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives: what a batch costs. The loop knows nothing else about what is being learnt."""
+"""Objectives: what a batch costs. The loop knows nothing else about what is being learnt.
+
+A new one is a `Task` and a builder that registers it by the name that TRAIN.TASK takes, in a module that engine/run.py
+imports:
+
+>>> @TASKS.register('mine')
+... def build_mine(config, model, log, training) -> Task: ...
+"""
 
 from __future__ import annotations
 
@@ -10,24 +17,76 @@ import paddle
 import paddle.nn.functional as F
 
 from datasets.mixing import Mixup
-from engine.schedules import keep_rate
+from engine.clocks import build_clocks
+from engine.distill import build_teacher
+from engine.evaluate import CLASSIFICATION, Measure
+from utils.errors import UserError
+from utils.registry import Registry
+
+TASKS = Registry('objective (TRAIN.TASK)')
 
 
-class SupervisedTask:
+class Task:
+    """An objective; what it sets in the model by the run's clock is in engine/clocks.py.
+
+    Attributes:
+        measure: what a validation computes. Where `acc1` is in it, training counts correct answers too.
+    """
+
+    measure: Measure
+
+    def __init__(self, config):
+        self.clocks = build_clocks(config)
+
+    def set_time(self, model: paddle.nn.Layer, t: float) -> dict[str, float]:
+        """Puts what follows the run's clock into the model; `t` counts epochs since the start, with fractions.
+
+        Returns:
+            What to log.
+        """
+        values = {}
+        for clock in self.clocks:
+            values[clock.name] = clock.value(t)
+            clock.set(model, values[clock.name])
+        return values
+
+    def is_final(self, t: float) -> bool:
+        """Whether the model is at `t` what it will be at the end: evaluations before that cannot be the best."""
+        return all(clock.is_final(t) for clock in self.clocks)
+
+    def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
+        """Computes a micro-batch.
+
+        Args:
+            model: takes images; it may be wrapped for several processes.
+            images: [B, C, H, W] float32, normalised, on the device.
+            labels: [B] int64.
+            rng: source of all draws.
+
+        Returns:
+            The mean loss over the micro-batch and the number of correct top-1 answers, 0 where there are no answers;
+            both 0-D float32.
+        """
+        raise NotImplementedError
+
+
+class SupervisedTask(Task):
     """Classification with label smoothing, mixup and cutmix, and distillation from a teacher where there is one.
 
     The loss is soft-target cross entropy, mean_b(-sum_k t_k log p_k), whenever images are mixed, else cross entropy with
     smoothing s, (1 - s) NLL + s mean_k(-log p_k) (timm). Accuracy under mixing is against the first label.
 
     Args:
-        config: the tree; TRAIN's smoothing, mixing and distillation keys and MODEL.EVIT are read.
+        config: the tree; TRAIN's smoothing, mixing and distillation keys and those of engine/clocks.py are read.
         num_classes: K.
         teacher: see engine/distill.py; images -> logits [B, K].
     """
 
+    measure = CLASSIFICATION
+
     def __init__(self, config, num_classes: int, teacher: Callable[[paddle.Tensor], paddle.Tensor] | None = None):
+        super().__init__(config)
         train = config.TRAIN
-        self.evit = config.MODEL.EVIT
         self.smoothing = train.SMOOTHING
         self.teacher = teacher
         self.distillation = {'kind': train.DISTILLATION_TYPE, 'tau': train.DISTILLATION_TAU}
@@ -45,37 +104,8 @@ class SupervisedTask:
                 smoothing=train.SMOOTHING,
             )
 
-    def set_time(self, model: paddle.nn.Layer, t: float) -> dict[str, float]:
-        """Puts what follows the run's clock into the model; `t` counts epochs since the start, with fractions.
-
-        Returns:
-            What to log.
-        """
-        if self.evit.KEEP_RATE == 1 or not hasattr(model, 'set_keep_rate'):
-            return {}
-        model.set_keep_rate(self._keep_rate(t))
-        return {'keep_rate': model.keep_rate}
-
-    def is_final(self, t: float) -> bool:
-        """Whether the model is at `t` what it will be at the end: evaluations before that cannot be the best."""
-        return self._keep_rate(t) == self.evit.KEEP_RATE
-
-    def _keep_rate(self, t: float) -> float:
-        evit = self.evit
-        return keep_rate(t, base=evit.KEEP_RATE, start=evit.SHRINK_START_EPOCH, length=evit.SHRINK_EPOCHS)
-
     def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
-        """Computes a micro-batch.
-
-        Args:
-            model: images -> logits [B, K], or a pair of class and distillation logits.
-            images: [B, C, H, W] float32, normalised, on the device.
-            labels: [B] int64.
-            rng: source of the mixing draws.
-
-        Returns:
-            The mean loss over the micro-batch (0-D float32) and the number of correct top-1 answers (0-D float32).
-        """
+        """See `Task`; the model returns logits [B, K], or a pair of class and distillation logits."""
         targets = None
         if self.mixup is not None:
             images, targets = self.mixup(images, labels, rng)
@@ -91,6 +121,16 @@ class SupervisedTask:
             loss = (1.0 - self.alpha) * loss + self.alpha * teaching
         correct = (logits.detach().argmax(-1) == labels).astype('float32').sum()
         return loss, correct
+
+
+@TASKS.register('supervised')
+def build_supervised(config, model: paddle.nn.Layer, log: Callable[[str], None], training: bool) -> SupervisedTask:
+    """Learning classes, from labels and from the teacher that the configuration names."""
+    if not model.num_classes:
+        raise UserError(
+            f'MODEL.TYPE {config.MODEL.TYPE} has no classes to learn: set TRAIN.TASK to {config.MODEL.TYPE}.'
+        )
+    return SupervisedTask(config, config.MODEL.NUM_CLASSES, build_teacher(config, model, log) if training else None)
 
 
 def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, tau: float = 1.0) -> paddle.Tensor:

@@ -36,6 +36,7 @@ from engine.signals import StopSignal
 from models.pretrained import load_state
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog, progress
+from utils.weights import FACTS
 
 # Entries of the sums that travel with each step, one small reduction for all processes.
 LOSS, CORRECT, IMAGES, SKIPPED, NONFINITE, STOP = range(6)
@@ -49,7 +50,7 @@ class Position:
     step: int = 0  # optimiser steps taken
     samples: int = 0  # images of epoch + 1 taken
     validated: bool = True  # whether the validation that was due after `epoch` is done
-    best_acc1: float = -1.0
+    best_score: float = -math.inf  # of the validations so far: an accuracy, or minus a loss
     best_epoch: int = 0
     totals: list = field(default_factory=lambda: [0.0] * 6)  # sums over the unfinished epoch
 
@@ -96,7 +97,7 @@ class Trainer:
         config, position = self.config, self.position
         self._open_writer()
         self._announce()
-        self.parallel = self.context.parallel(self.model)
+        self.parallel = self.context.parallel(self.model, getattr(self.model, 'leaves_parameters_out', False))
         try:
             if not position.validated:
                 self._finish_epoch()
@@ -108,8 +109,10 @@ class Trainer:
         finally:
             if self.writer is not None:
                 self.writer.close()
+        measure = self.task.measure
         self.log.master(
-            f'----- Finished: best Validation Acc@1: {position.best_acc1:.4f} after epoch {position.best_epoch}, '
+            f'----- Finished: best Validation {measure.titles[measure.best]}: {abs(position.best_score):.4f} '
+            f'after epoch {position.best_epoch}, '
             f'weights in {os.path.join(self.folder, "best.pdparams")}'
         )
 
@@ -174,14 +177,14 @@ class Trainer:
         images = max(totals[IMAGES], 1)
         self.log.master(
             f'----- Epoch[{epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], Lr: {lr:.6f}, time: {seconds:.2f}, '
-            f'Train Loss: {totals[LOSS] / images:.4f}, Train Acc: {totals[CORRECT] / images:.4f}'
+            f'Train Loss: {totals[LOSS] / images:.4f}{self._accuracy(", Train Acc: ", totals)}'
         )
         self._record(
             'train',
             epoch=epoch,
             lr=lr,
             loss=totals[LOSS] / images,
-            acc1=totals[CORRECT] / images,
+            **({'acc1': totals[CORRECT] / images} if self._has_accuracy else {}),
             images=int(totals[IMAGES]),
             skipped=int(totals[SKIPPED]),
             images_per_second=totals[IMAGES] / seconds,
@@ -277,19 +280,20 @@ class Trainer:
                 self._validate_weights('val_ema', self.ema.state_dict, counts)
 
     def _validate_weights(self, kind: str, weights, counts: bool) -> None:
-        config, position = self.config, self.position
+        config, position, measure = self.config, self.position, self.task.measure
         with self._autocast() if config.AMP_LEVEL == 'O2' else contextlib.nullcontext():
-            result = evaluate(config, self.model, self.val_loader, self.context, self.log, lambda: bool(self.stop))
+            stopping = lambda: bool(self.stop)  # noqa: E731
+            result = evaluate(config, self.model, self.val_loader, self.context, self.log, stopping, measure)
         label = 'Validation' if kind == 'val' else 'EMA Validation'
         self.log.master(
-            f'----- Epoch[{position.epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], {label} Loss: {result["loss"]:.4f}, '
-            f'{label} Acc@1: {result["acc1"]:.4f}, {label} Acc@5: {result["acc5"]:.4f}, time: {result["seconds"]:.2f}'
+            f'----- Epoch[{position.epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], {measure.text(result, label)}, '
+            f'time: {result["seconds"]:.2f}'
         )
         self._record(kind, epoch=position.epoch, **result, images_per_second=result['images'] / result['seconds'])
-        if counts and result['acc1'] > position.best_acc1:
-            position.best_acc1, position.best_epoch = result['acc1'], position.epoch
+        if counts and measure.score(result) > position.best_score:
+            position.best_score, position.best_epoch = measure.score(result), position.epoch
             if self.context.is_main:
-                save_best(self.folder, weights())
+                save_best(self.folder, {**weights(), **self._facts()})
 
     def _leave(self) -> None:
         """A signal came: every process is at the same step; the main one saves, then all leave."""
@@ -317,6 +321,7 @@ class Trainer:
             'progress': position,
             'rng': {'seed': self.config.SEED},
             'config': self.config.dump(),
+            **self._facts(),
         }
         if self.ema is not None:
             state['model_ema'] = self.ema.state_dict()
@@ -329,7 +334,8 @@ class Trainer:
             self.position.epoch = self.config.TRAIN.LAST_EPOCH
             self.log.master(f'----- Resume: weights only from {path}; epoch {self.position.epoch} by -last_epoch.')
         else:
-            load_state(self.model, state['model'], f"'{path}'", self.log.master, replace_head=False)
+            weights = {**state['model'], FACTS: state.get(FACTS, {})}
+            load_state(self.model, weights, f"'{path}'", self.log.master, replace_head=False)
             self._load_position(state)
             self._load_optimizer(state.get('optimizer') or {}, ours='progress' in state)
             if self.scaler.is_enable() and state.get('amp_grad_scaler'):
@@ -342,6 +348,10 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.rewind(self.position.step, self.position.validated)
         self.log.master(f'----- Resume: epoch {self.position.epoch}, step {self.position.step} from {path}')
+
+    def _facts(self) -> dict:
+        facts = self.model.facts()
+        return {FACTS: facts} if facts else {}
 
     def _load_position(self, state: dict) -> None:
         position = self.position
@@ -378,20 +388,25 @@ class Trainer:
     def _report(self, epoch, index, num_batches, lr, current, totals, local, norm, speed, eta, clock) -> None:
         head = f'Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Step[{index:04d}/{num_batches:04d}], Lr: {lr:.6f}, '
         mine = local.tolist()
-        self.log.local(
-            f'{head}Avg Loss: {mine[LOSS] / max(mine[IMAGES], 1):.4f}, Avg Acc: {mine[CORRECT] / max(mine[IMAGES], 1):.4f}'
-        )
+        self.log.local(f'{head}Avg Loss: {mine[LOSS] / max(mine[IMAGES], 1):.4f}{self._accuracy(", Avg Acc: ", mine)}')
         loss = current[LOSS] / max(current[IMAGES], 1)
         memory = f', Memory: {paddle.device.cuda.max_memory_allocated() / 2**30:.1f} GiB' if self.context.on_gpu else ''
         images = max(totals[IMAGES], 1)
         self.log.master(
-            f'{head}Loss: {loss:.4f} ({totals[LOSS] / images:.4f}), Avg Acc: {totals[CORRECT] / images:.4f}, '
+            f'{head}Loss: {loss:.4f} ({totals[LOSS] / images:.4f}){self._accuracy(", Avg Acc: ", totals)}, '
             f'Grad Norm: {norm.item():.3f}, Images/s: {speed:.0f}, ETA: {eta:.0f} s{memory}'
             + ''.join(f', {name}: {value:.4g}' for name, value in clock.items())
         )
         self._scalars('train', {'loss': loss, 'lr': lr, 'grad_norm': norm.item(), 'images_per_second': speed, **clock})
         if self.scaler.is_enable() and self.scaler.state_dict()['scale'].item() < 1.0:
             raise UserError('the loss scale fell below 1: float16 overflows at every step. Use AMP_DTYPE bfloat16.')
+
+    @property
+    def _has_accuracy(self) -> bool:
+        return 'acc1' in self.task.measure.titles
+
+    def _accuracy(self, title: str, sums) -> str:
+        return f'{title}{sums[CORRECT] / max(sums[IMAGES], 1):.4f}' if self._has_accuracy else ''
 
     def _record(self, kind: str, epoch: int, **values) -> None:
         """A row of metrics.jsonl and VisualDL scalars, by the main process."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from paddle import Tensor, nn
@@ -69,6 +69,22 @@ class Classifier(nn.Layer):
             UserError: the arrays contradict the model.
         """
         return {}
+
+    def facts(self) -> dict:
+        """Configuration keys and values that shapes do not tell; they travel with the weights and are compared."""
+        return {}
+
+    def starting_from(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """How a training starts from the weights of another kind of model.
+
+        Args:
+            names: of the arrays of a file.
+
+        Returns:
+            Names in the file that are not taken and names in the model that begin anew, with the reasons. The
+            classifier is not among them.
+        """
+        return {}, {}
 
     @staticmethod
     def upstream_name(name: str) -> str | None:

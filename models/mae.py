@@ -184,6 +184,11 @@ class MaskedAutoencoder(VisionTransformer):
         """Nothing: in pre-training the tokens are decayed, and the positions are not trained."""
         return set()
 
+    def facts(self) -> dict:
+        """Both numbers of heads."""
+        decoder = {'MODEL.MAE.DECODER_NUM_HEADS': self.decoder_blocks[0].attn.num_heads} if self.decoder_depth else {}
+        return {**super().facts(), **decoder}
+
     def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
         """Tables of another resolution are computed, not interpolated."""
         fixed = {'pos_embed': self.pos_embed, 'decoder_pos_embed': getattr(self, 'decoder_pos_embed', None)}.get(name)
@@ -234,7 +239,10 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @register_model('mae')
 def build_mae(config) -> MaskedAutoencoder:
     """Builds a masked autoencoder from a configuration."""
-    trans, mae = config.MODEL.TRANS, config.MODEL.MAE
+    model, trans, mae = config.MODEL, config.MODEL.TRANS, config.MODEL.MAE
+    fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
+    if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
+        raise UserError('MODEL.TYPE mae takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.')
     return MaskedAutoencoder(
         decoder_embed_dim=mae.DECODER_EMBED_DIM,
         decoder_depth=mae.DECODER_DEPTH,

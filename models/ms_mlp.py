@@ -244,7 +244,7 @@ class MSMLP(Classifier):
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError where an image is too small for the number of stages."""
-        if 0 <= min(height, width) < self.min_size:  # negative: not known yet, in an export
+        if min(height, width) < self.min_size:
             raise UserError(
                 f'an image of {height}x{width} pixels is too small for {len(self.depths)} stages (MODEL.MSMLP.DEPTHS); '
                 f'its sides must be at least {self.min_size}.'
@@ -252,7 +252,8 @@ class MSMLP(Classifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> maps of the last stage [B, h, w, C], not normalised."""
-        self.check_size(x.shape[2], x.shape[3])
+        if paddle.in_dynamic_mode():  # an export may leave the size open
+            self.check_size(x.shape[2], x.shape[3])
         x = self.pos_drop(self.patch_embed(x))
         for stage in self.layers:
             x = stage(x, self.recompute)

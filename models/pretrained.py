@@ -9,9 +9,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from models.state import REBUILT_SUFFIXES, count_classes, fit_state
+from models.state import LISTED, REBUILT_SUFFIXES, count_classes, fit_state
 from utils.errors import UserError
-from utils.weights import EMA_KEYS, PADDLE, choose_state_dict, file_format, read_file, resolve_weights_path
+from utils.weights import EMA_KEYS, FACTS, PADDLE, choose_state_dict, file_format, read_file, resolve_weights_path
 
 
 def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = print, replace_head: bool = True) -> None:
@@ -21,8 +21,8 @@ def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = pri
         model: not wrapped by DataParallel.
         path: the file, with or without .pdparams, or a run folder.
         log: takes a line for each thing worth saying.
-        replace_head: leave the classifier as it is where the file's has another number of classes; False: that is
-            an error, as for an evaluation.
+        replace_head: a training starts: leave the classifier as it is where the file's has another number of classes,
+            and whatever else the model's hook `starting_from` names; False: those are errors, as for an evaluation.
 
     Raises:
         UserError: no such file, a damaged or foreign one, or weights that do not fit; the model is then unchanged.
@@ -34,10 +34,12 @@ def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = pri
             f"'{path}' is a {kind} file; convert it first: "
             f'python tools/port_weights.py -cfg CFG -source {path} -output X.pdparams'
         )
-    where, arrays = choose_state_dict(read_file(path), prefer_ema=True, source=f"'{path}'")
+    content = read_file(path)
+    where, arrays = choose_state_dict(content, prefer_ema=True, source=f"'{path}'")
+    facts = content.get(FACTS, {})
     averaged = ' (averaged weights, model_ema)' if set(where.split('.')) & set(EMA_KEYS) else ''
     log(f'----- Pretrained: Load model state from {path}{averaged}')
-    load_state(model, arrays, source=f"'{path}'", log=log, replace_head=replace_head)
+    load_state(model, {**arrays, FACTS: facts}, source=f"'{path}'", log=log, replace_head=replace_head)
 
 
 def load_state(
@@ -51,7 +53,8 @@ def load_state(
 
     Everything is checked before the first weight changes.
     """
-    arrays = {name: array for name, array in arrays.items() if not name.endswith(REBUILT_SUFFIXES)}
+    _check_facts(model, arrays.get(FACTS, {}), source)
+    arrays = {name: array for name, array in arrays.items() if not name.endswith((*REBUILT_SUFFIXES, FACTS))}
     targets = model.state_dict()
     ours, theirs = count_classes(model, targets), count_classes(model, arrays)
     fresh: list[str] = []
@@ -61,20 +64,38 @@ def load_state(
             raise UserError(f'{source} has {_classifier(theirs)}, but the model {_classifier(ours)}; {mend}.')
         fresh = [name for name in targets if name.startswith(model.head_names())]
         arrays = {name: array for name, array in arrays.items() if not name.startswith(model.head_names())}
-    fitted = fit_state(model, arrays, source, optional=fresh)
+    unused, anew = model.starting_from(arrays) if replace_head and hasattr(model, 'starting_from') else ({}, {})
+    arrays = {name: array for name, array in arrays.items() if name not in unused}
+    fitted = fit_state(model, arrays, source, optional=[*fresh, *anew])
+    fitted.unused.update(unused)
     if ours != theirs:
-        anew = ', which starts anew' if fresh else ''
-        log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{anew}')
+        begins = ', which starts anew' if fresh else ''
+        log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{begins}')
+    if unused or anew:
+        log(f'----- Pretrained: {len(fitted.state)} arrays of {source} are used')
+    for reason in dict.fromkeys(anew.values()):
+        names = [name for name in anew if anew[name] == reason]
+        log(f'----- Pretrained: {len(names)} arrays of the model start anew, {reason}: {", ".join(names[:LISTED])}')
     if fitted.unused:
         reasons = '; '.join(dict.fromkeys(fitted.unused.values()))
         log(f'----- Pretrained: {len(fitted.unused)} arrays of {source} are left out: {reasons}')
     for name in fitted.kept:
-        if not name.endswith(REBUILT_SUFFIXES):
+        if targets[name].is_floating_point():
             log(f'----- Pretrained: {source} does not say {name}; the model keeps {targets[name].tolist()}')
     for name, (old, new) in fitted.resized.items():
         log(f'----- Pretrained: {name} interpolated from {list(old)} to {list(new)}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in fitted.state.items()}
     model.set_state_dict({**targets, **values})
+
+
+def _check_facts(model: nn.Layer, theirs: Mapping, source: str) -> None:
+    ours = model.facts() if hasattr(model, 'facts') else {}
+    for key in ours:
+        if theirs.get(key, ours[key]) != ours[key]:
+            raise UserError(
+                f'{source} was trained with {key} {theirs[key]}, but the model has {ours[key]}, which shapes do not show; '
+                f'set {key} to {theirs[key]}.'
+            )
 
 
 def _classifier(classes: int) -> str:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
+from models.layers import ToMeReducer
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -24,11 +26,13 @@ class Profile:
         params: number of parameters, buffers not included.
         macs: multiply-accumulates of the batch.
         by_kind: `macs` split into 'conv', 'linear' (one factor is a parameter) and 'matmul' (none is).
+        matching: multiply-accumulates that only decide which tokens ToMe merges; not in `macs`, as in its paper.
     """
 
     params: int
     macs: int
     by_kind: dict[str, int]
+    matching: int = 0
 
 
 def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Profile:
@@ -43,14 +47,15 @@ def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> P
         program = _trace(model, input_shape)
     finally:
         model.train() if training else model.eval()
-    by_kind = dict.fromkeys(('conv', 'linear', 'matmul'), 0)
+    by_kind = dict.fromkeys(('conv', 'linear', 'matmul', 'matching'), 0)
     for op in program.global_block().ops:
         count = _COUNTERS.get(op.name())
         if count is not None:
             kind, macs = count(op)
-            by_kind[kind] += macs
+            by_kind['matching' if _owner(op) == ToMeReducer.__name__ else kind] += macs
     params = sum(math.prod(p.shape) for p in model.parameters())
-    return Profile(params, sum(by_kind.values()), by_kind)
+    matching = by_kind.pop('matching')
+    return Profile(params, sum(by_kind.values()), by_kind, matching)
 
 
 def _trace(model: nn.Layer, input_shape: Sequence[int]):
@@ -62,6 +67,11 @@ def _trace(model: nn.Layer, input_shape: Sequence[int]):
 
     spec = [paddle.static.InputSpec(list(input_shape), 'float32')]
     return paddle.jit.to_static(run, input_spec=spec, full_graph=True).concrete_program.main_program
+
+
+def _owner(op) -> str:
+    """Class of the layer that made an operation."""
+    return op.attrs().get('struct_name', '').rstrip('/').rpartition('/')[2]
 
 
 def _shapes(op) -> list[list[int]]:

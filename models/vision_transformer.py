@@ -10,7 +10,8 @@ of all of them rest, so that their checkpoints port without renaming.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import paddle
@@ -178,7 +179,7 @@ class VisionTransformer(RemovableAttention):
         super().__init__()
         if embed_dim % num_heads:
             raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
-        self.embed_dim, self.depth = embed_dim, depth
+        self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
         self.distilled, self.global_pool = distilled, global_pool
         self.recompute = recompute
         self.keep_rate: float | None = None
@@ -371,6 +372,32 @@ class VisionTransformer(RemovableAttention):
         """Tokens and positions."""
         return {'cls_token', 'dist_token', 'pos_embed'}
 
+    def facts(self) -> dict:
+        """The number of heads: weights of another compute something else in the same shapes."""
+        return {'MODEL.TRANS.NUM_HEADS': self.num_heads}
+
+    def starting_from(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
+        """Fine-tuning after a pre-training, or with another pooling."""
+        ours = set(self.state_dict())
+        unused = {
+            name: reason
+            for name in names
+            if name not in ours
+            for parts, reason in _LEFT_OUT
+            if re.fullmatch(parts, name)
+        }
+        anew = {
+            name: reason for name in ours if name not in names for parts, reason in _ANEW if re.fullmatch(parts, name)
+        }
+        return unused, dict(sorted(anew.items()))
+
+    @staticmethod
+    def upstream_name(name: str) -> str | None:
+        """MAE-Lite's checkpoints hold the whole training: the model under `model.`, with teacher and average."""
+        if name.startswith(('tch_model.', 'ema_model.', 'momentum_encoder.')):
+            return None
+        return name.removeprefix('model.').removeprefix('base_encoder.')
+
     def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
         """A position table of another resolution, interpolated to this model's; any other array as it is."""
         if name != 'pos_embed' or array.ndim != 3:
@@ -381,6 +408,15 @@ class VisionTransformer(RemovableAttention):
         new = (self.patch_embed.grid_size,) * 2
         table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
         return resize_position_table(table, (side, side), new, self.num_prefix).numpy()
+
+
+# Parts of a file that a model without them does not take when a training starts from it, and parts of a model that then
+# begin anew where the file lacks them.
+_LEFT_OUT = (
+    (r'mask_token|decoder_.*|(attn|hidden)_adapter\..*', 'they serve the pre-training only'),
+    (r'norm\..*', 'the model normalises after pooling'),
+)
+_ANEW = ((r'(fc_norm|dist_norm)\..*', 'the file normalises before pooling'),)
 
 
 def _init_linear(layer: nn.Layer) -> None:

@@ -11,7 +11,6 @@ record has been read back. datasets/lmdb.py describes the format.
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import contextlib
 import fcntl
@@ -25,9 +24,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from tqdm import tqdm
 
-from config import get_config
-from datasets import Dataset, build_dataset
-from datasets.images import UnreadableImage
+from datasets import Dataset
 from datasets.lmdb import (
     CLASSES_KEY,
     FORMAT,
@@ -38,6 +35,7 @@ from datasets.lmdb import (
     record_key,
     unpack_record,
 )
+from tools._packing import image_file, parse, refuse_existing, source_of
 from utils.cli import run
 from utils.errors import UserError
 
@@ -47,35 +45,17 @@ _FIRST_SIZE = 1 << 30  # of the map; it grows with the data
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    args = parse(argv)
-    targets = {split: os.path.join(args.output or args.data_path, f'{split}.lmdb') for split in args.split}
-    for target in targets.values():
-        if os.path.exists(target) and not args.force:
-            raise UserError(f"'{target}' exists; -force overwrites it.")
-    config = get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path])
+    args = parse(__doc__, argv)
+    targets = {split: os.path.join(args.output, f'{split}.lmdb') for split in args.split}
+    refuse_existing(targets.values(), args)
     try:
         for split, target in targets.items():
-            write_lmdb(build_dataset(config, split), target)
+            write_lmdb(source_of(args, split), target)
     except KeyboardInterrupt:
         print('interrupted; the same command continues.', file=sys.stderr)
         return 130
     except lmdb_module().Error as error:
         raise UserError(f"cannot write '{target}': {error}; the same command continues once that is mended.") from None
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add('-data_path', metavar='DIR', required=True, help='folder with list files, or train/<class>/ and val/<class>/')
-    add('-output', metavar='DIR', help='folder to write to (default: -data_path)')
-    add(
-        '-dataset', default='imagenet2012', choices=('imagenet2012', 'list', 'folder'), help='how the images are listed'
-    )
-    add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='parts to write (default: both)')
-    add('-force', action='store_true', help='overwrite existing files')
-    return parser.parse_args(argv)
 
 
 def write_lmdb(dataset: Dataset, target: str) -> None:
@@ -155,10 +135,7 @@ class _Missing:
 
 
 def record_of(dataset: Dataset, index: int) -> bytes:
-    try:
-        return pack_record(dataset.storage.read(index), int(dataset.labels[index]))
-    except UnreadableImage as error:
-        raise UserError(f"cannot read '{dataset.describe(index)}': {error}; mend or unlist it.") from None
+    return pack_record(image_file(dataset, index), int(dataset.labels[index]))
 
 
 def put_all(environment, items: list[tuple[bytes, bytes]]) -> None:

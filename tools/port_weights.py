@@ -19,7 +19,7 @@ from config import get_config
 from models import build_model
 from models.port import port_with_report
 from utils import cli
-from utils.weights import PADDLE, SUFFIX, choose_state_dict, file_format, read_file, write_pdparams
+from utils.weights import FACTS, PADDLE, SUFFIX, choose_state_dict, file_format, read_file, write_pdparams
 
 
 def main() -> None:
@@ -30,10 +30,12 @@ def main() -> None:
     where, arrays = choose_state_dict(read_file(args.source), prefer_ema=args.ema, source=name)
     kind = file_format(args.source)
     print(f'{args.source}: {kind} file, {len(arrays)} arrays' + (f" under '{where}'" if where else ''))
-    state, report = port_with_report(build_model(config), arrays, own_names=kind == PADDLE, source=name)
+    model = build_model(config)
+    state, report = port_with_report(model, arrays, own_names=kind == PADDLE, source=name)
     print(report)
     output = args.output if args.output.endswith(SUFFIX) else args.output + SUFFIX
-    write_pdparams(state, output)
+    facts = model.facts()
+    write_pdparams({**state, FACTS: facts} if facts else state, output)
     print(f'written: {output}')
 
 

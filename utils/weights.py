@@ -28,6 +28,9 @@ SAFETENSORS, NPZ = 'safetensors', 'npz'
 
 WEIGHT_KEYS = ('state_dict', 'model', 'net')
 EMA_KEYS = ('model_ema', 'state_dict_ema')
+FACTS = (
+    'Facts@@'  # what shapes do not tell, such as the number of heads: configuration key -> value, beside the weights
+)
 WRAPPER_PREFIXES = ('module.', '_layers.')
 
 # An archive of numpy arrays may be compressed: by no more than this, which arrays of zeros alone exceed.
@@ -168,6 +171,7 @@ def state_dicts(content: Any, where: str = '', depth: int = 4) -> dict[str, dict
     """Every state dict (name -> array) of a checkpoint, by the key it stands under; '' where the file itself is one."""
     if not isinstance(content, dict) or not depth:
         return {}
+    content = {key: value for key, value in content.items() if key != FACTS}
     if content and all(_is_weight(name, value) for name, value in content.items()):
         return {where: _without_prefix({name: np.asarray(array) for name, array in content.items()})}
     found = {}

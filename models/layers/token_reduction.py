@@ -101,7 +101,7 @@ class EViTReducer:
             num_body=k + int(self.fuse),
             indices=(*state.indices, kept),
             scores=(*state.scores, scores),
-            size=reduce(state.size, lambda sizes: paddle.ones_like(sizes[:, :1])),
+            size=reduce(state.size, lambda sizes: paddle.ones([1, 1, 1]).expand([sizes.shape[0], -1, -1])),
             source=reduce(state.source, lambda sources: sources.max(1, keepdim=True)),
             keys=reduce(state.keys, weighted_sum),
         )

@@ -85,7 +85,8 @@ class Matching:
         Returns:
             Tokens [B, N', C] and their sizes [B, N', 1].
         """
-        size = paddle.ones_like(x[:, :, :1]) if size is None else size
+        if size is None:
+            size = paddle.ones([1, x.shape[1], 1], x.dtype).expand([x.shape[0], -1, -1])
         merged_size = self.merge(size)
         return self.merge(x * size) / merged_size, merged_size
 
@@ -132,7 +133,7 @@ def match(metric: Tensor, r: int, class_token: bool = True, distill_token: bool 
     scores = paddle.matmul(metric[:, ::2], metric[:, 1::2], transpose_y=True)[:, :, first:]
     best, choice = scores.max(-1), scores.argmax(-1) + first
     if class_token:
-        best = paddle.where(paddle.arange(best.shape[1]) == 0, paddle.full_like(best, -float('inf')), best)
+        best = best - 4.0 * (paddle.arange(best.shape[1]) == 0).astype(best.dtype)  # below any cosine: it comes last
     order = paddle.argsort(best, axis=-1, descending=True, stable=True)
     sources, stay = order[:, :r], order[:, r:]
     if class_token:

@@ -150,7 +150,7 @@ def test_the_average_is_validated_and_best_is_the_best_of_both(trainer):
     for name, value in run.ema.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), start[name])
     best = max(row['acc1'] for kind in ('val', 'val_ema') for row in rows(run, kind))
-    assert run.position.best_acc1 == best
+    assert run.position.best_score == best
     assert os.path.exists(os.path.join(run.folder, 'best.pdparams'))
 
 

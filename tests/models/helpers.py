@@ -41,14 +41,21 @@ SMALL = {
         *['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.PATCH_SIZE', 8, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3],
         *['MODEL.TRANS.DEPTH', 4, 'MODEL.EVIT.DROP_LOC', (1, 2)],
     ],
+    'mae': [
+        *['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.PATCH_SIZE', 8, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3],
+        *['MODEL.TRANS.DEPTH', 2, 'MODEL.MAE.DECODER_EMBED_DIM', 16, 'MODEL.MAE.DECODER_NUM_HEADS', 2],
+        *['MODEL.MAE.DECODER_DEPTH', 1],
+    ],
     'ms_mlp': ['DATA.IMAGE_SIZE', 64, 'MODEL.MSMLP.EMBED_DIM', 10, 'MODEL.MSMLP.DEPTHS', [1, 1, 2, 1]],
 }
 
 
 def small_config(name: str, *opts):
     """The configuration of a model at the size of a toy, with 5 classes."""
-    config = get_config(config_file(name))
-    return get_config(config_file(name), [*SMALL[config.MODEL.TYPE], 'MODEL.NUM_CLASSES', 5, *opts])
+    model = get_config(config_file(name)).MODEL
+    layers = tuple(i for i in model.LAMBDA.PRUNE_LAYERS if i < 4)
+    small = [*SMALL[model.TYPE], 'MODEL.LAMBDA.PRUNE_LAYERS', layers, 'MODEL.NUM_CLASSES', 5]
+    return get_config(config_file(name), [*small, *opts])
 
 
 def images(config, batch: int = 2) -> paddle.Tensor:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token merging against the original's numbers."""
 
+import functools
+
 import numpy as np
 import paddle
 import pytest
@@ -11,6 +13,7 @@ from engine.exported import Predictor, save_program
 from models.layers import TokenState, take_tokens
 from models.layers.tome import Matching, match, match_groups, merge_schedule
 from models.port import port_state_dict
+from models.profile import profile
 from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load
@@ -265,13 +268,40 @@ def test_pooling_averages_over_the_tokens_before_merging():
     np.testing.assert_allclose(*means, 1e-4, 1e-5)
 
 
-@pytest.mark.parametrize('distilled', [False, True])
-def test_export(distilled, tmp_path):
+def test_export(tmp_path):
     paddle.seed(0)
-    model = tiny(distilled=distilled, removed_layers=[1], keep_rate=[1, 1, 0.5], fuse_token=True)
+    model = tiny(distilled=True, removed_layers=[1], keep_rate=[1, 1, 0.5], fuse_token=True)
     model.merge_tokens(3)
     save_program(model, [3, 32, 32], str(tmp_path / 'model'))
     predictor = Predictor(str(tmp_path / 'model'))
     for batch in (1, 3):
         x = paddle.randn([batch, 3, 32, 32])
         assert_close(predictor(x.numpy()), model(x), 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- cost
+PROFILE = golden('lambda_vit-profile')
+SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
+
+
+@functools.lru_cache(maxsize=1)
+def sized(arch: str, *removed: int) -> VisionTransformer:
+    dim, heads = SIZES[arch.split('_')[1]]
+    return VisionTransformer(embed_dim=dim, num_heads=heads, removed_layers=removed)
+
+
+@pytest.mark.parametrize('row', range(len(PROFILE.meta['rows'])))
+def test_cost(row, monkeypatch):
+    monkeypatch.setattr(
+        'models.vision_transformer.trunc_normal_', lambda parameter: None
+    )  # slow, and of no matter here
+    expected = PROFILE.meta['rows'][row]
+    model = sized(expected['arch'], *expected['removed'])
+    model.merge_tokens(expected['r'], expected['start_idx'])
+    cost = profile(model)
+    assert (cost.params, cost.macs) == (expected['params'], expected['macs'])
+    assert cost.matching == expected['tome_score_macs']
+    narrow = VisionTransformer(embed_dim=8, num_heads=1, removed_layers=expected['removed'])  # as many tokens
+    narrow.merge_tokens(expected['r'], expected['start_idx'])
+    counts = narrow.forward_tokens(paddle.randn([1, 3, 224, 224]))[1].counts
+    assert [1 + count for count in counts] == PROFILE['out/tokens_after_block'][row].tolist()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images in one zip file per part, as the trainers that descend from Swin Transformer (MS-MLP) read ImageNet.
+
+    train.zip, val.zip              image files; tools/make_zip.py stores them uncompressed
+    train_map.txt, val_map.txt      a line per image: name in the archive, TAB, label; further fields do not count
+
+Samples come in the order of the map. What is needed to read them is looked up once, in arrays that worker processes share;
+an image is then two reads at known places, which move no file position and so need no handle per process.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import weakref
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from datasets.dataset import Dataset, EncodedStorage, PackedStrings
+from datasets.folder import data_path, read_entries
+from datasets.images import EXTENSIONS, UnreadableImage
+from datasets.registry import register_dataset
+from utils.errors import UserError
+
+_LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, length of the name and of the extra field behind it
+_ENCRYPTED = 1  # bit of a member's flags
+_HINT = '`python tools/make_zip.py` writes it'
+
+
+@register_dataset('zip')
+def build_zip(config, split: str) -> Dataset:
+    """`DATA_PATH/<split>.zip` and `DATA_PATH/<split>_map.txt`."""
+    archive, listing = zip_paths(data_path(config), split)
+    known = read_directory(archive)
+    names, labels, members = [], [], []
+    for where, name, label in read_entries(
+        listing, _name_and_label, "'name<TAB>label'", _HINT, config.MODEL.NUM_CLASSES
+    ):
+        if not name.lower().endswith(EXTENSIONS):
+            raise UserError(f"{where}: '{name}' is not an image by its name ({' '.join(EXTENSIONS)}).")
+        if name.strip('/') not in known:
+            raise UserError(f"{where}: '{name}' is not in '{archive}'; do the two belong together?")
+        names.append(name)
+        labels.append(label)
+        members.append(known[name.strip('/')])
+    return Dataset(ZipStorage(archive, names, members), labels, source=f"'{listing}'")
+
+
+def zip_paths(root: str, split: str) -> tuple[str, str]:
+    """Archive and map of a part."""
+    return os.path.join(root, f'{split}.zip'), os.path.join(root, f'{split}_map.txt')
+
+
+def _name_and_label(line: str) -> list[str]:
+    name, *rest = line.rstrip('\r\n').split('\t')[:2]
+    return [name, *(field.strip() for field in rest)]
+
+
+def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
+    """Members of an archive by name.
+
+    Raises:
+        UserError: no such file, another kind of file, or a damaged one.
+    """
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = {member.filename: member for member in file.infolist()}
+    except FileNotFoundError:
+        raise UserError(f"'{archive}' does not exist; {_HINT}, or give another -data_path.") from None
+    except OSError as error:
+        raise UserError(f"cannot read '{archive}': {error.strerror or error}.") from None
+    except Exception as error:  # a damaged directory can raise anything
+        raise UserError(f"'{archive}' is damaged or no zip file: {error}; copy or write it again.") from None
+    size = os.path.getsize(archive)
+    for member in members.values():
+        if member.header_offset + member.compress_size > size:
+            raise UserError(f"'{archive}' is cut off within '{member.filename}'; copy or write it again.")
+    return members
+
+
+class ZipStorage(EncodedStorage):
+    """Members of a zip file, stored or deflated."""
+
+    def __init__(self, archive: str, names: Sequence[str], members: Sequence[zipfile.ZipInfo]):
+        self.archive = archive
+        self._names = PackedStrings(names)
+        fields = ('header_offset', 'compress_size', 'file_size', 'CRC', 'compress_type', 'flag_bits')
+        columns = [np.array([getattr(member, field) for member in members], np.int64) for field in fields]
+        self._members = np.stack(columns, axis=1)
+        self._handle = os.open(archive, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._handle)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def describe(self, index: int) -> str:
+        return f'{self.archive}@/{self._names[index].strip("/")}'
+
+    def read(self, index: int) -> bytes:
+        offset, stored_size, size, checksum, method, flags = self._members[index].tolist()
+        if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or flags & _ENCRYPTED:
+            raise UnreadableImage('the member is encrypted or compressed by another method than deflate')
+        try:
+            signature, *lengths = _LOCAL_HEADER.unpack(self._read(offset, _LOCAL_HEADER.size))
+            data = self._read(offset + _LOCAL_HEADER.size + sum(lengths), stored_size)
+            if method == zipfile.ZIP_DEFLATED:
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, size or 1)  # 0 would mean any size
+        except (struct.error, zlib.error) as error:
+            raise UnreadableImage(f'the archive is damaged here ({error})') from None
+        if signature != b'PK\3\4' or len(data) != size or zlib.crc32(data) != checksum:
+            raise UnreadableImage('the archive is damaged here (the member does not match its checksum)')
+        return data
+
+    def _read(self, offset: int, size: int) -> bytes:
+        try:
+            return os.pread(self._handle, size, offset)
+        except OSError as error:
+            raise UnreadableImage(error.strerror or str(error)) from None

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tools share that pack a tree of image files into few large files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterable
+
+from config import get_config
+from datasets import Dataset, build_dataset
+from datasets.images import UnreadableImage
+from utils.errors import UserError
+
+
+def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add('-data_path', metavar='DIR', required=True, help='folder with list files, or train/<class>/ and val/<class>/')
+    add('-output', metavar='DIR', help='folder to write to (default: -data_path)')
+    add(
+        '-dataset', default='imagenet2012', choices=('imagenet2012', 'list', 'folder'), help='how the images are listed'
+    )
+    add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='parts to write (default: both)')
+    add('-force', action='store_true', help='overwrite existing files')
+    args = parser.parse_args(argv)
+    args.output = args.output or args.data_path
+    return args
+
+
+def source_of(args: argparse.Namespace, split: str) -> Dataset:
+    """The images of a part as they are listed."""
+    return build_dataset(get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path]), split)
+
+
+def refuse_existing(paths: Iterable[str], args: argparse.Namespace) -> None:
+    for path in paths:
+        if os.path.exists(path) and not args.force:
+            raise UserError(f"'{path}' exists; -force overwrites it.")
+
+
+def image_file(dataset: Dataset, index: int) -> bytes:
+    """The file of an image as it is."""
+    try:
+        return dataset.storage.read(index)
+    except UnreadableImage as error:
+        raise UserError(f"cannot read '{dataset.describe(index)}': {error}; mend or unlist it.") from None
