@@ -63,17 +63,18 @@ def build_transform(config, training: bool) -> Transform:
 
 def _training_steps(config, padded: bool) -> list[Step]:
     data, train = config.DATA, config.TRAIN
-    resamples = RESAMPLES[data.INTERPOLATION]
+    interpolation = 'bilinear' if data.FAST_RESIZE else data.INTERPOLATION
+    resamples = RESAMPLES[interpolation]
     if padded:
         steps: list[Step] = [ResizeShort(data.IMAGE_SIZE, resamples[-1]), PaddedCrop(data.IMAGE_SIZE, PADDING)]
     elif data.FAST_RESIZE:
-        steps = [FastResizedCrop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO)]
+        steps = [FastResizedCrop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
     else:
         steps = [RandomResizedCrop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
     if train.HFLIP > 0:
         steps.append(RandomFlip(train.HFLIP))
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
-    canvas = Canvas(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
+    canvas = Canvas(train.RAND_AUGMENT_SPACE, interpolation, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
     if train.RAND_AUGMENT:
         steps.append(RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, canvas))
     elif train.AUTO_AUGMENT:
@@ -147,11 +148,11 @@ class FastResizedCrop(RandomResizedCrop):
     """The same boxes, resized bilinearly without antialiasing by OpenCV. JPEG files are decoded at reduced size where a box
     is at least twice the input on both sides, so that what is left to shrink by is below two, where aliasing is mild."""
 
-    def __init__(self, size: int, scale: Sequence[float], ratio: Sequence[float]):
+    def __init__(self, size: int, *args):
         import cv2  # takes a tenth of a second, which other runs need not wait for
 
+        super().__init__(size, *args)
         cv2.setNumThreads(0)  # worker processes are what runs in parallel
-        super().__init__(size, scale, ratio, (BILINEAR,))
         self._resize = functools.partial(cv2.resize, dsize=(size, size), interpolation=cv2.INTER_LINEAR)
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> Image.Image:

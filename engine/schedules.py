@@ -125,7 +125,7 @@ def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
 
 
 def attn_lambda(t: float, *, start: int, length: int) -> float:
-    """Weight of fading attention (https://arxiv.org/abs/2404.05657, section 3.3): 1, a straight line, then 0.
+    """Weight of fading attention (https://arxiv.org/abs/2404.05657): 1, a straight line, then 0.
 
     It is constant inside an epoch.
 

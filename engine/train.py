@@ -160,12 +160,8 @@ class Trainer:
                 if report and current is not None:
                     speed = (totals[IMAGES] - images_before) / max(time.time() - reported, 1e-9)
                     reported, images_before = time.time(), totals[IMAGES]
-                    eta = (
-                        (num_batches - window[-1] - 1)
-                        * config.DATA.BATCH_SIZE
-                        * self.context.world_size
-                        / max(speed, 1e-9)
-                    )
+                    left = (num_batches - window[-1] - 1) * config.DATA.BATCH_SIZE * self.context.world_size
+                    eta = left / max(speed, 1e-9)
                     self._report(epoch, window[-1], num_batches, lr, current, totals, local, norm, speed, eta, clock)
                 if current is not None and current[STOP] and step + 1 < steps:
                     self._leave()

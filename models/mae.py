@@ -17,6 +17,8 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.layers import (
+    NORM_EPS,
+    Block,
     TokenState,
     resize_position_table,
     run_block,
@@ -25,7 +27,7 @@ from models.layers import (
     xavier_uniform_,
 )
 from models.registry import register_model
-from models.vision_transformer import NORM_EPS, Block, VisionTransformer
+from models.vision_transformer import VisionTransformer
 from utils.errors import UserError
 
 TARGET_EPS = 1e-6
@@ -195,13 +197,15 @@ class MaskedAutoencoder(VisionTransformer):
         return array if fixed is None or array.shape[2:] != tuple(fixed.shape[2:]) else fixed.numpy()
 
     def unused_weights(self, arrays, source: str) -> dict[str, str]:
-        """The decoder, where the model has none."""
-        unused = super().unused_weights(arrays, source)
+        """The decoder and the adapters of a distillation, where the model has none."""
+        unused, ours = super().unused_weights(arrays, source), set(self.state_dict())
         if not self.decoder_depth:
             unused.update({name: 'the model has no decoder' for name in arrays if name.startswith(DECODER_PARTS)})
-        return unused
+        adapters = [name for name in arrays if name.startswith(ADAPTERS) and name not in ours]
+        return {**unused, **dict.fromkeys(adapters, 'the model does not learn from a teacher')}
 
 
+ADAPTERS = ('attn_adapter.', 'hidden_adapter.')
 DECODER_PARTS = ('decoder_', 'mask_token')
 
 

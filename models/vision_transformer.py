@@ -20,10 +20,9 @@ from paddle.nn import initializer
 
 from models.attention_removal import RemovableAttention
 from models.layers import (
-    Attention,
-    DropPath,
+    NORM_EPS,
+    Block,
     EViTReducer,
-    Mlp,
     PatchEmbed,
     TokenState,
     ToMeReducer,
@@ -36,82 +35,6 @@ from models.layers import (
 )
 from models.registry import register_model
 from utils.errors import UserError
-
-NORM_EPS = 1e-6
-
-
-class Block(nn.Layer):
-    """Pre-norm Transformer block: mix the tokens, reduce their number, then a perceptron on each.
-
-    Args:
-        dim: channels C.
-        num_heads: heads of the attention.
-        mlp_ratio: hidden channels of the perceptron / C.
-        qkv_bias: biases of query, key and value.
-        drop_rate: dropout of the projections.
-        attn_drop_rate: dropout of the attention weights.
-        drop_path_rate: stochastic depth of both branches.
-        attention: False: the block is built without one and doubles its input instead.
-        reducer: called between the two branches; None: all tokens stay.
-
-    Attributes:
-        merger: called after the reducer; None: no tokens are merged.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        attention: bool = True,
-        reducer: EViTReducer | None = None,
-    ):
-        super().__init__()
-        if attention:
-            self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
-            self.attn = Attention(dim, num_heads, qkv_bias, attn_drop_rate, drop_rate)
-        self.norm2 = nn.LayerNorm(dim, epsilon=NORM_EPS)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop_rate)
-        self.drop_path = DropPath(drop_path_rate)
-        self.reducer = reducer
-        self.merger: ToMeReducer | None = None
-        self.weigh_attention(1.0)
-
-    def weigh_attention(self, weight: float, identity: float | None = None) -> None:
-        """The following passes compute identity * x + weight * attention(x), identity being 2 - weight (arXiv 2404.05657).
-
-        With weight 0 the attention is not computed, and no tokens are reduced.
-        """
-        self.attn_weight = weight
-        self.identity_weight = 2.0 - weight if identity is None else identity
-
-    def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """[B, N, C] -> [B, N', C] and the state that the next block starts from."""
-        if self.attn_weight:
-            x, state = self._attend(x, state)
-        else:
-            x = self.identity_weight * x
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
-        return x, state._replace(counts=(*state.counts, state.num_body), keys=None)
-
-    def _attend(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        reduces = self.reducer is not None and self.reducer.acts(state)
-        merges = self.merger is not None
-        key_bias = self.merger.key_bias(state) if merges else None
-        mixed, maps = self.attn(self.norm1(x), need_maps=reduces, need_keys=merges, key_bias=key_bias)
-        mixed = self.drop_path(mixed)
-        x = x + mixed if self.attn_weight == 1 else self.identity_weight * x + self.attn_weight * mixed
-        if reduces:
-            x, state = self.reducer(x, maps, state._replace(keys=maps.keys))
-        elif merges:
-            state = state._replace(keys=maps.keys)
-        if merges and self.merger.acts(state):
-            x, state = self.merger(x, state)
-        return x, state
 
 
 class VisionTransformer(RemovableAttention):
@@ -313,6 +236,10 @@ class VisionTransformer(RemovableAttention):
 
         With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones.
         """
+        return self.run_blocks(*self.begin(x, keep_rate, tokens, trace))
+
+    def begin(self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False) -> tuple[Tensor, TokenState]:
+        """What the first block takes; arguments as in `forward_tokens`."""
         keep_rate = self.keep_rate if keep_rate is None else keep_rate
         x = self.embed(x)
         state = TokenState(
@@ -322,7 +249,11 @@ class VisionTransformer(RemovableAttention):
             tokens=_per_block('tokens', tokens, self.depth),
             source=paddle.eye(x.shape[1]).expand([x.shape[0], -1, -1]) if trace else None,
         )
-        for block in self.blocks:
+        return x, state
+
+    def run_blocks(self, x: Tensor, state: TokenState, first: int = 0) -> tuple[Tensor, TokenState]:
+        """What block `first` takes -> what `forward_tokens` returns."""
+        for block in self.blocks[first:]:
             x, state = run_block(block, x, state, again=self.recompute)
         if not self.global_pool:
             return self.norm(x), state

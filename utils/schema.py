@@ -93,7 +93,7 @@ class Schema:
         kind = self.optional.get(key, type(default))
         if isinstance(value, str) and kind is not str:
             value = _literal(value)
-        elif isinstance(value, str) and value in ('None', 'null') and key in self.optional:
+        elif isinstance(value, str) and value.lower() in ('none', 'null') and key in self.optional:
             return None
         if value is None:
             return None

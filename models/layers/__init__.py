@@ -2,16 +2,23 @@
 """Parts that several architectures share."""
 
 from models.layers.attention import Attention, AttentionMaps
+from models.layers.block import NORM_EPS, Block
 from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.init import lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.mlp import Mlp
 from models.layers.patch_embed import PatchEmbed
 from models.layers.positions import resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
+from models.layers.relative_position import RelativePositionBias, relative_position_index, resize_relative_table
 from models.layers.token_reduction import EViTReducer, TokenState, take_tokens
 from models.layers.tome import ToMeReducer, merge_schedule
 
 __all__ = [
+    'NORM_EPS',
+    'Block',
+    'RelativePositionBias',
+    'relative_position_index',
+    'resize_relative_table',
     'Attention',
     'AttentionMaps',
     'DropPath',

@@ -9,6 +9,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+from models.layers.relative_position import add_relative_positions, relative_bias
+
 
 class AttentionMaps(NamedTuple):
     """What happened inside an attention.
@@ -33,6 +35,8 @@ class Attention(nn.Layer):
         qkv_bias: biases of the three projections.
         attn_drop_rate: dropout of the attention weights.
         proj_drop_rate: dropout of the output.
+        key_bias: False: of the biases of `qkv_bias`, only those of query and value, as `q_bias` and `v_bias` (BEiT).
+        bias_grid: (rows, columns) of patches for a relative position bias of its own; None: there is none.
     """
 
     def __init__(
@@ -42,18 +46,31 @@ class Attention(nn.Layer):
         qkv_bias: bool = True,
         attn_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
+        key_bias: bool = True,
+        bias_grid: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias_attr=None if qkv_bias else False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias_attr=None if qkv_bias and key_bias else False)
+        self.q_bias = self.v_bias = None
+        if qkv_bias and not key_bias:
+            self.q_bias, self.v_bias = (self.create_parameter([dim], is_bias=True) for _ in range(2))
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop_rate)
+        self.has_table = bias_grid is not None
+        if self.has_table:
+            add_relative_positions(self, bias_grid, num_heads)
 
     def forward(
-        self, x: Tensor, need_maps: bool = False, need_keys: bool = False, key_bias: Tensor | None = None
+        self,
+        x: Tensor,
+        need_maps: bool = False,
+        need_keys: bool = False,
+        key_bias: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, AttentionMaps]:
         """Mixes tokens.
 
@@ -62,22 +79,33 @@ class Attention(nn.Layer):
             need_maps: return logits and weights, which a fused kernel does not have.
             need_keys: return the keys.
             key_bias: added to the logits, [B, 1, 1, N].
+            bias: likewise, [H, N, N].
 
         Returns:
             [B, N, C], and of the maps those that were asked for.
         """
-        q, k, v = self.qkv(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
+        biases = [key_bias, bias, relative_bias(self) if self.has_table else None]
+        biases = [bias for bias in biases if bias is not None]
+        q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
-        if not need_maps and key_bias is None and _fused_kernel(x):
+        if not need_maps and not biases and _fused_kernel(x):
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
         else:
             q, k, v = (part.transpose([0, 2, 1, 3]) for part in (q, k, v))
             logits = paddle.matmul(q * self.scale, k, transpose_y=True)
-            logits = logits if key_bias is None else logits + key_bias
+            for bias in biases:
+                logits = logits + bias
             weights = self.attn_drop(F.softmax(logits, axis=-1))
             x = paddle.matmul(weights, v).transpose([0, 2, 1, 3])
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
+
+    def _project(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> queries, keys and values side by side, [B, N, 3 * C]."""
+        x = self.qkv(x)
+        if self.q_bias is None:
+            return x
+        return x + paddle.concat([self.q_bias, paddle.zeros_like(self.q_bias), self.v_bias]).astype(x.dtype)
 
 
 def _fused_kernel(x: Tensor) -> bool:

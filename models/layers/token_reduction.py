@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import paddle
@@ -15,6 +15,18 @@ from paddle import Tensor
 
 from models.layers.attention import AttentionMaps
 from utils.errors import UserError
+
+
+class Observed(NamedTuple):
+    """What the attention of a block saw and thought.
+
+    Attributes:
+        hidden: its normalised input, [B, N, C].
+        logits: its scores before the softmax, [B, H, N, N].
+    """
+
+    hidden: Tensor
+    logits: Tensor
 
 
 class TokenState(NamedTuple):
@@ -32,6 +44,9 @@ class TokenState(NamedTuple):
         size: how many tokens each token stands for, [B, N, 1]; None: one, nothing was merged yet (ToMe).
         source: which of the first tokens are in each token, [B, N, N0] of 0 and 1; None: not asked for.
         keys: of the block at work, a mean over the heads, [B, N, D]; None: no one asks for them.
+        bias: added to the logits of each attention, [H, N, N]; None: nothing.
+        observe: numbers of the blocks to record.
+        observed: what was recorded, in the order of the blocks.
     """
 
     num_prefix: int
@@ -44,6 +59,9 @@ class TokenState(NamedTuple):
     size: Tensor | None = None
     source: Tensor | None = None
     keys: Tensor | None = None
+    bias: Tensor | None = None
+    observe: Collection[int] = ()
+    observed: tuple[Observed, ...] = ()
 
 
 class EViTReducer:

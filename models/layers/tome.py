@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token merging, ToMe: https://arxiv.org/abs/2210.09461. Similar tokens become one, and a size says how many they were.
 
-Written from the paper's description (section 3 and appendix D).
+Written from the paper's description.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
 
     Args:
         r: one number for all; a list of numbers, lacking ones being 0; or a tuple (r, inflect), which goes linearly
-            from r (1 - inflect) to r (1 + inflect): -1 falls from 2 r to 0 and 1 rises, for the same sum (appendix D).
+            from r (1 - inflect) to r (1 + inflect): -1 falls from 2 r to 0 and 1 rises, for the same sum.
         depth: number of blocks.
     """
     if isinstance(r, tuple):

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from config import get_config
 from engine.clocks import AttentionClock, build_clocks
 from engine.ema import ModelEma
-from engine.schedules import attn_lambda
+from engine.optim import parameter_groups
+from engine.schedules import attn_lambda, lr_schedule
 from engine.tasks import SupervisedTask
 from models import build_model
+from models.registry import config_file
 from tests.conftest import assert_close, golden
 from utils.errors import UserError
 
@@ -113,3 +115,26 @@ def test_averages_of_weights_do_not_average_lambda():
     with ema.applied():
         np.testing.assert_allclose(model(x), before, 1e-5, 1e-6)  # the weights did not change
     assert model.attn_lambda.tolist() == [0.25, 1, 0.25]
+
+
+def test_the_recipe_is_the_published_one():
+    """Learning rate of each epoch, weight decay of each parameter, stochastic depth, of 8 processes of 256 images."""
+    g = golden('lambda_vit-schedules')
+    config = get_config(
+        config_file('lambda_small_024_finetune'),
+        ['MODEL.TRANS.DEPTH', 2, 'MODEL.LAMBDA.PRUNE_LAYERS', (0,), 'MODEL.EVIT.DROP_LOC', ()],
+    )
+    rate = lr_schedule(config, 2048)
+    assert g.meta['epochs'] == config.TRAIN.NUM_EPOCHS and g.meta['drop_path_rate'] == config.MODEL.DROPPATH
+    for epoch, expected in enumerate(g['out/lr_used_in_epoch'].tolist()):
+        assert rate(epoch + 1, 0.0) == rate(epoch + 1, 0.9) == pytest.approx(expected, rel=1e-6)
+    model = build_model(config)
+    names = {parameter.name: name for name, parameter in model.named_parameters()}
+    for group in parameter_groups(model, config.TRAIN.WEIGHT_DECAY):
+        decayed = sorted(names[parameter.name] for parameter in group['params'])
+        assert decayed == g.meta['weight_decay_groups'][f'wd={group["weight_decay"]:g}']
+    assert (config.TRAIN.OPTIMIZER.NAME, list(config.TRAIN.OPTIMIZER.BETAS)) == ('AdamW', g.meta['optimizer']['betas'])
+    ramps = {
+        get_config(config_file(f'lambda_{name}_finetune')).MODEL.DROPPATH_RAMP for name in ('small_0246', 'tiny_024')
+    }
+    assert ramps == {True} and not get_config(config_file('lambda_base_013469_finetune')).MODEL.DROPPATH_RAMP

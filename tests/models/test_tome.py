@@ -291,10 +291,7 @@ def sized(arch: str, *removed: int) -> VisionTransformer:
 
 
 @pytest.mark.parametrize('row', range(len(PROFILE.meta['rows'])))
-def test_cost(row, monkeypatch):
-    monkeypatch.setattr(
-        'models.vision_transformer.trunc_normal_', lambda parameter: None
-    )  # slow, and of no matter here
+def test_cost(row, zero_weights):
     expected = PROFILE.meta['rows'][row]
     model = sized(expected['arch'], *expected['removed'])
     model.merge_tokens(expected['r'], expected['start_idx'])

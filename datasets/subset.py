@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A part of a data set."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from datasets.dataset import Dataset, Storage
+
+
+def random_subset(dataset: Dataset, size: int, seed: int) -> Dataset:
+    """`size` images drawn by `seed` without repetition, in the order of the data set; all of them where it has fewer."""
+    if size >= len(dataset):
+        return dataset
+    indices = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size])
+    storage = SubsetStorage(dataset.storage, indices)
+    return Dataset(storage, dataset.labels[indices], dataset.source, dataset.class_names)
+
+
+class SubsetStorage(Storage):
+    """The items `indices` of another storage."""
+
+    def __init__(self, storage: Storage, indices: np.ndarray):
+        self.storage = storage
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def open(self, index: int) -> Image.Image:
+        return self.storage.open(int(self.indices[index]))
+
+    def describe(self, index: int) -> str:
+        return self.storage.describe(int(self.indices[index]))

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which attention layers a model can do without: NOSE, "MLP Can Be A Good Transformer Learner", arXiv 2404.05657.
+
+Attention layers are chosen one after the other; the next is the one whose absence raises the entropy of the model's output
+the most, or lowers it the least (the smallest transfer entropy). No labels and no training are needed. Entropies are those
+of Gaussian channels; the constants 0.5 ln(2 pi e) per channel, which cancel in differences, are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import paddle
+from paddle import Tensor
+
+from engine.distributed import Context
+from models.vision_transformer import VisionTransformer
+from utils.errors import UserError
+
+HEAD, FEATURE = TARGETS = ('head', 'feature')
+
+
+class ChannelStatistics:
+    """Count, mean and squared deviations of each channel over samples that come in batches (Chan et al., 1983).
+
+    Everything is float64; merging batches, or processes, gives what all samples at once would give.
+    """
+
+    def __init__(self):
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.deviations: Tensor | None = None
+
+    def add(self, samples: Tensor) -> None:
+        """Takes in samples [n, C]."""
+        samples = samples.astype('float64')
+        mean = samples.mean(0)
+        deviations = (samples - mean).square().sum(0)
+        count = samples.shape[0]
+        if self.mean is None:
+            self.mean, self.deviations = paddle.zeros_like(mean), paddle.zeros_like(mean)
+        total = self.count + count
+        difference = mean - self.mean
+        self.mean = self.mean + difference * (count / total)
+        self.deviations = self.deviations + deviations + difference.square() * (self.count * count / total)
+        self.count = total
+
+    def std(self, context: Context, ddof: int = 0) -> np.ndarray:
+        """Standard deviation of each channel over the samples of all processes, [C]; each must have some.
+
+        Raises:
+            UserError: too few samples.
+        """
+        count = context.sum(paddle.to_tensor([self.count], 'float64')).item()
+        if count <= ddof:
+            raise UserError(f'{int(count)} images are too few for a standard deviation.')
+        mean = context.sum(self.mean * (self.count / count))
+        deviations = self.deviations + (self.mean - mean).square() * self.count
+        return (context.sum(deviations) / (count - ddof)).sqrt().numpy()
+
+
+def entropy(statistics: ChannelStatistics, target: str, context: Context) -> float:
+    """Entropy of an output, but for its constants. A channel that never changes counts as the smallest number there is.
+
+    head: sum_k log2(std of logit k), over n - 1. feature: sum_c ln(std of channel c), over n.
+    """
+    std = np.maximum(statistics.std(context, ddof=1 if target == HEAD else 0), np.finfo('float64').tiny)
+    return float((np.log2(std) if target == HEAD else np.log(std)).sum())
+
+
+@dataclass(frozen=True)
+class Step:
+    """One choice of `select_layers`.
+
+    Attributes:
+        base: entropy without the layers chosen before.
+        entropies: for each layer left, the entropy when it goes too.
+        chosen: the layer that goes.
+    """
+
+    base: float
+    entropies: dict[int, float]
+    chosen: int
+
+    @property
+    def transfer(self) -> dict[int, float]:
+        """Transfer entropy of each layer left: `base` minus the entropy without it."""
+        return {layer: self.base - value for layer, value in self.entropies.items()}
+
+
+def select_layers(
+    model: VisionTransformer,
+    batches: Callable[[int], Iterable[Tensor]],
+    number: int,
+    context: Context,
+    target: str = HEAD,
+) -> Iterator[Step]:
+    """Chooses attention layers to remove, greedily; each choice is yielded when it is made.
+
+    While an entropy is measured a missing layer is the identity, y = x, not the 2x of the model that is trained later.
+    In the end the model is what it was.
+
+    Args:
+        model: a trained one, on every process the same.
+        batches: step, from 0 -> normalised images [b, C, H, W] of this process; the same images at every step.
+        number: how many layers to choose.
+        target: 'head': the logits; 'feature': what the classifier sees.
+
+    Raises:
+        UserError: more layers than the model has.
+    """
+    left = model.attention_layers()
+    if not 1 <= number < len(left):
+        raise UserError(f'{number} attention layers cannot be chosen: the model has {len(left)}, and one must stay.')
+    base = None
+    try:
+        for step in range(number):
+            sums = {layer: ChannelStatistics() for layer in [None, *left]}
+            for images in batches(step):
+                for layer, output in _outputs(model, images, left, target, base is None):
+                    sums[layer].add(output)
+            if base is None:
+                base = entropy(sums[None], target, context)
+            entropies = {layer: entropy(sums[layer], target, context) for layer in left}
+            chosen = max(left, key=entropies.__getitem__)  # of equals the first
+            yield Step(base, entropies, chosen)
+            model.blocks[chosen].weigh_attention(0.0, identity=1.0)
+            left.remove(chosen)
+            base = entropies[chosen]
+    finally:
+        for layer in model.attention_layers():
+            model.blocks[layer].weigh_attention(1.0)
+
+
+@paddle.no_grad()
+def _outputs(model: VisionTransformer, images: Tensor, layers: list[int], target: str, whole: bool):
+    """Yields (layer, output [b, channels] without its attention), and of the `whole` model (None, output).
+
+    Up to a layer the model without it is the whole model: that part is computed once.
+    """
+    model.eval()
+    x, state = model.begin(images)
+    for layer, block in enumerate(model.blocks):
+        if layer in layers:
+            block.weigh_attention(0.0, identity=1.0)
+            try:
+                yield layer, _output(model, *model.run_blocks(x, state, layer), target)
+            finally:
+                block.weigh_attention(1.0)
+        x, state = block(x, state)
+    if whole:
+        yield None, _output(model, *model.run_blocks(x, state, model.depth), target)
+
+
+def _output(model: VisionTransformer, tokens: Tensor, _, target: str) -> Tensor:
+    output = model.forward_head(tokens, pre_logits=target == FEATURE)
+    return output[0] if isinstance(output, tuple) else output  # a distilled model: the class token
+
+
+@paddle.no_grad()
+def branch_entropies(
+    model: VisionTransformer, batches: Iterable[Tensor], context: Context
+) -> dict[str, dict[int, float]]:
+    """Entropy of what each branch adds to its block, all tokens of all images being samples.
+
+    Returns:
+        'attn' and 'mlp': block -> sum_c ln(std of channel c).
+    """
+    model.eval()
+    sums = {'attn': {}, 'mlp': {}}
+    hooks = []
+    for layer, block in enumerate(model.blocks):
+        for name in ('attn', 'mlp') if layer in model.attention_layers() else ('mlp',):
+            statistics = sums[name][layer] = ChannelStatistics()
+
+            def listen(_, __, output, statistics=statistics):
+                tokens = output[0] if isinstance(output, tuple) else output
+                statistics.add(tokens.flatten(0, 1))
+
+            hooks.append(getattr(block, name).register_forward_post_hook(listen))
+    try:
+        for images in batches:
+            model.forward_features(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {
+        name: {layer: entropy(statistics, FEATURE, context) for layer, statistics in layers.items()}
+        for name, layers in sums.items()
+    }

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Relative position bias: a number per head for each displacement between two patches, added to the logits of attention.
+
+As in BEiT, https://arxiv.org/abs/2106.08254, with three more rows for the class token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+EXTRA_ROWS = 3  # class token to patches, patches to class token, class token to itself
+
+
+def relative_position_index(rows: int, columns: int) -> np.ndarray:
+    """Row of the table for each pair of tokens, the class token first: [N, N] int64 with N = 1 + rows * columns."""
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
+    num_rows = table_rows(rows, columns)
+    index = np.full([1 + rows * columns] * 2, num_rows - 1)
+    index[0, 1:], index[1:, 0] = num_rows - 3, num_rows - 2
+    index[1:, 1:] = down * (2 * columns - 1) + right
+    return index
+
+
+def table_rows(rows: int, columns: int) -> int:
+    """T, rows of the table of a grid."""
+    return (2 * rows - 1) * (2 * columns - 1) + EXTRA_ROWS
+
+
+class RelativePositionBias(nn.Layer):
+    """A table of its own and the index into it, which is no part of the state.
+
+    Args:
+        grid: (rows, columns) of patches.
+        num_heads: H.
+    """
+
+    def __init__(self, grid: tuple[int, int], num_heads: int):
+        super().__init__()
+        add_relative_positions(self, grid, num_heads)
+
+    def forward(self) -> Tensor:
+        """[H, N, N]"""
+        return relative_bias(self)
+
+
+def add_relative_positions(layer: nn.Layer, grid: tuple[int, int], num_heads: int) -> None:
+    """Gives `layer` a table of zeros [T, H] under upstream's name, for `relative_bias`."""
+    layer.relative_position_bias_table = layer.create_parameter(
+        [table_rows(*grid), num_heads], default_initializer=initializer.Constant(0.0)
+    )
+    index = paddle.to_tensor(relative_position_index(*grid))
+    layer.register_buffer('relative_position_index', index, persistable=False)
+
+
+def relative_bias(layer: nn.Layer) -> Tensor:
+    """The bias of a layer that has a table, [H, N, N]."""
+    table, index = layer.relative_position_bias_table, layer.relative_position_index
+    return paddle.gather(table, index.flatten()).reshape([*index.shape, -1]).transpose([2, 0, 1])
+
+
+def resize_relative_table(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """A table of a square grid, interpolated bicubically to another grid; any other array as it is."""
+    side = round(max(len(table) - EXTRA_ROWS, 0) ** 0.5)
+    if side**2 + EXTRA_ROWS != len(table):
+        return table
+    patches = paddle.to_tensor(table[: side**2].astype('float32'), place=paddle.CPUPlace())
+    patches = patches.reshape([1, side, side, -1]).transpose([0, 3, 1, 2])
+    size = [2 * grid[0] - 1, 2 * grid[1] - 1]
+    resized = nn.functional.interpolate(patches, size=size, mode='bicubic', align_corners=False)
+    return np.concatenate([resized.flatten(2)[0].transpose([1, 0]).numpy(), table[side**2 :]])

@@ -1,0 +1,245 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measures how fast training images are prepared on this machine.
+
+    python tools/benchmark_data.py
+    python tools/benchmark_data.py -images 512 -rounds 9 -workers 0 2 4 8 -json data.json
+
+Works on generated photographs, JPEG files of 500 x 375 pixels (4:2:0, quality 92). The first table compares one core with what
+a PyTorch recipe does per image; the second one storages and numbers of workers. docs/data.md explains the columns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from config import get_config
+from datasets import Loader, build_dataloader, build_dataset
+from datasets.augment import BICUBIC, Canvas, RandAugment
+from datasets.batch import to_tensor
+from datasets.transforms import RandomResizedCrop
+from tools import make_lmdb, make_zip
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+
+SIZE = (500, 375)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RECIPES = {
+    'crop, flip': {'TRAIN.RAND_AUGMENT': False, 'TRAIN.COLOR_JITTER': 0.0},
+    'crop, flip, RandAugment': {'TRAIN.RAND_AUGMENT': True},
+}
+PIPELINES = {'LeanViT': {}, 'LeanViT, FAST_RESIZE': {'DATA.FAST_RESIZE': True}}
+STORAGES = {
+    'folder': {'DATA.DATASET': 'folder'},
+    'lmdb': {'DATA.DATASET': 'lmdb'},
+    'zip': {'DATA.DATASET': 'zip'},
+    'zip, CACHE full': {'DATA.DATASET': 'zip', 'DATA.CACHE': 'full'},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    facts = {'processor': processor(), 'pillow': PIL.__version__, 'images': args.images, 'image_size': args.image_size}
+    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    with tempfile.TemporaryDirectory(prefix='benchmark-data-') as folder:
+        write_photographs(os.path.join(folder, 'train'), args.images)
+        with contextlib.redirect_stdout(io.StringIO()):
+            for tool in (make_lmdb, make_zip):
+                tool.main(['-data_path', folder, '-dataset', 'folder', '-split', 'train'])
+        result = {'environment': facts, **measure_one_core(folder, args), 'loader': measure_loaders(folder, args)}
+    print_tables(result)
+    if args.json:
+        with atomic_write(args.json, 'w') as file:
+            json.dump(result, file, indent=1)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add('-images', type=int, default=128, metavar='N', help='images to work on (default: 128)')
+    add('-rounds', type=int, default=5, metavar='N', help='timed rounds, of which the median counts (default: 5)')
+    add('-workers', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='numbers of workers (default: 0 1 2)')
+    add('-image_size', type=int, default=224, metavar='N', help='side of the input in pixels (default: 224)')
+    add('-batch_size', type=int, default=32, metavar='N', help='images per batch (default: 32)')
+    add('-json', metavar='FILE', help='write the results there too')
+    args = parser.parse_args(argv)
+    for name in ('images', 'rounds', 'image_size', 'batch_size'):
+        if getattr(args, name) < 1:
+            raise UserError(f'-{name} is {getattr(args, name)}, but must be at least 1.')
+    if min(args.workers) < 0:
+        raise UserError(f'-workers is {min(args.workers)}, but must be at least 0.')
+    return args
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError, StopIteration), open('/proc/cpuinfo', encoding='utf-8') as file:
+        return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+    return platform.processor() or platform.machine()
+
+
+def write_photographs(folder: str, count: int) -> None:
+    """Parts of scikit-learn's two photographs, with the noise of a camera, in two class folders."""
+    from sklearn.datasets import load_sample_images
+
+    rng = np.random.default_rng(0)
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for name in 'ab':
+        os.makedirs(os.path.join(folder, name))
+    for number in range(count):
+        photograph = photographs[number % 2]
+        width = int(rng.integers(300, photograph.width * 7 // 8))
+        height = width * SIZE[1] // SIZE[0]
+        left, top = int(rng.integers(photograph.width - width)), int(rng.integers(photograph.height - height))
+        part = photograph.resize(SIZE, BICUBIC, (left, top, left + width, top + height))
+        noisy = np.asarray(part) + rng.normal(0, 1.0, (SIZE[1], SIZE[0], 3))
+        path = os.path.join(folder, 'ab'[number % 2], f'{number:05d}.jpg')
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=92, subsampling='4:2:0')
+
+
+def make_loader(folder: str, args: argparse.Namespace, *options: dict, workers: int = 0) -> Loader:
+    """A training loader of the product, as a launcher builds it."""
+    keys = {'DATA.DATA_PATH': folder, 'DATA.IMAGE_SIZE': args.image_size, 'DATA.CROP': 'resized'}
+    keys |= {'DATA.BATCH_SIZE': args.batch_size, 'DATA.NUM_WORKERS': workers, 'TRAIN.RANDOM_ERASE_PROB': 0.0}
+    keys |= {'DATA.IMAGENET_MEAN': MEAN, 'DATA.IMAGENET_STD': STD}
+    for option in options:
+        keys |= option
+    config = get_config(None, [item for pair in keys.items() for item in pair])
+    return build_dataloader(config, build_dataset(config, 'train'), training=True)
+
+
+def median_seconds(calls: Sequence[Callable], rounds: int, clock: Callable[[], float]) -> list[float]:
+    """Of each call. All take turns in every round, so that a busy machine does not favour one; a first round is not timed."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for timed in range(rounds + 1):
+        for call, times in zip(calls, seconds):
+            began = clock()
+            call()
+            if timed:
+                times.append(clock() - began)
+    return [statistics.median(times) for times in seconds]
+
+
+# ---------------------------------------------------------------------------------------------------- one core
+class Reference:
+    """What a PyTorch recipe does per image: Pillow decodes, crops, resizes, flips; then come ToTensor and Normalize.
+
+    It draws from the generators that the product draws from, so both make the same picture.
+    """
+
+    def __init__(self, paths: list[str], side: int, randaugment: bool):
+        self.paths = paths
+        self.side = side
+        self.box = RandomResizedCrop(side, (0.08, 1.0), (3 / 4, 4 / 3), (BICUBIC,)).box
+        canvas = Canvas('timm', 'bicubic', tuple(round(255 * value) for value in MEAN))
+        self.augment = RandAugment(2, 9, canvas) if randaugment else None
+
+    def picture(self, index: int) -> Image.Image:
+        rng = np.random.default_rng([0, 0, index, 0])
+        with open(self.paths[index], 'rb') as file:
+            image = Image.open(file).convert('RGB')
+        image = image.crop(self.box(*image.size, rng)).resize((self.side, self.side), BICUBIC)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return self.augment(image, rng) if self.augment else image
+
+    def __call__(self, index: int) -> np.ndarray:
+        """[3, H, W] float32, normalised."""
+        pixels = np.ascontiguousarray(np.array(self.picture(index)).transpose(2, 0, 1)).astype(np.float32)
+        pixels /= 255
+        pixels -= np.array(MEAN, np.float32).reshape(-1, 1, 1)
+        pixels /= np.array(STD, np.float32).reshape(-1, 1, 1)
+        return pixels
+
+
+def measure_one_core(folder: str, args: argparse.Namespace) -> dict:
+    """Images per second of processor time: the reference, and the product's loader without worker processes."""
+    rows, calls = [], []
+    for recipe, keys in RECIPES.items():
+        loaders = {name: make_loader(folder, args, STORAGES['folder'], keys, more) for name, more in PIPELINES.items()}
+        dataset = loaders['LeanViT'].dataset
+        reference = Reference(list(map(dataset.describe, range(len(dataset)))), args.image_size, len(keys) == 1)
+        rows.append({'recipe': recipe, 'pipeline': 'reference'})
+        calls.append(lambda reference=reference: [reference(index) for index in range(args.images)])
+        for name, loader in loaders.items():
+            rows.append({'recipe': recipe, 'pipeline': name, 'difference': difference(reference, loader)})
+            calls.append(lambda loader=loader: list(loader.epoch(0)))
+    batches = list(loader.epoch(0))
+    calls.append(lambda: [to_tensor(batch, MEAN, STD) for batch in batches])
+    *seconds, normalising = median_seconds(calls, args.rounds, time.process_time)
+    base = {row['recipe']: time_taken for row, time_taken in zip(rows, seconds) if row['pipeline'] == 'reference'}
+    for row, time_taken in zip(rows, seconds):
+        row['images_per_second'] = args.images / time_taken
+        row['ratio'] = base[row['recipe']] / time_taken
+        if row['pipeline'] != 'reference':
+            row['ratio_normalised'] = base[row['recipe']] / (time_taken + normalising)
+    return {'one_core': rows, 'normalising_ms': 1000 * normalising / args.images}
+
+
+def difference(reference: Reference, loader: Loader) -> float:
+    """Mean absolute difference of the pixels of the first batch, of 255."""
+    batch = next(loader.epoch(0))
+    expected = np.stack([np.asarray(reference.picture(index), np.int16) for index in batch.indices])
+    return float(np.abs(batch.images - expected).mean())
+
+
+# ---------------------------------------------------------------------------------------------------- loader
+def measure_loaders(folder: str, args: argparse.Namespace) -> list[dict]:
+    """Images per second of wall time of each storage with each number of workers, cropped and flipped."""
+    rows, calls = [], []
+    with contextlib.ExitStack() as stack:
+        for storage, keys in STORAGES.items():
+            for workers in args.workers:
+                loader = make_loader(folder, args, RECIPES['crop, flip'], keys, workers=workers)
+                stack.callback(loader.close)
+                rows.append({'storage': storage, 'workers': workers})
+                calls.append(lambda loader=loader: [None for _ in loader.epoch(1)])
+        for row, seconds in zip(rows, median_seconds(calls, args.rounds, time.perf_counter)):
+            row['images_per_second'] = args.images / seconds
+    return rows
+
+
+def print_tables(result: dict) -> None:
+    print('\none core                 images per second of processor time, ratio to the reference')
+    for row in result['one_core']:
+        print(f'{row["recipe"]:24s} {row["pipeline"]:21s} {row["images_per_second"]:8.1f} {row["ratio"]:6.2f}', end='')
+        if row['pipeline'] != 'reference':
+            print(f'   normalised {row["ratio_normalised"]:.2f}, pixels differ by {row["difference"]:.2f}', end='')
+        print()
+    print(f'normalising a batch on this CPU: {result["normalising_ms"]:.2f} ms per image')
+    rows = result['loader']
+    workers = sorted({row['workers'] for row in rows})
+    print(
+        f'\nloader, images per second {"":7s}'
+        + ''.join(f'{count:6d} worker{"s" * (count != 1):1s}' for count in workers)
+    )
+    for storage in STORAGES:
+        speeds = {row['workers']: row['images_per_second'] for row in rows if row['storage'] == storage}
+        print(f'{storage:33s}' + ''.join(f'{speeds[count]:14.1f}' for count in workers))
+
+
+if __name__ == '__main__':
+    run(main)

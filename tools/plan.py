@@ -1,0 +1,461 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Plans a lean Vision Transformer: what removed attention, EViT and ToMe together cost and give on this device.
+
+    python tools/plan.py -cfg configs/deit_small_patch16_224.yaml -output plan \
+        -remove "none;0,2,4" -keep_rates 1,0.9,0.7 -r 0,8,13
+    python tools/plan.py -cfg ... -output plan -keep_rates 1,0.9,0.7 -pretrained deit.pdparams -data_path /dataset/imagenet
+
+All combinations are measured in turns, and those that no other one beats become YAML files. docs/plan.md explains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import numpy as np
+import paddle
+import yaml
+from yacs.config import CfgNode
+
+from config import config_file_of, flag_parser, get_config, merge_opts, update_config
+from datasets import Dataset, build_dataloader, build_dataset, resolve_num_classes
+from engine import distributed
+from engine.distributed import Context
+from engine.evaluate import CLASSIFICATION, Measure, evaluate
+from engine.exported import Predictor, cpu_threads, save_program
+from engine.throughput import Call, predictor_call, time_interleaved
+from models import build_model
+from models.pretrained import load_pretrained
+from models.profile import Profile, profile
+from models.vision_transformer import VisionTransformer
+from tools._pareto import Dot, draw, pareto_frontier
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.runlog import RunLog, progress
+
+WARMUP = 3
+PROGRAMS_AT_ONCE = 8  # exported programs in memory, each of which has weights of its own
+COLUMNS = '{:>2} {:<12} {:>9} {:>8} {:>8} {:>9} {:>6} {:>11} {:>7}'
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config, dataset = read_config(args)
+    context = distributed.start()
+    given, *others = combinations(args, config)
+    candidates, left_out = build_all(config, given, others)
+    facts = environment(args, context)
+    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    rate(candidates, measure(candidates, args, context), args.batch_size)
+    if dataset is not None:
+        evaluate_all(config, candidates, dataset, context)
+    value = 'macs' if dataset is None else 'acc1'
+    frontier = mark_frontier(candidates, value)
+    print_table(candidates, left_out)
+    write_results(args.folder, facts, candidates, left_out, value)
+    for candidate in frontier:
+        write_yaml(args, candidate, candidates[0], len(frontier))
+    with atomic_write(os.path.join(args.folder, 'pareto.png')) as file:
+        draw(file, [candidate.dot() for candidate in candidates], config.MODEL.NAME, caption(facts))
+    print(f"the frontier's {len(frontier)} YAML files, results.json and pareto.png are in '{args.folder}'")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    flags = (
+        '-cfg', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-pretrained',
+    )  # fmt: skip
+    parser = flag_parser('Sweep removed attention, EViT keep rates and ToMe of a Vision Transformer.', flags)
+    parser.add_argument(
+        '-output', dest='folder', metavar='DIR', required=True, help='new folder for results, picture and YAML files'
+    )
+    own = argparse.SUPPRESS  # the value of the configuration
+    parser.add_argument('-remove', default=own, metavar='LISTS', help='blocks without attention: "none;0,2,4;0,2,4,6"')
+    parser.add_argument('-keep_rates', default=own, metavar='RATES', help='EViT, share of tokens kept: 1,0.9,0.7,0.5')
+    parser.add_argument('-r', default=own, metavar='NUMBERS', help='ToMe, tokens merged per block: 0,8,13')
+    parser.add_argument('-rounds', type=int, default=10, metavar='N', help='timed rounds; medians are reported')
+    parser.add_argument(
+        '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
+    )
+    parser.set_defaults(batch_size=8)
+    args = parser.parse_args(argv)
+    if args.rounds < 1:
+        raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
+    if config_file_of(args) is None:
+        raise UserError('-cfg is missing: give the YAML file of a Vision Transformer.')
+    if 'pretrained' not in args and ('dataset' in args or 'data_path' in args):
+        raise UserError(
+            '-pretrained is missing: accuracies need weights; without -dataset and -data_path none are told.'
+        )
+    if os.path.exists(os.path.join(args.folder, 'results.json')):
+        raise UserError(f"-output '{args.folder}' holds an earlier plan; give another folder.")
+    return args
+
+
+def read_config(args: argparse.Namespace) -> tuple[CfgNode, Dataset | None]:
+    """The given model, and with weights the images to validate it on."""
+    config = update_config(get_config(), args)
+    dataset = None
+    if 'pretrained' in args:
+        dataset = build_dataset(config, 'val')
+        config.MODEL.NUM_CLASSES = resolve_num_classes(config, dataset)
+    config.freeze()
+    return config, dataset
+
+
+def environment(args: argparse.Namespace, context: Context) -> dict:
+    """What the numbers depend on besides the models."""
+    return {
+        'paddle': paddle.__version__,
+        'device': paddle.device.cuda.get_device_name() if context.on_gpu else 'cpu',
+        'threads': cpu_threads(),
+        'backend': args.backend,
+        'batch_size': args.batch_size,
+        'rounds': args.rounds,
+    }
+
+
+def caption(facts: dict) -> str:
+    """A line on how a plan was measured."""
+    return '{device}, {threads} threads, Paddle {paddle}, {backend}, batch {batch_size}, {rounds} rounds'.format(
+        **facts
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- combinations
+@dataclass(frozen=True)
+class Combination:
+    """A point of the sweep.
+
+    Attributes:
+        remove: blocks without attention.
+        keep_rate: of EViT.
+        r: of ToMe; None: as the configuration's MODEL.TOME.SCHEDULE says.
+    """
+
+    remove: tuple[int, ...]
+    keep_rate: float
+    r: int | None
+
+    def options(self) -> list:
+        """Keys and values that make a configuration this combination."""
+        merging = [] if self.r is None else ['MODEL.TOME.R', self.r, 'MODEL.TOME.SCHEDULE', None]
+        return [
+            *['MODEL.LAMBDA.PRUNE_LAYERS', self.remove, 'MODEL.LAMBDA.DONE_LAYERS', ()],
+            *['MODEL.LAMBDA.REMOVED', bool(self.remove), 'MODEL.EVIT.KEEP_RATE', self.keep_rate, *merging],
+        ]
+
+    def texts(self) -> tuple[str, str, str]:
+        """What tables say: ('0,2,4', '0.7', '8')."""
+        removed = ','.join(map(str, self.remove)) or 'none'
+        return removed, f'{self.keep_rate:g}', 'schedule' if self.r is None else str(self.r)
+
+    def slug(self) -> str:
+        """'remove0-2-4_keep0.7_r8'."""
+        return 'remove{}_keep{}_r{}'.format(*self.texts()).replace(',', '-')
+
+
+def combinations(args: argparse.Namespace, config: CfgNode) -> list[Combination]:
+    """The given model first, then the sweep."""
+    removal, tome = config.MODEL.LAMBDA, config.MODEL.TOME
+    leaving = tuple(sorted({*removal.PRUNE_LAYERS, *removal.DONE_LAYERS}))
+    given = Combination(leaving, config.MODEL.EVIT.KEEP_RATE, tome.R if tome.SCHEDULE is None else None)
+    lists, rates, numbers = [given.remove], [given.keep_rate], [given.r]
+    if 'remove' in args:
+        lists = [() if text.strip() == 'none' else removal_list(text) for text in args.remove.split(';')]
+    if 'keep_rates' in args:
+        rates = read_numbers('-keep_rates', args.keep_rates, float, lambda rate: 0 < rate <= 1, 'between 0 and 1')
+    if 'r' in args:
+        numbers = read_numbers('-r', args.r, int, lambda r: r >= 0, 'a whole number from 0')
+    sweep = (Combination(remove, rate, r) for remove in lists for rate in rates for r in numbers)
+    return list(dict.fromkeys([given, *sweep]))
+
+
+def removal_list(text: str) -> tuple[int, ...]:
+    """'2,0' -> (0, 2)."""
+    return tuple(sorted(set(read_numbers('-remove', text, int, lambda layer: layer >= 0, "a block's number, or none"))))
+
+
+def read_numbers(flag: str, text: str, kind: type, allowed, wanted: str) -> list:
+    """Numbers with commas between them."""
+    numbers = []
+    for item in text.split(','):
+        try:
+            numbers.append(kind(item))
+        except ValueError:
+            numbers.append(None)
+        if numbers[-1] is None or not allowed(numbers[-1]):
+            raise UserError(f"{flag} has '{item.strip()}', but takes numbers with commas between, each {wanted}.")
+    return numbers
+
+
+# ---------------------------------------------------------------------------------------------------- models
+@dataclass
+class Candidate:
+    """A combination that can be built, and what is known about it.
+
+    Attributes:
+        results: `images_per_second` and its quartiles, `latency_ms`, `ratio` to the given model; `acc1`, `acc5`.
+        number: on the frontier, from 1, the slowest first; None: not on it.
+    """
+
+    combination: Combination
+    config: CfgNode
+    model: VisionTransformer
+    cost: Profile
+    results: dict = field(default_factory=dict)
+    number: int | None = None
+
+    def image_shape(self) -> list[int]:
+        """[C, H, W]."""
+        data = self.config.DATA
+        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+
+    def row(self) -> dict:
+        """The object of the JSON file."""
+        return {
+            **asdict(self.combination),
+            **{'params': self.cost.params, 'macs': self.cost.macs, 'matching_macs': self.cost.matching},
+            **self.results,
+            'yaml': self.yaml_name() if self.number else None,
+        }
+
+    def dot(self) -> Dot:
+        """The candidate in the picture."""
+        low, high = self.results['images_per_second_quartiles']
+        speed = (low, self.results['images_per_second'], high)
+        return Dot(*self.combination.texts(), speed, self.cost.macs, self.results.get('acc1'), self.number)
+
+    def yaml_name(self) -> str:
+        """Name of the frontier point's file."""
+        return f'{self.number:02d}_{self.combination.slug()}.yaml'
+
+
+def build_all(
+    config: CfgNode, given: Combination, others: Sequence[Combination]
+) -> tuple[list[Candidate], list[tuple[Combination, str]]]:
+    """The given model and all others that can be built, which share their weights; and why the rest cannot.
+
+    Raises:
+        UserError: the given model cannot be built, or is no Vision Transformer.
+    """
+    pool: dict[str, paddle.Tensor] = {}
+    candidates, left_out = [build(config, given, pool, print)], []
+    for combination in progress(others, len(others), 'building', shown=True):
+        try:
+            candidates.append(build(config, combination, pool, lambda line: None))
+        except UserError as error:
+            left_out.append((combination, str(error)))
+    if others and len(candidates) == 1:
+        raise UserError(f'no combination can be built; {" / ".join(left_out[0][0].texts())}: {left_out[0][1]}')
+    return candidates, left_out
+
+
+def build(config: CfgNode, combination: Combination, pool: dict[str, paddle.Tensor], log) -> Candidate:
+    """Builds a combination on the weights of `pool`, by name, to which it adds those that are missing there."""
+    config = config.clone()
+    config.defrost()
+    merge_opts(config, combination.options())
+    config.freeze()
+    model = build_model(config)
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}; only a Vision Transformer (vit) can be planned.')
+    share_weights(model, pool)
+    if config.MODEL.PRETRAINED:
+        load_pretrained(model, config.MODEL.PRETRAINED, log=log, replace_head=False)
+    model.eval()
+    candidate = Candidate(combination, config, model, cost=None)
+    candidate.cost = profile(model, [1, *candidate.image_shape()])
+    return candidate
+
+
+def share_weights(model: paddle.nn.Layer, pool: dict[str, paddle.Tensor]) -> None:
+    """Puts the parameters of `pool` in the place of the model's, so that many models need the memory of one."""
+    for prefix, layer in model.named_sublayers(include_self=True):
+        for name, parameter in layer._parameters.items():
+            if parameter is not None:
+                layer._parameters[name] = pool.setdefault(f'{prefix}.{name}', parameter)
+
+
+# ---------------------------------------------------------------------------------------------------- measuring
+def measure(candidates: Sequence[Candidate], args: argparse.Namespace, context: Context) -> np.ndarray:
+    """Seconds of a batch, and of one image: [candidates, 2, rounds].
+
+    Layers all take turns. Exported programs do so in groups; the first candidate is in all of them, and says by how much
+    the machine was faster or slower meanwhile than in the first group.
+    """
+    size = len(candidates) if args.backend == 'dygraph' else PROGRAMS_AT_ONCE
+    first, *rest = candidates
+    groups = [rest[start : start + size] for start in range(0, len(rest), size)] or [[]]
+    seconds: list[np.ndarray] = []
+    for group in progress(groups, len(groups), 'measuring', shown=True):
+        with tempfile.TemporaryDirectory(prefix='plan-') as folder:
+            calls = [call for each in layer_or_program_calls([first, *group], args, folder) for call in each]
+            taken = np.array(time_interleaved(calls, context, args.rounds, WARMUP)).reshape([-1, 2, args.rounds])
+        if not seconds:
+            seconds.append(taken[0])
+        drift = np.median(seconds[0], 1) / np.median(taken[0], 1)
+        seconds.extend(taken[1:] * drift[:, np.newaxis])
+    return np.array(seconds)
+
+
+def layer_or_program_calls(
+    candidates: Sequence[Candidate], args: argparse.Namespace, folder: str
+) -> Iterable[tuple[Call, Call]]:
+    """For each candidate a forward pass of a batch, and one of a single image."""
+    shape = candidates[0].image_shape()
+    images = [paddle.randn([size, *shape]) for size in (args.batch_size, 1)]
+    for index, candidate in enumerate(candidates):
+        if args.backend == 'dygraph':
+            yield tuple(layer_call(candidate.model, batch) for batch in images)
+        else:
+            prefix = os.path.join(folder, str(index))
+            save_program(candidate.model, shape, prefix)
+            predictor = Predictor(prefix)
+            yield tuple(predictor_call(predictor, batch.shape) for batch in images)
+
+
+def layer_call(model: paddle.nn.Layer, images: paddle.Tensor) -> Call:
+    """A forward pass of images that all candidates share."""
+
+    def call() -> None:
+        with paddle.no_grad():
+            model(images)
+
+    return call
+
+
+def rate(candidates: Sequence[Candidate], seconds: np.ndarray, batch_size: int) -> None:
+    """Fills in what `measure` found."""
+    speeds = batch_size / np.quantile(seconds[:, 0], [0.5, 0.75, 0.25], axis=1)
+    latencies = np.median(seconds[:, 1], axis=1)
+    for index, candidate in enumerate(candidates):
+        speed, low, high = speeds[:, index].tolist()
+        candidate.results['images_per_second'] = speed
+        candidate.results['images_per_second_quartiles'] = [low, high]
+        candidate.results['ratio'] = speed / speeds[0, 0].item()
+        candidate.results['latency_ms'] = latencies[index].item() * 1000
+
+
+def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Dataset, context: Context) -> None:
+    """Fills in the accuracies of all candidates, in one pass over the images."""
+
+    def sums(models, images, labels, indices):
+        return paddle.concat([CLASSIFICATION.sums(model, images, labels, indices) for model in models])
+
+    titles = {f'{name}/{index}': name for index in range(len(candidates)) for name in CLASSIFICATION.titles}
+    models = paddle.nn.LayerList([candidate.model for candidate in candidates])
+    with tempfile.TemporaryDirectory(prefix='plan-') as folder, contextlib.closing(RunLog(folder, rank=0)) as log:
+        with build_dataloader(config, dataset, training=False) as loader:
+            means = evaluate(config, models, loader, context, log, measure=Measure(titles, 'acc1/0', sums))
+    print(f'{means["images"]} images, {means["skipped"]} of them unreadable')
+    for index, candidate in enumerate(candidates):
+        candidate.results.update({name: means[f'{name}/{index}'] for name in ('acc1', 'acc5')})
+
+
+# ---------------------------------------------------------------------------------------------------- frontier
+def mark_frontier(candidates: Sequence[Candidate], value: str) -> list[Candidate]:
+    """Numbers the candidates that no other beats in speed and `value`: 'acc1', or 'macs', which stand in for it."""
+    points = [(candidate.row()[value], candidate.results['images_per_second']) for candidate in candidates]
+    frontier = [candidates[index] for index in pareto_frontier(points)]
+    frontier.sort(key=lambda candidate: candidate.results['images_per_second'])
+    for number, candidate in enumerate(frontier, start=1):
+        candidate.number = number
+    return frontier
+
+
+# ---------------------------------------------------------------------------------------------------- output
+def print_table(candidates: Sequence[Candidate], left_out: Sequence[tuple[Combination, str]]) -> None:
+    print(COLUMNS.format('#', 'removed', 'keep rate', 'r', 'MACs G', 'images/s', 'ratio', 'latency ms', 'top-1'))
+    for candidate in candidates:
+        results = candidate.results
+        print(
+            COLUMNS.format(
+                candidate.number or '',
+                *candidate.combination.texts(),
+                f'{candidate.cost.macs / 1e9:.3f}',
+                f'{results["images_per_second"]:.1f}',
+                f'{results["ratio"]:.2f}',
+                f'{results["latency_ms"]:.2f}',
+                f'{100 * results["acc1"]:.2f}' if 'acc1' in results else '-',
+            )
+        )
+    for combination, reason in left_out:
+        print('left out: removed {}, keep rate {}, r {}: '.format(*combination.texts()) + reason)
+
+
+def write_results(folder: str, facts: dict, candidates, left_out, value: str) -> None:
+    """results.json."""
+    content = {
+        'environment': facts,
+        'frontier': ['images_per_second', value],
+        'points': [candidate.row() for candidate in candidates],
+        'left_out': [{**asdict(combination), 'reason': reason} for combination, reason in left_out],
+    }
+    with atomic_write(os.path.join(folder, 'results.json'), 'w') as file:
+        json.dump(content, file, indent=2)
+
+
+def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate, total: int) -> None:
+    """The configuration of a point on the frontier: what it changes of the given one."""
+    cfg, path = config_file_of(args), os.path.join(args.folder, candidate.yaml_name())
+    changes = changed_keys(get_config(cfg), candidate.config)
+    if changes:
+        changes['MODEL.NAME'] = f'{given.config.MODEL.NAME}_{candidate.combination.slug()}'
+        published = given.config.MODEL.PUBLISHED  # facts about the weights of another model
+        changes.update({f'MODEL.PUBLISHED.{key}': None for key in published if published[key] is not None})
+    tree: dict = {'BASE': os.path.relpath(cfg, args.folder)}
+    for key, value in changes.items():
+        *groups, name = key.split('.')
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[name] = list(value) if isinstance(value, tuple) else value
+    results = candidate.results
+    accuracy = f'\n# {100 * results["acc1"]:.2f} % top-1 with the weights of the plan.' if 'acc1' in results else ''
+    fading = '\n# Trained as it is, these blocks never have attention; with REMOVED: False it fades, as LAMBDA says.'
+    with atomic_write(path, 'w') as file:
+        file.write(
+            f'# Point {candidate.number} of {total} on the frontier of {given.config.MODEL.NAME}.\n#\n'
+            f'#   python main_multi_gpu.py -cfg={path}\n#\n'
+            f'# {candidate.cost.params:,} parameters, {candidate.cost.macs:,} MACs. {results["images_per_second"]:.1f} '
+            f'images/s at batch {args.batch_size}, {results["ratio"]:.2f} times those of the given model.'
+            f'{accuracy}{fading if "MODEL.LAMBDA.REMOVED" in changes else ""}\n'
+        )
+        yaml.safe_dump(tree, file, sort_keys=False, default_flow_style=None)
+
+
+def changed_keys(base: CfgNode, config: CfgNode) -> dict:
+    """What makes the model another one than that of `base`; weights and classes are not the model's."""
+    changes = {} if base.DATA.IMAGE_SIZE == config.DATA.IMAGE_SIZE else {'DATA.IMAGE_SIZE': config.DATA.IMAGE_SIZE}
+
+    def compare(before: CfgNode, after: CfgNode, prefix: str) -> None:
+        for name, value in after.items():
+            if isinstance(value, CfgNode):
+                compare(before[name], value, f'{prefix}{name}.')
+            elif value != before[name]:
+                changes[prefix + name] = value
+
+    compare(base.MODEL, config.MODEL, 'MODEL.')
+    for key in ('MODEL.NUM_CLASSES', 'MODEL.PRETRAINED', 'MODEL.RESUME'):
+        changes.pop(key, None)
+    return changes
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,117 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Leaves out the attention that has faded in training: a smaller file, a faster model, the same answers.
+
+    python tools/prune.py -pretrained output/my_run -output small.pdparams
+    python tools/prune.py -cfg configs/lambda_base_01346_finetune.yaml -pretrained best.pdparams -output small.pdparams
+
+The result is for the same configuration with MODEL.LAMBDA.REMOVED True. It is written only if both models agree.
+docs/lambda_vit.md tells the whole way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import numpy as np
+import paddle
+
+from config import flag_parser
+from engine.inference import load_classifier
+from models import build_model
+from models.pretrained import load_state
+from models.profile import profile
+from models.vision_transformer import VisionTransformer
+from tools._common import trained_config
+from utils.cli import run
+from utils.errors import UserError
+from utils.weights import FACTS, SUFFIX, write_pdparams
+
+TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
+IMAGES = 4
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config = trained_config(args)
+    paddle.set_device('cpu')  # here float32 is float32
+    trained = load_trained(config)
+    small = without_attention(config, trained)
+    shape = [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+    difference = compare(trained, small, shape)
+    write_pdparams({**small.state_dict(), FACTS: small.facts()}, args.target)
+    before, after = (profile(model, [1, *shape]) for model in (trained, small))
+    print(f'attention removed from blocks {", ".join(map(str, small.removed_layers))}')
+    print(f'parameters: {before.params:,} -> {after.params:,}')
+    print(f'multiply-accumulates: {before.macs:,} -> {after.macs:,}')
+    print(f'largest relative difference of a logit: {difference:.1e}')
+    print(f'written: {args.target}; build the model with MODEL.LAMBDA.REMOVED True')
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = flag_parser('Leave out the attention that has faded in training.', ('-cfg', '-pretrained'))
+    parser.add_argument('-output', dest='target', required=True, metavar='FILE', help='.pdparams file to write')
+    args = parser.parse_args(argv)
+    if not args.target.endswith(SUFFIX):
+        args.target += SUFFIX
+    return args
+
+
+def load_trained(config) -> VisionTransformer:
+    """The trained model, with all its attention.
+
+    Raises:
+        UserError: no blocks are named, or their attention still has a weight.
+    """
+    fading = config.MODEL.LAMBDA
+    if not (fading.PRUNE_LAYERS or fading.DONE_LAYERS):
+        raise UserError('the configuration names no blocks: set MODEL.LAMBDA.PRUNE_LAYERS to those of the training.')
+    fading.REMOVED = False
+    model = load_classifier(config)
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but attention is removed from Vision Transformers.')
+    for layer in model.prune_layers:
+        weight = model.blocks[layer].attn_weight
+        if weight:
+            raise UserError(
+                f"the attention of block {layer} still has the weight {weight:.4g} in '{config.MODEL.PRETRAINED}': "
+                'finish the training, until its log says attn_lambda: 0.'
+            )
+    return model
+
+
+def without_attention(config, trained: VisionTransformer) -> VisionTransformer:
+    """The same model built without the attention."""
+    config.MODEL.LAMBDA.REMOVED = True
+    config.MODEL.NUM_CLASSES = trained.num_classes
+    model = build_model(config)
+    arrays = {name: value.numpy() for name, value in trained.state_dict().items()}
+    load_state(model, arrays, f"'{config.MODEL.PRETRAINED}'", log=lambda line: None, replace_head=False)
+    model.eval()
+    return model
+
+
+@paddle.no_grad()
+def compare(trained: VisionTransformer, small: VisionTransformer, shape: list[int]) -> float:
+    """The largest difference of a logit, relative to the largest logit. Raises UserError when that is too large."""
+    images = paddle.to_tensor(np.random.default_rng(0).standard_normal((IMAGES, *shape), 'float32'))
+    expected, actual = trained(images).numpy(), small(images).numpy()
+    difference = np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo('float32').tiny)
+    if not difference <= TOLERANCE:  # NaN included
+        raise UserError(
+            f'without its attention the model answers differently, by {difference:.1e}: nothing is written.'
+        )
+    return float(difference)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,179 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Chooses the attention layers that a trained Vision Transformer can best do without, by transfer entropy.
+
+    python tools/select_layers.py -cfg configs/deit_base_patch16_224.yaml -pretrained deit_base_patch16_224.pdparams \
+        -data_path /dataset/imagenet -number 5 -output selection/deit_base
+
+Writes selection/deit_base.json (every entropy), .png (the same to look at) and .yaml (a configuration that fades the
+chosen layers out). Under Paddle's launcher the images are shared out to several processes. docs/lambda_vit.md explains it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import datasets
+from config import config_file_of, flag_parser
+from datasets.batch import to_tensor
+from datasets.subset import random_subset
+from engine import distributed
+from engine.inference import load_classifier
+from engine.selection import TARGETS, Step, branch_entropies, select_layers
+from models.vision_transformer import VisionTransformer
+from tools._common import trained_config
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.runlog import progress
+
+FLAGS = ('-cfg', '-pretrained', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_workers')
+YAML = """\
+# {name} whose attention fades in blocks {layers}, chosen by tools/select_layers.py
+# ({images} images, entropy of the {target}). Train it from the weights it was chosen on:
+#
+#   python main_multi_gpu.py -cfg={path} -pretrained={weights}
+BASE: {base}
+MODEL:
+  NAME: {name}_fading
+  LAMBDA:
+    PRUNE_LAYERS: [{layers}]
+  PUBLISHED:
+    ACC1: None
+    ACC5: None
+    WEIGHTS: None
+"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config = trained_config(args)
+    if config.MODEL.EVIT.KEEP_RATE < 1 or config.MODEL.TOME.R or config.MODEL.TOME.SCHEDULE:
+        raise UserError(
+            'layers are chosen while all tokens are there: set MODEL.EVIT.KEEP_RATE to 1, MODEL.TOME.R to 0.'
+        )
+    context = distributed.start()
+    data = random_subset(datasets.build_dataset(config, args.split), args.images, config.SEED)
+    if len(data) < 2 * context.world_size:
+        raise UserError(f'{len(data)} images are too few for {context.world_size} processes.')
+    log = print if context.is_main else lambda line: None
+    model = load_classifier(config, log=log)
+    if not isinstance(model, VisionTransformer):
+        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but attention is removed from Vision Transformers.')
+    with contextlib.ExitStack() as stack:
+        files = {}
+        if context.is_main:  # opened first: hours of work should not end at a folder that cannot be written
+            for suffix in ('json', 'png', 'yaml'):
+                mode = 'wb' if suffix == 'png' else 'w'
+                files[suffix] = stack.enter_context(atomic_write(f'{args.target}.{suffix}', mode))
+        loader = datasets.build_dataloader(config, data, False, context.rank, context.world_size)
+        batches = images_of(stack.enter_context(loader), config, context)
+        branches = branch_entropies(model, batches('branches'), context)
+        steps = []
+        for step in select_layers(model, lambda i: batches(f'layer {i + 1}'), args.number, context, args.target_output):
+            steps.append(step)
+            log(f'{len(steps)}. block {step.chosen}, transfer entropy {step.transfer[step.chosen]:.4f}')
+        if context.is_main:
+            result = describe(args, config, len(data), branches, steps)
+            json.dump(result, files['json'], indent=2)
+            draw(result).savefig(files['png'], format='png', dpi=150)
+            files['yaml'].write(recipe(args, config, result))
+    log(f'written: {", ".join(f"{args.target}.{suffix}" for suffix in files)}')
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = flag_parser('Choose the attention layers that a model can do without.', FLAGS)
+    parser.add_argument('-number', type=int, required=True, metavar='N', help='layers to choose')
+    parser.add_argument(
+        '-target', dest='target_output', choices=TARGETS, default=TARGETS[0],
+        help='whose entropy decides: the logits, or what the classifier sees',
+    )  # fmt: skip
+    parser.add_argument('-images', type=int, default=50000, metavar='N', help='images to look at, drawn by SEED')
+    parser.add_argument('-split', choices=('train', 'val'), default='train', help='where they are drawn from')
+    parser.add_argument(
+        '-output', dest='target', required=True, metavar='DIR/NAME', help='files to write, without their suffixes'
+    )
+    args = parser.parse_args(argv)
+    if os.path.isdir(args.target) or not os.path.basename(args.target):
+        raise UserError(f"-output is the folder '{args.target}'; add a name for the files in it.")
+    return args
+
+
+def images_of(loader, config, context) -> Callable[[str], Iterator]:
+    """A function from the label of a progress bar to normalised images [b, C, H, W] of this process, in batches."""
+
+    def batches(label: str) -> Iterator:
+        for batch in progress(loader.epoch(0), loader.num_batches, label, context.is_main):
+            if len(batch.labels):
+                yield to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0]
+
+    return batches
+
+
+def describe(args: argparse.Namespace, config, images: int, branches: dict, steps: list[Step]) -> dict:
+    """What the JSON file says."""
+    return {
+        'model': config.MODEL.NAME,
+        'weights': config.MODEL.PRETRAINED,
+        'target': args.target_output,
+        'split': args.split,
+        'images': images,
+        'order': [step.chosen for step in steps],
+        'layers': sorted(step.chosen for step in steps),
+        'steps': [
+            {'base': step.base, 'entropies': step.entropies, 'transfer': step.transfer, 'chosen': step.chosen}
+            for step in steps
+        ],
+        'branches': branches,
+    }
+
+
+def recipe(args: argparse.Namespace, config, result: dict) -> str:
+    """The configuration that fades the chosen layers."""
+    path = f'{args.target}.yaml'
+    return YAML.format(
+        name=result['model'],
+        layers=', '.join(map(str, result['layers'])),
+        images=result['images'],
+        target=result['target'],
+        path=path,
+        weights=config.MODEL.PRETRAINED,
+        base=os.path.relpath(config_file_of(args), os.path.dirname(path) or '.'),
+    )
+
+
+def draw(result: dict):
+    """Left the transfer entropy of each layer at each step, the chosen one ringed; right the entropy of all branches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.5), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    for number, step in enumerate(result['steps'], 1):
+        points = left.plot(list(step['transfer']), list(step['transfer'].values()), marker='.', label=f'layer {number}')
+        left.scatter(
+            step['chosen'], step['transfer'][step['chosen']], s=90, facecolors='none', edgecolors=points[0].get_color()
+        )
+    left.set(xlabel='block', ylabel='transfer entropy', title=f'{result["model"]}: {result["target"]}')
+    for name, layers in result['branches'].items():
+        right.plot(list(layers), list(layers.values()), marker='.', label=name)
+    right.set(xlabel='block', ylabel='entropy', title='outputs of the branches')
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend()
+    return figure
+
+
+if __name__ == '__main__':
+    run(main)
