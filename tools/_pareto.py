@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
 
 class Dot(NamedTuple):
@@ -65,7 +66,7 @@ def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str) -> None
     *panels, key = figure.subplots(1, columns + 1, width_ratios=[PANEL] * columns + [KEY])
     looks = Looks(dots)
     draw_panel(panels[0], dots, [dot.macs / 1e9 for dot in dots], looks, joined=not known)
-    panels[0].set_xlabel('multiply-accumulates of an image, G')
+    panels[0].set_xlabel('MACs of an image, G')
     panels[0].set_ylabel('images/s')
     if known:
         draw_panel(panels[1], dots, [100 * dot.acc1 for dot in dots], looks, joined=True)
@@ -134,7 +135,7 @@ def draw_panel(axes: Axes, dots: Sequence[Dot], places: Sequence[float], looks: 
         if dot.number is not None:
             axes.annotate(
                 str(dot.number), (x, speed), (5, 5), textcoords='offset points', color=INK, weight='bold', fontsize=9,
-                zorder=7,
+                zorder=7, path_effects=[withStroke(linewidth=2.5, foreground='white')],
             )  # fmt: skip
 
 
@@ -163,7 +164,7 @@ def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks) -> N
         write(row, 0.0, title, color=FAINT)
         for value, style in entries.items():
             row += 1
-            y = 1 - (row + 0.35) * ROW / (height - 1.2)
+            y = 1 - (row + 0.26) * ROW / (height - 1.2)
             axes.add_line(Line2D([0.06], [y], transform=axes.transAxes, clip_on=False, **style))
             write(row, 0.13, value, color=INK)
         row += 1.6

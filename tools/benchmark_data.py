@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add('-images', type=int, default=128, metavar='N', help='images to work on (default: 128)')
-    add('-rounds', type=int, default=5, metavar='N', help='timed rounds, of which the median counts (default: 5)')
+    add('-rounds', type=int, default=5, metavar='N', help='timed rounds (default: 5)')
     add('-workers', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='numbers of workers (default: 0 1 2)')
     add('-image_size', type=int, default=224, metavar='N', help='side of the input in pixels (default: 224)')
     add('-batch_size', type=int, default=32, metavar='N', help='images per batch (default: 32)')
@@ -131,18 +131,6 @@ def make_loader(folder: str, args: argparse.Namespace, *options: dict, workers: 
     return build_dataloader(config, build_dataset(config, 'train'), training=True)
 
 
-def median_seconds(calls: Sequence[Callable], rounds: int, clock: Callable[[], float]) -> list[float]:
-    """Of each call. All take turns in every round, so that a busy machine does not favour one; a first round is not timed."""
-    seconds: list[list[float]] = [[] for _ in calls]
-    for timed in range(rounds + 1):
-        for call, times in zip(calls, seconds):
-            began = clock()
-            call()
-            if timed:
-                times.append(clock() - began)
-    return [statistics.median(times) for times in seconds]
-
-
 # ---------------------------------------------------------------------------------------------------- one core
 class Reference:
     """What a PyTorch recipe does per image: Pillow decodes, crops, resizes, flips; then come ToTensor and Normalize.
@@ -166,7 +154,7 @@ class Reference:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.augment(image, rng) if self.augment else image
 
-    def __call__(self, index: int) -> np.ndarray:
+    def image(self, index: int) -> np.ndarray:
         """[3, H, W] float32, normalised."""
         pixels = np.ascontiguousarray(np.array(self.picture(index)).transpose(2, 0, 1)).astype(np.float32)
         pixels /= 255
@@ -174,22 +162,27 @@ class Reference:
         pixels /= np.array(STD, np.float32).reshape(-1, 1, 1)
         return pixels
 
+    def epoch(self, order: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+        """Batches of the given indices."""
+        return ([self.image(index) for index in batch] for batch in order)
+
 
 def measure_one_core(folder: str, args: argparse.Namespace) -> dict:
     """Images per second of processor time: the reference, and the product's loader without worker processes."""
-    rows, calls = [], []
+    rows, epochs = [], []
     for recipe, keys in RECIPES.items():
         loaders = {name: make_loader(folder, args, STORAGES['folder'], keys, more) for name, more in PIPELINES.items()}
+        batches = list(loaders['LeanViT'].epoch(0))
         dataset = loaders['LeanViT'].dataset
-        reference = Reference(list(map(dataset.describe, range(len(dataset)))), args.image_size, len(keys) == 1)
+        paths = [dataset.describe(index) for index in range(len(dataset))]
+        reference = Reference(paths, args.image_size, keys['TRAIN.RAND_AUGMENT'])
         rows.append({'recipe': recipe, 'pipeline': 'reference'})
-        calls.append(lambda reference=reference: [reference(index) for index in range(args.images)])
+        epochs.append(functools.partial(reference.epoch, [batch.indices for batch in batches]))
         for name, loader in loaders.items():
             rows.append({'recipe': recipe, 'pipeline': name, 'difference': difference(reference, loader)})
-            calls.append(lambda loader=loader: list(loader.epoch(0)))
-    batches = list(loader.epoch(0))
-    calls.append(lambda: [to_tensor(batch, MEAN, STD) for batch in batches])
-    *seconds, normalising = median_seconds(calls, args.rounds, time.process_time)
+            epochs.append(functools.partial(loader.epoch, 0))
+    epochs.append(lambda: (to_tensor(batch, MEAN, STD) for batch in batches))
+    *seconds, normalising = processor_seconds(epochs, len(batches), args.rounds)
     base = {row['recipe']: time_taken for row, time_taken in zip(rows, seconds) if row['pipeline'] == 'reference'}
     for row, time_taken in zip(rows, seconds):
         row['images_per_second'] = args.images / time_taken
@@ -197,6 +190,20 @@ def measure_one_core(folder: str, args: argparse.Namespace) -> dict:
         if row['pipeline'] != 'reference':
             row['ratio_normalised'] = base[row['recipe']] / (time_taken + normalising)
     return {'one_core': rows, 'normalising_ms': 1000 * normalising / args.images}
+
+
+def processor_seconds(epochs: Sequence[Callable[[], Iterator]], batches: int, rounds: int) -> list[float]:
+    """Of one pass over each: the sum of its batches' medians over the rounds. They take turns batch by batch, so that whatever
+    else the machine does slows all of them alike; a first round does not count."""
+    seconds = np.zeros((len(epochs), rounds + 1, batches))
+    for round_ in range(rounds + 1):
+        running = [epoch() for epoch in epochs]
+        for batch in range(batches):
+            for place, iterator in enumerate(running):
+                began = time.process_time()
+                next(iterator)
+                seconds[place, round_, batch] = time.process_time() - began
+    return np.median(seconds[:, 1:], axis=1).sum(axis=1).tolist()
 
 
 def difference(reference: Reference, loader: Loader) -> float:
@@ -208,17 +215,20 @@ def difference(reference: Reference, loader: Loader) -> float:
 
 # ---------------------------------------------------------------------------------------------------- loader
 def measure_loaders(folder: str, args: argparse.Namespace) -> list[dict]:
-    """Images per second of wall time of each storage with each number of workers, cropped and flipped."""
-    rows, calls = [], []
+    """Images per second of wall time of each storage with each number of workers, cropped and flipped, in the best round."""
+    rows, loaders = [], []
     with contextlib.ExitStack() as stack:
         for storage, keys in STORAGES.items():
             for workers in args.workers:
                 loader = make_loader(folder, args, RECIPES['crop, flip'], keys, workers=workers)
-                stack.callback(loader.close)
-                rows.append({'storage': storage, 'workers': workers})
-                calls.append(lambda loader=loader: [None for _ in loader.epoch(1)])
-        for row, seconds in zip(rows, median_seconds(calls, args.rounds, time.perf_counter)):
-            row['images_per_second'] = args.images / seconds
+                rows.append({'storage': storage, 'workers': workers, 'images_per_second': 0.0})
+                loaders.append(stack.enter_context(loader))
+        for round_ in range(args.rounds + 1):  # the first one starts the workers
+            for row, loader in zip(rows, loaders):
+                began = time.perf_counter()
+                count = sum(len(batch.labels) for batch in loader.epoch(round_))
+                if round_:
+                    row['images_per_second'] = max(row['images_per_second'], count / (time.perf_counter() - began))
     return rows
 
 

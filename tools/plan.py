@@ -166,8 +166,8 @@ class Combination:
         return removed, f'{self.keep_rate:g}', 'schedule' if self.r is None else str(self.r)
 
     def slug(self) -> str:
-        """'remove0-2-4_keep0.7_r8'."""
-        return 'remove{}_keep{}_r{}'.format(*self.texts()).replace(',', '-')
+        """'removed-0-2-4_keep0.7_r8'."""
+        return 'removed-{}_keep{}_r{}'.format(*self.texts()).replace(',', '-')
 
 
 def combinations(args: argparse.Namespace, config: CfgNode) -> list[Combination]:
@@ -230,7 +230,9 @@ class Candidate:
         """The object of the JSON file."""
         return {
             **asdict(self.combination),
-            **{'params': self.cost.params, 'macs': self.cost.macs, 'matching_macs': self.cost.matching},
+            'params': self.cost.params,
+            'macs': self.cost.macs,
+            'matching_macs': self.cost.matching,
             **self.results,
             'yaml': self.yaml_name() if self.number else None,
         }
@@ -360,9 +362,11 @@ def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Data
 
     titles = {f'{name}/{index}': name for index in range(len(candidates)) for name in CLASSIFICATION.titles}
     models = paddle.nn.LayerList([candidate.model for candidate in candidates])
-    with tempfile.TemporaryDirectory(prefix='plan-') as folder, contextlib.closing(RunLog(folder, rank=0)) as log:
-        with build_dataloader(config, dataset, training=False) as loader:
-            means = evaluate(config, models, loader, context, log, measure=Measure(titles, 'acc1/0', sums))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='plan-'))
+        log = stack.enter_context(contextlib.closing(RunLog(folder, rank=0)))
+        loader = stack.enter_context(build_dataloader(config, dataset, training=False))
+        means = evaluate(config, models, loader, context, log, measure=Measure(titles, 'acc1/0', sums))
     print(f'{means["images"]} images, {means["skipped"]} of them unreadable')
     for index, candidate in enumerate(candidates):
         candidate.results.update({name: means[f'{name}/{index}'] for name in ('acc1', 'acc5')})
