@@ -35,7 +35,7 @@ _C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
 _C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
 _C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black (CIFAR); auto: padded up to 32 px
 _C.DATA.INTERPOLATION = 'bicubic'  # resampling: bicubic, bilinear, or random (training: one of both per image)
-_C.DATA.FAST_RESIZE = False  # training: decode and resample in half the time, to somewhat other pixels, see docs/data.md
+_C.DATA.FAST_RESIZE = False  # training: decode and resample in half the time, to somewhat other pixels (docs/data.md)
 _C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
 _C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
 _C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
@@ -80,6 +80,11 @@ _C.MODEL.TRANS.GLOBAL_POOL = False  # classify the normalised mean of the patch 
 _C.MODEL.TRANS.DISTILLED = False  # a second classifier for a teacher's labels
 _C.MODEL.TRANS.REPRESENTATION_SIZE = None  # channels of a tanh layer before the classifier; None: there is none
 _C.MODEL.TRANS.FROZEN_STAGES = -1  # train neither the embedding nor the blocks 0 to this one; -1: train all
+_C.MODEL.TRANS.ABS_POS = True  # add a learned position to each token
+_C.MODEL.TRANS.REL_POS = ()  # learned biases by displacement in the attention: block (each its own), shared, or both
+_C.MODEL.TRANS.KEY_BIAS = True  # of the biases of QKV_BIAS those of the keys too; False: BEiT's q_bias and v_bias
+_C.MODEL.TRANS.LAYER_SCALE = None  # first factor of each channel of the residual branches; None: there are none
+_C.MODEL.TRANS.RESCALED_INIT = False  # start with smaller weights the deeper the block, and a tiny classifier (BEiT)
 
 _C.MODEL.EVIT = CN()  # EViT: blocks that keep only the patch tokens the class token attends to
 _C.MODEL.EVIT.KEEP_RATE = 1.0  # share of the tokens kept by each block of DROP_LOC; 1: off
@@ -183,6 +188,14 @@ _C.TRAIN.DISTILLATION_TAU = 1.0  # temperature of soft distillation
 _C.TRAIN.TEACHER_MODEL = None  # weights of TEACHER_CFG; without that an exported model, as tools/export.py wrote it
 _C.TRAIN.TEACHER_CFG = None  # configuration of the teacher, a file or a name of `python -m models`
 
+_C.TRAIN.MAE_DISTILL = CN()  # TASK mae: the encoder learns from that of TEACHER_CFG too (MAE-Lite)
+_C.TRAIN.MAE_DISTILL.ATTN_IDX = ()  # blocks, from 1, whose attention scores are compared with the teacher's
+_C.TRAIN.MAE_DISTILL.ATTN_ALPHA = 1.0  # weight of that loss
+_C.TRAIN.MAE_DISTILL.ATTN_ADAPTER = True  # a learned map between the heads, even where their numbers are equal
+_C.TRAIN.MAE_DISTILL.HIDDEN_IDX = ()  # blocks, from 0, whose normalised input is compared; the depth: the output
+_C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = 1.0  # weight of that loss
+_C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = True  # a learned map between the channels, even where their numbers are equal
+
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = './output'  # parent of the run folders
 _C.TAG = ''  # name of the run folder; empty: train-/eval- and a time stamp
@@ -208,6 +221,7 @@ _OPTIONAL = {
     'MODEL.PUBLISHED.ACC5': float,
     'MODEL.PUBLISHED.WEIGHTS': str,
     'MODEL.TRANS.REPRESENTATION_SIZE': int,
+    'MODEL.TRANS.LAYER_SCALE': float,
     'MODEL.LAMBDA.DECAY_EPOCHS': int,
     'MODEL.TOME.SCHEDULE': tuple,
     'TRAIN.LINEAR_SCALED_LR': int,
@@ -318,7 +332,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
     add('-last_epoch', _integer, metavar='N', help='last finished epoch, when -resume names a weights-only file')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add('-ngpus', _integer, metavar='N', help='processes on this machine (default: one per GPU; on CPU one, see NPROC)')
+    add('-ngpus', _integer, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)')
     add('-eval', action='store_true', help='evaluate only')
     add('-amp', action='store_true', help='mixed precision (acts on GPU)')
     add('-throughput', action='store_true', help='measure images per second and stop')

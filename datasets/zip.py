@@ -76,7 +76,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         raise UserError(f"'{archive}' is damaged or no zip file: {error}; copy or write it again.") from None
     size = os.path.getsize(archive)
     for member in members.values():
-        if member.header_offset + member.compress_size > size:
+        if not 0 <= member.header_offset <= size - member.compress_size:
             raise UserError(f"'{archive}' is cut off within '{member.filename}'; copy or write it again.")
     return members
 

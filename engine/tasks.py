@@ -54,6 +54,10 @@ class Task:
         """Whether the model is at `t` what it will be at the end: evaluations before that cannot be the best."""
         return all(clock.is_final(t) for clock in self.clocks)
 
+    def notes(self) -> dict[str, float]:
+        """What else to log about the last micro-batch of this process."""
+        return {}
+
     def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
         """Computes a micro-batch.
 

@@ -382,6 +382,7 @@ class Trainer:
         return any(index % every == 0 or index == num_batches - 1 for index in window)
 
     def _report(self, epoch, index, num_batches, lr, current, totals, local, norm, speed, eta, clock) -> None:
+        clock = {**clock, **self.task.notes()}
         head = f'Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Step[{index:04d}/{num_batches:04d}], Lr: {lr:.6f}, '
         mine = local.tolist()
         self.log.local(f'{head}Avg Loss: {mine[LOSS] / max(mine[IMAGES], 1):.4f}{self._accuracy(", Avg Acc: ", mine)}')

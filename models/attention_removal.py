@@ -19,7 +19,7 @@ from models.base import Classifier
 from utils.errors import UserError
 
 BUFFER = 'attn_lambda'
-REMOVED_PARTS = ('norm1', 'attn')  # of a block; six tensors
+REMOVED_PARTS = ('norm1.', 'attn.', 'gamma_1')  # of a block; six tensors, and one more with layer scale
 
 
 class RemovableAttention(Classifier):
@@ -81,7 +81,8 @@ class RemovableAttention(Classifier):
             return
         for layer in self.prune_layers:
             self.blocks[layer].weigh_attention(value)
-        self.attn_lambda.set_value(np.array([block.attn_weight for block in self.blocks], 'float32'))
+        weights = paddle.to_tensor([block.attn_weight for block in self.blocks])
+        self.attn_lambda.set_value(weights.astype(self.attn_lambda.dtype))
 
     def set_state_dict(self, state_dict: Mapping, *args, **kwargs):
         """Paddle's, and λ is what the state says."""
@@ -102,7 +103,7 @@ class RemovableAttention(Classifier):
         """
         unused = {}
         for layer in self.removed_layers:
-            parts = tuple(f'{self.blocks_name}.{layer}.{part}.' for part in REMOVED_PARTS)
+            parts = tuple(f'{self.blocks_name}.{layer}.{part}' for part in REMOVED_PARTS)
             unused.update({name: f'block {layer} has no attention' for name in arrays if name.startswith(parts)})
         if BUFFER in arrays and arrays[BUFFER].shape == (self.depth,):
             self._check_lambda(arrays[BUFFER], source)

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
+from config import get_config
 from models.layers import (
     NORM_EPS,
     Block,
@@ -26,7 +27,7 @@ from models.layers import (
     take_tokens,
     xavier_uniform_,
 )
-from models.registry import register_model
+from models.registry import config_file, register_model
 from models.vision_transformer import VisionTransformer
 from utils.errors import UserError
 
@@ -41,12 +42,35 @@ class Reconstruction(NamedTuple):
         pred: rebuilt patches [B, L, P * P * in_chans]; normalised ones where the model was trained on those.
         mask: 1 where a patch was removed, 0 where it was seen, [B, L], rows of patches from top to bottom.
         order: the patches in the order of their noise, [B, L] int64; the first ones were seen.
+        attn: scores of the attentions to compare with a teacher's, each [B, teacher's H, 1 + V, 1 + V].
+        hidden: tokens to compare with a teacher's, each [B, 1 + V, teacher's C].
     """
 
     loss: Tensor
     pred: Tensor
     mask: Tensor
     order: Tensor
+    attn: tuple[Tensor, ...] = ()
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Lessons(NamedTuple):
+    """What a student compares with its teacher (MAE-Lite, section 5).
+
+    Attributes:
+        attn: blocks, counted from 1, whose scores before the softmax are compared.
+        hidden: blocks, counted from 0, whose normalised input is compared; the depth stands for the encoder's output.
+        num_heads: the teacher's, for adapters to it; None: there are none.
+        embed_dim: likewise.
+    """
+
+    attn: tuple[int, ...] = ()
+    hidden: tuple[int, ...] = ()
+    num_heads: int | None = None
+    embed_dim: int | None = None
+
+
+NO_LESSONS = Lessons()
 
 
 class MaskedAutoencoder(VisionTransformer):
@@ -60,6 +84,7 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_num_heads: heads of its attentions.
         mask_ratio: share of the patches to remove.
         norm_pix_loss: rebuild patches that are normalised by their own mean and variance.
+        lessons: what `forward` returns for a comparison with a teacher.
         encoder: further arguments of `VisionTransformer`.
     """
 
@@ -72,6 +97,7 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_num_heads: int = 16,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = False,
+        lessons: Lessons = NO_LESSONS,
         **encoder,
     ):
         super().__init__(num_classes=0, **encoder)
@@ -91,6 +117,20 @@ class MaskedAutoencoder(VisionTransformer):
         conv = self.patch_embed.conv.weight
         initializer.XavierUniform(fan_in=conv[0].size, fan_out=self.embed_dim)(conv)
         self.apply(lambda layer: xavier_uniform_(layer) if isinstance(layer, nn.Linear) else None)
+        self._add_adapters(lessons)
+
+    def _add_adapters(self, lessons: Lessons) -> None:
+        check_lessons(lessons, self.depth)
+        self.lessons = lessons
+        self.attn_adapter, self.hidden_adapter = nn.Layer(), nn.Layer()
+        for block in lessons.attn if lessons.num_heads else ():
+            conv = nn.Conv2D(self.num_heads, lessons.num_heads, 1, bias_attr=False)
+            _uniform(conv.weight, self.num_heads)
+            self.attn_adapter.add_sublayer(f'adapter{block - 1}', conv)
+        for block in lessons.hidden if lessons.embed_dim else ():
+            linear = nn.Linear(self.embed_dim, lessons.embed_dim, bias_attr=False)
+            _uniform(linear.weight, self.embed_dim)
+            self.hidden_adapter.add_sublayer(f'adapter{block}', linear)
 
     def _add_decoder(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         if dim % num_heads:
@@ -122,14 +162,33 @@ class MaskedAutoencoder(VisionTransformer):
         seen = num_visible(order.shape[1], self.mask_ratio)
         restore = paddle.argsort(order, axis=-1)
         mask = (restore >= seen).astype('float32')
-        pred = self.decode(self.encode(x, order[:, :seen]), restore, grid)
-        return Reconstruction(self.loss(x, pred, mask), pred, mask, order)
+        latent, attn, hidden = self.observe(x, order[:, :seen], self.lessons)
+        if self.lessons.num_heads:
+            attn = [
+                getattr(self.attn_adapter, f'adapter{block - 1}')(logits)
+                for block, logits in zip(self.lessons.attn, attn)
+            ]
+        if self.lessons.embed_dim:
+            hidden = [
+                getattr(self.hidden_adapter, f'adapter{block}')(tokens)
+                for block, tokens in zip(self.lessons.hidden, hidden)
+            ]
+        pred = self.decode(latent, restore, grid)
+        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, tuple(attn), tuple(hidden))
 
     def encode(self, x: Tensor, kept: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> normalised tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""
+        return self.observe(x, kept, NO_LESSONS)[0]
+
+    def observe(self, x: Tensor, kept: Tensor, lessons: Lessons) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """`encode`, and of `lessons` the scores [B, H, 1 + V, 1 + V] and the tokens [B, 1 + V, C]."""
         x = self.embed(x)
         x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], kept)], axis=1)
-        return self.norm(self._mix(self.blocks, x))
+        blocks = sorted({*(block - 1 for block in lessons.attn), *lessons.hidden} - {self.depth})
+        x, state = self._mix(self.blocks, x, blocks)
+        x, observed = self.norm(x), dict(zip(blocks, state.observed))
+        attn = [observed[block - 1].logits for block in lessons.attn]
+        return x, attn, [x if block == self.depth else observed[block].hidden for block in lessons.hidden]
 
     def decode(self, latent: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens of `encode` -> patches [B, L, P * P * in_chans] from top to bottom.
@@ -146,14 +205,15 @@ class MaskedAutoencoder(VisionTransformer):
         body = take_tokens(paddle.concat([body, removed], axis=1), restore)
         old = (self.patch_embed.grid_size,) * 2
         table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
-        x = self._mix(self.decoder_blocks, paddle.concat([prefix, body], axis=1) + table)
+        x, _ = self._mix(self.decoder_blocks, paddle.concat([prefix, body], axis=1) + table)
         return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix :]
 
-    def _mix(self, blocks: Iterable[Block], x: Tensor) -> Tensor:
-        state = TokenState(self.num_prefix, x.shape[1] - self.num_prefix, [None] * self.depth, [None] * self.depth)
+    def _mix(self, blocks: Iterable[Block], x: Tensor, observe: Collection[int] = ()) -> tuple[Tensor, TokenState]:
+        nothing = [None] * self.depth
+        state = TokenState(self.num_prefix, x.shape[1] - self.num_prefix, nothing, nothing, observe=observe)
         for block in blocks:
             x, state = run_block(block, x, state, again=self.recompute)
-        return x
+        return x, state
 
     def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Squared error per pixel of images x [B, in_chans, H, W], averaged over the removed patches."""
@@ -214,6 +274,18 @@ def _fix(parameter: Tensor, table: np.ndarray) -> None:
     parameter.stop_gradient = True
 
 
+def _uniform(parameter: Tensor, fan_in: int) -> None:
+    initializer.Uniform(-(fan_in**-0.5), fan_in**-0.5)(parameter)
+
+
+def check_lessons(lessons: Lessons, depth: int) -> None:
+    """Raises UserError where a network of `depth` blocks lacks a block that is to be compared."""
+    for key, first, blocks in (('ATTN_IDX', 1, lessons.attn), ('HIDDEN_IDX', 0, lessons.hidden)):
+        for block in blocks:
+            if not first <= block <= depth:
+                raise UserError(f'TRAIN.MAE_DISTILL.{key} names {block}, but must be {first} to {depth}.')
+
+
 def num_visible(num_patches: int, mask_ratio: float) -> int:
     """Patches that are seen, rounded down as upstream does: 9 of 100 at ratio 0.9, whose 1 - ratio is below 0.1."""
     return int(num_patches * (1 - mask_ratio))
@@ -248,6 +320,7 @@ def build_mae(config) -> MaskedAutoencoder:
     if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
         raise UserError('MODEL.TYPE mae takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.')
     return MaskedAutoencoder(
+        lessons=_lessons(config),
         decoder_embed_dim=mae.DECODER_EMBED_DIM,
         decoder_depth=mae.DECODER_DEPTH,
         decoder_num_heads=mae.DECODER_NUM_HEADS,
@@ -262,4 +335,22 @@ def build_mae(config) -> MaskedAutoencoder:
         mlp_ratio=trans.MLP_RATIO,
         qkv_bias=trans.QKV_BIAS,
         recompute=config.TRAIN.RECOMPUTE,
+    )
+
+
+def _lessons(config) -> Lessons:
+    """What TRAIN.MAE_DISTILL asks for; adapters where it wants them, or where the teacher's sizes differ."""
+    trans, lessons = config.MODEL.TRANS, config.TRAIN.MAE_DISTILL
+    if not (lessons.ATTN_IDX or lessons.HIDDEN_IDX):
+        return NO_LESSONS
+    if config.TRAIN.TEACHER_CFG is None:
+        raise UserError('TRAIN.MAE_DISTILL needs a teacher: set TRAIN.TEACHER_CFG, such as to mae_base_patch16_224.')
+    teacher = get_config(config_file(config.TRAIN.TEACHER_CFG)).MODEL.TRANS
+    heads = lessons.ATTN_ADAPTER or teacher.NUM_HEADS != trans.NUM_HEADS
+    width = lessons.HIDDEN_ADAPTER or teacher.EMBED_DIM != trans.EMBED_DIM
+    return Lessons(
+        attn=tuple(lessons.ATTN_IDX),
+        hidden=tuple(lessons.HIDDEN_IDX),
+        num_heads=teacher.NUM_HEADS if heads else None,
+        embed_dim=teacher.EMBED_DIM if width else None,
     )

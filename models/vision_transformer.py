@@ -24,11 +24,13 @@ from models.layers import (
     Block,
     EViTReducer,
     PatchEmbed,
+    RelativePositionBias,
     TokenState,
     ToMeReducer,
     drop_path_rates,
     merge_schedule,
     resize_position_table,
+    resize_relative_table,
     run_block,
     torch_conv_,
     trunc_normal_,
@@ -68,6 +70,13 @@ class VisionTransformer(RemovableAttention):
         frozen_stages: train neither the embedding nor the blocks 0 to this one, which stay in evaluation mode; -1: all
             is trained.
         recompute: save memory in training by computing the blocks again in the backward pass.
+        absolute_positions: add a learned table to the tokens.
+        relative_positions: add learned biases to the attention: 'block', of each block its own; 'shared', of all the
+            same; or both. They are for `img_size`, and for blocks that keep all tokens.
+        key_bias: biases of the keys too (False: BEiT).
+        layer_scale: initial factor of the channels of each residual branch; None: there are no such factors.
+        rescaled_init: divide the last layer of each branch by sqrt(2 (number of the block, from 1)) and multiply the
+            classifiers by 0.001 (BEiT).
     """
 
     stem_names = ('cls_token', 'dist_token', 'pos_embed', 'patch_embed')
@@ -98,13 +107,19 @@ class VisionTransformer(RemovableAttention):
         removed_layers: Sequence[int] = (),
         frozen_stages: int = -1,
         recompute: bool = False,
+        absolute_positions: bool = True,
+        relative_positions: Collection[str] = (),
+        key_bias: bool = True,
+        layer_scale: float | None = None,
+        rescaled_init: bool = False,
     ):
         super().__init__()
         if embed_dim % num_heads:
             raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
         self.distilled, self.global_pool = distilled, global_pool
-        self.recompute = recompute
+        self.recompute, self.rescaled_init = recompute, rescaled_init
+        self.absolute_positions, self.relative_positions = absolute_positions, frozenset(relative_positions)
         self.keep_rate: float | None = None
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, any_size=True)
         torch_conv_(self.patch_embed.conv)
@@ -113,10 +128,28 @@ class VisionTransformer(RemovableAttention):
         self.plan_removal(prune_layers, done_layers, removed_layers)
         staying = self.attention_layers()
         keep_rates = _per_block('keep_rate', keep_rate, depth)
-        block = functools.partial(Block, embed_dim, num_heads, mlp_ratio, qkv_bias, drop_rate, attn_drop_rate)
+        unknown = self.relative_positions - {'block', 'shared'}
+        if unknown:
+            raise UserError(f"'{min(unknown)}' is no kind of relative positions (MODEL.TRANS.REL_POS): block, shared.")
+        grid = (self.patch_embed.grid_size,) * 2
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared' in self.relative_positions else None
+        if self.relative_positions and (self.num_prefix != 1 or any(rate < 1 for rate in keep_rates)):
+            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token.')
+        block = functools.partial(
+            Block,
+            embed_dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias,
+            drop_rate,
+            attn_drop_rate,
+            key_bias=key_bias,
+            bias_grid=grid if 'block' in self.relative_positions else None,
+            layer_scale=layer_scale,
+        )
         self.blocks = nn.LayerList(
             block(
-                drop_path,
+                drop_path_rate=drop_path,
                 attention=i not in self.removed_layers,
                 reducer=EViTReducer(i, keep_rates[i], fuse_token) if i in staying else None,
             )
@@ -126,6 +159,8 @@ class VisionTransformer(RemovableAttention):
         self._add_head(num_classes, representation_size)
         self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(_init_linear)
+        if rescaled_init:
+            self._rescale()
         self._freeze(frozen_stages)
 
     def _add_tokens(self) -> None:
@@ -137,7 +172,9 @@ class VisionTransformer(RemovableAttention):
             self.dist_token = self.create_parameter([1, 1, dim], default_initializer=token_init)
         self.num_prefix = 1 if self.dist_token is None else 2
         rows = self.num_prefix + self.patch_embed.num_patches
-        self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
+        self.pos_embed = None
+        if self.absolute_positions:
+            self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
 
     def _add_head(self, num_classes: int, representation_size: int | None) -> None:
         dim = self.embed_dim
@@ -157,6 +194,19 @@ class VisionTransformer(RemovableAttention):
             head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
             setattr(self, name, head)
             _init_linear(head)
+            if self.rescaled_init and num_classes:
+                _multiply(head.weight, 0.001)
+
+    def _rescale(self) -> None:
+        trunc_normal_(self.patch_embed.conv.weight)
+        initializer.Constant(0.0)(self.patch_embed.conv.bias)
+        for number, block in enumerate(self.blocks, 1):
+            if number - 1 not in self.removed_layers:
+                _multiply(block.attn.proj.weight, (2.0 * number) ** -0.5)
+            _multiply(block.mlp.fc2.weight, (2.0 * number) ** -0.5)
+        for head in (self.head, self.head_dist) if self.distilled else (self.head,):
+            if self.num_classes:
+                _multiply(head.weight, 0.001)
 
     def set_keep_rate(self, rate: float | None) -> None:
         """Keep rate of the following passes in all blocks that reduce; None: each block's own."""
@@ -176,6 +226,10 @@ class VisionTransformer(RemovableAttention):
         for block in self.blocks:
             block.merger = None
         schedule = merge_schedule(r, self.depth)
+        if any(schedule) and self.relative_positions:
+            raise UserError(
+                'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them.'
+            )
         if any(schedule):
             for layer, number in zip(self.attention_layers()[start:], schedule):
                 self.blocks[layer].merger = ToMeReducer(number, prop_attn)
@@ -231,14 +285,18 @@ class VisionTransformer(RemovableAttention):
         keep_rate: float | Sequence[float | None] | None = None,
         tokens: int | Sequence[int | None] | None = None,
         trace: bool = False,
+        observe: Collection[int] = (),
     ) -> tuple[Tensor, TokenState]:
         """`forward_features` and what became of the tokens; arguments as in `forward`.
 
-        With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones.
+        With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones. What the attention
+        of the blocks `observe` saw and thought is in `TokenState.observed`.
         """
-        return self.run_blocks(*self.begin(x, keep_rate, tokens, trace))
+        return self.run_blocks(*self.begin(x, keep_rate, tokens, trace, observe))
 
-    def begin(self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False) -> tuple[Tensor, TokenState]:
+    def begin(
+        self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False, observe: Collection[int] = ()
+    ) -> tuple[Tensor, TokenState]:
         """What the first block takes; arguments as in `forward_tokens`."""
         keep_rate = self.keep_rate if keep_rate is None else keep_rate
         x = self.embed(x)
@@ -248,6 +306,8 @@ class VisionTransformer(RemovableAttention):
             keep_rates=_per_block('keep_rate', keep_rate, self.depth),
             tokens=_per_block('tokens', tokens, self.depth),
             source=paddle.eye(x.shape[1]).expand([x.shape[0], -1, -1]) if trace else None,
+            bias=None if self.rel_pos_bias is None else self.rel_pos_bias(),
+            observe=observe,
         )
         return x, state
 
@@ -265,11 +325,19 @@ class VisionTransformer(RemovableAttention):
         """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
         grid = (x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size)
         # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
-        x = self.patch_embed(x).astype(self.pos_embed.dtype)
+        x = self.patch_embed(x).astype(self.cls_token.dtype)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = [token.expand([x.shape[0], -1, -1]) for token in prefix]
+        if self.relative_positions and grid != (self.patch_embed.grid_size,) * 2:
+            raise UserError(
+                f'relative positions are for images of {self.patch_embed.img_size} pixels; set DATA.IMAGE_SIZE to the '
+                'size of the data (the model is then built for it).'
+            )
+        x = paddle.concat([*prefix, x], axis=1)
+        if self.pos_embed is None:
+            return self.pos_drop(x)
         table = resize_position_table(self.pos_embed, (self.patch_embed.grid_size,) * 2, grid, self.num_prefix)
-        return self.pos_drop(paddle.concat([*prefix, x], axis=1) + table)
+        return self.pos_drop(x + table)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         """Tokens of `forward_features` -> logits [B, K]; distilled in training: both logits.
@@ -331,6 +399,8 @@ class VisionTransformer(RemovableAttention):
 
     def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
         """A position table of another resolution, interpolated to this model's; any other array as it is."""
+        if name.endswith('relative_position_bias_table') and array.ndim == 2:
+            return resize_relative_table(array, (self.patch_embed.grid_size,) * 2)
         if name != 'pos_embed' or array.ndim != 3:
             return array
         side = round(max(array.shape[1] - self.num_prefix, 0) ** 0.5)
@@ -346,8 +416,15 @@ class VisionTransformer(RemovableAttention):
 _LEFT_OUT = (
     (r'mask_token|decoder_.*|(attn|hidden)_adapter\..*', 'they serve the pre-training only'),
     (r'norm\..*', 'the model normalises after pooling'),
+    (r'blocks\.\d+\.attn\.qkv\.bias', 'biases of query and value are learnt by themselves'),
+    (r'pos_embed', 'the model has no absolute positions'),
 )
-_ANEW = ((r'(fc_norm|dist_norm)\..*', 'the file normalises before pooling'),)
+_ANEW = (
+    (r'(fc_norm|dist_norm)\..*', 'the file normalises before pooling'),
+    (r'.*\.(q_bias|v_bias)', 'biases of query and value are learnt by themselves'),
+    (r'.*\.(gamma_1|gamma_2)', 'the file does not scale its branches'),
+    (r'.*relative_position_bias_table', 'the file has no relative positions'),
+)
 
 
 def _init_linear(layer: nn.Layer) -> None:
@@ -355,6 +432,10 @@ def _init_linear(layer: nn.Layer) -> None:
         trunc_normal_(layer.weight)
         if layer.bias is not None:
             initializer.Constant(0.0)(layer.bias)
+
+
+def _multiply(parameter: Tensor, factor: float) -> None:
+    parameter.set_value(parameter * factor)
 
 
 def _per_block(name: str, value, depth: int) -> list:
@@ -372,7 +453,7 @@ def build_vit(config) -> VisionTransformer:
     """Builds a Vision Transformer from a configuration."""
     model, trans, evit = config.MODEL, config.MODEL.TRANS, config.MODEL.EVIT
     removal, tome = config.MODEL.LAMBDA, config.MODEL.TOME
-    outside = [i for i in evit.DROP_LOC if not 0 <= i < trans.DEPTH]
+    outside = [i for i in evit.DROP_LOC if not 0 <= i < trans.DEPTH] if evit.KEEP_RATE < 1 else []
     if outside:
         raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {trans.DEPTH - 1}.')
     leaving = (*removal.PRUNE_LAYERS, *removal.DONE_LAYERS)
@@ -404,6 +485,11 @@ def build_vit(config) -> VisionTransformer:
         removed_layers=leaving if removal.REMOVED else (),
         frozen_stages=trans.FROZEN_STAGES,
         recompute=config.TRAIN.RECOMPUTE,
+        absolute_positions=trans.ABS_POS,
+        relative_positions=trans.REL_POS,
+        key_bias=trans.KEY_BIAS,
+        layer_scale=trans.LAYER_SCALE,
+        rescaled_init=trans.RESCALED_INIT,
     )
     schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
     vit.merge_tokens(schedule, tome.START_IDX, tome.PROP_ATTN)

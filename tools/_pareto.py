@@ -53,7 +53,7 @@ MARKERS = 'osD^vPXp'
 INK, FAINT, GRID = '#222222', '#777777', '#E8E8E8'
 LEGEND_TITLES = ('attention removed', 'keep rate', 'tokens merged, r')
 PALEST = 0.8  # how white the smallest keep rate is
-PANEL, KEY, HEIGHT, ROW = 5.4, 4.1, 5.0, 0.21  # inches
+PANEL, KEY, HEIGHT, ROW, BORDER = 5.4, 4.1, 5.0, 0.21, 1.2  # inches; BORDER: above and below the panels
 
 
 def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str) -> None:
@@ -61,10 +61,10 @@ def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str) -> None
     known = dots[0].acc1 is not None
     frontier = sorted((dot for dot in dots if dot.number is not None), key=lambda dot: dot.number)
     columns = 1 + known
-    height = max(HEIGHT, 1.5 + ROW * (len(frontier) + 2) + ROW * sum(len(set(c)) + 1.6 for c in zip(*dots, range(3))))
-    figure = Figure((PANEL * columns + KEY, height), dpi=130, layout='constrained')
-    *panels, key = figure.subplots(1, columns + 1, width_ratios=[PANEL] * columns + [KEY])
     looks = Looks(dots)
+    rows = len(frontier) + 2 + sum(len(entries) + 2 for _, entries in looks.legends())
+    figure = Figure((PANEL * columns + KEY, max(HEIGHT, ROW * rows + BORDER)), dpi=130, layout='constrained')
+    *panels, key = figure.subplots(1, columns + 1, width_ratios=[PANEL] * columns + [KEY])
     draw_panel(panels[0], dots, [dot.macs / 1e9 for dot in dots], looks, joined=not known)
     panels[0].set_xlabel('MACs of an image, G')
     panels[0].set_ylabel('images/s')
@@ -135,19 +135,19 @@ def draw_panel(axes: Axes, dots: Sequence[Dot], places: Sequence[float], looks: 
         if dot.number is not None:
             axes.annotate(
                 str(dot.number), (x, speed), (5, 5), textcoords='offset points', color=INK, weight='bold', fontsize=9,
-                zorder=7, path_effects=[withStroke(linewidth=2.5, foreground='white')],
+                zorder=7, path_effects=[withStroke(linewidth=1.8, foreground='white')],
             )  # fmt: skip
 
 
 def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks) -> None:
-    """The frontier as a table, and the legends below; in inches from the top."""
+    """The frontier as a table, and the legends below."""
     axes.axis('off')
     known = given.acc1 is not None
-    height = axes.figure.get_figheight()
+    line = ROW / (axes.figure.get_figheight() - BORDER)
     columns = (0.06, 0.13, 0.46, 0.60, 0.77, 0.98) if known else (0.06, 0.13, 0.52, 0.70, 0.97)
 
     def write(row: float, x: float, text: str, **style) -> None:
-        axes.text(x, 1 - row * ROW / (height - 1.2), text, transform=axes.transAxes, fontsize=9, va='top', **style)
+        axes.text(x, 1 - row * line, text, transform=axes.transAxes, fontsize=9, va='top', **style)
 
     titles = ('', 'removed', 'keep', 'r', 'speed', 'top-1')
     rows = [
@@ -164,7 +164,7 @@ def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks) -> N
         write(row, 0.0, title, color=FAINT)
         for value, style in entries.items():
             row += 1
-            y = 1 - (row + 0.26) * ROW / (height - 1.2)
+            y = 1 - (row + 0.26) * line
             axes.add_line(Line2D([0.06], [y], transform=axes.transAxes, clip_on=False, **style))
             write(row, 0.13, value, color=INK)
-        row += 1.6
+        row += 2

@@ -159,6 +159,8 @@ def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Redu
     """
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, whose tokens all stay; give the -cfg of an EViT.')
+    if any(block.merger is not None for block in model.blocks):
+        raise UserError('the pictures show what EViT keeps, and not what ToMe merges: set MODEL.TOME.R to 0.')
     batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
     with paddle.no_grad():
         _, state = model.forward_tokens(to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0])

@@ -60,7 +60,8 @@ class Block(nn.Layer):
         self.drop_path = DropPath(drop_path_rate)
         self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
-            self.gamma_1 = self.create_parameter([dim], default_initializer=initializer.Constant(layer_scale))
+            if attention:
+                self.gamma_1 = self.create_parameter([dim], default_initializer=initializer.Constant(layer_scale))
             self.gamma_2 = self.create_parameter([dim], default_initializer=initializer.Constant(layer_scale))
         self.reducer = reducer
         self.merger: ToMeReducer | None = None

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from config import get_config
+from datasets import batch as batching
 from datasets.augment import BICUBIC, BILINEAR, AutoAugment, ColorJitter, RandAugment
 from datasets.batch import to_tensor
 from datasets.erasing import RandomErasing
@@ -231,3 +232,20 @@ def test_erasing_on_the_device():
     expected.reshape(-1)[positions] = values
     np.testing.assert_allclose(erased.numpy(), expected, atol=2e-6)
     assert out_labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize('erased', [0, 7])
+def test_normalising_on_cpu_and_device(channels, erased):
+    """Two ways to the same numbers, to the last bit."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, 9, 8, channels), dtype=np.uint8)
+    images.flat[:256] = np.arange(256)[: images.size]
+    positions = rng.permutation(images.size)[:erased]
+    erase = (positions, rng.standard_normal(erased, dtype='float32')) if erased else None
+    scale, shift = rng.uniform(0.01, 0.02, (2, channels, 1, 1)).astype('float32')
+    labels = np.zeros(3, 'int64')
+    batch = Batch(images, labels, labels, erase=erase)
+    one, other = (prepare(batch, scale, shift).numpy() for prepare in (batching._on_this_cpu, batching._on_the_device))
+    assert one.shape == (3, channels, 9, 8)
+    assert np.array_equal(one, other)

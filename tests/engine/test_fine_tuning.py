@@ -16,9 +16,11 @@ from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
 from tests.engine.test_pretraining import without_keys
 from tests.models.helpers import linear_weights, load
+from tests.models.test_relative_position import build as build_rpe
 
 RECIPES = {
     'ft': 'vit_tiny_patch16_224_mae_finetune',
+    'rpe': 'vit_tiny_patch16_224_mae_finetune_rpe',
     'ftdist': 'vit_tiny_patch16_224_mae_finetune',
     'transfer': 'vit_tiny_patch16_224_mae_transfer_cifar100',
     'mae': 'mae_tiny_patch16_224',
@@ -26,11 +28,13 @@ RECIPES = {
 
 
 def build(ctor: dict, recipe: str):
+    if recipe == 'rpe':
+        return build_rpe({**ctor, 'use_mean_pooling': True})
     sizes = {name: value for name, value in ctor.items() if name != 'norm_eps'}
     return (MaskedAutoencoder if recipe == 'mae' else VisionTransformer)(**sizes)
 
 
-@pytest.mark.parametrize('index', [0, 1, 4, 5, 6, 7])
+@pytest.mark.parametrize('index', range(8))
 def test_parameter_groups(index):
     g = golden('mae_lite-param_groups')
     case = g.meta['cases'][index]

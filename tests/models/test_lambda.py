@@ -7,6 +7,7 @@ import paddle.nn.functional as F
 import pytest
 
 from models import create_model
+from models.layers import TokenState
 from models.port import port_state_dict, port_with_report
 from models.pretrained import load_state
 from models.vision_transformer import Block, VisionTransformer
@@ -127,7 +128,8 @@ def test_the_kept_part_of_the_input_is_never_dropped():
     paddle.seed(0)
     for weight in (1.0, 0.25, 0.0):
         block.weigh_attention(weight)
-        np.testing.assert_allclose(block._attend(x, None)[0] if weight else block.identity_weight * x, (2 - weight) * x)
+        y = block._attend(x, TokenState(1, x.shape[1] - 1, (), ()))[0] if weight else block.identity_weight * x
+        np.testing.assert_allclose(y, (2 - weight) * x)
 
 
 def test_dropout_of_both_flavours():
@@ -163,6 +165,9 @@ def test_weights_bring_their_lambda():
     lines = []
     load_state(fresh, {name: array for name, array in state.items() if name != 'attn_lambda'}, log=lines.append)
     assert any('does not say attn_lambda' in line for line in lines)
+    half = tiny(prune_layers=[0]).to(dtype='float16')  # as AMP_LEVEL O2 does
+    half.set_attn_lambda(0.5)
+    assert half.attn_lambda.tolist() == [0.5, 1, 1]
     assert 'attn_lambda' not in tiny().state_dict() and 'attn_lambda' not in tiny(removed_layers=[0]).state_dict()
 
 
@@ -172,6 +177,18 @@ def test_finished_weights_lose_their_attention():
     small, lines = tiny(removed_layers=[0, 2]), []
     load_state(small, numpy_state(trained), log=lines.append)
     assert any('13 arrays' in line and 'block 0 has no attention' in line for line in lines)
+    for model in (trained, small):
+        model.eval()
+    np.testing.assert_array_equal(small(IMAGES), trained(IMAGES))
+
+
+def test_layer_scale_goes_with_its_attention():
+    trained, small = tiny(prune_layers=[0], layer_scale=0.5), tiny(removed_layers=[0], layer_scale=0.5)
+    trained.set_attn_lambda(0.0)
+    load_state(small, numpy_state(trained), log=lambda line: None)
+    assert set(numpy_state(trained)) - set(numpy_state(small)) >= {'blocks.0.gamma_1', 'blocks.0.norm1.bias'}
+    small(IMAGES).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
     for model in (trained, small):
         model.eval()
     np.testing.assert_array_equal(small(IMAGES), trained(IMAGES))

@@ -62,8 +62,8 @@ def spans(numbers: list) -> str:
 
 def write_snapshot() -> None:
     """Run by `python -m tests.models.test_registry` after a deliberate change of names or shapes."""
+    entries = [f'{json.dumps(name)}: {json.dumps(listing(create_model(name)))}' for name in NAMES]
     with open(SNAPSHOT, 'w', encoding='utf-8') as file:
-        entries = (f'{json.dumps(name)}: {json.dumps(listing(create_model(name)))}' for name in NAMES)
         file.write('{\n' + ',\n'.join(entries) + '\n}\n')
 
 

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import psutil
 import pytest
+
 from tests.conftest import ROOT
 
 CONFIG = """

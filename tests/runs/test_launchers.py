@@ -204,8 +204,8 @@ def test_nothing_is_written_where_a_run_may_not(recipe, tmp_path):
         f"sys.argv = ['main_single_gpu.py', '-cfg={recipe}', '-tag=full', '-opts', 'TRAIN.NUM_EPOCHS', '2']; "
         f"runpy.run_path({os.path.join(ROOT, 'main_single_gpu.py')!r}, run_name='__main__')"
     )
-    tuned = {name: '1' for name in ('FLAGS_paddle_num_threads', 'OMP_NUM_THREADS')}
-    malloc = {name: '1048576' for name in ('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_TOP_PAD_')}
+    tuned = dict.fromkeys(('FLAGS_paddle_num_threads', 'OMP_NUM_THREADS'), '1')
+    malloc = dict.fromkeys(('MALLOC_MMAP_THRESHOLD_', 'MALLOC_TRIM_THRESHOLD_', 'MALLOC_TOP_PAD_'), '1048576')
     process = subprocess.run(
         [sys.executable, '-c', limited], env=environment(**tuned, **malloc), capture_output=True, text=True, timeout=120
     )

@@ -252,6 +252,7 @@ def test_mistakes(tmp_path, monkeypatch):
     before = sorted(os.listdir(tmp_path))
     mistakes = {
         'no block of .tiny. reduces its tokens': [*given, image, '-opts', 'MODEL.EVIT.KEEP_RATE', '1.0'],
+        'not what ToMe merges': [*given, image, '-opts', 'MODEL.TOME.R', '2'],
         'block of .tiny. reduces': [*given, '-grid=grid.png', image, '-opts', 'MODEL.EVIT.DROP_LOC', '()'],
         "there is no file or folder 'missing.png'": [*given, 'missing.png'],
         'none of the 1 images can be read': [*given, '-grid', 'grid.png', 'broken.png'],

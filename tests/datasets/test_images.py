@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JPEG files: the fast decoder gives Pillow's pixels, and Pillow's verdict on damaged ones."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from config import get_config
+from datasets import build_dataloader, build_dataset
+from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
+from datasets.transforms import build_transform
+from utils.errors import UserError
+
+
+def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some noise."""
+    rng = np.random.default_rng(seed)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((width, height), 3)
+    return Image.fromarray((np.asarray(smooth) + rng.normal(0, 4, (height, width, 3))).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', **options)
+    return buffer.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
+
+
+@pytest.mark.parametrize('size', [(1, 1), (2, 3), (17, 33), (160, 121)])
+@pytest.mark.parametrize('subsampling', ['4:4:4', '4:2:2', '4:2:0'])
+@pytest.mark.parametrize('options', [{}, {'progressive': True}, {'quality': 12}, {'restart_marker_rows': 1}])
+def test_same_pixels_as_pillow(size, subsampling, options):
+    data = jpeg(photograph(*size), subsampling=subsampling, **options)
+    assert isinstance(open_image(data), Jpeg)
+    assert np.array_equal(np.asarray(decode_image(data)), by_pillow(data))
+
+
+@pytest.mark.parametrize('mode', ['L', 'CMYK'])
+def test_other_colours(mode):
+    data = jpeg(photograph(50, 40).convert(mode))
+    assert isinstance(open_image(data), Jpeg) == (mode == 'L')
+    assert decode_image(data).mode == 'RGB'
+    assert np.array_equal(np.asarray(decode_image(data)), by_pillow(data))
+
+
+DATA = jpeg(photograph(90, 70), quality=92)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(0, 89), st.integers(0, 69), st.integers(1, 90), st.integers(1, 70))
+def test_what_steps_use_of_it(left, top, width, height):
+    """Crops, resizing and conversion are Pillow's."""
+    picture, expected = open_image(DATA), Image.fromarray(by_pillow(DATA))
+    assert (picture.size, picture.width, picture.height) == (expected.size, *expected.size)
+    box = (left, top, min(90, left + width), min(70, top + height))
+    assert np.array_equal(np.asarray(picture.crop(box)), np.asarray(expected.crop(box)))
+    for one, other in (
+        (picture.resize((width, height), 3), expected.resize((width, height), 3)),
+        (picture.convert('L'), expected.convert('L')),
+    ):
+        assert (one.mode, one.tobytes()) == (other.mode, other.tobytes())
+
+
+# ---------------------------------------------------------------------------------------------------- damage
+@pytest.mark.parametrize('seed', range(60))
+def test_damaged_like_pillow(seed):
+    """Cut or altered anywhere: the pixels that Pillow makes of it, or its refusal, which names itself."""
+    rng = np.random.default_rng(seed)
+    data = bytearray(DATA)
+    if seed % 2:
+        del data[rng.integers(len(data)) :]
+    for place in rng.integers(len(data), size=seed % 3):
+        data[place] = rng.integers(256)
+    data = bytes(data)
+    try:
+        expected = by_pillow(data)
+    except Exception:
+        with pytest.raises(UnreadableImage):
+            decode_image(data)
+    else:
+        assert np.array_equal(np.asarray(decode_image(data)), expected)
+
+
+def test_truncated_jpeg_is_found_when_it_is_decoded(tmp_path, make_config):
+    """It opens well; training names it, or takes the next image, augmented as if nothing had happened."""
+    for name, data in (('a', DATA), ('b', DATA[: len(DATA) // 2]), ('c', jpeg(photograph(60, 60, 1)))):
+        (tmp_path / f'{name}.jpg').write_bytes(data)
+    (tmp_path / 'train_list.txt').write_text('a.jpg 0\nb.jpg 1\nc.jpg 2\n')
+    config = make_config(tmp_path)
+    with pytest.raises(UserError, match=r'b\.jpg.*number 1.*truncated'):
+        list(build_dataloader(config, build_dataset(config, 'train'), training=True).epoch(0))
+    config = make_config(tmp_path, DATA__BAD_IMAGE='skip')
+    dataset = build_dataset(config, 'train')
+    (batch,) = build_dataloader(config, dataset, training=True).epoch(0)
+    assert (sorted(batch.indices), batch.skipped) == ([0, 2, 2], 1)
+    place = list(batch.indices).index(2)
+    other = 1 + place + list(batch.indices[place + 1 :]).index(2)
+    assert not np.array_equal(batch.images[place], batch.images[other])
+
+
+def test_bomb_is_left_to_pillow(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 3000)
+    with pytest.raises(UnreadableImage, match='exceeds limit'):
+        decode_image(DATA)
+
+
+# ---------------------------------------------------------------------------------------------------- FAST_RESIZE
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 500), st.integers(0, 300), st.integers(1, 640), st.integers(1, 480), st.integers(1, 200))
+def test_reduced(left, top, width, height, side):
+    """Every side keeps `side` pixels or all it has; the content is that of the box."""
+    picture = open_image(LARGE)
+    box = (left, top, min(640, left + width), min(480, top + height))
+    pixels = picture.reduced(box, side)
+    for length, full in zip(pixels.shape[1::-1], (box[2] - box[0], box[3] - box[1])):
+        assert min(side, full) <= length <= full + 1
+    if min(box[2] - box[0], box[3] - box[1]) >= 24:
+        expected = Image.fromarray(by_pillow(LARGE)).resize((8, 8), Image.Resampling.BOX, box)
+        found = Image.fromarray(pixels).resize((8, 8), Image.Resampling.BOX)
+        assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).mean() < 6
+
+
+LARGE = jpeg(photograph(640, 480), quality=92)
+
+
+@pytest.mark.parametrize(('box', 'factor'), [((0, 0, 640, 480), 4), ((0, 0, 400, 200), 2), ((0, 0, 199, 480), 1)])
+def test_reduction_factor(box, factor):
+    pixels = open_image(LARGE).reduced(box, 100)
+    assert pixels.shape == ((box[3] - box[1]) // factor, (box[2] - box[0]) // factor, 3)
+
+
+def test_reduced_damaged_jpeg():
+    with pytest.raises(UnreadableImage, match='truncated'):
+        open_image(LARGE[:-5000]).reduced((0, 0, 640, 480), 100)
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_fast_resize_stays_close(channels):
+    """The same boxes and flips, close pixels, from JPEG and other files; evaluation is not touched."""
+    keys = [
+        'DATA.IMAGE_SIZE',
+        96,
+        'TRAIN.RAND_AUGMENT',
+        False,
+        'TRAIN.COLOR_JITTER',
+        0.0,
+        'DATA.IMAGE_CHANNELS',
+        channels,
+    ]
+    config, fast = get_config(None, keys), get_config(None, [*keys, 'DATA.FAST_RESIZE', True])
+    for picture in (open_image(LARGE), Image.fromarray(by_pillow(LARGE))):
+        for seed in range(20):
+            expected, found = (
+                build_transform(c, training=True)(picture, np.random.default_rng(seed)).astype(int)
+                for c in (config, fast)
+            )
+            assert found.shape == (96, 96, channels)
+            assert 0 < np.abs(found - expected).mean() < 5
+    evaluated = [build_transform(c, training=False)(open_image(LARGE), None) for c in (config, fast)]
+    assert np.array_equal(*evaluated)
+
+
+def test_default_is_what_pillow_makes():
+    """All of training's steps, whether they start from the file or from Pillow's picture."""
+    config = get_config(None, ['DATA.IMAGE_SIZE', 64])
+    transform = build_transform(config, training=True)
+    for seed in range(10):
+        found, expected = (
+            transform(picture, np.random.default_rng(seed))
+            for picture in (open_image(LARGE), Image.fromarray(by_pillow(LARGE)))
+        )
+        assert np.array_equal(found, expected)

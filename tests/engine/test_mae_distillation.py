@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pre-training with a teacher's attention, against MAE-Lite."""
+
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+from engine.pretraining import MaskedTask
+from engine.tasks import TASKS
+from models import build_model
+from models.mae import Lessons, MaskedAutoencoder
+from models.port import port_state_dict
+from tests.conftest import assert_close, golden
+from tests.engine.test_pretraining import build_trainer, recipe
+from tests.models.helpers import linear_weights, load
+from utils.errors import UserError
+from utils.weights import read_file, write_pdparams
+
+
+@pytest.mark.parametrize('name', ['attn', 'mixed', 'noadapter'])
+def test_losses_and_gradients(name):
+    g = golden(f'mae_lite-distill_{name}')
+    meta, arrays = g.meta, g.group('sd')
+    heads = meta['use_attn_adapter'] or meta['student']['num_heads'] != meta['teacher']['num_heads']
+    width = meta['use_hidden_adapter'] or meta['student']['embed_dim'] != meta['teacher']['embed_dim']
+    lessons = Lessons(
+        attn=tuple(meta['attn_idx']), hidden=tuple(meta['hidden_idx']),
+        num_heads=meta['teacher']['num_heads'] if heads else None,
+        embed_dim=meta['teacher']['embed_dim'] if width else None,
+    )  # fmt: skip
+    student = MaskedAutoencoder(**meta['student'], mask_ratio=meta['mask_ratio'], norm_pix_loss=True, lessons=lessons)
+    load(student, {name: array for name, array in arrays.items() if not name.startswith('tch_model.')})
+    teacher = MaskedAutoencoder(
+        **{**meta['teacher'], 'decoder_depth': 0}, lessons=lessons._replace(num_heads=None, embed_dim=None)
+    )
+    theirs = {name[len('tch_model.') :]: array for name, array in arrays.items() if name.startswith('tch_model.')}
+    state = port_state_dict(teacher, theirs)
+    teacher.set_state_dict({name: paddle.to_tensor(array) for name, array in state.items()})
+    teacher.eval()
+
+    task = MaskedTask(recipe(
+        TRAIN__MAE_DISTILL__ATTN_ALPHA=meta['attn_alpha'], TRAIN__MAE_DISTILL__HIDDEN_ALPHA=meta['hidden_alpha'],
+    ), teacher)  # fmt: skip
+    images, noise = paddle.to_tensor(g['in/imgs']), paddle.to_tensor(g['in/noise'])
+    task._noise = lambda *_: noise
+    output = student(images, noise)
+    for block, logits in zip(meta['attn_idx'], output.attn):
+        assert_close(logits, g[f'out/adapted_attn{block}'])
+    loss, _ = task(student, images, None, np.random.default_rng(0))
+    assert loss.item() == pytest.approx(g['out/loss'].item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx(g['out/mae_loss'].item(), rel=1e-5)
+    for part, value in task.notes().items():
+        assert value == pytest.approx(g[f'out/loss_{part}'].item(), rel=1e-4)
+    loss.backward()
+    parameters, linear = dict(student.named_parameters()), linear_weights(student)
+    for key, gradient in g.group('out/grad').items():
+        key = key.removeprefix('model.')
+        assert_close(parameters[key].grad, gradient.T if key in linear else gradient, 1e-3)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def taught(tmp_path, images, **changes):
+    """A recipe whose teacher is a wider autoencoder of random weights."""
+    cfg, weights = tmp_path / 'teacher.yaml', str(tmp_path / 'teacher.pdparams')
+    settings = recipe(MODEL__TRANS__EMBED_DIM=32, MODEL__TRANS__NUM_HEADS=4)
+    cfg.write_text(settings.dump())
+    write_pdparams(build_model(settings).state_dict(), weights)
+    return recipe(**{
+        'DATA__DATA_PATH': images, 'TRAIN__TEACHER_CFG': str(cfg), 'TRAIN__TEACHER_MODEL': weights,
+        'TRAIN__MAE_DISTILL__ATTN_IDX': (2,), 'TRAIN__MAE_DISTILL__HIDDEN_IDX': (0, 2), **changes,
+    })  # fmt: skip
+
+
+def test_a_run(tmp_path, images):
+    """Adapters are trained and kept, the teacher is neither; parts of the loss are logged."""
+    config = taught(tmp_path, images, REPORT_FREQ=1)
+    trainer = build_trainer(config, str(tmp_path / 'run'))
+    before = trainer.model.attn_adapter.adapter1.weight.numpy()
+    teacher = {name: value.numpy() for name, value in trainer.task.teacher.state_dict().items()}
+    trainer.fit()
+    assert not np.array_equal(trainer.model.attn_adapter.adapter1.weight, before)
+    for name, value in trainer.task.teacher.state_dict().items():
+        np.testing.assert_array_equal(value, teacher[name])
+    saved = read_file(os.path.join(trainer.folder, 'last.pdparams'))['model']
+    assert saved['attn_adapter.adapter1.weight'].shape == (4, 3, 1, 1)
+    assert {name for name in saved if 'adapter' in name} == {
+        'attn_adapter.adapter1.weight', 'hidden_adapter.adapter0.weight', 'hidden_adapter.adapter2.weight',
+    }  # fmt: skip
+    with open(os.path.join(trainer.folder, 'log.txt'), encoding='utf-8') as file:
+        assert ', attn: ' in file.read()
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'TRAIN__TEACHER_CFG': None}, 'set TRAIN.TEACHER_CFG'),
+        ({'TRAIN__TEACHER_MODEL': None}, 'set TRAIN.TEACHER_MODEL'),
+        ({'TRAIN__TEACHER_MODEL': 'gone.pdparams'}, 'gone.pdparams'),
+        ({'TRAIN__MAE_DISTILL__ATTN_IDX': (3,)}, 'ATTN_IDX names 3, but must be 1 to 2'),
+        ({'MODEL__TRANS__PATCH_SIZE': 8}, 'patches of 8 pixels'),
+    ],
+)
+def test_mistakes(tmp_path, images, changes, words):
+    config = taught(tmp_path, images, **changes)
+    with pytest.raises(UserError) as caught:
+        TASKS['mae'](config, build_model(config), print, training=True)
+    assert words in str(caught.value)

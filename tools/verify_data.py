@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a data set before a long run meets its faults.
+
+    python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
+    python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
+
+Reads and decodes every image as training does. Problems are lists with bad lines or labels, images that cannot be used, the same
+file twice in a part, and the same file in training and validation. Exit status: 0 without problems, 1 with some.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import numpy as np
+from tqdm import tqdm
+
+from config import flag_parser, get_config, update_config
+from datasets import Dataset, build_dataset, resolve_num_classes
+from datasets.dataset import EncodedStorage
+from datasets.images import UnreadableImage
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.processes import die_with_parent
+
+PARTS = ('train', 'val')
+_CHUNK = 32  # images per task of a worker
+_SHOWN = 10  # problems of a kind on the screen
+_DIGEST = 16  # bytes
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    config = update_config(get_config(), args)
+    try:
+        report = verify(config)
+    except KeyboardInterrupt:
+        print('interrupted; no report is written.', file=sys.stderr)
+        return 130
+    show(report)
+    with atomic_write(args.report, 'w') as file:
+        json.dump(report, file, indent=1)
+    print(f'{args.report}: {len(report["problems"])} problems')
+    return 1 if report['problems'] else 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = flag_parser(
+        'Check that all images of a data set can be used, and that none is there twice.',
+        ('-cfg', '-dataset', '-data_path', '-num_classes', '-num_workers'),
+    )
+    parser.add_argument('-report', metavar='FILE', default='verify_data.json', help='where the report goes')
+    return parser.parse_args(argv)
+
+
+def verify(config) -> dict:
+    """The report: `parts` with counts, and `problems`, each with a `kind` and what is needed to find it."""
+    datasets, problems = open_parts(config)
+    parts, digests = {}, {}
+    for part, dataset in datasets.items():
+        digests[part], faults = check_images(dataset, part, config.DATA.NUM_WORKERS)
+        problems += faults
+        parts[part] = {**count(dataset), 'unreadable': len(faults)}
+    problems += find_copies(datasets, digests)
+    return {'dataset': config.DATA.DATASET, 'data_path': config.DATA.DATA_PATH, 'parts': parts, 'problems': problems}
+
+
+def open_parts(config) -> tuple[dict[str, Dataset], list[dict]]:
+    """The parts that can be opened, and why others cannot. Training comes first and says how many classes there are."""
+    datasets, problems = {}, []
+    for part in PARTS:
+        try:
+            datasets[part] = build_dataset(config, part)
+            config.MODEL.NUM_CLASSES = resolve_num_classes(config, datasets[part])
+        except UserError as error:
+            problems.append({'kind': 'list', 'part': part, 'reason': str(error)})
+    if not datasets:
+        raise UserError(problems[0]['reason'])
+    return datasets, problems
+
+
+def count(dataset: Dataset) -> dict:
+    per_class = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    return {
+        'images': len(dataset),
+        'classes': dataset.num_classes,
+        'empty_classes': np.flatnonzero(per_class == 0).tolist(),
+        'images_per_class': [int(per_class.min()), int(per_class.max())],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------- images
+def check_images(dataset: Dataset, part: str, workers: int) -> tuple[np.ndarray, list[dict]]:
+    """Digests [N, 2] uint64, 0 where there is none, and what is wrong with those."""
+    digests = np.zeros((len(dataset), _DIGEST), np.uint8)
+    problems = []
+    with tqdm(total=len(dataset), desc=part, unit='image', disable=None) as bar:
+        for index, digest, reason in checked(dataset, workers):
+            if reason is None:
+                digests[index] = np.frombuffer(digest, np.uint8)
+            else:
+                image = dataset.describe(index)
+                problems.append({'kind': 'unreadable', 'part': part, 'image': image, 'index': index, 'reason': reason})
+            bar.update()
+    return digests.view(np.uint64), problems
+
+
+def checked(dataset: Dataset, workers: int) -> Iterator[tuple[int, bytes, str | None]]:
+    """(index, digest, what is wrong or None) of each image, in order."""
+    if workers == 0:
+        yield from (check_image(dataset, index) for index in range(len(dataset)))
+        return
+    chunks = [range(begin, min(begin + _CHUNK, len(dataset))) for begin in range(0, len(dataset), _CHUNK)]
+    executor = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context('fork'), initializer=_start_worker, initargs=(dataset,)
+    )
+    try:
+        results = executor.map(_check_chunk, chunks)
+        for chunk in chunks:
+            try:
+                yield from next(results)
+            except BrokenProcessPool:
+                raise UserError(
+                    f"a worker died at or soon after the image '{dataset.describe(chunk[0])}'; was it killed for lack of "
+                    'memory? Try fewer -num_workers.'
+                ) from None
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def check_image(dataset: Dataset, index: int) -> tuple[int, bytes, str | None]:
+    """Reads and decodes one image with the code that training uses."""
+    storage = dataset.storage
+    try:
+        picture = storage.open(index)
+        content = storage.read(index) if isinstance(storage, EncodedStorage) else picture.tobytes()
+    except UnreadableImage as error:
+        return index, b'', str(error)
+    return index, hashlib.blake2b(content, digest_size=_DIGEST).digest(), None
+
+
+_dataset: Dataset  # in a worker
+
+
+def _start_worker(dataset: Dataset) -> None:
+    global _dataset
+    _dataset = dataset
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+
+
+def _check_chunk(chunk: range) -> list[tuple[int, bytes, str | None]]:
+    return [check_image(_dataset, index) for index in chunk]
+
+
+# ---------------------------------------------------------------------------------------------------- copies
+def find_copies(datasets: dict[str, Dataset], digests: dict[str, np.ndarray]) -> list[dict]:
+    """Files that are there more than once: `leak` across parts, `duplicate` within one."""
+    origins = [(part, index) for part, found in digests.items() for index in range(len(found))]
+    everything = np.concatenate(list(digests.values()))
+    _, group, sizes = np.unique(everything, axis=0, return_inverse=True, return_counts=True)
+    group = group.reshape(-1)
+    usable = everything.any(axis=1)
+    members: dict[int, list[int]] = {}
+    for place in np.flatnonzero(usable & (sizes[group] > 1)):
+        members.setdefault(int(group[place]), []).append(int(place))
+    problems = []
+    for places in members.values():
+        copies = [origins[place] for place in places]
+        problems.append(
+            {
+                'kind': 'leak' if len({part for part, _ in copies}) > 1 else 'duplicate',
+                'parts': [part for part, _ in copies],
+                'images': [datasets[part].describe(index) for part, index in copies],
+                'labels': [int(datasets[part].labels[index]) for part, index in copies],
+            }
+        )
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------- on the screen
+def show(report: dict) -> None:
+    for part, facts in report['parts'].items():
+        low, high = facts['images_per_class']
+        print(f'{part}: {facts["images"]} images in {facts["classes"]} classes of {low} to {high}')
+    kinds = Counter(problem['kind'] for problem in report['problems'])
+    for kind, number in kinds.items():
+        problems = [problem for problem in report['problems'] if problem['kind'] == kind]
+        for problem in problems[:_SHOWN]:
+            print(f'{kind}: {sentence(problem)}')
+        if number > _SHOWN:
+            print(f'{kind}: {number - _SHOWN} more, see the report')
+
+
+def sentence(problem: dict) -> str:
+    if problem['kind'] == 'list':
+        return problem['reason']
+    if problem['kind'] == 'unreadable':
+        return f'{problem["image"]}: {problem["reason"]}'
+    labels = '' if len(set(problem['labels'])) == 1 else f', with different labels {problem["labels"]}'
+    return f'the same file: {", ".join(problem["images"])}{labels}'
+
+
+if __name__ == '__main__':
+    run(main)

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Shows what a masked autoencoder makes of images: the image, the patches it sees, and the image it rebuilds.
+
+    python tools/visualize_mae.py -cfg configs/mae_tiny_patch16_224.yaml -pretrained mae.pdparams -output mae.png photos/
+    python tools/visualize_mae.py -pretrained output/latest -output mae.png cat.jpg dog.jpg -opts MODEL.MAE.MASK_RATIO 0.5
+
+Writes one PNG with a row per image. docs/mae.md explains the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
+import numpy as np
+import paddle
+from PIL import Image
+
+from config import flag_parser
+from datasets import Batch
+from datasets.batch import to_tensor
+from datasets.dataset import FileStorage
+from datasets.images import UnreadableImage
+from datasets.transforms import build_transform
+from engine import distributed
+from models import build_model
+from models.mae import MaskedAutoencoder
+from models.pretrained import load_pretrained
+from tools._common import find_images, trained_config
+from utils.cli import run
+from utils.errors import UserError
+from utils.files import atomic_write
+
+GAP = 4  # pixels around the pictures
+PAPER = 255
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    config = trained_config(args)
+    paths = find_images(args.images)
+    if os.path.realpath(args.output) in map(os.path.realpath, paths):
+        raise UserError(f"-output '{args.output}' is one of the images; give another path.")
+    distributed.start()
+    model = load_autoencoder(config)
+    transform = build_transform(config, training=False)
+    files, rows = FileStorage('', paths), []
+    with atomic_write(args.output) as target:
+        for index, path in enumerate(paths):
+            try:
+                picture = files.open(index)
+            except UnreadableImage as error:
+                print(f'{path}: {error}', file=sys.stderr)
+                continue
+            image = transform(picture, np.random.default_rng(0))
+            rows.append((image, *rebuild(model, config, image, np.random.default_rng([args.seed, index]))))
+        if not rows:
+            raise UserError(f"none of the {len(paths)} images can be read; '{paths[0]}' is the first.")
+        draw(rows).save(target, 'PNG')
+    print(f'{args.output}: {len(rows)} of {len(paths)} images')
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = flag_parser('Show what a masked autoencoder rebuilds.', ('-cfg', '-pretrained', '-image_size'))
+    parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
+    parser.add_argument('-output', metavar='FILE', required=True, help='.png file to write')
+    parser.add_argument('-seed', type=int, default=0, metavar='N', help='draws other patches')
+    args = parser.parse_args(argv)
+    if not args.output.endswith('.png'):
+        raise UserError(f"-output is '{args.output}', but must end in .png.")
+    return args
+
+
+def load_autoencoder(config) -> MaskedAutoencoder:
+    """The model of a configuration with the weights MODEL.PRETRAINED, for evaluation."""
+    model = build_model(config)
+    if not isinstance(model, MaskedAutoencoder) or not model.decoder_depth:
+        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, which rebuilds nothing; give the -cfg of an MAE.')
+    load_pretrained(model, config.MODEL.PRETRAINED, replace_head=False)
+    model.eval()
+    return model
+
+
+@paddle.no_grad()
+def rebuild(
+    model: MaskedAutoencoder, config, image: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of a picture [H, W, C] uint8: what is seen of it, the rest being white, and what becomes of it."""
+    mean, std = config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
+    batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
+    x, _ = to_tensor(batch, mean, std)
+    patches = image.shape[0] * image.shape[1] // model.patch_size**2
+    output = model(x, paddle.to_tensor(rng.random((1, patches), 'float32')))
+    _, rebuilt = model.paint(x, output)
+    whole, _ = model.paint(paddle.ones_like(x), output)  # 1 where a pixel was seen
+    seen = np.where(_pixels(whole, [0.0], [1.0]) > 0, image, PAPER)
+    return seen.astype('uint8'), _pixels(rebuilt, mean, std)
+
+
+def _pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised [1, C, H, W] -> [H, W, C] uint8."""
+    x = x[0].transpose([1, 2, 0]).numpy() * np.asarray(std[: x.shape[1]]) + np.asarray(mean[: x.shape[1]])
+    return np.clip(np.round(255 * x), 0, 255).astype('uint8')
+
+
+def draw(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+    """Pictures of one size [H, W, C] in rows and columns."""
+    height, width, _ = rows[0][0].shape
+    across, down = width + GAP, height + GAP
+    sheet = Image.new('RGB', (len(rows[0]) * across + GAP, len(rows) * down + GAP), (PAPER,) * 3)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            tile = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+            sheet.paste(tile, (GAP + j * across, GAP + i * down))
+    return sheet
+
+
+if __name__ == '__main__':
+    run(main)
