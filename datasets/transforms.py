@@ -5,7 +5,7 @@ Training: random crop, flip, RandAugment (else AutoAugment, else colour jitter).
 Normalisation happens once per batch on the device (datasets/batch.py), random erasing along with it.
 
 A step is a callable `step(image, rng) -> image` on Pillow images; all randomness comes from the numpy generator. The first
-one may get a `Jpeg` and so decides how much of it is decoded.
+one may get a `Jpeg` and so decides how much of it is decoded. With DATA.FAST_RESIZE the first steps work on arrays.
 """
 
 from __future__ import annotations
@@ -63,25 +63,32 @@ def build_transform(config, training: bool) -> Transform:
 
 def _training_steps(config, padded: bool) -> list[Step]:
     data, train = config.DATA, config.TRAIN
+    fast = data.FAST_RESIZE and not padded
     interpolation = 'bilinear' if data.FAST_RESIZE else data.INTERPOLATION
     resamples = RESAMPLES[interpolation]
     if padded:
         steps: list[Step] = [ResizeShort(data.IMAGE_SIZE, resamples[-1]), PaddedCrop(data.IMAGE_SIZE, PADDING)]
-    elif data.FAST_RESIZE:
-        steps = [FastResizedCrop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
     else:
-        steps = [RandomResizedCrop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
+        crop = FastResizedCrop if fast else RandomResizedCrop
+        steps = [crop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
     if train.HFLIP > 0:
-        steps.append(RandomFlip(train.HFLIP))
+        steps.append((FastFlip if fast else RandomFlip)(train.HFLIP))
+    policy = _policy(config, interpolation)
+    if policy is not None:
+        steps += [as_pillow, policy] if fast else [policy]
+    return steps
+
+
+def _policy(config, interpolation: str) -> Step | None:
+    """What changes colours and shapes at random."""
+    data, train = config.DATA, config.TRAIN
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
     canvas = Canvas(train.RAND_AUGMENT_SPACE, interpolation, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
     if train.RAND_AUGMENT:
-        steps.append(RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, canvas))
-    elif train.AUTO_AUGMENT:
-        steps.append(AutoAugment(canvas))
-    elif train.COLOR_JITTER > 0:
-        steps.append(ColorJitter(train.COLOR_JITTER))
-    return steps
+        return RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, canvas)
+    if train.AUTO_AUGMENT:
+        return AutoAugment(canvas)
+    return ColorJitter(train.COLOR_JITTER) if train.COLOR_JITTER > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -144,23 +151,6 @@ class RandomResizedCrop:
         return left, top, left + w, top + h
 
 
-class FastResizedCrop(RandomResizedCrop):
-    """The same boxes, resized bilinearly without antialiasing by OpenCV. JPEG files are decoded at reduced size where a box
-    is at least twice the input on both sides, so that what is left to shrink by is below two, where aliasing is mild."""
-
-    def __init__(self, size: int, *args):
-        import cv2  # takes a tenth of a second, which other runs need not wait for
-
-        super().__init__(size, *args)
-        cv2.setNumThreads(0)  # worker processes are what runs in parallel
-        self._resize = functools.partial(cv2.resize, dsize=(size, size), interpolation=cv2.INTER_LINEAR)
-
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Image.Image:
-        box = self.box(image.width, image.height, rng)
-        pixels = image.reduced(box, self.size) if isinstance(image, Jpeg) else np.asarray(image.crop(box))
-        return Image.fromarray(self._resize(pixels))
-
-
 class PaddedCrop:
     """Pads with black and cuts a square at random."""
 
@@ -181,6 +171,42 @@ class RandomFlip:
         self.probability = probability
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        if rng.random() < self.probability:
-            return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image
+        return self.mirror(image) if rng.random() < self.probability else image
+
+    def mirror(self, image: Image.Image) -> Image.Image:
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+# ---------------------------------------------------------------------------------------------------- FAST_RESIZE
+class FastResizedCrop(RandomResizedCrop):
+    """The same boxes, resized bilinearly without antialiasing, as arrays [H, W, C] or, grey, [H, W].
+
+    JPEG files are decoded at reduced size where a box is at least twice the input on both sides, so that what is left to
+    shrink by is below two, where aliasing is mild.
+    """
+
+    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
+        box = self.box(image.width, image.height, rng)
+        pixels = image.reduced(box, self.size) if isinstance(image, Jpeg) else np.asarray(image.crop(box))
+        return opencv().resize(pixels, (self.size, self.size), interpolation=opencv().INTER_LINEAR)
+
+
+class FastFlip(RandomFlip):
+    """The same on arrays."""
+
+    def mirror(self, image: np.ndarray) -> np.ndarray:
+        return opencv().flip(image, 1)
+
+
+def as_pillow(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """The step from arrays back to what policies take."""
+    return Image.fromarray(pixels)
+
+
+@functools.lru_cache(maxsize=None)
+def opencv():
+    """The cv2 module, which takes a third of a second to import, so that only those wait for it who use it."""
+    import cv2
+
+    cv2.setNumThreads(0)  # worker processes are what runs in parallel
+    return cv2

@@ -17,7 +17,6 @@ import functools
 import io
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -40,6 +39,7 @@ from datasets.augment import BICUBIC, Canvas, RandAugment
 from datasets.batch import to_tensor
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
+from tools.benchmark import processor_name
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -61,7 +61,12 @@ STORAGES = {
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    facts = {'processor': processor(), 'pillow': PIL.__version__, 'images': args.images, 'image_size': args.image_size}
+    facts = {
+        'processor': processor_name(),
+        'pillow': PIL.__version__,
+        'images': args.images,
+        'image_size': args.image_size,
+    }
     print(', '.join(f'{key} {value}' for key, value in facts.items()))
     with tempfile.TemporaryDirectory(prefix='benchmark-data-') as folder:
         write_photographs(os.path.join(folder, 'train'), args.images)
@@ -93,12 +98,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if min(args.workers) < 0:
         raise UserError(f'-workers is {min(args.workers)}, but must be at least 0.')
     return args
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError, StopIteration), open('/proc/cpuinfo', encoding='utf-8') as file:
-        return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    return platform.processor() or platform.machine()
 
 
 def write_photographs(folder: str, count: int) -> None:

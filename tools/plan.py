@@ -50,7 +50,7 @@ from utils.files import atomic_write
 from utils.runlog import RunLog, progress
 
 WARMUP = 3
-PROGRAMS_AT_ONCE = 8  # exported programs in memory, each of which has weights of its own
+PROGRAMS_AT_ONCE = 4  # exported programs in memory beside the given one; each has weights of its own
 COLUMNS = '{:>2} {:<12} {:>9} {:>8} {:>8} {:>9} {:>6} {:>11} {:>7}'
 
 
@@ -309,6 +309,7 @@ def measure(candidates: Sequence[Candidate], args: argparse.Namespace, context: 
         with tempfile.TemporaryDirectory(prefix='plan-') as folder:
             calls = [call for each in layer_or_program_calls([first, *group], args, folder) for call in each]
             taken = np.array(time_interleaved(calls, context, args.rounds, WARMUP)).reshape([-1, 2, args.rounds])
+            del calls  # before the programs of the next group are loaded
         if not seconds:
             seconds.append(taken[0])
         drift = np.median(seconds[0], 1) / np.median(taken[0], 1)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Shows which patches of an image a Vision Transformer keeps, drops and fuses on its way through the blocks.
+"""Shows which patches of an image a Vision Transformer keeps, drops, fuses and merges on its way.
 
     python tools/visualize_tokens.py -cfg configs/evit_small_patch16_224_k07_fuse.yaml -pretrained evit.pdparams \
         -output pictures photos/ cat.jpg
@@ -13,6 +13,7 @@ docs/visualize.md explains the panels.
 from __future__ import annotations
 
 import argparse
+import colorsys
 import contextlib
 import itertools
 import math
@@ -81,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flag_parser('Show which patches are kept, dropped and fused.', ('-cfg', '-pretrained', '-image_size'))
+    parser = flag_parser(
+        'Show which patches are kept, dropped, fused and merged.', ('-cfg', '-pretrained', '-image_size')
+    )
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
     parser.add_argument('-output', metavar='DIR', required=True, help='folder for a PNG per image')
     parser.add_argument('-grid', metavar='FILE', help='.png file that shows all images')
@@ -144,11 +147,33 @@ def trace_tokens(kept: Sequence[np.ndarray], num_patches: int, fuse: bool) -> li
     return stages
 
 
+def merged_holders(source: np.ndarray) -> np.ndarray:
+    """Which token each patch belongs to, from what `TokenState.source` says of one image.
+
+    Args:
+        source: which of the n patches are in each of the k tokens, [k, n] of 0 and 1; each patch is in one at most.
+
+    Returns:
+        [n] as in `Stage`, but for several patches in one token, which have the number n + the first of them.
+    """
+    num_patches = source.shape[1]
+    first = source.argmax(1)
+    numbers = np.where(source.sum(1) > 1, num_patches + first, first)
+    return np.where(source.any(0), numbers[source.argmax(0)], DROPPED)
+
+
 class Reduction(NamedTuple):
-    """What a block did to the tokens of an image: its number, from 0, and `Stage.holders` after it."""
+    """What a block did to the tokens of an image.
+
+    Attributes:
+        block: its number, from 0.
+        holders: of `trace_tokens` or `merged_holders`, after it.
+        merged: of the latter.
+    """
 
     block: int
     holders: np.ndarray
+    merged: bool = False
 
 
 def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Reduction]:
@@ -159,26 +184,29 @@ def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Redu
     """
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, whose tokens all stay; give the -cfg of an EViT.')
-    if any(block.merger is not None for block in model.blocks):
-        raise UserError('the pictures show what EViT keeps, and not what ToMe merges: set MODEL.TOME.R to 0.')
     batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
+    blocks, sources = [], []
     with paddle.no_grad():
-        _, state = model.forward_tokens(to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0])
-    num_patches = model.patch_embed.num_patches
-    before = (num_patches, *state.counts)  # tokens that each block started from
-    reducers = {
-        number: block.reducer
-        for number, block in enumerate(model.blocks)
-        if block.reducer is not None and block.reducer.acts(state._replace(num_body=before[number]))
-    }
-    if not reducers:
+        images, _ = to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        x, state = model.begin(images, trace=True)
+        prefix, num_patches = state.num_prefix, state.num_body
+        for number, block in enumerate(model.blocks):
+            before = state
+            x, state = block(x, state)
+            # EViT that fuses one token into one leaves as many as there were.
+            if len(state.indices) > len(before.indices) or state.num_body < before.num_body:
+                blocks.append(number)
+                sources.append(state.source[0, prefix:, prefix:].numpy())
+    if not blocks:
         raise UserError(
             f"no block of '{config.MODEL.NAME}' reduces its tokens; give the -cfg of an EViT, or end the command "
-            'with -opts MODEL.EVIT.KEEP_RATE 0.7.'
+            'with -opts MODEL.EVIT.KEEP_RATE 0.7 or with -opts MODEL.TOME.R 8.'
         )
-    fuse = any(reducer.fuse for reducer in reducers.values())
+    if any(block.merger is not None for block in model.blocks):
+        return [Reduction(block, merged_holders(source), merged=True) for block, source in zip(blocks, sources)]
+    fuse = any(model.blocks[number].reducer.fuse for number in blocks)
     stages = trace_tokens([places[0].numpy() for places in state.indices], num_patches, fuse)
-    return [Reduction(block, stage.holders) for block, stage in zip(reducers, stages)]
+    return [Reduction(block, stage.holders) for block, stage in zip(blocks, stages)]
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -190,7 +218,9 @@ PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (110, 110, 110)
 DROPPED_COLOUR, DROPPED_OUTLINE = (236, 236, 236), (150, 150, 150)
 # Of fused tokens, in the order they came into being: Okabe and Ito's, which colour-blind people can tell apart.
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (204, 121, 167), (213, 94, 0), (0, 114, 178), (240, 228, 66))
-DROPPED_SHARE, FUSED_SHARE = 0.86, 0.66  # how much of such a patch is its colour; the rest is the image in grey
+GOLDEN = (5**0.5 - 1) / 2  # between the hues of outlines, of which no two in a row are alike
+# How much of such a patch is its colour; the rest is the image in grey.
+DROPPED_SHARE, FUSED_SHARE, MERGED_SHARE = 0.86, 0.66, 1.0
 
 
 def draw_strip(path: str, image: np.ndarray, steps: Sequence[Reduction]) -> Image.Image:
@@ -206,16 +236,19 @@ def draw_strip(path: str, image: np.ndarray, steps: Sequence[Reduction]) -> Imag
     strip.paste(draw_holders(image, np.arange(num_patches), scale), (left, MARGIN))
     write(canvas, (left, below), shorten(path, side - CHIP), INK)
     write(canvas, (left, below + LINE), f'{num_patches} patches of {patch} px', FAINT)
-    for block, holders in steps:
+    for block, holders, merged in steps:
         left += side + GAP
-        strip.paste(draw_holders(image, holders, scale), (left, MARGIN))
+        strip.paste(draw_holders(image, holders, scale, merged), (left, MARGIN))
         tokens = len(np.unique(holders[holders != DROPPED]))
         write(canvas, (left, below), f'block {block}: {tokens} tokens', INK)
-        write_counts(canvas, (left, below + LINE), holders, side)
+        if merged:
+            write(canvas, (left, below + LINE), merged_counts(holders), FAINT)
+        else:
+            write_counts(canvas, (left, below + LINE), holders, side)
     return strip
 
 
-def draw_holders(image: np.ndarray, holders: np.ndarray, scale: int = 1) -> Image.Image:
+def draw_holders(image: np.ndarray, holders: np.ndarray, scale: int = 1, merged: bool = False) -> Image.Image:
     """Draws which token each patch belongs to.
 
     Args:
@@ -223,6 +256,8 @@ def draw_holders(image: np.ndarray, holders: np.ndarray, scale: int = 1) -> Imag
         holders: the token of each patch, row by row, [n], as in `Stage`. A patch that is its own token is shown as it
             is; those DROPPED fade; those of any other token take its colour, and an outline where another token begins.
         scale: side of a pixel of the image in the drawing.
+        merged: paint tokens of several patches in the mean colour of these, as the figures of ToMe do: there are too
+            many of them for colours of their own, which only their outlines have.
     """
     side = math.isqrt(len(holders))
     cell = scale * (len(image) // side)
@@ -232,9 +267,15 @@ def draw_holders(image: np.ndarray, holders: np.ndarray, scale: int = 1) -> Imag
 
     pixels = np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)
     grey = (pixels @ [0.299, 0.587, 0.114])[..., np.newaxis]
-    fills, outlines = (spread(np.array(colours)) for colours in zip(*(token_colours(t, len(holders)) for t in holders)))
-    share = spread(np.where(holders == DROPPED, DROPPED_SHARE, FUSED_SHARE))
-    drawn = np.where(borders(holders.reshape(side, side), cell), outlines, share * fills + (1 - share) * grey)
+    colours = (token_colours(token, len(holders), merged) for token in holders)
+    fills, outlines = (np.array(column, float) for column in zip(*colours))
+    if merged:
+        patches = pixels.reshape(side, cell, side, cell, 3).mean((1, 3)).reshape(-1, 3)
+        for token in np.unique(holders[holders != DROPPED]):
+            fills[holders == token] = patches[holders == token].mean(0)
+    share = spread(np.where(holders == DROPPED, DROPPED_SHARE, MERGED_SHARE if merged else FUSED_SHARE))
+    painted = share * spread(fills) + (1 - share) * grey
+    drawn = np.where(borders(holders.reshape(side, side), cell), spread(outlines), painted)
     alone = spread(holders == np.arange(len(holders)))
     return Image.fromarray(np.where(alone, pixels, np.rint(drawn)).astype(np.uint8))
 
@@ -252,10 +293,26 @@ def borders(grid: np.ndarray, cell: int) -> np.ndarray:
     return edge.reshape(len(grid) * cell, -1, 1)
 
 
-def token_colours(token: int, num_patches: int) -> tuple[Colour, Colour]:
-    """Fill and outline of a fused token, the same in all panels, or of DROPPED."""
-    colour = PALETTE[(token - num_patches) % len(PALETTE)]
-    return (DROPPED_COLOUR, DROPPED_OUTLINE) if token == DROPPED else (colour, colour)
+def token_colours(token: int, num_patches: int, merged: bool = False) -> tuple[Colour, Colour]:
+    """Fill and outline of a fused or merged token, the same in all panels, or of DROPPED."""
+    if token == DROPPED:
+        return DROPPED_COLOUR, DROPPED_OUTLINE
+    if merged:
+        red, green, blue = colorsys.hsv_to_rgb(token * GOLDEN % 1, 1, 1)
+        colour = (round(255 * red), round(255 * green), round(255 * blue))
+    else:
+        colour = PALETTE[(token - num_patches) % len(PALETTE)]
+    return colour, colour
+
+
+def merged_counts(holders: np.ndarray) -> str:
+    """How many patches are on their own, and how many are merged into how many tokens or dropped."""
+    tokens, sizes = np.unique(holders[holders >= len(holders)], return_counts=True)
+    dropped = np.count_nonzero(holders == DROPPED)
+    alone = f'{len(holders) - sizes.sum() - dropped} alone'
+    if dropped:
+        return f'{alone}, {sizes.sum()} in {len(tokens)}, {dropped} dropped'
+    return f'{alone}, {sizes.sum()} merged into {len(tokens)}'
 
 
 def write_counts(canvas: ImageDraw.ImageDraw, at: tuple[int, int], holders: np.ndarray, width: int) -> None:

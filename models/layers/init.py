@@ -32,9 +32,10 @@ def torch_conv_(conv: nn.Conv2D) -> None:
 
 
 def xavier_uniform_(linear: nn.Linear, bias_std: float = 0.0) -> None:
-    """Weight uniform in +-sqrt(6 / (in + out)); bias normal with `bias_std`, or 0."""
+    """Weight uniform in +-sqrt(6 / (in + out)); bias, if there is one, normal with `bias_std`, or 0."""
     initializer.XavierUniform()(linear.weight)
-    initializer.Normal(std=bias_std)(linear.bias) if bias_std else initializer.Constant(0.0)(linear.bias)
+    if linear.bias is not None:
+        initializer.Normal(std=bias_std)(linear.bias) if bias_std else initializer.Constant(0.0)(linear.bias)
 
 
 def _fan_in(conv: nn.Conv2D) -> int:

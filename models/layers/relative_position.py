@@ -59,7 +59,8 @@ def add_relative_positions(layer: nn.Layer, grid: tuple[int, int], num_heads: in
 def relative_bias(layer: nn.Layer) -> Tensor:
     """The bias of a layer that has a table, [H, N, N]."""
     table, index = layer.relative_position_bias_table, layer.relative_position_index
-    return paddle.gather(table, index.flatten()).reshape([*index.shape, -1]).transpose([2, 0, 1])
+    rows = index.flatten().astype('int64')  # which Layer.to(dtype=...) converts too
+    return paddle.gather(table, rows).reshape([*index.shape, -1]).transpose([2, 0, 1])
 
 
 def resize_relative_table(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -39,7 +39,7 @@ SMALL = {
     'gmlp': ['DATA.IMAGE_SIZE', 16, 'MODEL.MIXER.PATCH_SIZE', 4, 'MODEL.MIXER.EMBED_DIM', 16, 'MODEL.MIXER.DEPTH', 2],
     'vit': [
         *['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.PATCH_SIZE', 8, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3],
-        *['MODEL.TRANS.DEPTH', 4, 'MODEL.EVIT.DROP_LOC', (1, 2)],
+        *['MODEL.TRANS.DEPTH', 4],
     ],
     'mae': [
         *['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.PATCH_SIZE', 8, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3],
@@ -54,7 +54,9 @@ def small_config(name: str, *opts):
     """The configuration of a model at the size of a toy, with 5 classes."""
     model = get_config(config_file(name)).MODEL
     layers = tuple(i for i in model.LAMBDA.PRUNE_LAYERS if i < 4)
-    small = [*SMALL[model.TYPE], 'MODEL.LAMBDA.PRUNE_LAYERS', layers, 'MODEL.NUM_CLASSES', 5]
+    reducing = tuple(i for i in (1, 2, 3) if i not in layers)[:2]  # blocks that have the attention for it
+    small = [*SMALL[model.TYPE], 'MODEL.LAMBDA.PRUNE_LAYERS', layers, 'MODEL.EVIT.DROP_LOC', reducing]
+    small += ['MODEL.NUM_CLASSES', 5]
     return get_config(config_file(name), [*small, *opts])
 
 

@@ -155,6 +155,7 @@ def test_the_encoder_alone():
     assert set(full.state_dict()) - set(model.state_dict()) == set(
         model.unused_weights({name: value.numpy() for name, value in full.state_dict().items()}, 'x')
     )
+    assert tiny(qkv_bias=False)(paddle.randn([1, 3, 32, 32])).pred.shape == [1, 16, 192]
     assert model.encode(paddle.randn([2, 3, 32, 32]), paddle.to_tensor([[3, 1], [0, 2]])).shape == [2, 3, 24]
 
 

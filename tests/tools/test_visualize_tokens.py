@@ -26,6 +26,8 @@ from tools.visualize_tokens import (
     draw_holders,
     draw_strip,
     main,
+    merged_counts,
+    merged_holders,
     reductions,
     shorten,
     strip_paths,
@@ -43,12 +45,13 @@ MODEL:
   NUM_CLASSES: 3
   TRANS: {{PATCH_SIZE: 8, EMBED_DIM: 16, DEPTH: 3, NUM_HEADS: 2, MLP_RATIO: 2, DISTILLED: {distilled}}}
   EVIT: {{KEEP_RATE: {rate}, DROP_LOC: [0, 1, 2], FUSE_TOKEN: {fuse}}}
+  TOME: {{R: {r}}}
 """
 
 
-def configuration(tmp_path, rate=0.6, fuse=True, distilled=False):
+def configuration(tmp_path, rate=0.6, fuse=True, distilled=False, r=0):
     path = tmp_path / 'tiny.yaml'
-    path.write_text(CONFIG.format(rate=rate, fuse=fuse, distilled=distilled))
+    path.write_text(CONFIG.format(rate=rate, fuse=fuse, distilled=distilled, r=r))
     return str(path)
 
 
@@ -147,16 +150,75 @@ def test_every_patch_is_where_its_set_is(case):
 def test_blocks_and_numbers_are_those_of_the_model(tmp_path, rate, fuse, expected, distilled):
     config = get_config(configuration(tmp_path, rate, fuse, distilled))
     found = reductions(random_model(config), config, pixels())
-    assert {block: len(set(holders.tolist()) - {DROPPED}) for block, holders in found} == expected
-    assert any((holders == DROPPED).any() for _, holders in found) != fuse
+    assert {block: len(set(holders.tolist()) - {DROPPED}) for block, holders, _ in found} == expected
+    assert any((holders == DROPPED).any() for _, holders, _ in found) != fuse
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=25), st.randoms())
+def test_merged_holders_are_the_sets(groups, random):
+    """Whatever the order of the tokens; set 0 was dropped."""
+    groups = np.array(groups)
+    tokens = sorted(set(groups.tolist()) - {0}, key=lambda _: random.random())
+    source = np.array([groups == token for token in tokens], 'float32').reshape(-1, len(groups))
+    if not tokens:
+        return
+    holders = merged_holders(source)
+    np.testing.assert_array_equal(holders == DROPPED, groups == 0)
+    for token in tokens:
+        patches = np.flatnonzero(groups == token)
+        number = patches[0] if len(patches) == 1 else len(groups) + patches[0]
+        assert set(np.flatnonzero(holders == number)) == set(patches)
+
+
+def input_of(config, image):
+    mean, std = (np.array(config.DATA[key]) for key in ('IMAGENET_MEAN', 'IMAGENET_STD'))
+    return paddle.to_tensor(((image / 255 - mean) / std).transpose(2, 0, 1)[np.newaxis].astype('float32'))
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+def test_merged_groups_are_those_of_the_model(tmp_path, distilled):
+    """Every patch is in one group, groups only grow, and are as large as the sizes that the attention uses."""
+    config = get_config(configuration(tmp_path, rate=1.0, distilled=distilled, r=3))
+    model, image = random_model(config), pixels(5)
+    found = reductions(model, config, image)
+    state = model.forward_tokens(input_of(config, image))[1]
+    assert [step.block for step in found] == [0, 1, 2] and all(step.merged for step in found)
+    assert [len(set(step.holders)) for step in found] == list(state.counts) == [13, 10, 7]
+    assert all((holders != DROPPED).all() for _, holders, _ in found)
+    _, sizes = np.unique(found[-1].holders, return_counts=True)
+    prefix = 1 + distilled
+    assert sorted(sizes) == sorted(state.size[0, prefix:, 0].numpy()) and sizes.sum() == 16
+    for (_, before, _), (_, after, _) in zip(found, found[1:]):
+        assert all(len(set(after[before == token])) == 1 for token in set(before))
+
+
+@pytest.mark.parametrize('distilled', [False, True])
+def test_equal_patches_are_merged(tmp_path, distilled):
+    """Patches 0 and 1, 2 and 3, ... are the same, and nothing tells the model where they are."""
+    config = get_config(configuration(tmp_path, rate=1.0, distilled=distilled, r=8))
+    model = random_model(config)
+    model.pos_embed.set_value(paddle.zeros_like(model.pos_embed))
+    twins = pixels(6, size=(32, 16)).reshape(32, 2, 1, 8, 3).repeat(2, 2).reshape(32, 32, 3)
+    holders = reductions(model, config, twins)[0].holders
+    np.testing.assert_array_equal(holders, 16 + np.arange(16) // 2 * 2)
+
+
+@pytest.mark.parametrize('fuse', [False, True])
+def test_both_at_once(tmp_path, fuse):
+    """EViT's tokens, fused or not, are merged as any other; what it drops is dropped."""
+    config = get_config(configuration(tmp_path, rate=0.8, fuse=fuse, r=1))
+    model, image = random_model(config), pixels(7)
+    found = reductions(model, config, image)
+    counts = model.forward_tokens(input_of(config, image))[1].counts
+    assert [len(set(holders) - {DROPPED}) for _, holders, _ in found] == list(counts)
+    assert all((holders == DROPPED).any() != fuse for _, holders, _ in found)
 
 
 def test_kept_are_the_patches_the_class_token_attends_to(tmp_path):
     config = get_config(configuration(tmp_path, rate=0.5))
     model, image = random_model(config), pixels(3)
-    mean, std = (np.array(config.DATA[key]) for key in ('IMAGENET_MEAN', 'IMAGENET_STD'))
-    x = paddle.to_tensor(((image / 255 - mean) / std).transpose(2, 0, 1)[np.newaxis].astype('float32'))
-    scores = model.forward_tokens(x)[1].scores[0][0].numpy()
+    scores = model.forward_tokens(input_of(config, image))[1].scores[0][0].numpy()
     kept = np.flatnonzero(reductions(model, config, image)[0].holders == np.arange(16))
     assert set(kept) == set(np.argsort(-scores)[:8])
 
@@ -176,6 +238,22 @@ def test_colours_tell_tokens_apart():
     assert tuple(drawn[36, 23]) == DROPPED_OUTLINE, 'its right edge'
     inside = drawn[12, 46:50]
     assert (inside == inside[0]).all() and tuple(inside[0]) != PALETTE[0], 'no line inside a fused token'
+
+
+def test_merged_patches_take_their_mean_colour():
+    """Patches on their own are untouched; others have the colour of all of their token, and an outline around it."""
+    image = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], 'uint8').repeat(12, 0).repeat(12, 1)[..., np.newaxis]
+    holders = np.array([9, 1, 2, 9, 4, DROPPED, 6, 16, 16])
+    drawn = np.asarray(draw_holders(image, holders, merged=True)).astype(int)
+    assert (drawn[:12, 12:] == image[:12, 12:]).all() and (drawn[12:24, 12:24] == 50).all()
+    assert (drawn[1:23, 1:11] == 25).all(), 'the mean of 10 and 40'
+    assert (drawn[25:35, 13:35] == 85).all(), 'the mean of 80 and 90'
+    outlines = {tuple(drawn[y, x]) for y, x in ((5, 11), (23, 5))}, {tuple(drawn[24, 15]), tuple(drawn[30, 12])}
+    assert [len(colours) for colours in outlines] == [1, 1] and outlines[0] != outlines[1]
+    assert all(max(colour) == 255 and min(colour) == 0 for colours in outlines for colour in colours)
+    assert drawn[18, 30].min() > 200, 'a dropped patch is pale'
+    assert merged_counts(holders) == '4 alone, 4 in 2, 1 dropped'
+    assert merged_counts(np.array([0, 5, 5, 3])) == '2 alone, 2 merged into 1'
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -242,6 +320,14 @@ def test_command(tmp_path):
     np.testing.assert_array_equal(grid, np.concatenate([strip, other], 1))
 
 
+def test_command_with_merging(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = configuration(tmp_path, rate=1.0)
+    image = save(tmp_path / 'cat.png')
+    main(['-cfg', cfg, '-pretrained', weights(tmp_path, cfg), '-output', 'out', image, '-opts', 'MODEL.TOME.R', '4'])
+    assert Image.open('out/cat_tokens.png').width == 2 * MARGIN + 4 * 224 + 3 * GAP
+
+
 def test_mistakes(tmp_path, monkeypatch):
     """One sentence each, and nothing written."""
     monkeypatch.chdir(tmp_path)
@@ -252,7 +338,6 @@ def test_mistakes(tmp_path, monkeypatch):
     before = sorted(os.listdir(tmp_path))
     mistakes = {
         'no block of .tiny. reduces its tokens': [*given, image, '-opts', 'MODEL.EVIT.KEEP_RATE', '1.0'],
-        'not what ToMe merges': [*given, image, '-opts', 'MODEL.TOME.R', '2'],
         'block of .tiny. reduces': [*given, '-grid=grid.png', image, '-opts', 'MODEL.EVIT.DROP_LOC', '()'],
         "there is no file or folder 'missing.png'": [*given, 'missing.png'],
         'none of the 1 images can be read': [*given, '-grid', 'grid.png', 'broken.png'],
