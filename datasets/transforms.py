@@ -203,7 +203,7 @@ def as_pillow(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def opencv():
     """The cv2 module, which takes a third of a second to import, so that only those wait for it who use it."""
     import cv2
