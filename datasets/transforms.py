@@ -185,6 +185,10 @@ class FastResizedCrop(RandomResizedCrop):
     shrink by is below two, where aliasing is mild.
     """
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        opencv()  # once, before workers are forked
+
     def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         box = self.box(image.width, image.height, rng)
         pixels = image.reduced(box, self.size) if isinstance(image, Jpeg) else np.asarray(image.crop(box))

@@ -68,7 +68,7 @@ def classify(config, model: paddle.nn.Layer, paths: Sequence[str], topk: int) ->
     """
     config = config.clone()
     config.defrost()
-    config.DATA.BAD_IMAGE = 'skip'
+    config.DATA.BAD_IMAGE, config.DATA.CACHE = 'skip', 'no'
     dataset = Dataset(FileStorage('', paths), np.zeros(len(paths), 'int64'), source='the list of images')
     expected = 0  # the next image to report
     with build_dataloader(config, dataset, training=False) as loader:

@@ -13,7 +13,16 @@ from datasets.augment import BICUBIC, BILINEAR, AutoAugment, ColorJitter, RandAu
 from datasets.batch import to_tensor
 from datasets.erasing import RandomErasing
 from datasets.loader import Batch
-from datasets.transforms import PaddedCrop, RandomFlip, RandomResizedCrop, ResizeShort, build_transform
+from datasets.transforms import (
+    FastFlip,
+    FastResizedCrop,
+    PaddedCrop,
+    RandomFlip,
+    RandomResizedCrop,
+    ResizeShort,
+    as_pillow,
+    build_transform,
+)
 from tests.conftest import golden
 
 
@@ -79,12 +88,17 @@ def test_grey():
 # ---------------------------------------------------------------------------------------------------- training
 def test_order_of_training_steps():
     def kinds(**keys):
-        return [type(step) for step in build_transform(config_of(**keys), training=True).steps]
+        steps = build_transform(config_of(**keys), training=True).steps
+        return [as_pillow if step is as_pillow else type(step) for step in steps]
 
     assert kinds() == [RandomResizedCrop, RandomFlip, RandAugment]
     assert kinds(TRAIN__RAND_AUGMENT=False) == [RandomResizedCrop, RandomFlip, ColorJitter]
     assert kinds(TRAIN__RAND_AUGMENT=False, TRAIN__AUTO_AUGMENT=True) == [RandomResizedCrop, RandomFlip, AutoAugment]
     assert kinds(TRAIN__RAND_AUGMENT=False, TRAIN__COLOR_JITTER=0.0, TRAIN__HFLIP=0.0) == [RandomResizedCrop]
+    assert kinds(DATA__FAST_RESIZE=True) == [FastResizedCrop, FastFlip, as_pillow, RandAugment]
+    plain = {'TRAIN__RAND_AUGMENT': False, 'TRAIN__COLOR_JITTER': 0.0}
+    assert kinds(DATA__FAST_RESIZE=True, **plain) == [FastResizedCrop, FastFlip]
+    assert kinds(DATA__FAST_RESIZE=True, DATA__IMAGE_SIZE=32)[:3] == [ResizeShort, PaddedCrop, RandomFlip]
     assert kinds(DATA__IMAGE_SIZE=32)[:2] == [ResizeShort, PaddedCrop]
     assert kinds(DATA__IMAGE_SIZE=33)[0] is RandomResizedCrop
     assert kinds(DATA__IMAGE_SIZE=32, DATA__CROP='resized')[0] is RandomResizedCrop
