@@ -176,4 +176,5 @@ def test_errors():
     with pytest.raises(UserError, match='25 channels'):
         tiny(embed_dim=25)
     with pytest.raises(UserError, match='blocks 0 to 2'):
-        create_model('deit_tiny_patch16_224', opts=['MODEL.TRANS.DEPTH', 3])
+        create_model('evit_small_patch16_224_k07_fuse', opts=['MODEL.TRANS.DEPTH', 3])
+    assert create_model('deit_tiny_patch16_224', opts=['MODEL.TRANS.DEPTH', 3]).depth == 3  # nothing is dropped there
