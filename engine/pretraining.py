@@ -8,15 +8,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from PIL import Image
 
 from config import get_config
 from engine.evaluate import Measure
+from engine.reconstruction import draw, rebuild
 from engine.tasks import TASKS, Task
 from models import build_model
 from models.mae import MaskedAutoencoder, Reconstruction, check_lessons
 from models.pretrained import load_pretrained
 from models.registry import config_file
 from utils.errors import UserError
+
+SHOWN = 8  # validation images in the pictures of a reconstruction
 
 
 class MaskedTask(Task):
@@ -37,6 +41,8 @@ class MaskedTask(Task):
         self.teacher = teacher
         self.alphas = {'attn': config.TRAIN.MAE_DISTILL.ATTN_ALPHA, 'hidden': config.TRAIN.MAE_DISTILL.HIDDEN_ALPHA}
         self.parts: dict[str, paddle.Tensor] = {}
+        self.colours = {'mean': config.DATA.IMAGENET_MEAN, 'std': config.DATA.IMAGENET_STD}
+        self.shown: tuple[paddle.Tensor, paddle.Tensor] | None = None
         self.measure = Measure({'loss': 'Loss'}, 'loss', self._validation_loss)
 
     def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
@@ -61,8 +67,21 @@ class MaskedTask(Task):
         """The parts of the loss that come from the teacher, without their weights."""
         return {name: part.item() for name, part in self.parts.items()}
 
+    def pictures(self, model: MaskedAutoencoder) -> dict[str, Image.Image]:
+        """The first images of the validation: as they are, what is seen of them, what is rebuilt."""
+        if self.shown is None:
+            return {}
+        was_training = model.training
+        model.eval()
+        rows = rebuild(model, *self.shown, **self.colours)
+        if was_training:
+            model.train()
+        return {'reconstruction': draw(rows)}
+
     def _validation_loss(self, model, images: paddle.Tensor, _, indices: np.ndarray) -> paddle.Tensor:
         noise = self._noise(images, [np.random.default_rng([self.seed, index]) for index in indices.tolist()])
+        if self.shown is None:
+            self.shown = images[:SHOWN], noise[:SHOWN]
         return (model(images, noise).loss.astype('float64') * len(images)).reshape([1])
 
     def _noise(self, images: paddle.Tensor, rngs: Sequence[np.random.Generator]) -> paddle.Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+from PIL import Image
 
 from datasets.mixing import Mixup
 from engine.clocks import build_clocks
@@ -56,6 +57,10 @@ class Task:
 
     def notes(self) -> dict[str, float]:
         """What else to log about the last micro-batch of this process."""
+        return {}
+
+    def pictures(self, model: paddle.nn.Layer) -> dict[str, Image.Image]:
+        """Pictures that a validation leaves, by name; asked of the main process after it."""
         return {}
 
     def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import paddle
+from PIL import Image
 
 from datasets.batch import to_tensor
 from engine.checkpoint import (
@@ -35,6 +36,7 @@ from engine.schedules import lr_scale, lr_schedule
 from engine.signals import StopSignal
 from models.pretrained import load_state
 from utils.errors import UserError
+from utils.files import atomic_write
 from utils.runlog import MetricsFile, RunLog, progress
 from utils.weights import FACTS
 
@@ -271,6 +273,8 @@ class Trainer:
         self.task.set_time(self.model, last_step)
         counts = self.task.is_final(last_step) or self.position.epoch == self.config.TRAIN.NUM_EPOCHS
         self._validate_weights('val', self.model.state_dict, counts)
+        if self.context.is_main:
+            self._show(self.task.pictures(self.model))
         if self.ema is not None:
             with self.ema.applied():
                 self._validate_weights('val_ema', self.ema.state_dict, counts)
@@ -410,6 +414,13 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.append({'kind': kind, 'epoch': epoch, 'step': self.position.step, **values})
             self._scalars(f'{kind}_epoch' if kind == 'train' else kind, values)
+
+    def _show(self, pictures: dict[str, Image.Image]) -> None:
+        """Pictures of a validation: PNG files in the run's folder, and VisualDL images."""
+        for name, picture in pictures.items():
+            with atomic_write(os.path.join(self.folder, f'{name}_{self.position.epoch:04d}.png')) as file:
+                picture.save(file, 'PNG')
+            self.writer.add_image(tag=name, img=np.asarray(picture), step=self.position.step)
 
     def _open_writer(self) -> None:
         if self.context.is_main:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -24,7 +23,6 @@ if __name__ == '__main__':
 
 import numpy as np
 import paddle
-from PIL import Image
 
 from config import flag_parser
 from datasets import Batch
@@ -33,6 +31,7 @@ from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
 from datasets.transforms import build_transform
 from engine import distributed
+from engine.reconstruction import draw, rebuild
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.pretrained import load_pretrained
@@ -40,9 +39,6 @@ from tools._common import find_images, trained_config
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
-
-GAP = 4  # pixels around the pictures
-PAPER = 255
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -54,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     distributed.start()
     model = load_autoencoder(config)
     transform = build_transform(config, training=False)
-    files, rows = FileStorage('', paths), []
+    files, rows, patches = FileStorage('', paths), [], (config.DATA.IMAGE_SIZE // model.patch_size) ** 2
     with atomic_write(args.output) as target:
         for index, path in enumerate(paths):
             try:
@@ -62,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
             except UnreadableImage as error:
                 print(f'{path}: {error}', file=sys.stderr)
                 continue
-            image = transform(picture, np.random.default_rng(0))
-            rows.append((image, *rebuild(model, config, image, np.random.default_rng([args.seed, index]))))
+            images = normalised(config, transform(picture, np.random.default_rng(0)))
+            noise = paddle.to_tensor(np.random.default_rng([args.seed, index]).random((1, patches), 'float32'))
+            rows += rebuild(model, images, noise, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
         if not rows:
             raise UserError(f"none of the {len(paths)} images can be read; '{paths[0]}' is the first.")
         draw(rows).save(target, 'PNG')
@@ -91,38 +88,10 @@ def load_autoencoder(config) -> MaskedAutoencoder:
     return model
 
 
-@paddle.no_grad()
-def rebuild(
-    model: MaskedAutoencoder, config, image: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of a picture [H, W, C] uint8: what is seen of it, the rest being white, and what becomes of it."""
-    mean, std = config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
+def normalised(config, image: np.ndarray) -> paddle.Tensor:
+    """A picture [H, W, C] uint8 -> [1, C, H, W] as the model takes it."""
     batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
-    x, _ = to_tensor(batch, mean, std)
-    patches = image.shape[0] * image.shape[1] // model.patch_size**2
-    output = model(x, paddle.to_tensor(rng.random((1, patches), 'float32')))
-    _, rebuilt = model.paint(x, output)
-    whole, _ = model.paint(paddle.ones_like(x), output)  # 1 where a pixel was seen
-    seen = np.where(_pixels(whole, [0.0], [1.0]) > 0, image, PAPER)
-    return seen.astype('uint8'), _pixels(rebuilt, mean, std)
-
-
-def _pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised [1, C, H, W] -> [H, W, C] uint8."""
-    x = x[0].transpose([1, 2, 0]).numpy() * np.asarray(std[: x.shape[1]]) + np.asarray(mean[: x.shape[1]])
-    return np.clip(np.round(255 * x), 0, 255).astype('uint8')
-
-
-def draw(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures of one size [H, W, C] in rows and columns."""
-    height, width, _ = rows[0][0].shape
-    across, down = width + GAP, height + GAP
-    sheet = Image.new('RGB', (len(rows[0]) * across + GAP, len(rows) * down + GAP), (PAPER,) * 3)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            tile = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-            sheet.paste(tile, (GAP + j * across, GAP + i * down))
-    return sheet
+    return to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0]
 
 
 if __name__ == '__main__':

@@ -46,6 +46,13 @@ def recipe(tmp_path, images):
     return str(path)
 
 
+def write_recipe(folder, images, text):
+    """Path of a recipe that changes the small one, in a folder of its own."""
+    (folder / 'tiny.yaml').write_text(CONFIG.format(data=images, output=folder))
+    (folder / 'recipe.yaml').write_text('BASE: [tiny.yaml]' + text)
+    return str(folder / 'recipe.yaml')
+
+
 def environment(**variables):
     return {**{k: v for k, v in os.environ.items() if not k.startswith(('PADDLE_', 'FLAGS_', 'MALLOC_'))}, **variables}
 
@@ -128,3 +135,14 @@ def assert_same(left, right):
             np.testing.assert_array_equal(value, right[key], err_msg=key)
         else:
             assert value == right[key], key
+
+
+def check_that_it_resumes(recipe, straight, folder, *more):
+    """Stops a run on two processes in its second epoch and goes on; it must equal the run `straight`."""
+    flags = (f'-cfg={recipe}', f'-output={folder}', '-tag=cut', *more)
+    process = start('main_multi_gpu.py', *flags, NPROC='2')
+    wait_for(folder / 'cut' / 'log.txt', 'Epoch[002/003], Step[0001/', process)
+    status, out, err = send(process, signal.SIGTERM)
+    assert status == 143, out + err
+    run('main_multi_gpu.py', *flags, f'-resume={folder / "cut"}', NPROC='2')
+    assert_same(learnt(folder / 'cut'), learnt(straight))

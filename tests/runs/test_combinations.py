@@ -2,7 +2,6 @@
 """Parts combine: EViT with everything the loop offers, then what becomes of its weights."""
 
 import json
-import signal
 
 import numpy as np
 import pytest
@@ -10,10 +9,9 @@ import pytest
 from config import get_config
 from models import build_model
 from models.pretrained import load_pretrained
-from tests.runs.conftest import CONFIG, assert_same, learnt, metrics, run, send, start, wait_for
+from tests.runs.conftest import check_that_it_resumes, metrics, run, write_recipe
 
 EVIT = """
-BASE: [tiny.yaml]
 DATA: {CROP: resized, IMAGE_SIZE: 32}
 MODEL:
   TYPE: evit
@@ -27,10 +25,7 @@ TRAIN: {RECOMPUTE: true, REPEATED_AUG: 0}
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory, images):
-    folder = tmp_path_factory.mktemp('evit')
-    (folder / 'tiny.yaml').write_text(CONFIG.format(data=images, output=folder))
-    (folder / 'evit.yaml').write_text(EVIT)
-    return str(folder / 'evit.yaml')
+    return write_recipe(tmp_path_factory.mktemp('evit'), images, EVIT)
 
 
 @pytest.fixture(scope='module')
@@ -42,13 +37,7 @@ def straight(recipe, tmp_path_factory):
 
 def test_evit_resumes_inside_its_keep_rate_schedule(recipe, straight, tmp_path):
     """Recompute, EMA, accumulation, clipping, dropout, -amp, two processes; stopped where the rate falls."""
-    flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-tag=cut', '-amp')
-    process = start('main_multi_gpu.py', *flags, NPROC='2')
-    wait_for(tmp_path / 'cut' / 'log.txt', 'Epoch[002/003], Step[0001/', process)
-    status, out, err = send(process, signal.SIGTERM)
-    assert status == 143, out + err
-    run('main_multi_gpu.py', *flags, f'-resume={tmp_path / "cut"}', NPROC='2')
-    assert_same(learnt(tmp_path / 'cut'), learnt(straight))
+    check_that_it_resumes(recipe, straight, tmp_path, '-amp')
 
 
 def test_only_the_final_keep_rate_can_be_the_best(straight):

@@ -2,7 +2,6 @@
 """Removed attention, EViT and ToMe in one model: everything the suite does with a model, with this one."""
 
 import json
-import signal
 
 import numpy as np
 import paddle
@@ -12,10 +11,9 @@ from config import get_config
 from engine.exported import Predictor
 from models import build_model
 from models.pretrained import load_pretrained
-from tests.runs.conftest import CONFIG, assert_same, learnt, metrics, run, send, start, wait_for
+from tests.runs.conftest import check_that_it_resumes, metrics, run, write_recipe
 
 STACKED = """
-BASE: [tiny.yaml]
 DATA: {CROP: resized, IMAGE_SIZE: 32}
 MODEL:
   TYPE: vit
@@ -33,10 +31,7 @@ COUNTS = (16, 11, 9, 6)
 
 @pytest.fixture(scope='module')
 def recipe(tmp_path_factory, images):
-    folder = tmp_path_factory.mktemp('stacked')
-    (folder / 'tiny.yaml').write_text(CONFIG.format(data=images, output=folder))
-    (folder / 'stacked.yaml').write_text(STACKED)
-    return str(folder / 'stacked.yaml')
+    return write_recipe(tmp_path_factory.mktemp('stacked'), images, STACKED)
 
 
 @pytest.fixture(scope='module')
@@ -61,13 +56,7 @@ def pictures():
 
 
 def test_a_stopped_run_resumes_bit_equal(recipe, straight, tmp_path):
-    flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-tag=cut')
-    process = start('main_multi_gpu.py', *flags, NPROC='2')
-    wait_for(tmp_path / 'cut' / 'log.txt', 'Epoch[002/003], Step[0001/', process)
-    status, out, err = send(process, signal.SIGTERM)
-    assert status == 143, out + err
-    run('main_multi_gpu.py', *flags, f'-resume={tmp_path / "cut"}', NPROC='2')
-    assert_same(learnt(tmp_path / 'cut'), learnt(straight))
+    check_that_it_resumes(recipe, straight, tmp_path)
 
 
 def test_all_three_act(trained, pictures):

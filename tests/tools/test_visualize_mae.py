@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from config import get_config
+from engine.reconstruction import GAP, PAPER, draw, rebuild
 from models import build_model
 from tests.conftest import ROOT
-from tools.visualize_mae import GAP, PAPER, draw, main, rebuild
+from tools.visualize_mae import main, normalised
 from utils.errors import UserError
 from utils.weights import write_pdparams
 
@@ -64,13 +65,20 @@ def test_half_of_the_patches_are_seen_and_kept(tmp_path, channels):
     model = build_model(config)
     model.eval()
     image = np.random.default_rng(0).integers(0, 200, (32, 32, channels), 'uint8')
-    seen, rebuilt = rebuild(model, config, image, np.random.default_rng(0))
+
+    def pictures(seed):
+        noise = paddle.to_tensor(np.random.default_rng(seed).random((1, 16), 'float32'))
+        data = config.DATA
+        return rebuild(model, normalised(config, image), noise, data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
+
+    original, seen, rebuilt = pictures(0)
+    np.testing.assert_array_equal(original, image)
     hidden = (seen == PAPER).all(-1)
     assert hidden.mean() == 0.5
     np.testing.assert_array_equal(seen[~hidden], image[~hidden])
     assert np.abs(rebuilt[~hidden].astype(int) - image[~hidden]).max() <= 1
     assert (rebuilt[hidden] != image[hidden]).mean() > 0.5
-    again, _ = rebuild(model, config, image, np.random.default_rng(1))
+    _, again, _ = pictures(1)
     assert (again != seen).any()
     assert draw([(image, seen, rebuilt)]).size == (3 * (32 + GAP) + GAP, 32 + 2 * GAP)
 
