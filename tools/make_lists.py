@@ -4,8 +4,9 @@
 
     python tools/make_lists.py -data_path /data/flowers              from train/<class>/ and val/<class>/
     python tools/make_lists.py -data_path /data/flowers -split 0.1   from <class>/ (or train/<class>/), a tenth held out
+    python tools/make_lists.py -data_path /data/flowers -per_class 20   few labels: 20 training images of each class
 
-Classes are numbered in sorted order. With -split each class gives the same share, drawn with a fixed seed.
+Classes are numbered in sorted order. With -split each class gives the same share. Draws have a fixed seed.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ Entries = list[tuple[str, int]]  # (path relative to the data folder, label)
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     names, parts = split_folder(args.data_path, args.split, args.seed) if args.split else read_folders(args.data_path)
+    if args.per_class:
+        parts['train'] = few_of_each(names, parts['train'], args.per_class, args.seed)
     files = {split: list_path(args.data_path, split) for split in parts}
     for path in files.values():
         if os.path.exists(path) and not args.force:
@@ -47,11 +50,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('-data_path', metavar='DIR', required=True, help='folder that holds the images')
     parser.add_argument('-split', metavar='SHARE', type=float, help='hold this share of each class out for validation')
-    parser.add_argument('-seed', metavar='N', type=int, default=0, help='of the held-out draw (default: 0)')
+    parser.add_argument('-per_class', metavar='N', type=int, help='list only so many training images of each class')
+    parser.add_argument('-seed', metavar='N', type=int, default=0, help='of the draws (default: 0)')
     parser.add_argument('-force', action='store_true', help='overwrite existing list files')
     args = parser.parse_args(argv)
     if args.split is not None and not 0 < args.split < 1:
         raise UserError(f'-split is {args.split}, but must lie between 0 and 1.')
+    if args.per_class is not None and args.per_class < 1:
+        raise UserError(f'-per_class is {args.per_class}, but must be at least 1.')
     return args
 
 
@@ -82,6 +88,18 @@ def split_folder(root: str, share: float, seed: int) -> tuple[list[str], dict[st
         'train': [entry for entry, out in zip(entries, held_out) if not out],
         'val': [entry for entry, out in zip(entries, held_out) if out],
     }
+
+
+def few_of_each(names: list[str], entries: Entries, count: int, seed: int) -> Entries:
+    """`count` entries of each class, in their order."""
+    rng, chosen = np.random.default_rng(seed), []
+    labels = np.array([label for _, label in entries])
+    for label, name in enumerate(names):
+        members = np.flatnonzero(labels == label)
+        if len(members) < count:
+            raise UserError(f"class '{name}' has {len(members)} training images, fewer than -per_class {count}.")
+        chosen += sorted(rng.permutation(members)[:count].tolist())
+    return [entries[index] for index in sorted(chosen)]
 
 
 def entries_below(root: str, part: str, names: list[str]) -> Entries:

@@ -68,6 +68,20 @@ def test_split(tree, below):
     assert (path / 'val_list.txt').read_bytes() != before
 
 
+def test_few_of_each_class(tree):
+    """So many of each class for training, other ones with another seed; validation stays whole."""
+    names = [f'{part}/{name}/{i}.jpg' for part in ('train', 'val') for name in 'ab' for i in range(9)]
+    path = tree(*names)
+    draws = set()
+    for seed in (0, 0, 1):
+        assert run('-data_path', path, '-per_class', 3, '-seed', seed, '-force').returncode == 0
+        train = entries(path / 'train_list.txt')
+        assert [label for _, label in train] == [0, 0, 0, 1, 1, 1] and train == sorted(set(train))
+        draws.add(tuple(train))
+        assert len(entries(path / 'val_list.txt')) == 18
+    assert len(draws) == 2
+
+
 def test_does_not_overwrite(tree):
     path = tree('train/a/1.jpg', 'val/a/1.jpg', 'val_list.txt')
     done = run('-data_path', path)
@@ -87,6 +101,8 @@ def test_does_not_overwrite(tree):
         (['train/a/1.jpg', 'val/a/1.jpg'], ['-split', 0.1], 'leave -split out'),
         (['a/1.jpg'], ['-split', 0.1], 'single image'),
         (['a/1.jpg'], ['-split', 1.0], '-split is 1.0'),
+        (['train/a/1.jpg', 'val/a/1.jpg'], ['-per_class', 2], "'a' has 1 training images, fewer than -per_class 2"),
+        (['train/a/1.jpg', 'val/a/1.jpg'], ['-per_class', 0], '-per_class is 0'),
         (['train/a/x\ny.jpg', 'val/a/1.jpg'], [], 'line break'),
     ],
 )
