@@ -136,21 +136,30 @@ def read_entries(
     Raises:
         UserError: naming file and line, for a line of another form or a label outside `num_classes`.
     """
+    for where, line in read_lines(path, hint):
+        found = fields(line)
+        if len(found) != 2 or not (found[1].isascii() and found[1].isdecimal()):
+            raise UserError(f'{where}: expected {form} with a label of 0 or more, not {line.strip()!r}.')
+        name, label = found[0], int(found[1])
+        if num_classes is not None and label >= num_classes:
+            raise UserError(
+                f'{where}: label {label} is out of range, MODEL.NUM_CLASSES is {num_classes} '
+                f'(labels 0 to {num_classes - 1}).'
+            )
+        yield where, name, label
+
+
+def read_lines(path: str, hint: str) -> Iterator[tuple[str, str]]:
+    """Yields ('file:line', line) of each line of a list file that is not blank.
+
+    Args:
+        hint: how to get the file where it is missing.
+    """
     try:
         with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
             for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where, found = f'{path}:{number}', fields(line)
-                if len(found) != 2 or not (found[1].isascii() and found[1].isdecimal()):
-                    raise UserError(f'{where}: expected {form} with a label of 0 or more, not {line.strip()!r}.')
-                name, label = found[0], int(found[1])
-                if num_classes is not None and label >= num_classes:
-                    raise UserError(
-                        f'{where}: label {label} is out of range, MODEL.NUM_CLASSES is {num_classes} '
-                        f'(labels 0 to {num_classes - 1}).'
-                    )
-                yield where, name, label
+                if line.strip():
+                    yield f'{path}:{number}', line
     except FileNotFoundError:
         raise UserError(f"list file '{path}' is missing; {hint}, or give another -data_path.") from None
     except OSError as error:

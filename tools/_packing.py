@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from config import get_config
 from datasets import Dataset, build_dataset
+from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
 from utils.errors import UserError
 
@@ -18,11 +19,9 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add('-data_path', metavar='DIR', required=True, help='folder with list files, or train/<class>/ and val/<class>/')
+    add('-data_path', metavar='DIR', required=True, help='folder that holds the data, see docs/data.md')
     add('-output', metavar='DIR', help='folder to write to (default: -data_path)')
-    add(
-        '-dataset', default='imagenet2012', choices=('imagenet2012', 'list', 'folder'), help='how the images are listed'
-    )
+    add('-dataset', default='imagenet2012', metavar='NAME', help='any data set of image files (default: imagenet2012)')
     add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='parts to write (default: both)')
     add('-force', action='store_true', help='overwrite existing files')
     args = parser.parse_args(argv)
@@ -32,7 +31,11 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
 
 def source_of(args: argparse.Namespace, split: str) -> Dataset:
     """The images of a part as they are listed."""
-    return build_dataset(get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path]), split)
+    config = get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path])
+    dataset = build_dataset(config, split)
+    if not isinstance(dataset.storage, FileStorage):
+        raise UserError(f'-dataset {args.dataset} does not consist of image files, which are what is packed.')
+    return dataset
 
 
 def refuse_existing(paths: Iterable[str], args: argparse.Namespace) -> None:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes train.lmdb and val.lmdb from list files or a folder per class.
+"""Writes train.lmdb and val.lmdb from list files, a folder per class, or any other data set of image files.
 
     python tools/make_lmdb.py -data_path /dataset/imagenet -output /ssd/imagenet
     python main_single_gpu.py -dataset lmdb -data_path /ssd/imagenet ...

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes train.zip, train_map.txt, val.zip and val_map.txt from list files or a folder per class.
+"""Writes train.zip, train_map.txt, val.zip and val_map.txt from list files, a folder per class, or other image files.
 
     python tools/make_zip.py -data_path /dataset/imagenet -output /ssd/imagenet
     python main_single_gpu.py -dataset zip -data_path /ssd/imagenet -opts DATA.CACHE part

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets that pre-trained models are transferred to, in the layouts their authors publish.
+
+Parts and the numbering of classes are those of MAE-Lite: what an author calls validation is trained on too, where a test part
+with labels is there to validate on.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import numpy as np
+
+from datasets.dataset import Dataset, FileStorage
+from datasets.folder import data_path, read_lines
+from datasets.registry import register_dataset
+from utils.errors import UserError
+from utils.processes import run_apart
+
+
+# ---------------------------------------------------------------------------------------------------- Flowers-102
+@register_dataset('flowers102')
+def build_flowers(config, split: str) -> Dataset:
+    """`DATA_PATH/{imagelabels.mat,setid.mat,jpg/image_00001.jpg,...}`; classes are called by their numbers."""
+    root = _root(config, 'setid.mat', '', 'flowers-102')
+    source = 'it is published, as are the images, at https://www.robots.ox.ac.uk/~vgg/data/flowers/102/'
+    labels_path, parts_path = os.path.join(root, 'imagelabels.mat'), os.path.join(root, 'setid.mat')
+    labels = _read_mat(labels_path, source, ['labels'])['labels']
+    labels = _whole_numbers(labels, 1, 102, f"'{labels_path}', labels") - 1
+    parts = ['trnid', 'valid'] if split == 'train' else ['tstid']
+    content = _read_mat(parts_path, source, parts)
+    images = [_whole_numbers(content[part], 1, len(labels), f"'{parts_path}', {part}") for part in parts]
+    images = np.concatenate(images)
+    paths = (os.path.join('jpg', f'image_{image:05d}.jpg') for image in images)
+    return Dataset(FileStorage(root, paths), labels[images - 1], f"'{parts_path}'", _numbers(102))
+
+
+# ---------------------------------------------------------------------------------------------------- Oxford-IIIT Pet
+@register_dataset('pets')
+def build_pets(config, split: str) -> Dataset:
+    """`DATA_PATH/{annotations/trainval.txt,annotations/test.txt,images/NAME.jpg}`, 37 classes."""
+    root = _root(config, 'annotations', '', 'oxford-iiit-pet')
+    source = 'it is in annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets/, images are in images.tar.gz'
+    path = os.path.join(root, 'annotations', 'trainval.txt' if split == 'train' else 'test.txt')
+    paths, labels, class_names, numbers = [], [], _numbers(37), _numbers(37)
+    for where, line in read_lines(path, source):
+        fields = line.split()
+        if len(fields) != 4 or fields[1] not in numbers:
+            raise UserError(
+                f"{where}: expected 'NAME CLASS SPECIES BREED' with a class from 1 to 37, not {line.strip()!r}."
+            )
+        paths.append(os.path.join('images', f'{fields[0]}.jpg'))
+        labels.append(int(fields[1]) - 1)
+        class_names[labels[-1]] = fields[0].rsplit('_', 1)[0]  # images are called by their class and a number
+    return Dataset(FileStorage(root, paths), labels, f"'{path}'", class_names)
+
+
+# ---------------------------------------------------------------------------------------------------- FGVC-Aircraft
+def _build_aircraft(level: str, config, split: str) -> Dataset:
+    """`DATA_PATH/fgvc-aircraft-2013b/data/{images_LEVEL_trainval.txt,images_LEVEL_test.txt,images/ID.jpg}`.
+
+    Args:
+        level: variant, family or manufacturer.
+    """
+    lists = {'train': f'images_{level}_trainval.txt', 'val': f'images_{level}_test.txt'}
+    root = _root(config, lists[split], os.path.join('fgvc-aircraft-2013b', 'data'), 'data', '')
+    entries = _read_aircraft(os.path.join(root, lists[split]))
+    # A test list may lack classes; they are numbered as in training.
+    train_path = os.path.join(root, lists['train'])
+    training = _read_aircraft(train_path) if split == 'val' and os.path.exists(train_path) else entries
+    class_names = sorted({name for _, _, name in training})
+    numbers = {name: number for number, name in enumerate(class_names)}
+    for where, _, name in entries:
+        if name not in numbers:
+            raise UserError(f"{where}: '{train_path}' has no image of '{name}'; are the two lists of one release?")
+    storage = FileStorage(root, (os.path.join('images', f'{image}.jpg') for _, image, _ in entries))
+    labels = [numbers[name] for _, _, name in entries]
+    return Dataset(storage, labels, f"'{os.path.join(root, lists[split])}'", class_names)
+
+
+for _level, _name in (
+    ('variant', 'aircraft'),
+    ('family', 'aircraft_family'),
+    ('manufacturer', 'aircraft_manufacturer'),
+):
+    register_dataset(_name)(functools.partial(_build_aircraft, _level))
+
+
+def _read_aircraft(path: str) -> list[tuple[str, str, str]]:
+    """('file:line', image, name of its class) of each line of a list; names may contain blanks."""
+    source = 'it is in fgvc-aircraft-2013b.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/'
+    entries = []
+    for where, line in read_lines(path, source):
+        image, _, name = line.strip().partition(' ')
+        if not name.strip():
+            raise UserError(f"{where}: expected 'IMAGE CLASS NAME', not {line.strip()!r}.")
+        entries.append((where, image, name.strip()))
+    return entries
+
+
+# ---------------------------------------------------------------------------------------------------- Stanford Cars
+@register_dataset('cars')
+def build_cars(config, split: str) -> Dataset:
+    """`DATA_PATH/{cars_annos.mat,car_ims/000001.jpg,...}`, 196 classes."""
+    root = data_path(config)
+    path = os.path.join(root, 'cars_annos.mat')
+    source = (
+        'it was published, beside car_ims.tgz, at http://ai.stanford.edu/~jkrause/car196/cars_annos.mat, which '
+        'is gone: look at https://web.archive.org and in https://github.com/pytorch/vision/issues/7545'
+    )
+    content = _read_mat(path, source, ['annotations'])
+    cars = np.atleast_1d(content['annotations'])
+    missing = {'relative_im_path', 'class', 'test'} - set(cars.dtype.names or ())
+    if missing:
+        raise UserError(f"'{path}', annotations have no '{sorted(missing)[0]}'; is it another file?")
+    class_names = [str(name) for name in np.atleast_1d(content.get('class_names', _numbers(196)))]
+    labels = _whole_numbers(cars['class'], 1, len(class_names), f"'{path}', class") - 1
+    chosen = _whole_numbers(cars['test'], 0, 1, f"'{path}', test") == (split != 'train')
+    paths = [str(name) for name in cars['relative_im_path'][chosen]]
+    return Dataset(FileStorage(root, paths), labels[chosen], f"'{path}'", class_names)
+
+
+# ---------------------------------------------------------------------------------------------------- iNaturalist 2018
+@register_dataset('inaturalist2018')
+def build_inaturalist(config, split: str) -> Dataset:
+    """`DATA_PATH/{categories.json,train2018.json,val2018.json,train_val2018/SUPER/CATEGORY/*.jpg}`, 8142 classes.
+
+    A class is a category's name. They are numbered in the order in which the annotations of training first mention them, for
+    both parts. The category of an image is the third part of its path.
+    """
+    root = data_path(config)
+    categories_path, train_path, path = (
+        os.path.join(root, name)
+        for name in ('categories.json', 'train2018.json', 'train2018.json' if split == 'train' else 'val2018.json')
+    )
+    names = _fields(_read_json(categories_path), categories_path, None, 'name', str)
+    train = _read_json(train_path)
+    numbers: dict[str, int] = {}
+    for place, category in enumerate(_fields(train, train_path, 'annotations', 'category_id', int)):
+        if not 0 <= category < len(names):
+            raise UserError(f"'{train_path}', annotations[{place}]: '{categories_path}' has no category {category}.")
+        numbers.setdefault(names[category], len(numbers))
+    paths = _fields(train if path == train_path else _read_json(path), path, 'images', 'file_name', str)
+    labels = []
+    for place, name in enumerate(paths):
+        category = (name.split('/') + [''] * 3)[2]
+        if not re.fullmatch('[0-9]{1,9}', category) or int(category) >= len(names):
+            raise UserError(f"'{path}', images[{place}]: '{name}' is not below a folder that is called by a category.")
+        if names[int(category)] not in numbers:
+            raise UserError(f"'{path}', images[{place}]: no annotation of '{train_path}' has the category of '{name}'.")
+        labels.append(numbers[names[int(category)]])
+    return Dataset(FileStorage(root, paths), labels, f"'{path}'", list(numbers))
+
+
+def _read_json(path: str) -> Any:
+    """Content of a file of iNaturalist."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise UserError(
+            f"'{path}' is missing; it is in {os.path.basename(path)}.tar.gz of "
+            'https://github.com/visipedia/inat_comp/tree/master/2018, or give another -data_path.'
+        ) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f'{path}:{error.lineno}: damaged, {error.msg} (column {error.colno}); unpack it again.'
+        ) from None
+    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, numbers of thousands of digits
+        raise UserError(f"'{path}' is damaged ({error}); unpack it again.") from None
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}.") from None
+
+
+def _fields(content: Any, path: str, key: str | None, field: str, kind: type) -> list:
+    """`field` of each entry of the list `content[key]`; None: `content` is the list."""
+    what = key or 'entries'
+    if key:
+        content = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(content, list):
+        raise UserError(f"'{path}' has no list of {what}; is it another file?")
+    for place, entry in enumerate(content):
+        if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+            raise UserError(f"'{path}', {what}[{place}] has no {field}; is it another file?")
+    return [entry[field] for entry in content]
+
+
+# ---------------------------------------------------------------------------------------------------- shared
+def _root(config, landmark: str, *folders: str) -> str:
+    """The first of some folders below DATA_PATH that has `landmark` in it; without any, the first one."""
+    roots = [os.path.join(data_path(config), folder) for folder in folders]
+    return next((root for root in roots if os.path.exists(os.path.join(root, landmark))), roots[0])
+
+
+def _numbers(count: int) -> list[str]:
+    """Names of classes that have none: '1' to `count`."""
+    return [str(number) for number in range(1, count + 1)]
+
+
+def _read_mat(path: str, source: str, names: Iterable[str]) -> dict[str, Any]:
+    """Variables of a MATLAB file, dimensions of size 1 dropped. SciPy executes nothing in it, but may crash where it is damaged.
+
+    Args:
+        source: where it is published, for messages.
+        names: variables that must be there.
+    """
+    try:
+        content = run_apart(_load_mat, path)
+    except ImportError:
+        raise UserError(f"reading '{path}' needs SciPy: pip install scipy.") from None
+    except FileNotFoundError:
+        raise UserError(f"'{path}' is missing; {source}, or give another -data_path.") from None
+    except BrokenProcessPool:
+        raise UserError(f"'{path}' is damaged, SciPy crashes on it; {source}.") from None
+    except Exception as error:  # a damaged file can raise anything
+        raise UserError(f"'{path}' cannot be read ({error}); {source}.") from None
+    for name in names:
+        if name not in content:
+            raise UserError(f"'{path}' has no variable '{name}'; {source}.")
+    return content
+
+
+def _load_mat(path: str) -> dict[str, Any]:
+    from scipy.io import loadmat
+
+    with open(path, 'rb') as file:
+        return loadmat(file, squeeze_me=True)
+
+
+def _whole_numbers(values: Any, low: int, high: int, where: str) -> np.ndarray:
+    """An array of MATLAB, or a field of its structs, as [N] int64: it stores them as bytes, doubles or objects.
+
+    Raises:
+        UserError: naming the first that is not a whole number from `low` to `high`.
+    """
+    numbers = np.atleast_1d(values).ravel().tolist()
+    for place, value in enumerate(numbers, 1):
+        if not isinstance(value, (int, float)) or not low <= value <= high or value % 1:
+            raise UserError(f'{where}: number {place} is {value!r}, not a whole number from {low} to {high}.')
+    return np.array(numbers, dtype=np.int64)
