@@ -11,9 +11,23 @@ from datasets.dataset import Dataset, Storage
 
 def random_subset(dataset: Dataset, size: int, seed: int) -> Dataset:
     """`size` images drawn by `seed` without repetition, in the order of the data set; all of them where it has fewer."""
-    if size >= len(dataset):
+    return _subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size]))
+
+
+def first_images(dataset: Dataset, size: int) -> Dataset:
+    """The first `size` images; all of them where it has fewer."""
+    return _subset(dataset, np.arange(min(size, len(dataset))))
+
+
+def evenly_spaced(dataset: Dataset, size: int) -> Dataset:
+    """`size` images at equal distances over the data set; all of them where it has fewer."""
+    size = min(size, len(dataset))
+    return _subset(dataset, np.arange(size) * len(dataset) // size)
+
+
+def _subset(dataset: Dataset, indices: np.ndarray) -> Dataset:
+    if len(indices) == len(dataset):
         return dataset
-    indices = np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size])
     storage = SubsetStorage(dataset.storage, indices)
     return Dataset(storage, dataset.labels[indices], dataset.source, dataset.class_names)
 

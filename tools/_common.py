@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools for trained classifiers share."""
+"""What tools share."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import platform
+from collections.abc import Iterator
+from typing import IO
 
 from yacs.config import CfgNode
 
@@ -12,6 +16,7 @@ from config import config_file_of, get_config, update_config
 from datasets.folder import images_below
 from datasets.images import EXTENSIONS
 from utils.errors import UserError
+from utils.files import atomic_write
 
 
 def trained_config(args: argparse.Namespace) -> CfgNode:
@@ -25,6 +30,35 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
     if config_file_of(args) is None:
         raise UserError('-cfg is missing: give the YAML file of the model, or a run folder as -pretrained.')
     return update_config(get_config(), args)
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def output_prefix(text: str) -> str:
+    """Path of files to write without their suffixes; what `-output DIR/NAME` means to argparse."""
+    if os.path.isdir(text) or not os.path.basename(text):
+        raise UserError(f"-output is the folder '{text}'; add a name for the files in it.")
+    return text
+
+
+@contextlib.contextmanager
+def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
+    """Opens `PREFIX.SUFFIX` for each suffix, of which png is binary; the files appear when the block ends well.
+
+    It is entered before long work, which should not end at a folder that cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        yield {
+            suffix: stack.enter_context(atomic_write(f'{prefix}.{suffix}', 'wb' if suffix == 'png' else 'w'))
+            for suffix in suffixes
+        }
 
 
 def find_images(places: list[str]) -> list[str]:

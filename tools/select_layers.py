@@ -12,11 +12,10 @@ chosen layers out). Under Paddle's launcher the images are shared out to several
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -27,19 +26,17 @@ if __name__ == '__main__':
 
 import datasets
 from config import config_file_of, flag_parser
-from datasets.batch import to_tensor
 from datasets.subset import random_subset
 from engine import distributed
 from engine.inference import load_classifier
 from engine.selection import TARGETS, Step, branch_entropies, select_layers
 from models.vision_transformer import VisionTransformer
-from tools._common import trained_config
+from tools._analysis import FLAGS, normalised
+from tools._common import output_prefix, result_files, trained_config
 from utils.cli import run
 from utils.errors import UserError
-from utils.files import atomic_write
-from utils.runlog import progress
 
-FLAGS = ('-cfg', '-pretrained', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_workers')
+SUFFIXES = ('json', 'png', 'yaml')
 YAML = """\
 # {name} whose attention fades in blocks {layers}, chosen by tools/select_layers.py
 # ({images} images, entropy of the {target}). Train it from the weights it was chosen on:
@@ -72,14 +69,14 @@ def main(argv: list[str] | None = None) -> None:
     model = load_classifier(config, log=log)
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but attention is removed from Vision Transformers.')
-    with contextlib.ExitStack() as stack:
-        files = {}
-        if context.is_main:  # opened first: hours of work should not end at a folder that cannot be written
-            for suffix in ('json', 'png', 'yaml'):
-                mode = 'wb' if suffix == 'png' else 'w'
-                files[suffix] = stack.enter_context(atomic_write(f'{args.target}.{suffix}', mode))
-        loader = datasets.build_dataloader(config, data, False, context.rank, context.world_size)
-        batches = images_of(stack.enter_context(loader), config, context)
+    with (
+        result_files(args.target, *(SUFFIXES if context.is_main else ())) as files,
+        datasets.build_dataloader(config, data, False, context.rank, context.world_size) as loader,
+    ):
+
+        def batches(label: str) -> Iterator:
+            return (images for (images,) in normalised(loader, [config], label, context.is_main))
+
         branches = branch_entropies(model, batches('branches'), context)
         steps = []
         for step in select_layers(model, lambda i: batches(f'layer {i + 1}'), args.number, context, args.target_output):
@@ -90,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
             json.dump(result, files['json'], indent=2)
             draw(result).savefig(files['png'], format='png', dpi=150)
             files['yaml'].write(recipe(args, config, result))
-    log(f'written: {", ".join(f"{args.target}.{suffix}" for suffix in files)}')
+    log(f'written: {", ".join(f"{args.target}.{suffix}" for suffix in SUFFIXES)}')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -103,23 +100,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('-images', type=int, default=50000, metavar='N', help='images to look at, drawn by SEED')
     parser.add_argument('-split', choices=('train', 'val'), default='train', help='where they are drawn from')
     parser.add_argument(
-        '-output', dest='target', required=True, metavar='DIR/NAME', help='files to write, without their suffixes'
-    )
-    args = parser.parse_args(argv)
-    if os.path.isdir(args.target) or not os.path.basename(args.target):
-        raise UserError(f"-output is the folder '{args.target}'; add a name for the files in it.")
-    return args
-
-
-def images_of(loader, config, context) -> Callable[[str], Iterator]:
-    """A function from the label of a progress bar to normalised images [b, C, H, W] of this process, in batches."""
-
-    def batches(label: str) -> Iterator:
-        for batch in progress(loader.epoch(0), loader.num_batches, label, context.is_main):
-            if len(batch.labels):
-                yield to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0]
-
-    return batches
+        '-output', dest='target', type=output_prefix, required=True, metavar='DIR/NAME',
+        help='files to write, without their suffixes',
+    )  # fmt: skip
+    return parser.parse_args(argv)
 
 
 def describe(args: argparse.Namespace, config, images: int, branches: dict, steps: list[Step]) -> dict:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from config import get_config
 from models import build_model
+from tests.models.helpers import small_config
 from utils.weights import write_pdparams
 
 CLASSES = 7
@@ -43,6 +44,27 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     write_images(root / 'data' / 'val')
     write_pdparams(random_state(str(cfg), seed=0), str(weights))
     return SimpleNamespace(cfg=str(cfg), weights=str(weights), images=str(root / 'data' / 'val'))
+
+
+def write_transformer(folder, name: str, data: str, *opts) -> tuple[str, str]:
+    """A Vision Transformer at the size of a toy, with weights that make its heads differ: configuration and weights.
+
+    Args:
+        folder: to write to, pathlib's.
+        name: a configuration of the suite.
+        data: an image folder.
+    """
+    options = ['DATA.DATASET', 'folder', 'DATA.DATA_PATH', data, 'DATA.NUM_WORKERS', 0, 'DATA.BATCH_SIZE', 16]
+    config = small_config(name, *options, 'MODEL.NUM_CLASSES', 3, 'BASE', '', *opts)
+    cfg, weights = folder / f'{name}.yaml', folder / f'{name}.pdparams'
+    cfg.write_text(config.dump())
+    paddle.seed(0)
+    model = build_model(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.set_value(parameter + 0.3 * paddle.randn(parameter.shape))
+    write_pdparams(model.state_dict(), str(weights))
+    return str(cfg), str(weights)
 
 
 def random_state(cfg: str, seed: int) -> dict[str, np.ndarray]:

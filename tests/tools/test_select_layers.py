@@ -6,36 +6,24 @@ import os
 import subprocess
 import sys
 
-import paddle
 import pytest
 from PIL import Image
 
 from config import get_config
 from datasets import build_dataset
 from datasets.subset import random_subset
-from models import build_model
 from tests.conftest import ROOT
-from tests.models.helpers import small_config
 from tests.runs.conftest import environment
+from tests.tools.conftest import write_transformer
 from tools import select_layers
 from utils.errors import UserError
-from utils.weights import write_pdparams
 
 
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory, images):
     """Path of a configuration, of weights, and their folder."""
     folder = tmp_path_factory.mktemp('selection')
-    options = ['DATA.DATASET', 'folder', 'DATA.DATA_PATH', images, 'DATA.NUM_WORKERS', 0, 'DATA.BATCH_SIZE', 16]
-    config = small_config('deit_tiny_patch16_224', *options, 'MODEL.NUM_CLASSES', 3, 'BASE', '')
-    (folder / 'tiny.yaml').write_text(config.dump())
-    paddle.seed(0)
-    model = build_model(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.set_value(parameter + 0.3 * paddle.randn(parameter.shape))
-    write_pdparams(model.state_dict(), str(folder / 'tiny.pdparams'))
-    return str(folder / 'tiny.yaml'), str(folder / 'tiny.pdparams'), folder
+    return *write_transformer(folder, 'deit_tiny_patch16_224', images), folder
 
 
 @pytest.fixture(scope='module')
