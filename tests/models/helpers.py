@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Upstream PyTorch arrays into our layers, as the weight converter does it."""
 
+import numpy as np
 import paddle
 from paddle import nn
 
@@ -46,6 +47,10 @@ SMALL = {
         *['MODEL.TRANS.DEPTH', 2, 'MODEL.MAE.DECODER_EMBED_DIM', 16, 'MODEL.MAE.DECODER_NUM_HEADS', 2],
         *['MODEL.MAE.DECODER_DEPTH', 1],
     ],
+    'mocov3': [
+        *['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.PATCH_SIZE', 8, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3],
+        *['MODEL.TRANS.DEPTH', 2, 'MODEL.MOCO.DIM', 8, 'MODEL.MOCO.MLP_DIM', 16],
+    ],
     'ms_mlp': ['DATA.IMAGE_SIZE', 64, 'MODEL.MSMLP.EMBED_DIM', 10, 'MODEL.MSMLP.DEPTHS', [1, 1, 2, 1]],
 }
 
@@ -64,3 +69,16 @@ def images(config, batch: int = 2) -> paddle.Tensor:
     """Random images that the model of a configuration takes."""
     data = config.DATA
     return paddle.randn([batch, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])
+
+
+def check_recompute(model: nn.Layer, x: paddle.Tensor) -> None:
+    """Loss and gradients must be the same to the last bit with blocks computed again in the backward pass."""
+    results = []
+    for model.recompute in (False, True):
+        paddle.seed(1)
+        loss = model(x).square().mean()
+        loss.backward()
+        results.append([loss.item(), *(p.grad.numpy() for p in model.parameters())])
+        model.clear_gradients()
+    for plain, recomputed in zip(*results):
+        np.testing.assert_array_equal(plain, recomputed)

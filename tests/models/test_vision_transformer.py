@@ -9,7 +9,7 @@ from models import create_model
 from models.layers import resize_position_table
 from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
-from tests.models.helpers import load
+from tests.models.helpers import check_recompute, load
 from utils.errors import UserError
 
 
@@ -150,15 +150,7 @@ def test_stochastic_depth_grows_over_the_depth():
 def test_recompute_changes_nothing():
     x = paddle.randn([2, 3, 32, 32])
     model = tiny(keep_rate=0.7, fuse_token=True, drop_path_rate=0.4, drop_rate=0.1, attn_drop_rate=0.1)
-    results = []
-    for model.recompute in (False, True):
-        paddle.seed(1)
-        loss = model(x).square().mean()
-        loss.backward()
-        results.append([loss.item(), *(p.grad.numpy() for p in model.parameters())])
-        model.clear_gradients()
-    for plain, recomputed in zip(*results):
-        np.testing.assert_array_equal(plain, recomputed)
+    check_recompute(model, x)
 
 
 def test_parameter_groups():

@@ -137,6 +137,12 @@ def assert_same(left, right):
             assert value == right[key], key
 
 
+def train_on_two(recipe, folder, *more):
+    """The folder of a run on two processes."""
+    run('main_multi_gpu.py', f'-cfg={recipe}', f'-output={folder}', '-tag=run', *more, NPROC='2')
+    return folder / 'run'
+
+
 def check_that_it_resumes(recipe, straight, folder, *more):
     """Stops a run on two processes in its second epoch and goes on; it must equal the run `straight`."""
     flags = (f'-cfg={recipe}', f'-output={folder}', '-tag=cut', *more)

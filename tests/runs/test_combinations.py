@@ -9,7 +9,7 @@ import pytest
 from config import get_config
 from models import build_model
 from models.pretrained import load_pretrained
-from tests.runs.conftest import check_that_it_resumes, metrics, run, write_recipe
+from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 
 EVIT = """
 DATA: {CROP: resized, IMAGE_SIZE: 32}
@@ -30,9 +30,7 @@ def recipe(tmp_path_factory, images):
 
 @pytest.fixture(scope='module')
 def straight(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('straight')
-    run('main_multi_gpu.py', f'-cfg={recipe}', f'-output={folder}', '-tag=run', '-amp', NPROC='2')
-    return folder / 'run'
+    return train_on_two(recipe, tmp_path_factory.mktemp('straight'), '-amp')
 
 
 def test_evit_resumes_inside_its_keep_rate_schedule(recipe, straight, tmp_path):

@@ -7,7 +7,7 @@ from PIL import Image
 from visualdl import LogReader
 
 from engine.reconstruction import GAP
-from tests.runs.conftest import check_that_it_resumes, metrics, run, write_recipe
+from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 
 ENCODER = """
 DATA: {CROP: resized, IMAGE_SIZE: 32}
@@ -32,9 +32,7 @@ def recipe(tmp_path_factory, images):
 
 @pytest.fixture(scope='module')
 def straight(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('straight')
-    run('main_multi_gpu.py', f'-cfg={recipe}', f'-output={folder}', '-tag=run', NPROC='2')
-    return folder / 'run'
+    return train_on_two(recipe, tmp_path_factory.mktemp('straight'))
 
 
 def test_the_loss_falls(straight):

@@ -11,7 +11,7 @@ from config import get_config
 from engine.exported import Predictor
 from models import build_model
 from models.pretrained import load_pretrained
-from tests.runs.conftest import check_that_it_resumes, metrics, run, write_recipe
+from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 
 STACKED = """
 DATA: {CROP: resized, IMAGE_SIZE: 32}
@@ -36,9 +36,7 @@ def recipe(tmp_path_factory, images):
 
 @pytest.fixture(scope='module')
 def straight(recipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('straight')
-    run('main_multi_gpu.py', f'-cfg={recipe}', f'-output={folder}', '-tag=run', NPROC='2')
-    return folder / 'run'
+    return train_on_two(recipe, tmp_path_factory.mktemp('straight'))
 
 
 @pytest.fixture(scope='module')
