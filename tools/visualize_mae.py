@@ -25,17 +25,13 @@ import numpy as np
 import paddle
 
 from config import flag_parser
-from datasets import Batch
-from datasets.batch import to_tensor
-from datasets.dataset import FileStorage
-from datasets.images import UnreadableImage
-from datasets.transforms import build_transform
 from engine import distributed
 from engine.reconstruction import draw, rebuild
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.pretrained import load_pretrained
 from tools._common import find_images, trained_config
+from tools._pictures import readable, single_batch
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -49,20 +45,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"-output '{args.output}' is one of the images; give another path.")
     distributed.start()
     model = load_autoencoder(config)
-    transform = build_transform(config, training=False)
-    files, rows, patches = FileStorage('', paths), [], (config.DATA.IMAGE_SIZE // model.patch_size) ** 2
+    rows, patches = [], (config.DATA.IMAGE_SIZE // model.patch_size) ** 2
     with atomic_write(args.output) as target:
-        for index, path in enumerate(paths):
-            try:
-                picture = files.open(index)
-            except UnreadableImage as error:
-                print(f'{path}: {error}', file=sys.stderr)
-                continue
-            images = normalised(config, transform(picture, np.random.default_rng(0)))
+        for index, image in readable(paths, config):
             noise = paddle.to_tensor(np.random.default_rng([args.seed, index]).random((1, patches), 'float32'))
-            rows += rebuild(model, images, noise, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        if not rows:
-            raise UserError(f"none of the {len(paths)} images can be read; '{paths[0]}' is the first.")
+            rows += rebuild(
+                model, single_batch(image, config), noise, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
+            )
         draw(rows).save(target, 'PNG')
     print(f'{args.output}: {len(rows)} of {len(paths)} images')
 
@@ -86,12 +75,6 @@ def load_autoencoder(config) -> MaskedAutoencoder:
     load_pretrained(model, config.MODEL.PRETRAINED, replace_head=False)
     model.eval()
     return model
-
-
-def normalised(config, image: np.ndarray) -> paddle.Tensor:
-    """A picture [H, W, C] uint8 -> [1, C, H, W] as the model takes it."""
-    batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
-    return to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0]
 
 
 if __name__ == '__main__':

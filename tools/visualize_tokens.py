@@ -34,15 +34,11 @@ import paddle
 from PIL import Image, ImageDraw, ImageFont
 
 from config import flag_parser
-from datasets import Batch
-from datasets.batch import to_tensor
-from datasets.dataset import FileStorage
-from datasets.images import UnreadableImage
-from datasets.transforms import build_transform
 from engine import distributed
 from engine.inference import load_classifier
 from models.vision_transformer import VisionTransformer
 from tools._common import find_images, trained_config
+from tools._pictures import readable, single_batch
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -57,16 +53,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"-grid '{args.grid}' is the path of another picture of this run; give another one.")
     distributed.start()
     model = load_classifier(config)
-    transform = build_transform(config, training=False)
-    files, strips, drawn = FileStorage('', paths), [], 0
+    strips, drawn = [], 0
     with atomic_write(args.grid) if args.grid else contextlib.nullcontext() as grid:
-        for index, (path, target) in enumerate(zip(paths, targets)):
-            try:
-                picture = files.open(index)
-            except UnreadableImage as error:
-                print(f'{path}: {error}', file=sys.stderr)
-                continue
-            image = transform(picture, np.random.default_rng(0))
+        for index, image in readable(paths, config):
+            path, target = paths[index], targets[index]
             strip = draw_strip(path, image, reductions(model, config, image))
             with atomic_write(target) as file:
                 strip.save(file, 'PNG')
@@ -74,8 +64,6 @@ def main(argv: list[str] | None = None) -> None:
             drawn += 1
             if grid:
                 strips.append(strip)
-        if not drawn:
-            raise UserError(f"none of the {len(paths)} images can be read; '{paths[0]}' is the first.")
         if grid:
             tile(strips, args.columns).save(grid, 'PNG')
     print(f'{len(paths)} images, {len(paths) - drawn} of them unreadable')
@@ -184,11 +172,9 @@ def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Redu
     """
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, whose tokens all stay; give the -cfg of an EViT.')
-    batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
     blocks, sources = [], []
     with paddle.no_grad():
-        images, _ = to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        x, state = model.begin(images, trace=True)
+        x, state = model.begin(single_batch(image, config), trace=True)
         prefix, num_patches = state.num_prefix, state.num_body
         for number, block in enumerate(model.blocks):
             before = state

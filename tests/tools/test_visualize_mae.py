@@ -14,7 +14,8 @@ from config import get_config
 from engine.reconstruction import GAP, PAPER, draw, rebuild
 from models import build_model
 from tests.conftest import ROOT
-from tools.visualize_mae import main, normalised
+from tools._pictures import single_batch
+from tools.visualize_mae import main
 from utils.errors import UserError
 from utils.weights import write_pdparams
 
@@ -69,7 +70,7 @@ def test_half_of_the_patches_are_seen_and_kept(tmp_path, channels):
     def pictures(seed):
         noise = paddle.to_tensor(np.random.default_rng(seed).random((1, 16), 'float32'))
         data = config.DATA
-        return rebuild(model, normalised(config, image), noise, data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
+        return rebuild(model, single_batch(image, config), noise, data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
 
     original, seen, rebuilt = pictures(0)
     np.testing.assert_array_equal(original, image)

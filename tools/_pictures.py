@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tools that draw single images share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import paddle
+from yacs.config import CfgNode
+
+from datasets import Batch
+from datasets.batch import to_tensor
+from datasets.dataset import FileStorage
+from datasets.images import UnreadableImage
+from datasets.transforms import build_transform
+from utils.errors import UserError
+
+
+def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the number of each image and its pixels as an evaluation sees them, [H, W, C] uint8.
+
+    Of those that cannot be read it says why.
+
+    Raises:
+        UserError: in the end, when none of them could be read.
+    """
+    transform, files, found = build_transform(config, training=False), FileStorage('', paths), 0
+    for index, path in enumerate(paths):
+        try:
+            picture = files.open(index)
+        except UnreadableImage as error:
+            print(f'{path}: {error}', file=sys.stderr)
+            continue
+        found += 1
+        yield index, transform(picture, np.random.default_rng(0))
+    if not found:
+        raise UserError(f"none of the {len(paths)} images can be read; '{paths[0]}' is the first.")
+
+
+def single_batch(image: np.ndarray, config: CfgNode) -> paddle.Tensor:
+    """Pixels [H, W, C] uint8 -> [1, C, H, W] as a model takes them."""
+    batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
+    return to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0]
