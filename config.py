@@ -34,8 +34,10 @@ _C.DATA.IMAGE_SIZE = 224  # side of the square input, pixels
 _C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
 _C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
 _C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black (CIFAR); auto: padded up to 32 px
+_C.DATA.EVAL_CROP = 'centre'  # evaluation: centre, as CROP_PCT says; squash: both sides are resized to IMAGE_SIZE
+_C.DATA.VIEWS = 1  # views of each training image: 1, or 2 that are augmented differently (MoCo-v3)
 _C.DATA.INTERPOLATION = 'bicubic'  # resampling: bicubic, bilinear, or random (training: one of both per image)
-_C.DATA.FAST_RESIZE = False  # training: decode and resample in half the time, to somewhat other pixels (docs/data.md)
+_C.DATA.FAST_RESIZE = True  # training: crops resized by OpenCV, close to Pillow's pixels; False: exactly those, slower
 _C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
 _C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
 _C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
@@ -114,6 +116,13 @@ _C.MODEL.MAE.DECODER_NUM_HEADS = 16  # heads of each of its attentions
 _C.MODEL.MAE.MASK_RATIO = 0.75  # share of the patches that are removed
 _C.MODEL.MAE.NORM_PIX_LOSS = True  # rebuild patches normalised by their own mean and variance
 
+_C.MODEL.MOCO = CN()  # MoCo-v3; its encoder is MODEL.TRANS
+_C.MODEL.MOCO.DIM = 256  # channels of the features that are compared
+_C.MODEL.MOCO.MLP_DIM = 4096  # hidden channels of projector and predictor
+_C.MODEL.MOCO.MOMENTUM = 0.99  # share of the old average in the momentum encoder's first step; it rises to 1
+_C.MODEL.MOCO.TEMPERATURE = 0.2  # similarities are divided by it
+_C.MODEL.MOCO.FREEZE_PATCH = False  # leave the patch embedding as it was drawn, for stability
+
 _C.MODEL.MSMLP = CN()  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = 4  # side of a patch, pixels
 _C.MODEL.MSMLP.EMBED_DIM = 96  # channels of the first stage, doubled by each further one
@@ -125,11 +134,11 @@ _C.MODEL.MSMLP.PATCH_NORM = True  # LayerNorm after the patch embedding
 
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = CN()
-_C.TRAIN.TASK = 'supervised'  # what is learnt: supervised (classes), mae (to rebuild removed patches)
+_C.TRAIN.TASK = 'supervised'  # supervised: learn classes; mae: rebuild removed patches; mocov3: match two views
 _C.TRAIN.LAST_EPOCH = 0  # last finished epoch, for resuming from a file that holds weights only
 _C.TRAIN.NUM_EPOCHS = 300  # length of the run
 _C.TRAIN.WARMUP_EPOCHS = 20.0  # length of the warm-up, may be a fraction
-_C.TRAIN.WEIGHT_DECAY = 0.1  # on tensors of two or more dimensions that the model does not exempt
+_C.TRAIN.WEIGHT_DECAY = 0.1  # on tensors of two or more dimensions that the model does not exempt; mocov3: on all
 _C.TRAIN.BASE_LR = 0.001  # learning rate after the warm-up
 _C.TRAIN.WARMUP_START_LR = 1e-6  # where the warm-up starts
 _C.TRAIN.END_LR = 1e-5  # where the schedule ends
@@ -145,14 +154,14 @@ _C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per layer, from the head down
 _C.TRAIN.GRAD_CLIP = None  # largest global gradient norm; None: off
 _C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimiser step; equals one batch that many times as large
 _C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = 'AdamW'  # AdamW, SGD, Lamb
+_C.TRAIN.OPTIMIZER.NAME = 'AdamW'  # AdamW, SGD, Lamb, LARS
 _C.TRAIN.OPTIMIZER.EPS = 1e-8  # AdamW, Lamb
 _C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # AdamW, Lamb
-_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # SGD
+_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # SGD, LARS
 _C.TRAIN.OPTIMIZER.NESTEROV = False  # SGD
 _C.TRAIN.MODEL_EMA = False  # keep an exponential moving average of the weights, validated beside them
 _C.TRAIN.MODEL_EMA_DECAY = 0.99996  # share of the old average kept at each step
-_C.TRAIN.RECOMPUTE = False  # compute block activations again in the backward pass: less memory, about a third more time
+_C.TRAIN.RECOMPUTE = False  # compute blocks again in the backward pass: half the memory, a third more time
 _C.TRAIN.NONFINITE = 'error'  # loss or gradient not finite: error ends the run on all processes; skip drops the step
 _C.TRAIN.DROP_LAST = False  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
 
@@ -247,6 +256,8 @@ _CHOICES = {
     'DATA.BAD_IMAGE': ('error', 'skip'),
     'DATA.CACHE': ('no', 'part', 'full'),
     'DATA.CROP': ('auto', 'resized', 'padded'),
+    'DATA.EVAL_CROP': ('centre', 'squash'),
+    'DATA.VIEWS': (1, 2),
     'TRAIN.LR_SCHEDULER.UPDATE': ('epoch', 'step'),
     'TRAIN.NONFINITE': ('error', 'skip'),
     'TRAIN.RAND_AUGMENT_SPACE': ('timm', 'paddlevit'),
@@ -318,7 +329,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
             parser.add_argument(flag, default=argparse.SUPPRESS, **options)
 
     add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
-    add('-dataset', metavar='NAME', help='data set: imagenet2012, folder, list, zip, lmdb, cifar10, cifar100, digits')
+    add('-dataset', metavar='NAME', help='imagenet2012, list, folder, cifar100 or another data set of docs/data.md')
     add('-data_path', metavar='DIR', help='folder that holds the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')

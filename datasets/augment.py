@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Union
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 Colour = Union[int, tuple[int, int, int]]
 
@@ -53,6 +53,24 @@ def brightness(image: Image.Image, factor: float) -> Image.Image:
 
 def sharpness(image: Image.Image, factor: float) -> Image.Image:
     return ImageEnhance.Sharpness(image).enhance(factor)
+
+
+def hue(image: Image.Image, shift: float) -> Image.Image:
+    """Turns the colour circle by a share of it, in 256 steps of which int(255 * shift) are made; L has no hue."""
+    if image.mode == 'L':
+        return image
+    turned = [(value + int(255 * shift)) % 256 for value in range(256)]
+    return image.convert('HSV').point(turned + 2 * list(range(256))).convert(image.mode)
+
+
+def grayscale(image: Image.Image) -> Image.Image:
+    """The luminance in all channels."""
+    return image.convert('L').convert(image.mode)
+
+
+def blur(image: Image.Image, radius: float) -> Image.Image:
+    """Gaussian; Pillow's radius is the standard deviation in pixels."""
+    return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 class Style(NamedTuple):
@@ -265,14 +283,18 @@ class AutoAugment:
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation, each by a factor uniform in [1 - strength, 1 + strength], in random order."""
+    """Brightness, contrast and saturation, each by a factor uniform in [1 - strength, 1 + strength], and, if there is a fourth
+    strength, hue by a shift uniform in [-strength, strength]; in random order."""
 
-    def __init__(self, strength: float):
-        self.low, self.high = max(0.0, 1.0 - strength), 1.0 + strength
+    FUNCTIONS = (brightness, contrast, color, hue)
+
+    def __init__(self, *strengths: float):
+        factors, shifts = strengths[:3], strengths[3:]
+        self.low = [*(max(0.0, 1.0 - strength) for strength in factors), *(-strength for strength in shifts)]
+        self.high = [*(1.0 + strength for strength in factors), *shifts]
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        functions = (brightness, contrast, color)
-        factors = rng.uniform(self.low, self.high, size=3)
-        for place in rng.permutation(3):
-            image = functions[place](image, factors[place])
+        arguments = rng.uniform(self.low, self.high)
+        for place in rng.permutation(len(arguments)):
+            image = self.FUNCTIONS[place](image, arguments[place])
         return image

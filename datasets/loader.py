@@ -35,7 +35,7 @@ class Batch:
     """What the loader yields.
 
     Attributes:
-        images: [b, H, W, C] uint8.
+        images: [b, H, W, C] uint8, or [b, 2, H, W, C] for DATA.VIEWS 2.
         labels: [b] int64.
         indices: [b] int64, places of the images in the data set.
         erase: flat positions [e] int64 in the images laid out [b, C, H, W], each once, and the values [e] float32 that

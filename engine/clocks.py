@@ -7,7 +7,7 @@ from typing import Protocol
 
 from paddle import nn
 
-from engine.schedules import attn_lambda, keep_rate
+from engine.schedules import attn_lambda, encoder_momentum, keep_rate
 from utils.errors import UserError
 
 
@@ -76,6 +76,25 @@ class AttentionClock:
     def set(self, model: nn.Layer, value: float) -> None:
         _needs(model, 'set_attn_lambda', 'MODEL.LAMBDA.PRUNE_LAYERS')
         model.set_attn_lambda(value)
+
+
+class MomentumClock:
+    """MoCo-v3's momentum. Each setting lets the momentum encoder take one step, in the next training pass."""
+
+    name = 'momentum'
+
+    def __init__(self, base: float, num_epochs: int):
+        self.schedule = {'base': base, 'total': num_epochs}
+
+    def value(self, t: float) -> float:
+        return encoder_momentum(t, **self.schedule)
+
+    def is_final(self, t: float) -> bool:
+        """What is evaluated does not depend on it."""
+        return True
+
+    def set(self, model: nn.Layer, value: float) -> None:
+        model.set_momentum(value)
 
 
 def _needs(model: nn.Layer, method: str, key: str) -> None:

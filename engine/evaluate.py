@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +30,14 @@ class Measure:
         best: the name that decides which weights are the best: an accuracy, or the loss.
         sums: model, images [b, C, H, W], labels [b], indices [b] of the images -> sums over them, in the order of
             `titles`, [len(titles)] float64.
+        begin: model, context, should_stop -> `sums` for one evaluation, where something must come before it; it too may
+            raise `Interrupted`, on every process.
     """
 
     titles: dict[str, str]
     best: str
-    sums: Callable[..., paddle.Tensor]
+    sums: Callable[..., paddle.Tensor] | None = None
+    begin: Callable[..., Callable[..., paddle.Tensor]] | None = None
 
     def score(self, result: dict) -> float:
         """How good a result is: the higher the better."""
@@ -82,28 +86,28 @@ def evaluate(
     was_training = model.training
     model.eval()
     started = time.time()
-    sums, images = paddle.zeros([len(measure.titles)], 'float64'), 0
+    total, images = paddle.zeros([len(measure.titles)], 'float64'), 0
     skipped, stopped = 0, False
-    batches = loader.epoch(0)
     try:
-        for index, batch in enumerate(progress(batches, loader.num_batches, 'validation', context.is_main)):
-            stopped = should_stop()
-            if stopped:
-                break
-            if len(batch.labels):
-                pixels, labels = to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-                sums += measure.sums(model, pixels, labels, batch.indices)
-            images += len(batch.labels)
-            skipped += batch.skipped
-            if index % config.REPORT_FREQ == 0 or index == loader.num_batches - 1:
-                means = measure.text(_means(measure, sums.tolist(), images), 'Avg')
-                log.local(f'Step[{index:04d}/{loader.num_batches:04d}], {means}')
+        compute = measure.sums if measure.begin is None else measure.begin(model, context, should_stop)
+        with contextlib.closing(loader.epoch(0)) as batches:
+            for index, batch in enumerate(progress(batches, loader.num_batches, 'validation', context.is_main)):
+                stopped = should_stop()
+                if stopped:
+                    break
+                if len(batch.labels):
+                    pixels, labels = to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+                    total += compute(model, pixels, labels, batch.indices)
+                images += len(batch.labels)
+                skipped += batch.skipped
+                if index % config.REPORT_FREQ == 0 or index == loader.num_batches - 1:
+                    means = measure.text(_means(measure, total.tolist(), images), 'Avg')
+                    log.local(f'Step[{index:04d}/{loader.num_batches:04d}], {means}')
     finally:
-        batches.close()
         if was_training:
             model.train()
     # whoever was stopped tells the others here, where all of them meet
-    totals = paddle.concat([sums, paddle.to_tensor([images, skipped, stopped], 'float64')])
+    totals = paddle.concat([total, paddle.to_tensor([images, skipped, stopped], 'float64')])
     *sums, images, skipped, stopped = context.sum(totals).tolist()
     if stopped:
         raise Interrupted

@@ -55,7 +55,10 @@ def load_classifier(config, log: Callable[[str], None] = print) -> paddle.nn.Lay
             model.reset_classifier(classes)
     load_pretrained(model, path, log=log, replace_head=False)
     if not model.num_classes:
-        raise UserError(f"'{path}' has no classifier: MODEL.NUM_CLASSES is 0.")
+        raise UserError(
+            f"'{path}' has no classifier (MODEL.TYPE {config.MODEL.TYPE}, {model.num_classes} classes): train one from it "
+            'first, by -pretrained.'
+        )
     model.eval()
     return model
 

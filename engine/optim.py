@@ -16,8 +16,8 @@ OPTIMIZERS = Registry('optimiser (TRAIN.OPTIMIZER.NAME)')
 def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Groups the trainable parameters by weight decay and learning-rate scale.
 
-    Tensors of fewer than two dimensions, biases, and what `model.no_weight_decay()` names are not decayed. With
-    `layer_decay` d < 1, layer i of n learns at d^(n - i) of the rate (BEiT), by the model's `layer_id`.
+    Tensors of fewer than two dimensions, biases, and what `model.no_weight_decay()` names are not decayed, unless
+    `model.decays_all`. With `layer_decay` d < 1, layer i of n learns at d^(n - i) of the rate (BEiT), by the model's `layer_id`.
 
     Returns:
         Paddle's parameter groups: `params`, `weight_decay`, `learning_rate` (a factor on the rate).
@@ -27,7 +27,7 @@ def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: f
     for name, parameter in model.named_parameters():
         if parameter.stop_gradient:
             continue
-        decayed = parameter.ndim >= 2 and not name.endswith('bias') and name not in exempt
+        decayed = model.decays_all or (parameter.ndim >= 2 and not name.endswith('bias') and name not in exempt)
         scale = layer_decay ** (model.num_layers - model.layer_id(name)) if layer_decay < 1.0 else 1.0
         groups.setdefault((weight_decay if decayed else 0.0, scale), []).append(parameter)
     return [
@@ -73,6 +73,37 @@ def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
         epsilon=options.EPS,
         multi_precision=True,
     )
+
+
+class LARS(paddle.optimizer.Momentum):
+    """Momentum whose steps follow the norm of each weight (https://arxiv.org/abs/1708.03888), as MoCo-v3 has it.
+
+    Of a tensor w of two or more dimensions, g <- g + decay * w, then g <- g * trust * |w| / |g| where both norms are above 0.
+    Of all tensors v <- momentum * v + g and w <- w - lr * v. Groups give their decay under `lars_weight_decay`.
+    """
+
+    trust = 0.001
+
+    def _append_optimize_op(self, block, param_and_grad):
+        parameter, gradient = param_and_grad['params']
+        if parameter.ndim > 1:
+            gradient = self._scaled(parameter, gradient, param_and_grad['lars_weight_decay'])
+        return super()._append_optimize_op(block, {**param_and_grad, 'params': (parameter, gradient)})
+
+    def _scaled(self, parameter: paddle.Tensor, gradient: paddle.Tensor, decay: float) -> paddle.Tensor:
+        weight = self._master_weights.get(parameter.name, parameter).astype('float32')
+        step = gradient.astype('float32') + decay * weight
+        size, length = (paddle.sqrt(paddle.square(tensor).sum()) for tensor in (weight, step))
+        both = paddle.logical_and(size > 0, length > 0)
+        factor = paddle.where(both, self.trust * size / length, paddle.ones([]))
+        return (step * factor).astype(gradient.dtype)
+
+
+@OPTIMIZERS.register('LARS')
+def _lars(groups: list[dict], options) -> paddle.optimizer.Optimizer:
+    for group in groups:
+        group['lars_weight_decay'], group['weight_decay'] = group['weight_decay'], None
+    return LARS(learning_rate=0.0, parameters=groups, momentum=options.MOMENTUM, multi_precision=True)
 
 
 def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimizer:

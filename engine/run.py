@@ -11,7 +11,7 @@ import time
 import paddle
 
 import datasets
-from engine import distributed, pretraining  # noqa: F401 (registers its objectives)
+from engine import contrastive, distributed, pretraining  # noqa: F401 (two of them register objectives)
 from engine.checkpoint import LAST, read_checkpoint
 from engine.evaluate import evaluate
 from engine.tasks import TASKS

@@ -124,6 +124,11 @@ def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
     return base if t >= start + length else _half_cosine(1.0, base, (t - start) / length)
 
 
+def encoder_momentum(t: float, *, base: float, total: float) -> float:
+    """MoCo-v3's momentum (https://arxiv.org/abs/2104.02057, section 4): a half cosine from `base` at t = 0 to 1 at `total`."""
+    return _half_cosine(base, 1.0, t / total)
+
+
 def attn_lambda(t: float, *, start: int, length: int) -> float:
     """Weight of fading attention (https://arxiv.org/abs/2404.05657): 1, a straight line, then 0.
 

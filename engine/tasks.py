@@ -32,11 +32,18 @@ class Task:
 
     Attributes:
         measure: what a validation computes. Where `acc1` is in it, training counts correct answers too.
+        views: of each training image, which DATA.VIEWS must agree with.
     """
 
     measure: Measure
+    views = 1
 
     def __init__(self, config):
+        if self.views != config.DATA.VIEWS:
+            raise UserError(
+                f'TRAIN.TASK {config.TRAIN.TASK} trains on {self.views} view(s) of each image: '
+                f'set DATA.VIEWS to {self.views}.'
+            )
         self.clocks = build_clocks(config)
 
     def set_time(self, model: paddle.nn.Layer, t: float) -> dict[str, float]:
@@ -68,7 +75,7 @@ class Task:
 
         Args:
             model: takes images; it may be wrapped for several processes.
-            images: [B, C, H, W] float32, normalised, on the device.
+            images: [B, C, H, W] float32, normalised, on the device; of several views [B, views, C, H, W].
             labels: [B] int64.
             rng: source of all draws.
 

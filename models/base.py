@@ -4,9 +4,25 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 from paddle import Tensor, nn
+
+
+class Start(NamedTuple):
+    """How a training starts from the weights of another kind of model. The classifier is not mentioned.
+
+    Attributes:
+        called: name in the file -> name in the model; where it is missing they are equal.
+        unused: name in the file that is not taken -> reason.
+        anew: name in the model that begins anew -> reason.
+    """
+
+    called: Mapping[str, str] = MappingProxyType({})
+    unused: Mapping[str, str] = MappingProxyType({})
+    anew: Mapping[str, str] = MappingProxyType({})
 
 
 class Classifier(nn.Layer):
@@ -18,6 +34,7 @@ class Classifier(nn.Layer):
 
     stem_names: tuple[str, ...] = ('patch_embed',)
     blocks_name: str = 'blocks'
+    decays_all: bool = False  # weight decay acts on biases, norms and tokens too, as a published training had it
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised images [B, in_chans, H, W] -> logits [B, K]."""
@@ -74,17 +91,9 @@ class Classifier(nn.Layer):
         """Configuration keys and values that shapes do not tell; they travel with the weights and are compared."""
         return {}
 
-    def starting_from(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """How a training starts from the weights of another kind of model.
-
-        Args:
-            names: of the arrays of a file.
-
-        Returns:
-            Names in the file that are not taken and names in the model that begin anew, with the reasons. The
-            classifier is not among them.
-        """
-        return {}, {}
+    def starting_from(self, names: Collection[str]) -> Start:
+        """How a training starts from the weights of another kind of model, of whose arrays the `names` are given."""
+        return Start()
 
     @staticmethod
     def upstream_name(name: str) -> str | None:

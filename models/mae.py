@@ -21,6 +21,7 @@ from models.layers import (
     NORM_EPS,
     Block,
     TokenState,
+    fix_,
     resize_position_table,
     run_block,
     sincos_position_table,
@@ -28,7 +29,7 @@ from models.layers import (
     xavier_uniform_,
 )
 from models.registry import config_file, register_model
-from models.vision_transformer import VisionTransformer
+from models.vision_transformer import VisionTransformer, pretraining_options
 from utils.errors import UserError
 
 TARGET_EPS = 1e-6
@@ -108,7 +109,7 @@ class MaskedAutoencoder(VisionTransformer):
             raise UserError(
                 f'a mask ratio of {mask_ratio} (MODEL.MAE.MASK_RATIO) leaves no patch to see or to rebuild.'
             )
-        _fix(self.pos_embed, sincos_position_table(self.embed_dim, self.patch_embed.grid_size, self.num_prefix))
+        fix_(self.pos_embed, sincos_position_table(self.embed_dim, self.patch_embed.grid_size, self.num_prefix))
         initializer.Normal(std=0.02)(self.cls_token)
         self.decoder_depth = decoder_depth
         if decoder_depth:
@@ -142,7 +143,7 @@ class MaskedAutoencoder(VisionTransformer):
         self.decoder_embed = nn.Linear(self.embed_dim, dim)
         self.mask_token = self.create_parameter([1, 1, dim], default_initializer=initializer.Normal(std=0.02))
         self.decoder_pos_embed = self.create_parameter(table.shape)
-        _fix(self.decoder_pos_embed, table)
+        fix_(self.decoder_pos_embed, table)
         self.decoder_blocks = nn.LayerList(Block(dim, num_heads, mlp_ratio) for _ in range(self.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
         pixels = self.patch_embed.conv.weight[0].size
@@ -269,11 +270,6 @@ ADAPTERS = ('attn_adapter.', 'hidden_adapter.')
 DECODER_PARTS = ('decoder_', 'mask_token')
 
 
-def _fix(parameter: Tensor, table: np.ndarray) -> None:
-    parameter.set_value(table)
-    parameter.stop_gradient = True
-
-
 def _uniform(parameter: Tensor, fan_in: int) -> None:
     initializer.Uniform(-(fan_in**-0.5), fan_in**-0.5)(parameter)
 
@@ -315,10 +311,7 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @register_model('mae')
 def build_mae(config) -> MaskedAutoencoder:
     """Builds a masked autoencoder from a configuration."""
-    model, trans, mae = config.MODEL, config.MODEL.TRANS, config.MODEL.MAE
-    fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
-    if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
-        raise UserError('MODEL.TYPE mae takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.')
+    mae = config.MODEL.MAE
     return MaskedAutoencoder(
         lessons=_lessons(config),
         decoder_embed_dim=mae.DECODER_EMBED_DIM,
@@ -326,15 +319,7 @@ def build_mae(config) -> MaskedAutoencoder:
         decoder_num_heads=mae.DECODER_NUM_HEADS,
         mask_ratio=mae.MASK_RATIO,
         norm_pix_loss=mae.NORM_PIX_LOSS,
-        img_size=config.DATA.IMAGE_SIZE,
-        patch_size=trans.PATCH_SIZE,
-        in_chans=config.DATA.IMAGE_CHANNELS,
-        embed_dim=trans.EMBED_DIM,
-        depth=trans.DEPTH,
-        num_heads=trans.NUM_HEADS,
-        mlp_ratio=trans.MLP_RATIO,
-        qkv_bias=trans.QKV_BIAS,
-        recompute=config.TRAIN.RECOMPUTE,
+        **pretraining_options(config),
     )
 
 

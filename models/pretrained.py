@@ -9,6 +9,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from models.base import Start
 from models.state import LISTED, REBUILT_SUFFIXES, count_classes, fit_state
 from utils.errors import UserError
 from utils.weights import EMA_KEYS, FACTS, PADDLE, choose_state_dict, file_format, read_file, resolve_weights_path
@@ -64,8 +65,9 @@ def load_state(
             raise UserError(f'{source} has {_classifier(theirs)}, but the model {_classifier(ours)}; {mend}.')
         fresh = [name for name in targets if name.startswith(model.head_names())]
         arrays = {name: array for name, array in arrays.items() if not name.startswith(model.head_names())}
-    unused, anew = model.starting_from(arrays) if replace_head and hasattr(model, 'starting_from') else ({}, {})
-    arrays = {name: array for name, array in arrays.items() if name not in unused}
+    start = model.starting_from(arrays) if replace_head and hasattr(model, 'starting_from') else Start()
+    unused, anew = start.unused, start.anew
+    arrays = {start.called.get(name, name): array for name, array in arrays.items() if name not in unused}
     fitted = fit_state(model, arrays, source, optional=[*fresh, *anew])
     fitted.unused.update(unused)
     if ours != theirs:

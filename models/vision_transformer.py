@@ -19,6 +19,7 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.attention_removal import RemovableAttention
+from models.base import Start
 from models.layers import (
     NORM_EPS,
     Block,
@@ -375,25 +376,28 @@ class VisionTransformer(RemovableAttention):
         """The number of heads: weights of another compute something else in the same shapes."""
         return {'MODEL.TRANS.NUM_HEADS': self.num_heads}
 
-    def starting_from(self, names: Collection[str]) -> tuple[dict[str, str], dict[str, str]]:
-        """Fine-tuning after a pre-training, or with another pooling."""
+    def starting_from(self, names: Collection[str]) -> Start:
+        """Fine-tuning after a pre-training, or with another pooling. Of MoCo-v3 the encoder that was trained is taken."""
         ours = set(self.state_dict())
+        called = {name: _ONLINE.sub('', name) for name in names}
         unused = {
             name: reason
-            for name in names
-            if name not in ours
+            for name, wanted in called.items()
+            if wanted not in ours
             for parts, reason in _LEFT_OUT
-            if re.fullmatch(parts, name)
+            if re.fullmatch(parts, wanted)
         }
-        anew = {
-            name: reason for name in ours if name not in names for parts, reason in _ANEW if re.fullmatch(parts, name)
-        }
-        return unused, dict(sorted(anew.items()))
+        missing = ours.difference(called.values())
+        anew = {name: reason for name in sorted(missing) for parts, reason in _ANEW if re.fullmatch(parts, name)}
+        return Start(called, unused, anew)
 
     @staticmethod
     def upstream_name(name: str) -> str | None:
-        """MAE-Lite's checkpoints hold the whole training: the model under `model.`, with teacher and average."""
-        if name.startswith(('tch_model.', 'ema_model.', 'momentum_encoder.')):
+        """MAE-Lite's checkpoints hold the whole training: the model under `model.`, with teacher and average.
+
+        MoCo-v3's hold the model under `base_encoder.`, whose head is a projector, with a momentum copy and a predictor.
+        """
+        if name.startswith(('tch_model.', 'ema_model.', 'momentum_encoder.', 'base_encoder.head.', 'predictor.')):
             return None
         return name.removeprefix('model.').removeprefix('base_encoder.')
 
@@ -411,10 +415,13 @@ class VisionTransformer(RemovableAttention):
         return resize_position_table(table, (side, side), new, self.num_prefix).numpy()
 
 
+# The trained encoder of MoCo-v3 in a file, without its projector.
+_ONLINE = re.compile(r'^base_encoder\.(?!head\.)')
 # Parts of a file that a model without them does not take when a training starts from it, and parts of a model that then
 # begin anew where the file lacks them.
 _LEFT_OUT = (
     (r'mask_token|decoder_.*|(attn|hidden)_adapter\..*', 'they serve the pre-training only'),
+    (r'(momentum_encoder|predictor|base_encoder\.head)\..*', 'they serve the pre-training only'),
     (r'norm\..*', 'the model normalises after pooling'),
     (r'blocks\.\d+\.attn\.qkv\.bias', 'biases of query and value are learnt by themselves'),
     (r'pos_embed', 'the model has no absolute positions'),
@@ -446,6 +453,27 @@ def _per_block(name: str, value, depth: int) -> list:
     if name == 'keep_rate' and any(v is not None and not 0 < v <= 1 for v in values):
         raise UserError(f'keep_rate is {value}, but must lie in (0, 1].')
     return values
+
+
+def pretraining_options(config) -> dict:
+    """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropping."""
+    model, trans = config.MODEL, config.MODEL.TRANS
+    fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
+    if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
+        raise UserError(
+            f'MODEL.TYPE {model.TYPE} takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.'
+        )
+    return {
+        'img_size': config.DATA.IMAGE_SIZE,
+        'patch_size': trans.PATCH_SIZE,
+        'in_chans': config.DATA.IMAGE_CHANNELS,
+        'embed_dim': trans.EMBED_DIM,
+        'depth': trans.DEPTH,
+        'num_heads': trans.NUM_HEADS,
+        'mlp_ratio': trans.MLP_RATIO,
+        'qkv_bias': trans.QKV_BIAS,
+        'recompute': config.TRAIN.RECOMPUTE,
+    }
 
 
 @register_model('vit', 'deit', 'evit')

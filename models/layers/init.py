@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
@@ -36,6 +37,12 @@ def xavier_uniform_(linear: nn.Linear, bias_std: float = 0.0) -> None:
     initializer.XavierUniform()(linear.weight)
     if linear.bias is not None:
         initializer.Normal(std=bias_std)(linear.bias) if bias_std else initializer.Constant(0.0)(linear.bias)
+
+
+def fix_(parameter: Tensor, values: np.ndarray) -> None:
+    """Sets a parameter once and for all: it is part of the state, but not trained."""
+    parameter.set_value(values)
+    parameter.stop_gradient = True
 
 
 def _fan_in(conv: nn.Conv2D) -> int:

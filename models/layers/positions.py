@@ -24,14 +24,37 @@ def sincos_position_table(dim: int, grid_size: int, num_prefix: int = 0) -> np.n
     Returns:
         [1, num_prefix + G * G, C] float32, computed in float64.
     """
-    if dim % 4:
-        raise UserError(f'{dim} channels do not divide by 4, which sine-cosine positions need.')
-    frequencies = 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
-    angles = np.arange(grid_size)[:, None] * frequencies
+    angles = np.arange(grid_size)[:, None] * _frequencies(dim)
     waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [G, C / 2]
     columns, rows = np.tile(waves, (grid_size, 1)), np.repeat(waves, grid_size, axis=0)
     patches = np.concatenate([columns, rows], axis=1)
     return np.concatenate([np.zeros([num_prefix, dim]), patches])[None].astype('float32')
+
+
+def moco_position_table(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> np.ndarray:
+    """The table of MoCo-v3 (arXiv 2104.02057): that of `sincos_position_table` with rows and columns exchanged.
+
+    Args:
+        dim: channels C, divisible by 4.
+        grid: (rows, columns) of patches. Upstream enumerates the table by columns even where they are not as many as
+            the rows, unlike the patches; so does this.
+        num_prefix: rows of zeros in front, such as the class token's.
+
+    Returns:
+        [1, num_prefix + rows * columns, C] float32, computed in float32.
+    """
+    rows, columns = grid
+    outer, inner = np.repeat(np.arange(columns), rows), np.tile(np.arange(rows), columns)
+    angles = [places[:, None].astype('float32') * _frequencies(dim).astype('float32') for places in (outer, inner)]
+    patches = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return np.concatenate([np.zeros([num_prefix, dim], 'float32'), patches])[None]
+
+
+def _frequencies(dim: int) -> np.ndarray:
+    """dim / 4 numbers from 1 towards 1/10000."""
+    if dim % 4:
+        raise UserError(f'{dim} channels do not divide by 4, which sine-cosine positions need.')
+    return 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
 
 
 def resize_position_table(

@@ -82,7 +82,7 @@ def test_posterize_like_pillow(bits):
 def test_policies_keep_size_and_mode(space, mode):
     image = picture(np.random.default_rng(0).integers(0, 256, (12, 15, 3))).convert(mode)
     canvas = Canvas(space, 'random', 128 if mode == 'L' else (128, 128, 128))
-    for policy in (augment.RandAugment(2, 9, canvas), augment.AutoAugment(canvas), augment.ColorJitter(0.4)):
+    for policy in (augment.RandAugment(2, 9, canvas), augment.AutoAugment(canvas), augment.ColorJitter(0.4, 0.4, 0.4)):
         for seed in range(60):
             result = policy(image, np.random.default_rng(seed))
             assert (result.size, result.mode) == (image.size, mode)
@@ -129,6 +129,7 @@ def test_imagenet_policy_is_complete():
 def test_color_jitter_range():
     """Brightness of a grey picture is scaled by 0.6 to 1.4; contrast and saturation leave it alone."""
     image = picture(np.full((4, 4, 3), 100))
-    values = [np.asarray(augment.ColorJitter(0.4)(image, np.random.default_rng(seed)))[0, 0, 0] for seed in range(300)]
+    jitter = augment.ColorJitter(0.4, 0.4, 0.4)
+    values = [np.asarray(jitter(image, np.random.default_rng(seed)))[0, 0, 0] for seed in range(300)]
     assert 60 <= min(values) < 65
     assert 135 < max(values) <= 140

@@ -24,7 +24,8 @@ from tests.conftest import HERE, make_images
 from utils.runlog import RunLog
 
 COMMON = {
-    'DATA.DATASET': 'folder', 'DATA.IMAGE_SIZE': 32, 'DATA.CROP': 'resized', 'DATA.BATCH_SIZE': 8, 'DATA.NUM_WORKERS': 0,
+    'DATA.DATASET': 'folder', 'DATA.IMAGE_SIZE': 32, 'DATA.CROP': 'resized', 'DATA.FAST_RESIZE': False,
+    'DATA.BATCH_SIZE': 8, 'DATA.NUM_WORKERS': 0,
     'MODEL.NUM_CLASSES': 3, 'MODEL.DROPPATH': 0.1, 'MODEL.DROPOUT': 0.1, 'TRAIN.NUM_EPOCHS': 4, 'TRAIN.WARMUP_EPOCHS': 1,
     'TRAIN.LINEAR_SCALED_LR': None, 'TRAIN.LR_SCHEDULER.UPDATE': 'step', 'TRAIN.ACCUM_ITER': 2, 'TRAIN.GRAD_CLIP': 1.0,
     'TRAIN.MODEL_EMA': True,

@@ -18,6 +18,7 @@ class Named(nn.Layer):
     """Parameters under given names, with what the optimiser asks of a model."""
 
     num_layers = 3
+    decays_all = False
 
     def __init__(self, arrays, exempt=()):
         super().__init__()
@@ -160,3 +161,28 @@ def test_averages_are_applied_inside_the_block_only():
     with ema.applied():
         assert (model.parameters()[0].numpy() == 2.0).all()
     assert (model.parameters()[0].numpy() == 3.0).all()
+
+
+def test_lars_is_mocos():
+    """Three steps, with a weight of zero and a gradient of zero, as MAE-Lite's code takes them."""
+    g = golden('mocov3-lars')
+    model = Named(g.group('in/p'))
+    model.decays_all = True
+    optimizer = build_optimizer(
+        settings('TRAIN.OPTIMIZER.NAME', 'LARS', 'TRAIN.WEIGHT_DECAY', g.meta['weight_decay']), model
+    )
+    optimizer.set_lr(g.meta['lr'])
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = paddle.to_tensor(g[f'in/grad{step}/{name}'])
+        optimizer.step()
+        optimizer.clear_grad()
+        for name, parameter in model.named_parameters():
+            np.testing.assert_allclose(parameter, g[f'out/p{step + 1}/{name}'], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_may_have_all_its_parameters_decayed():
+    model = Named(tiny(), exempt={'head.weight'})
+    model.decays_all = True
+    (group,) = parameter_groups(model, 0.1)
+    assert group['weight_decay'] == 0.1 and len(group['params']) == 4

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive pre-training in real runs: on two processes with all that the loop offers, stopped, resumed, fine-tuned."""
 
-import signal
-
 import pytest
 
-from tests.runs.conftest import CONFIG, assert_same, learnt, metrics, run, send, start, state, wait_for
+from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 
 PRE_TRAINING = """
-BASE: [tiny.yaml]
 DATA: {VIEWS: 2, CROP: resized}
 MODEL:
   TYPE: mocov3
@@ -18,7 +15,6 @@ MODEL:
 TRAIN: {TASK: mocov3, RAND_AUGMENT: false, RANDOM_ERASE_PROB: 0.0, RECOMPUTE: true}
 """
 FINE_TUNING = """
-BASE: [tiny.yaml]
 MODEL:
   TYPE: vit
   NAME: tiny_vit
@@ -28,39 +24,31 @@ TRAIN: {LAYER_DECAY: 0.75, NUM_EPOCHS: 1, WARMUP_EPOCHS: 0}
 
 
 @pytest.fixture(scope='module')
-def folder(tmp_path_factory, images):
-    """Recipes, and a run of two processes from start to end."""
-    folder = tmp_path_factory.mktemp('mocov3')
-    (folder / 'tiny.yaml').write_text(CONFIG.format(data=images, output=folder))
-    (folder / 'pre.yaml').write_text(PRE_TRAINING)
-    (folder / 'fine.yaml').write_text(FINE_TUNING)
-    run('main_multi_gpu.py', f'-cfg={folder / "pre.yaml"}', '-tag=straight', NPROC='2')
-    return folder
+def recipe(tmp_path_factory, images):
+    return write_recipe(tmp_path_factory.mktemp('mocov3'), images, PRE_TRAINING)
 
 
-def test_a_run_resumes_in_an_epoch(folder):
-    flags = (f'-cfg={folder / "pre.yaml"}', '-tag=cut')
-    process = start('main_multi_gpu.py', *flags, NPROC='2')
-    wait_for(folder / 'cut' / 'log.txt', 'Epoch[002/003], Step[0001/', process)
-    status, out, err = send(process, signal.SIGTERM)
-    assert status == 143, out + err
-    assert state(folder / 'cut')['epoch'] in (1, 2)
-    run('main_multi_gpu.py', *flags, NPROC='2')
-    assert_same(learnt(folder / 'cut'), learnt(folder / 'straight'))
+@pytest.fixture(scope='module')
+def straight(recipe, tmp_path_factory):
+    return train_on_two(recipe, tmp_path_factory.mktemp('straight'))
 
 
-def test_neighbours_are_the_same_on_another_number_of_processes(folder):
-    (last,) = (row for row in metrics(folder / 'straight') if row['kind'] == 'val' and row['epoch'] == 3)
-    flags = (f'-cfg={folder / "pre.yaml"}', '-eval', f'-resume={folder / "straight"}', '-tag=eval', '-batch_size=4')
+def test_a_stopped_run_resumes_bit_equal(recipe, straight, tmp_path):
+    check_that_it_resumes(recipe, straight, tmp_path)
+
+
+def test_neighbours_are_the_same_on_another_number_of_processes(recipe, straight, tmp_path):
+    (last,) = (row for row in metrics(straight) if row['kind'] == 'val' and row['epoch'] == 3)
+    flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-eval', f'-resume={straight}', '-tag=eval', '-batch_size=4')
     out, _ = run('main_multi_gpu.py', *flags, NPROC='3')
     assert f'Validation kNN Acc@1: {last["knn_acc1"]:.4f}' in out
-    assert_same(
-        *({key: row[key] for key in ('knn_acc1', 'knn_acc5', 'images')} for row in (last, metrics(folder / 'eval')[-1]))
-    )
+    (row,) = metrics(tmp_path / 'eval')
+    assert [row[key] for key in ('knn_acc1', 'knn_acc5')] == [last[key] for key in ('knn_acc1', 'knn_acc5')]
+    assert row['images'] == last['images'] == 13
 
 
-def test_its_encoder_starts_a_classifier(folder):
-    flags = (f'-cfg={folder / "fine.yaml"}', f'-pretrained={folder / "straight"}', '-tag=fine')
-    out, _ = run('main_single_gpu.py', *flags)
+def test_its_encoder_starts_a_classifier(straight, images, tmp_path):
+    recipe = write_recipe(tmp_path, images, FINE_TUNING)
+    out, _ = run('main_single_gpu.py', f'-cfg={recipe}', f'-pretrained={straight}', '-tag=fine')
     assert 'they serve the pre-training only' in out and 'which starts anew' in out
-    assert metrics(folder / 'fine')[-1]['acc1'] > 0
+    assert metrics(tmp_path / 'fine')[-1]['acc1'] > 0

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MoCo-v3: "An Empirical Study of Training Self-Supervised Vision Transformers", https://arxiv.org/abs/2104.02057.
+
+Two views of an image shall have similar features, and views of other images others. One view passes the encoder that is
+trained, the other one a moving average of it. For light encoders, as in "A Closer Look at Self-Supervised Lightweight
+Vision Transformers" (MAE-Lite), https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.base import Classifier
+from models.layers import SyncBatchNorm, fix_, moco_position_table, xavier_uniform_
+from models.registry import register_model
+from models.vision_transformer import VisionTransformer, pretraining_options
+from utils.errors import UserError
+
+
+class Contrast(NamedTuple):
+    """What a pass of two views returns, each [B, dim], not normalised.
+
+    Attributes:
+        q1: prediction from view 1, to be compared with `k2`.
+        q2: prediction from view 2, to be compared with `k1`.
+        k1: projection of view 1 by the momentum encoder, without gradient.
+        k2: projection of view 2, likewise.
+    """
+
+    q1: Tensor
+    q2: Tensor
+    k1: Tensor
+    k2: Tensor
+
+
+class MoCoV3(Classifier):
+    """A Vision Transformer with a projector, a momentum copy of both, and a predictor.
+
+    Positions are fixed sines and cosines: part of the state, but not trained. The momentum encoder is part of the state,
+    but never trained by gradients.
+
+    Args:
+        dim: channels of the projections and predictions.
+        mlp_dim: hidden channels of projector and predictor.
+        freeze_patch: leave the patch embedding as it was drawn, for stability.
+        encoder: arguments of `VisionTransformer`.
+    """
+
+    num_classes = 0
+    decays_all = True
+
+    def __init__(self, dim: int = 256, mlp_dim: int = 4096, freeze_patch: bool = False, **encoder):
+        super().__init__()
+        self.base_encoder = _encoder(dim, mlp_dim, **encoder)
+        self.momentum_encoder = _encoder(dim, mlp_dim, **{**encoder, 'recompute': False})
+        self.predictor = _perceptron(2, dim, mlp_dim, dim)
+        for average, parameter in self._pairs():
+            average.set_value(parameter)
+            average.stop_gradient = True
+        if freeze_patch:
+            for parameter in self.base_encoder.patch_embed.parameters():
+                parameter.stop_gradient = True
+        self.embed_dim, self.depth = self.base_encoder.embed_dim, self.base_encoder.depth
+        self._due: float | None = None
+
+    def _pairs(self):
+        return zip(self.momentum_encoder.parameters(), self.base_encoder.parameters())
+
+    def set_momentum(self, momentum: float) -> None:
+        """The next training pass of views begins with average <- momentum * average + (1 - momentum) * parameter."""
+        self._due = momentum
+
+    # ------------------------------------------------------------------------------------------------ forward
+    def forward(self, x: Tensor) -> Contrast | Tensor:
+        """Compares views, or projects images.
+
+        Args:
+            x: normalised views [B, 2, in_chans, H, W], or images [B, in_chans, H, W].
+
+        Returns:
+            A `Contrast` of views; projections [B, dim] by the trained encoder of images.
+        """
+        if x.ndim == 4:
+            return super().forward(x)
+        view1, view2 = x.unbind(1)
+        q1 = self.predictor(self.base_encoder(view1))  # one after the other: statistics of batches are of one view
+        q2 = self.predictor(self.base_encoder(view2))
+        with paddle.no_grad():
+            if self.training and self._due is not None:
+                self._average(self._due)
+                self._due = None
+            k1, k2 = self.momentum_encoder(view1), self.momentum_encoder(view2)
+        return Contrast(q1, q2, k1, k2)
+
+    def _average(self, momentum: float) -> None:
+        for average, parameter in self._pairs():
+            average.scale_(momentum)
+            average.add_(parameter * (1 - momentum))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> normalised tokens [B, 1 + N, C] of the trained encoder."""
+        return self.base_encoder.forward_features(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens -> projections [B, dim]; with `pre_logits` the class token [B, C]."""
+        return self.base_encoder.forward_head(x, pre_logits)
+
+    # ------------------------------------------------------------------------------------------------ weights
+    def reset_classifier(self, num_classes: int) -> None:
+        """There is none, nor can there be."""
+        if num_classes:
+            raise UserError('MODEL.TYPE mocov3 takes no classifier: start a MODEL.TYPE vit from its weights.')
+
+    def layer_id(self, name: str) -> int:
+        """That of the encoder; the last one for all that is not in it."""
+        part, _, rest = name.partition('.')
+        return self.base_encoder.layer_id(rest) if part == 'base_encoder' else self.num_layers
+
+    def facts(self) -> dict:
+        """The number of heads."""
+        return self.base_encoder.facts()
+
+    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Tables of another resolution are computed, not interpolated."""
+        table = self.base_encoder.pos_embed
+        fits = name.endswith('encoder.pos_embed') and array.shape[2:] == tuple(table.shape[2:])
+        return table.numpy() if fits else array
+
+
+def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
+    """A Vision Transformer with MoCo-v3's start, whose classifier is the projector."""
+    vit = VisionTransformer(num_classes=0, **options)
+    grid = (vit.patch_embed.grid_size,) * 2
+    fix_(vit.pos_embed, moco_position_table(vit.embed_dim, grid, vit.num_prefix))
+    initializer.Normal(std=1e-6)(vit.cls_token)
+    for name, layer in vit.named_sublayers():
+        if name.endswith('qkv'):  # three matrices in one
+            initializer.XavierUniform(fan_in=vit.embed_dim, fan_out=vit.embed_dim)(layer.weight)
+        elif isinstance(layer, nn.Linear):
+            xavier_uniform_(layer)
+    conv = vit.patch_embed.conv
+    initializer.XavierUniform(fan_in=conv.weight[0].size, fan_out=vit.embed_dim)(conv.weight)
+    initializer.Constant(0.0)(conv.bias)
+    vit.head = _perceptron(3, vit.embed_dim, mlp_dim, dim)
+    return vit
+
+
+def _perceptron(depth: int, channels: int, hidden: int, out: int) -> nn.Sequential:
+    """`depth` linear maps without biases, each followed by a batch norm, and all but the last by a ReLU too."""
+    sizes = [channels, *[hidden] * (depth - 1), out]
+    layers: list[nn.Layer] = []
+    for number, (before, after) in enumerate(zip(sizes, sizes[1:]), 1):
+        uniform = initializer.Uniform(-(before**-0.5), before**-0.5)
+        layers.append(nn.Linear(before, after, weight_attr=paddle.ParamAttr(initializer=uniform), bias_attr=False))
+        last = number == depth
+        layers += [SyncBatchNorm(after, affine=not last)] + [nn.ReLU()] * (not last)
+    return nn.Sequential(*layers)
+
+
+@register_model('mocov3')
+def build_mocov3(config) -> MoCoV3:
+    """Builds MoCo-v3 from a configuration."""
+    moco = config.MODEL.MOCO
+    return MoCoV3(dim=moco.DIM, mlp_dim=moco.MLP_DIM, freeze_patch=moco.FREEZE_PATCH, **pretraining_options(config))

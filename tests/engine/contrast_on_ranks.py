@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One pass of MoCo-v3 per process over its share of tests/goldens/mocov3-tworank.npz: what it computes goes to FOLDER/RANK.npz.
+
+python tests/engine/contrast_on_ranks.py FOLDER
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
+
+from engine.launch import is_worker, launch
+
+
+def main(folder: str) -> None:
+    import numpy as np
+
+    from engine import distributed
+    from tests.conftest import golden
+    from tests.engine.test_contrastive import one_pass
+
+    context = distributed.start()
+    g = golden('mocov3-tworank')
+    views = np.stack([g[f'in/x{view}_rank{context.rank}'] for view in (1, 2)], 1)
+    np.savez(os.path.join(folder, f'{context.rank}.npz'), **one_pass(g, views, context))
+
+
+if __name__ == '__main__':
+    if not is_worker():
+        sys.exit(launch(__file__, sys.argv[1:]))
+    main(*sys.argv[1:])

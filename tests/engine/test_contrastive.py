@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contrastive pre-training: MAE-Lite's numbers on one process and two, and runs of the loop."""
+
+import math
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+import engine.contrastive  # noqa: F401 (registers its objective)
+from config import get_config
+from engine.contrastive import contrastive_loss
+from engine.distributed import Context
+from engine.optim import parameter_groups
+from engine.schedules import encoder_momentum, lr_schedule
+from engine.tasks import TASKS, SupervisedTask
+from models import build_model
+from models.registry import config_file
+from tests.conftest import assert_close, golden
+from tests.engine.test_pretraining import build_trainer, rows
+from tests.models.helpers import linear_weights
+from tests.models.test_mocov3 import of_golden
+from tests.runs.conftest import run
+from utils.errors import UserError
+from utils.weights import read_file
+
+SMALL = {
+    'DATA.DATASET': 'folder', 'DATA.IMAGE_SIZE': 16, 'DATA.BATCH_SIZE': 8, 'DATA.NUM_WORKERS': 0, 'DATA.CROP': 'resized',
+    'MODEL.TRANS.PATCH_SIZE': 4, 'MODEL.TRANS.EMBED_DIM': 24, 'MODEL.TRANS.DEPTH': 2, 'MODEL.TRANS.NUM_HEADS': 3,
+    'MODEL.MOCO.DIM': 16, 'MODEL.MOCO.MLP_DIM': 32, 'TRAIN.NUM_EPOCHS': 2, 'TRAIN.WARMUP_EPOCHS': 0,
+    'TRAIN.LINEAR_SCALED_LR': None, 'TRAIN.BASE_LR': 2e-3, 'TRAIN.DROP_LAST': False,
+}  # fmt: skip
+
+
+def recipe(name='mocov3_tiny_patch16_224', **changes):
+    options = {**SMALL, **{key.replace('__', '.'): value for key, value in changes.items()}}
+    return get_config(config_file(name), [item for pair in options.items() for item in pair])
+
+
+# ---------------------------------------------------------------------------------------------------- numbers
+def one_pass(g, views: np.ndarray, context: Context) -> dict[str, np.ndarray]:
+    """Loss, features, gradients (averaged over the processes) and the state after it, under our names."""
+    setting = g.meta['config']
+    config = recipe(MODEL__MOCO__TEMPERATURE=setting['T'], MODEL__MOCO__MOMENTUM=setting['m'], TRAIN__NUM_EPOCHS=100)
+    model = of_golden(g)
+    model.train()
+    task = TASKS['mocov3'](config, model, print, training=True)
+    task.set_time(model, setting['iter'] / setting['total_iters'] * 100)
+    seen, parallel = [], context.parallel(model)
+    model.register_forward_post_hook(lambda layer, inputs, output: seen.append(output))
+    loss, _ = task(parallel, paddle.to_tensor(views), None, np.random.default_rng(0))
+    loss.backward()
+    result = {'loss': loss.numpy(), **{name: part.numpy() for name, part in seen[0]._asdict().items()}}
+    result.update({f'grad/{n}': p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
+    result.update({f'state/{name}': value.numpy() for name, value in model.state_dict().items()})
+    return result
+
+
+def check(g, result, share: slice) -> None:
+    """Compares what one process computed, whose images are `share` of all."""
+    for name in ('q1', 'q2', 'k1', 'k2'):
+        assert_close(result[name], g[f'out/{name}'][share], 1e-4)
+    linear = linear_weights(of_golden(g))
+    for name, gradient in g.group('out/grad').items():
+        np.testing.assert_allclose(result[f'grad/{name}'], gradient.T if name in linear else gradient, atol=2e-5)
+    named = {'running_mean': '_mean', 'running_var': '_variance'}
+    for name, value in g.group('out/sd_after').items():
+        path, _, last = name.rpartition('.')
+        np.testing.assert_allclose(result[f'state/{path}.{named[last]}'], value, rtol=1e-4, atol=2e-5)
+
+
+def test_one_process_of_all_images():
+    """The statistics, keys and gradients of two processes are those of one that has the images of both."""
+    g = golden('mocov3-tworank')
+    views = np.stack([np.concatenate([g[f'in/x{view}_rank{rank}'] for rank in (0, 1)]) for view in (1, 2)], 1)
+    result = one_pass(g, views, Context(0, 1, False))
+    assert result['loss'] == pytest.approx(g['out/loss_mean'].item(), rel=1e-5)
+    check(g, result, slice(None))
+
+
+def test_two_processes(tmp_path):
+    g = golden('mocov3-tworank')
+    run(os.path.join('tests', 'engine', 'contrast_on_ranks.py'), str(tmp_path), NPROC='2')
+    for rank in (0, 1):
+        with np.load(tmp_path / f'{rank}.npz') as result:
+            assert result['loss'] == pytest.approx(g[f'out/loss_rank{rank}'].item(), rel=1e-5)
+            check(g, result, slice(4 * rank, 4 * rank + 4))
+
+
+def test_schedules_are_mae_lites():
+    g = golden('mocov3-schedule')
+    for index, case in enumerate(g.meta['cases']):
+        config = recipe(
+            TRAIN__NUM_EPOCHS=case['epochs'], TRAIN__WARMUP_EPOCHS=case['warmup_epochs'], TRAIN__BASE_LR=case['lr'],
+            TRAIN__WARMUP_START_LR=case['warmup_lr_start'], TRAIN__END_LR=case['end_lr'],
+        )  # fmt: skip
+        per_epoch, lr = case['iters_per_epoch'], lr_schedule(config, 1024)
+        steps = range(case['total_iters'] + 1)
+        rates = [lr(step // per_epoch + 1, step % per_epoch / per_epoch) for step in steps]
+        assert_close(rates, g[f'out/lr_{index}'], 1e-6)
+        momenta = [encoder_momentum(step / per_epoch, base=case['moco_m'], total=case['epochs']) for step in steps]
+        np.testing.assert_allclose(momenta, g[f'out/momentum_{index}'], rtol=1e-6)
+
+
+def test_the_recipe():
+    """Rates of 1024 images; weight decay on all that is trained, and nothing else in the optimiser."""
+    config = get_config(config_file('mocov3_tiny_patch16_224'))
+    lr = lr_schedule(config, 1024)
+    assert [lr(1, 0.0), lr(41, 0.0)] == pytest.approx([1e-6, 6e-4])
+    model = build_model(recipe())
+    (group,) = parameter_groups(model, config.TRAIN.WEIGHT_DECAY)
+    assert group['weight_decay'] == 0.1
+    assert len(group['params']) == sum(not parameter.stop_gradient for parameter in model.parameters())
+
+
+def test_the_loss_of_features_that_say_nothing():
+    """4 tau ln N for both directions when all similarities are equal (half of it each), and 0 when keys are unmistakable."""
+    same = paddle.ones([6, 4])
+    assert contrastive_loss(same, same, 0.2).item() == pytest.approx(2 * 0.2 * math.log(6), rel=1e-5)
+    assert contrastive_loss(paddle.eye(6), paddle.eye(6) * 3, 0.01).item() == pytest.approx(0, abs=1e-6)
+    zero = paddle.zeros([2, 4])
+    zero.stop_gradient = False
+    contrastive_loss(zero, zero.detach(), 0.2).backward()
+    assert np.isfinite(zero.grad.numpy()).all()
+
+
+# ---------------------------------------------------------------------------------------------------- runs
+def test_a_run(images, tmp_path):
+    """Its rows, what it logs, and the best weights: those of the best neighbours."""
+    config = recipe(DATA__DATA_PATH=images, TRAIN__NUM_EPOCHS=3, REPORT_FREQ=1)
+    trainer = build_trainer(config, str(tmp_path / 'run'))
+    trainer.fit()
+    scores = [row['knn_acc1'] for row in rows(trainer, 'val')]
+    assert len(scores) == 3 and trainer.position.best_score == max(scores)
+    assert not any('acc1' in row for row in rows(trainer, 'train'))
+    log = (tmp_path / 'run' / 'log.txt').read_text()
+    assert ', momentum: 0.99\n' in log and 'Validation kNN Acc@1: ' in log
+    assert f'best Validation kNN Acc@1: {max(scores):.4f}' in log
+    losses = [row['loss'] for row in rows(trainer, 'train')]
+    assert losses[-1] < losses[0] < 4 * 0.2 * math.log(8) * 1.2
+    best = read_file(os.path.join(trainer.folder, 'best.pdparams'))
+    assert {name.partition('.')[0] for name in best} >= {'base_encoder', 'momentum_encoder', 'predictor'}
+
+
+def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
+    """With micro-batches: the momentum encoder takes one step per step of the optimiser."""
+    config = recipe(
+        DATA__DATA_PATH=images, SAVE_STEPS=2, TRAIN__ACCUM_ITER=2, TRAIN__OPTIMIZER__NAME='LARS', TRAIN__BASE_LR=0.5
+    )
+    whole = build_trainer(config, str(tmp_path / 'whole'))
+    saved, averaged = [], []
+    save, average = whole._save, whole.model._average
+    whole._save = lambda: (save(), saved.append(read_file(os.path.join(whole.folder, 'last.pdparams'))))
+    whole.model._average = lambda momentum: (averaged.append(momentum), average(momentum))
+    whole.fit()
+    assert len(averaged) == whole.position.step == 10
+    middle = next(state for state in saved if state['sampler']['samples'])
+    assert middle['step'] == 2 and set(middle['optimizer']) == {'velocity'}
+    again = build_trainer(config, str(tmp_path / 'again'))
+    again.load_state_dict(middle, 'last.pdparams')
+    again.fit()
+    for name, value in whole.model.state_dict().items():
+        np.testing.assert_array_equal(again.model.state_dict()[name], value)
+    assert [row['knn_acc1'] for row in rows(again, 'val')] == [row['knn_acc1'] for row in rows(whole, 'val')]
+
+
+def test_a_frozen_patch_embedding_rests(images, tmp_path):
+    config = recipe(DATA__DATA_PATH=images, MODEL__MOCO__FREEZE_PATCH=True, TRAIN__NUM_EPOCHS=1)
+    trainer = build_trainer(config, str(tmp_path / 'run'))
+    frozen = ('patch_embed.', 'pos_embed')
+    before = {name: value.numpy() for name, value in trainer.model.state_dict().items()}
+    trainer.fit()
+    for name, value in trainer.model.state_dict().items():
+        branch, _, rest = name.partition('.')
+        if rest.startswith(frozen):  # averages of equal numbers may be rounded
+            np.testing.assert_allclose(value, before[name], atol=0 if branch == 'base_encoder' else 1e-6)
+        else:
+            assert not np.array_equal(value.numpy(), before[name]), name
+
+
+@pytest.mark.parametrize(
+    ('changes', 'words'),
+    [
+        ({'DATA__VIEWS': 1}, 'set DATA.VIEWS to 2'),
+        ({'AMP': True, 'AMP_LEVEL': 'O2'}, 'needs AMP_LEVEL O1'),
+        ({'MODEL__TYPE': 'vit'}, 'TRAIN.TASK mocov3 needs MODEL.TYPE mocov3'),
+    ],
+)
+def test_mistakes(changes, words):
+    config = recipe(**changes, MODEL__EVIT__DROP_LOC=())
+    with pytest.raises(UserError, match=words):
+        TASKS['mocov3'](config, build_model(config), print, training=True)
+
+
+def test_classes_are_not_learnt_by_it():
+    config = recipe(TRAIN__TASK='supervised')
+    with pytest.raises(UserError, match='MODEL.TYPE mocov3 has no classes'):
+        TASKS['supervised'](config, build_model(config), print, training=True)
+    with pytest.raises(UserError, match='TRAIN.TASK supervised trains on 1 .*: set DATA.VIEWS to 1'):
+        SupervisedTask(config, 3)
