@@ -50,10 +50,11 @@ class Jpeg:
     def __init__(self, data: bytes, size: tuple[int, int]):
         self.size = self.width, self.height = size
         self._data = data
+        self._decoded: dict[str, np.ndarray] = {}
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         left, top, right, bottom = box
-        pixels = np.ascontiguousarray(self._pixels('RGBX')[top:bottom, left:right])  # the layout Pillow has in memory
+        pixels = np.ascontiguousarray(self._whole('RGBX')[top:bottom, left:right])  # the layout Pillow has in memory
         return Image.frombytes('RGB', (right - left, bottom - top), pixels.data, 'raw', 'RGBX')
 
     def convert(self, mode: str) -> Image.Image:
@@ -64,13 +65,25 @@ class Jpeg:
         return self.convert('RGB').resize(size, resample)
 
     def reduced(self, box: tuple[int, int, int, int], side: int) -> np.ndarray:
-        """Pixels of a box [h, w, 3] uint8, decoded at 1/2, 1/4 or 1/8 where both sides stay at least `side`."""
+        """Pixels of a box [h, w, 3] uint8, decoded at 1/2, 3/8, 1/4 or 1/8 where both sides stay at least `side`.
+
+        The box then grows to whole decoded pixels.
+        """
         left, top, right, bottom = box
         least = [-(-side * whole // part) for whole, part in zip(self.size, (right - left, bottom - top))]
-        pixels = self._pixels('RGB', min_width=least[0], min_height=least[1], min_factor=2)
+        if all(low <= -(-whole // 2) for low, whole in zip(least, self.size)):
+            pixels = self._pixels('RGB', min_width=least[0], min_height=least[1], min_factor=2)
+        else:
+            pixels = self._whole('RGB')
         height, width = pixels.shape[:2]
         rows = slice(top * height // self.height, -(-bottom * height // self.height))
         return pixels[rows, left * width // self.width : -(-right * width // self.width)]
+
+    def _whole(self, layout: str) -> np.ndarray:
+        """All pixels [H, W, 3 or 4], decoded once for any number of crops."""
+        if layout not in self._decoded:
+            self._decoded[layout] = self._pixels(layout)
+        return self._decoded[layout]
 
     def _pixels(self, layout: str, **reduction: int) -> np.ndarray:
         try:

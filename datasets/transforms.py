@@ -5,7 +5,7 @@ Training: random crop, flip, RandAugment (else AutoAugment, else colour jitter).
 Normalisation happens once per batch on the device (datasets/batch.py), random erasing along with it.
 
 A step is a callable `step(image, rng) -> image` on Pillow images; all randomness comes from the numpy generator. The first
-one may get a `Jpeg` and so decides how much of it is decoded. With DATA.FAST_RESIZE the first steps work on arrays.
+one may get a `Jpeg` and so decides how much of it is decoded. With DATA.FAST_RESIZE training's first steps work on arrays.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from PIL import Image, ImageOps
 
 from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, Canvas, ColorJitter, RandAugment, choose
 from datasets.images import Jpeg
+from datasets.views import Views, check_views, view_steps
 
 Picture = Union[Image.Image, Jpeg]
 Step = Callable[[Picture, np.random.Generator], Image.Image]
 
 SMALL = 32  # up to this side images are cropped with padding, as for CIFAR, unless DATA.CROP says otherwise
 PADDING = 4
+MILD = 1.4  # up to this factor shrinking aliases little
 
 
 class Transform:
@@ -48,47 +50,68 @@ class Transform:
         return np.asarray(image).reshape(self.shape)
 
 
-def build_transform(config, training: bool) -> Transform:
+def build_transform(config, training: bool) -> Transform | Views:
     """The transform that DATA and TRAIN describe."""
     data = config.DATA
+    if training and data.VIEWS == 2:
+        return _two_views(config)
     padded = data.CROP == 'padded' or (data.CROP == 'auto' and data.IMAGE_SIZE <= SMALL)
     if training:
         steps = _training_steps(config, padded)
     else:
         resample = BILINEAR if data.INTERPOLATION == 'bilinear' else BICUBIC
         short = data.IMAGE_SIZE if padded else math.floor(data.IMAGE_SIZE / data.CROP_PCT)
-        steps = [ResizeShort(short, resample), CentreCrop(data.IMAGE_SIZE)]
+        squash = data.EVAL_CROP == 'squash'
+        resize = Squash(data.IMAGE_SIZE, resample) if squash else ResizeShort(short, resample)
+        steps = [resize, CentreCrop(data.IMAGE_SIZE)]
     return Transform(steps, data.IMAGE_SIZE, data.IMAGE_CHANNELS)
+
+
+def _two_views(config) -> Views:
+    check_views(config)
+    data = config.DATA
+    crop = [_resized_crop(config), *([as_pillow] if _is_fast(config) else [])]
+    views = view_steps(crop, RandomFlip(config.TRAIN.HFLIP))
+    return Views([Transform(steps, data.IMAGE_SIZE, data.IMAGE_CHANNELS) for steps in views])
 
 
 def _training_steps(config, padded: bool) -> list[Step]:
     data, train = config.DATA, config.TRAIN
-    fast = data.FAST_RESIZE and not padded
-    interpolation = 'bilinear' if data.FAST_RESIZE else data.INTERPOLATION
-    resamples = RESAMPLES[interpolation]
+    fast = _is_fast(config) and not padded
     if padded:
-        steps: list[Step] = [ResizeShort(data.IMAGE_SIZE, resamples[-1]), PaddedCrop(data.IMAGE_SIZE, PADDING)]
+        resample = RESAMPLES[data.INTERPOLATION][-1]
+        steps: list[Step] = [ResizeShort(data.IMAGE_SIZE, resample), PaddedCrop(data.IMAGE_SIZE, PADDING)]
     else:
-        crop = FastResizedCrop if fast else RandomResizedCrop
-        steps = [crop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, resamples)]
+        steps = [_resized_crop(config)]
     if train.HFLIP > 0:
         steps.append((FastFlip if fast else RandomFlip)(train.HFLIP))
-    policy = _policy(config, interpolation)
+    policy = _policy(config)
     if policy is not None:
         steps += [as_pillow, policy] if fast else [policy]
     return steps
 
 
-def _policy(config, interpolation: str) -> Step | None:
+def _is_fast(config) -> bool:
+    """Whether what is not cropped with padding is resized by OpenCV; grey is left to Pillow."""
+    return config.DATA.FAST_RESIZE and config.DATA.IMAGE_CHANNELS == 3
+
+
+def _resized_crop(config) -> RandomResizedCrop:
+    data, train = config.DATA, config.TRAIN
+    crop = FastResizedCrop if _is_fast(config) else RandomResizedCrop
+    return crop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, RESAMPLES[data.INTERPOLATION])
+
+
+def _policy(config) -> Step | None:
     """What changes colours and shapes at random."""
     data, train = config.DATA, config.TRAIN
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
-    canvas = Canvas(train.RAND_AUGMENT_SPACE, interpolation, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
+    canvas = Canvas(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
     if train.RAND_AUGMENT:
         return RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, canvas)
     if train.AUTO_AUGMENT:
         return AutoAugment(canvas)
-    return ColorJitter(train.COLOR_JITTER) if train.COLOR_JITTER > 0 else None
+    return ColorJitter(*[train.COLOR_JITTER] * 3) if train.COLOR_JITTER > 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -103,6 +126,17 @@ class ResizeShort:
         width, height = image.size
         short = min(width, height)
         return image.resize((int(self.size * width / short), int(self.size * height / short)), self.resample)
+
+
+class Squash:
+    """Resizes both sides to `size` pixels, whatever they were."""
+
+    def __init__(self, size: int, resample: Image.Resampling):
+        self.size = size
+        self.resample = resample
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image:
+        return image.resize((self.size, self.size), self.resample)
 
 
 class CentreCrop:
@@ -179,10 +213,9 @@ class RandomFlip:
 
 # ---------------------------------------------------------------------------------------------------- FAST_RESIZE
 class FastResizedCrop(RandomResizedCrop):
-    """The same boxes, resized bilinearly without antialiasing, as arrays [H, W, C] or, grey, [H, W].
+    """The same boxes, resized by OpenCV, as arrays [H, W, 3].
 
-    JPEG files are decoded at reduced size where a box is at least twice the input on both sides, so that what is left to
-    shrink by is below two, where aliasing is mild.
+    JPEG files are decoded at half size or less where a box stays at least as large as the input on both sides.
     """
 
     def __init__(self, *args):
@@ -191,8 +224,40 @@ class FastResizedCrop(RandomResizedCrop):
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
         box = self.box(image.width, image.height, rng)
+        resample = choose(self.resamples, rng)
         pixels = image.reduced(box, self.size) if isinstance(image, Jpeg) else np.asarray(image.crop(box))
-        return opencv().resize(pixels, (self.size, self.size), interpolation=opencv().INTER_LINEAR)
+        return resize_smoothed(pixels, self.size, resample)
+
+
+def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
+    """Resizes [h, w, C] to [size, size, C] nearly as Pillow's antialiased filters do, in a fifth of the time.
+
+    OpenCV's filters do not widen where they shrink. A kernel (a, 1 - 2a, a) before them, whose variance is 2a, makes up for
+    it: a tent filter widened by s has s^2 / 6, so a = (s^2 - 1) / 12, for each side its own. From s = 2 on, where a would be
+    too large, the area filter shrinks first; up to MILD the linear filter alone aliases so little that it saves the time.
+
+    On photographs of 500 x 375 pixels the mean difference from Pillow's bicubic pixels is then 0.8 to 0.9 of 255. With smoothing
+    always it is 0.7, which makes the whole way from the file a tenth slower; OpenCV's linear filter alone has 1.2, its cubic
+    one 1.5, and its area filter 0.9 in twice the time.
+    """
+    cv2 = opencv()
+    height, width = (min(side, 2 * size) for side in pixels.shape[:2])
+    if (height, width) != pixels.shape[:2]:
+        pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
+    interpolation = cv2.INTER_LINEAR if resample == BILINEAR else cv2.INTER_CUBIC
+    shrinking = max(height, width) / size
+    if 1 < shrinking <= MILD:
+        interpolation = cv2.INTER_LINEAR
+    elif shrinking > MILD:
+        across, down = (smoothing_kernel(side / size) for side in (width, height))
+        pixels = cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REPLICATE)
+    return cv2.resize(pixels, (size, size), interpolation=interpolation)
+
+
+def smoothing_kernel(shrinking: float) -> np.ndarray:
+    """[3] weights of neighbouring pixels before they are shrunk by a factor; of one below 1, which enlarges, [1]."""
+    outer = (shrinking**2 - 1) / 12
+    return np.array([outer, 1 - 2 * outer, outer] if outer > 0 else [1.0])
 
 
 class FastFlip(RandomFlip):

@@ -11,10 +11,10 @@ import time
 import paddle
 
 import datasets
-from engine import contrastive, distributed, pretraining  # noqa: F401 (two of them register objectives)
+from engine import distributed
 from engine.checkpoint import LAST, read_checkpoint
 from engine.evaluate import evaluate
-from engine.tasks import TASKS
+from engine.objectives import TASKS
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives: what a batch costs. The loop knows nothing else about what is being learnt.
 
-A new one is a `Task` and a builder that registers it by the name that TRAIN.TASK takes, in a module that engine/run.py
-imports:
+A new one is a `Task` and a builder that registers it by the name that TRAIN.TASK takes, in a module that
+engine/objectives.py imports:
 
 >>> @TASKS.register('mine')
 ... def build_mine(config, model, log, training) -> Task: ...

@@ -18,11 +18,13 @@ import paddle
 from engine import distributed
 from engine.distributed import Context
 from engine.exported import Predictor
+from engine.objectives import TASKS
+from engine.tasks import Task
 from models import build_model
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
-Call = Callable[[], None]  # one forward pass; may return before the device has finished it
+Call = Callable[[], None]  # one pass; may return before the device has finished it
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,20 @@ def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None =
     return call
 
 
+def training_call(model: paddle.nn.Layer, task: Task, shape: list[int], autocast: dict | None = None) -> Call:
+    """Forward and backward pass of a micro-batch of random images and labels, as engine/train.py has them."""
+    model.train()
+    images, labels = paddle.randn(shape), paddle.randint(max(model.num_classes, 1), shape=shape[:1])
+
+    def call() -> None:
+        with paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
+            loss, _ = task(model, images, labels, np.random.default_rng(0))
+        loss.backward()
+        model.clear_gradients(set_to_zero=False)
+
+    return call
+
+
 def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
     """A run of an exported program, from images in main memory to logits in main memory."""
     images = np.random.default_rng(0).standard_normal(shape, 'float32')
@@ -114,17 +130,35 @@ class Subject:
         if self.program is not None:
             predictor = Predictor(self.program, self.precision)
             return [predictor_call(predictor, shape) for shape in shapes]
-        model, autocast = build_model(self.config), None
-        if self.config.AMP and context.on_gpu:
-            autocast = {'level': self.config.AMP_LEVEL, 'dtype': self.config.AMP_DTYPE}
-            if self.config.AMP_LEVEL == 'O2':
-                model = paddle.amp.decorate(model, **autocast)
+        model, autocast = self._layers(context)
         return [layer_call(model, shape, autocast) for shape in shapes]
+
+    def training_call(self, batch_size: int, context: Context) -> Call:
+        """Builds the model, with random weights, and returns forward and backward pass of TRAIN.TASK, without a teacher."""
+        model, autocast = self._layers(context)
+        config = self.config.clone()
+        config.defrost()
+        config.MODEL.NUM_CLASSES = model.num_classes
+        task = TASKS[config.TRAIN.TASK](config, model, log=print, training=False)
+        views = [config.DATA.VIEWS] if config.DATA.VIEWS > 1 else []
+        return training_call(model, task, [batch_size, *views, *self.image_shape()], autocast)
+
+    def _layers(self, context: Context) -> tuple[paddle.nn.Layer, dict | None]:
+        """The model, and what `paddle.amp.auto_cast` takes where it runs in mixed precision."""
+        model = build_model(self.config)
+        if not (self.config.AMP and context.on_gpu):
+            return model, None
+        autocast = {'level': self.config.AMP_LEVEL, 'dtype': self.config.AMP_DTYPE}
+        if self.config.AMP_LEVEL == 'O2':
+            model = paddle.amp.decorate(model, **autocast)
+        return model, autocast
 
 
 # ---------------------------------------------------------------------------------------------------- memory
-def peak_memory(subject: Subject, batch_size: int) -> int | None:
+def peak_memory(subject: Subject, batch_size: int, training: bool = False) -> int | None:
     """Bytes that building a model and evaluating one batch need at their peak, measured in a process of its own.
+
+    With `training` the batch goes forward and backward; what an optimiser keeps is not part of it.
 
     On a GPU those that Paddle allocated there. On the CPU the growth of the resident memory since Paddle was imported,
     which Linux tells; None elsewhere.
@@ -136,7 +170,7 @@ def peak_memory(subject: Subject, batch_size: int) -> int | None:
         1, multiprocessing.get_context('spawn'), initializer=die_with_parent
     ) as executor:
         try:
-            return executor.submit(_peak_memory_here, subject, batch_size).result()
+            return executor.submit(_peak_memory_here, subject, batch_size, training).result()
         except (BrokenProcessPool, MemoryError):
             raise UserError(
                 f'{subject.name}: there is not enough memory for one batch of {batch_size} images; '
@@ -144,12 +178,13 @@ def peak_memory(subject: Subject, batch_size: int) -> int | None:
             ) from None
 
 
-def _peak_memory_here(subject: Subject, batch_size: int) -> int | None:
+def _peak_memory_here(subject: Subject, batch_size: int, training: bool) -> int | None:
     context = distributed.start()
     before = _resident('VmRSS')
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # the peak so far is forgotten
-    subject.calls([batch_size], context)[0]()
+    call = subject.training_call(batch_size, context) if training else subject.calls([batch_size], context)[0]
+    call()
     if context.on_gpu:
         context.synchronize()
         return paddle.device.cuda.max_memory_allocated()

@@ -4,6 +4,7 @@
 
     python tools/benchmark.py gmlp_ti16_224 gmlp_s16_224 -batch_size 8 -rounds 10 -json out.json
     python tools/benchmark.py gmlp_s16_224 -backend exported
+    python tools/benchmark.py ms_mlp_tiny_patch4_shift5_224 -batch_size 4 -training
 
 Models take turns in every round, so that a busy machine does not favour one. docs/benchmark.md explains the columns.
 """
@@ -14,7 +15,6 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -37,12 +37,14 @@ from engine.throughput import Subject, peak_memory, time_interleaved
 from models import build_model
 from models.profile import profile
 from models.registry import config_file
+from tools._common import processor_name
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
 
 WARMUP = 3
 COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>11} {:>10} {:>6}'
+TRAINING_COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>9} {:>12} {:>12} {:>6} {:>7}'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,6 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
     )
     parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='of the exported program')
+    parser.add_argument(
+        '-training', action='store_true', help='a training step instead, with and without TRAIN.RECOMPUTE'
+    )
     parser.add_argument('-json', metavar='FILE', help='write the results there too')
     parser.set_defaults(batch_size=8)
     args = parser.parse_args(argv)
@@ -70,6 +75,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
     if args.backend == 'dygraph' and args.precision != 'fp32':
         raise UserError('-precision belongs to -backend exported; layers run in mixed precision with -amp, on a GPU.')
+    if args.backend == 'exported' and args.training:
+        raise UserError('-training belongs to -backend dygraph; exported programs only evaluate.')
     if args.backend == 'exported' and 'amp' in args:
         raise UserError('-amp belongs to -backend dygraph; give -precision bf16 to the exported program.')
     return args
@@ -88,6 +95,12 @@ def benchmark(args: argparse.Namespace) -> dict:
     facts = environment(args, context)
     print(', '.join(f'{key} {value}' for key, value in facts.items()))
     rows = [cost(subject) for subject in subjects]
+    (measure_training if args.training else measure_evaluation)(rows, subjects, args, context)
+    return {'environment': facts, 'models': rows}
+
+
+def measure_evaluation(rows: list[dict], subjects: list[Subject], args: argparse.Namespace, context: Context) -> None:
+    """Fills in speed, latency and memory of forward passes, and prints the table."""
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
         if args.backend == 'exported':
             subjects = [export(subject, os.path.join(folder, f'{i}')) for i, subject in enumerate(subjects)]
@@ -101,7 +114,31 @@ def benchmark(args: argparse.Namespace) -> dict:
         row['ratio'] = row['images_per_second'] / rows[0]['images_per_second']
         row['batch_seconds'], row['single_seconds'] = batch, single
     print_table(rows)
-    return {'environment': facts, 'models': rows}
+
+
+def measure_training(rows: list[dict], subjects: list[Subject], args: argparse.Namespace, context: Context) -> None:
+    """Fills in time and memory of forward and backward pass as `plain` and `recompute`, and prints the table."""
+    variants = {'plain': False, 'recompute': True}
+    steps = [
+        (row, name, recomputing(subject, again))
+        for row, subject in zip(rows, subjects)
+        for name, again in variants.items()
+    ]
+    for row, name, subject in steps:
+        row[name] = {'memory_bytes': peak_memory(subject, args.batch_size, training=True)}
+    calls = [subject.training_call(args.batch_size, context) for _, _, subject in steps]
+    for (row, name, _), seconds in zip(steps, time_interleaved(calls, context, args.rounds, WARMUP)):
+        row[name].update(step_ms=statistics.median(seconds) * 1000, step_seconds=seconds)
+    print_training_table(rows)
+
+
+def recomputing(subject: Subject, again: bool) -> Subject:
+    """The same subject with TRAIN.RECOMPUTE on or off."""
+    config = subject.config.clone()
+    config.defrost()
+    config.TRAIN.RECOMPUTE = again
+    config.freeze()
+    return replace(subject, config=config)
 
 
 def find_subjects(args: argparse.Namespace) -> list[Subject]:
@@ -129,15 +166,6 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
     }
 
 
-def processor_name() -> str:
-    """What the processor calls itself."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def cost(subject: Subject) -> dict:
     """Name, input and what can be counted without running the model."""
     found = profile(build_model(subject.config), [1, *subject.image_shape()])
@@ -158,7 +186,6 @@ def export(subject: Subject, prefix: str) -> Subject:
 def print_table(rows: list[dict]) -> None:
     print(COLUMNS.format('name', 'params M', 'MACs G', 'images/s', 'latency ms', 'memory MB', 'ratio'))
     for row in rows:
-        memory = '-' if row['memory_bytes'] is None else f'{row["memory_bytes"] / 1e6:.0f}'
         print(
             COLUMNS.format(
                 row['name'],
@@ -166,10 +193,36 @@ def print_table(rows: list[dict]) -> None:
                 f'{row["macs"] / 1e9:.3f}',
                 f'{row["images_per_second"]:.1f}',
                 f'{row["latency_ms"]:.2f}',
-                memory,
+                megabytes(row['memory_bytes']),
                 f'{row["ratio"]:.2f}',
             )
         )
+
+
+def print_training_table(rows: list[dict]) -> None:
+    titles = ('train ms', 'train MB', 'recompute ms', 'recompute MB', 'time', 'memory')
+    print(TRAINING_COLUMNS.format('name', 'params M', 'MACs G', *titles))
+    for row in rows:
+        plain, again = row['plain'], row['recompute']
+        known = plain['memory_bytes'] is not None
+        print(
+            TRAINING_COLUMNS.format(
+                row['name'],
+                f'{row["params"] / 1e6:.3f}',
+                f'{row["macs"] / 1e9:.3f}',
+                f'{plain["step_ms"]:.1f}',
+                megabytes(plain['memory_bytes']),
+                f'{again["step_ms"]:.1f}',
+                megabytes(again['memory_bytes']),
+                f'{again["step_ms"] / plain["step_ms"]:.2f}',
+                f'{again["memory_bytes"] / plain["memory_bytes"]:.2f}' if known else '-',
+            )
+        )
+
+
+def megabytes(count: int | None) -> str:
+    """Bytes as tables say them."""
+    return '-' if count is None else f'{count / 1e6:.0f}'
 
 
 if __name__ == '__main__':

@@ -39,7 +39,7 @@ from datasets.augment import BICUBIC, Canvas, RandAugment
 from datasets.batch import to_tensor
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
-from tools.benchmark import processor_name
+from tools._common import processor_name
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -50,7 +50,7 @@ RECIPES = {
     'crop, flip': {'TRAIN.RAND_AUGMENT': False, 'TRAIN.COLOR_JITTER': 0.0},
     'crop, flip, RandAugment': {'TRAIN.RAND_AUGMENT': True},
 }
-PIPELINES = {'LeanViT': {}, 'LeanViT, FAST_RESIZE': {'DATA.FAST_RESIZE': True}}
+PIPELINES = {'LeanViT': {}, 'LeanViT, exact': {'DATA.FAST_RESIZE': False}}
 STORAGES = {
     'folder': {'DATA.DATASET': 'folder'},
     'lmdb': {'DATA.DATASET': 'lmdb'},
@@ -132,7 +132,7 @@ def make_loader(folder: str, args: argparse.Namespace, *options: dict, workers: 
 
 # ---------------------------------------------------------------------------------------------------- one core
 class Reference:
-    """What a PyTorch recipe does per image: Pillow decodes, crops, resizes, flips; then come ToTensor and Normalize.
+    """What a PyTorch recipe does: Pillow decodes, crops, resizes and flips; ToTensor, Normalize and the collation follow.
 
     It draws from the generators that the product draws from, so both make the same picture.
     """
@@ -161,9 +161,9 @@ class Reference:
         pixels /= np.array(STD, np.float32).reshape(-1, 1, 1)
         return pixels
 
-    def epoch(self, order: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """Batches of the given indices."""
-        return ([self.image(index) for index in batch] for batch in order)
+    def epoch(self, order: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+        """Batches [B, 3, H, W] of the given indices."""
+        return (np.stack([self.image(index) for index in batch]) for batch in order)
 
 
 def measure_one_core(folder: str, args: argparse.Namespace) -> dict:

@@ -29,7 +29,7 @@ import numpy as np
 import paddle
 
 from config import flag_parser
-from datasets.transforms import build_transform
+from datasets.transforms import Squash, build_transform
 from engine.exported import INPUT_NAME, PROGRAM, WEIGHTS, Predictor, save_program
 from engine.inference import load_classifier
 from tools._common import trained_config
@@ -107,12 +107,13 @@ def describe(config, num_classes: int) -> dict:
     """What a program needs to be given, so that its answers are those of the evaluation."""
     data = config.DATA
     resize, crop = build_transform(config, training=False).steps
+    short = None if isinstance(resize, Squash) else resize.size
     return {
         'model': config.MODEL.NAME,
         'num_classes': num_classes,
         'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(config)]},
         'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
-        'resize_short': resize.size,
+        'resize_short': short,
         'interpolation': resize.resample.name.lower(),
         'image_size': crop.size,
         'crop_pct': data.CROP_PCT if resize.size > crop.size else 1.0,

@@ -43,6 +43,7 @@ from models import build_model
 from models.pretrained import load_pretrained
 from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
+from tools._common import processor_name
 from tools._pareto import Dot, draw, pareto_frontier
 from utils.cli import run
 from utils.errors import UserError
@@ -122,7 +123,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
     """What the numbers depend on besides the models."""
     return {
         'paddle': paddle.__version__,
-        'device': paddle.device.cuda.get_device_name() if context.on_gpu else 'cpu',
+        'device': paddle.device.cuda.get_device_name() if context.on_gpu else processor_name(),
         'threads': cpu_threads(),
         'backend': args.backend,
         'batch_size': args.batch_size,

@@ -14,15 +14,17 @@ from PIL import Image
 from config import get_config
 from datasets import build_dataloader, build_dataset
 from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
-from datasets.transforms import build_transform
+from datasets.transforms import build_transform, opencv, resize_smoothed, smoothing_kernel
 from utils.errors import UserError
 
 
-def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
+def photograph(width: int, height: int, seed: int = 0, noise: float = 4) -> Image.Image:
     """Smooth colours with some noise."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((width, height), 3)
-    return Image.fromarray((np.asarray(smooth) + rng.normal(0, 4, (height, width, 3))).clip(0, 255).astype(np.uint8))
+    return Image.fromarray(
+        (np.asarray(smooth) + rng.normal(0, noise, (height, width, 3))).clip(0, 255).astype(np.uint8)
+    )
 
 
 def jpeg(image: Image.Image, **options) -> bytes:
@@ -143,35 +145,64 @@ def test_reduced_damaged_jpeg():
         open_image(LARGE[:-5000]).reduced((0, 0, 640, 480), 100)
 
 
-@pytest.mark.parametrize('channels', [1, 3])
-def test_fast_resize_stays_close(channels):
-    """The same boxes and flips, close pixels, from JPEG and other files; evaluation is not touched."""
-    keys = [
-        'DATA.IMAGE_SIZE',
-        96,
-        'TRAIN.RAND_AUGMENT',
-        False,
-        'TRAIN.COLOR_JITTER',
-        0.0,
-        'DATA.IMAGE_CHANNELS',
-        channels,
-    ]
-    config, fast = get_config(None, keys), get_config(None, [*keys, 'DATA.FAST_RESIZE', True])
-    for picture in (open_image(LARGE), Image.fromarray(by_pillow(LARGE))):
-        for seed in range(20):
+@pytest.mark.parametrize('interpolation', ['bicubic', 'bilinear', 'random'])
+@pytest.mark.parametrize(('size', 'large'), [(224, True), (96, True), (48, False)])
+def test_fast_resize_stays_close(interpolation, size, large):
+    """The same boxes, filters and flips, close pixels, from JPEG and other files; evaluation is not touched."""
+    keys = ['DATA.IMAGE_SIZE', size, 'TRAIN.RAND_AUGMENT', False, 'TRAIN.COLOR_JITTER', 0.0]
+    keys += ['DATA.INTERPOLATION', interpolation]
+    fast, exact = get_config(None, keys), get_config(None, [*keys, 'DATA.FAST_RESIZE', False])
+    data, differences = LARGE if large else DATA, []
+    for picture in (open_image(data), Image.fromarray(by_pillow(data))):
+        for seed in range(10):
             expected, found = (
                 build_transform(c, training=True)(picture, np.random.default_rng(seed)).astype(int)
-                for c in (config, fast)
+                for c in (exact, fast)
             )
-            assert found.shape == (96, 96, channels)
-            assert 0 < np.abs(found - expected).mean() < 5
-    evaluated = [build_transform(c, training=False)(open_image(LARGE), None) for c in (config, fast)]
+            assert found.shape == (size, size, 3)
+            differences.append(np.abs(found - expected).mean())
+    assert 0 < np.mean(differences) < max(differences) < 2
+    evaluated = [build_transform(c, training=False)(open_image(data), None) for c in (exact, fast)]
     assert np.array_equal(*evaluated)
 
 
-def test_default_is_what_pillow_makes():
-    """All of training's steps, whether they start from the file or from Pillow's picture."""
-    config = get_config(None, ['DATA.IMAGE_SIZE', 64])
+@pytest.mark.parametrize('keys', [['DATA.IMAGE_CHANNELS', 1], ['DATA.IMAGE_SIZE', 32], ['DATA.CROP', 'padded']])
+def test_pillow_keeps_grey_and_padded_images(keys):
+    picture = open_image(LARGE)
+    found, expected = (
+        build_transform(get_config(None, [*keys, *more]), training=True)(picture, np.random.default_rng(0))
+        for more in ([], ['DATA.FAST_RESIZE', False])
+    )
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize('resample', [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+@pytest.mark.parametrize('shape', [(340, 340), (400, 230), (150, 330), (224, 640), (120, 150), (900, 1300)])
+def test_nearer_to_pillow_than_without_smoothing(shape, resample):
+    """Shrinking, enlarging, and one of each; from a factor of two on an area filter goes before."""
+    pixels = np.asarray(photograph(shape[1], shape[0], noise=20))
+    found = resize_smoothed(pixels, 224, resample).astype(int)
+    rough = opencv().resize(pixels, (224, 224), interpolation=2 if resample == Image.Resampling.BICUBIC else 1)
+    expected = np.asarray(Image.fromarray(pixels).resize((224, 224), resample), int)
+    difference, rough = (np.abs(each - expected).mean() for each in (found, rough.astype(int)))
+    assert difference < (0.6 * rough if min(shape) > 224 else rough + 1e-9)
+    flat = np.full((*shape, 3), 77, np.uint8)
+    assert (resize_smoothed(flat, 224, resample) == 77).all()
+
+
+def test_smoothing_kernel():
+    """Weights sum to 1 and have the variance that a tent filter widened by s has more than one of width 1."""
+    for s in (1.01, 1.3, 2.0):
+        kernel = smoothing_kernel(s)
+        assert kernel.sum() == pytest.approx(1)
+        assert kernel.min() >= 0
+        assert kernel @ [1, 0, 1] == pytest.approx((s**2 - 1) / 6)
+    assert smoothing_kernel(1.0).tolist() == smoothing_kernel(0.5).tolist() == [1.0]
+
+
+def test_exact_is_what_pillow_makes():
+    """All of training's steps without FAST_RESIZE, whether they start from the file or from Pillow's picture."""
+    config = get_config(None, ['DATA.IMAGE_SIZE', 64, 'DATA.FAST_RESIZE', False])
     transform = build_transform(config, training=True)
     for seed in range(10):
         found, expected = (

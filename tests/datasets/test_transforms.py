@@ -20,6 +20,7 @@ from datasets.transforms import (
     RandomFlip,
     RandomResizedCrop,
     ResizeShort,
+    Squash,
     as_pillow,
     build_transform,
 )
@@ -74,6 +75,17 @@ def test_resize_short(size, expected):
     assert ResizeShort(16, BICUBIC)(Image.new('RGB', size)).size == expected
 
 
+@pytest.mark.parametrize(('size', 'keys'), [(16, {}), (48, {}), (48, {'DATA__INTERPOLATION': 'bilinear'})])
+def test_squash(size, keys):
+    """Both sides are resized, nothing is cut; what has the size already stays as it is."""
+    transform = build_transform(config_of(DATA__IMAGE_SIZE=size, DATA__EVAL_CROP='squash', **keys), training=False)
+    image = picture(np.random.default_rng(0).integers(0, 256, (50, 90, 3)))
+    expected = image.resize((size, size), BILINEAR if keys else BICUBIC)
+    assert isinstance(transform.steps[0], Squash)
+    assert np.array_equal(transform(image, None), np.asarray(expected))
+    assert np.array_equal(transform(expected, None), np.asarray(expected))
+
+
 def test_grey():
     """A grey model gets [H, W, 1], with the luminance of the picture."""
     config = config_of(DATA__IMAGE_SIZE=8, DATA__IMAGE_CHANNELS=1)
@@ -91,17 +103,20 @@ def test_order_of_training_steps():
         steps = build_transform(config_of(**keys), training=True).steps
         return [as_pillow if step is as_pillow else type(step) for step in steps]
 
-    assert kinds() == [RandomResizedCrop, RandomFlip, RandAugment]
-    assert kinds(TRAIN__RAND_AUGMENT=False) == [RandomResizedCrop, RandomFlip, ColorJitter]
-    assert kinds(TRAIN__RAND_AUGMENT=False, TRAIN__AUTO_AUGMENT=True) == [RandomResizedCrop, RandomFlip, AutoAugment]
-    assert kinds(TRAIN__RAND_AUGMENT=False, TRAIN__COLOR_JITTER=0.0, TRAIN__HFLIP=0.0) == [RandomResizedCrop]
-    assert kinds(DATA__FAST_RESIZE=True) == [FastResizedCrop, FastFlip, as_pillow, RandAugment]
-    plain = {'TRAIN__RAND_AUGMENT': False, 'TRAIN__COLOR_JITTER': 0.0}
-    assert kinds(DATA__FAST_RESIZE=True, **plain) == [FastResizedCrop, FastFlip]
-    assert kinds(DATA__FAST_RESIZE=True, DATA__IMAGE_SIZE=32)[:3] == [ResizeShort, PaddedCrop, RandomFlip]
-    assert kinds(DATA__IMAGE_SIZE=32)[:2] == [ResizeShort, PaddedCrop]
-    assert kinds(DATA__IMAGE_SIZE=33)[0] is RandomResizedCrop
-    assert kinds(DATA__IMAGE_SIZE=32, DATA__CROP='resized')[0] is RandomResizedCrop
+    exact, plain = {'DATA__FAST_RESIZE': False}, {'TRAIN__RAND_AUGMENT': False, 'TRAIN__COLOR_JITTER': 0.0}
+    for policy, keys in (
+        (RandAugment, {}),
+        (ColorJitter, {'TRAIN__RAND_AUGMENT': False}),
+        (AutoAugment, {'TRAIN__RAND_AUGMENT': False, 'TRAIN__AUTO_AUGMENT': True}),
+    ):
+        assert kinds(**keys) == [FastResizedCrop, FastFlip, as_pillow, policy]
+        assert kinds(**exact, **keys) == [RandomResizedCrop, RandomFlip, policy]
+    assert kinds(**plain) == [FastResizedCrop, FastFlip]
+    assert kinds(**plain, TRAIN__HFLIP=0.0) == [FastResizedCrop]
+    assert kinds(**plain, DATA__IMAGE_CHANNELS=1) == [RandomResizedCrop, RandomFlip]
+    assert kinds(DATA__IMAGE_SIZE=32)[:3] == [ResizeShort, PaddedCrop, RandomFlip]
+    assert kinds(DATA__IMAGE_SIZE=33)[0] is FastResizedCrop
+    assert kinds(DATA__IMAGE_SIZE=32, DATA__CROP='resized')[0] is FastResizedCrop
     assert kinds(DATA__IMAGE_SIZE=64, DATA__CROP='padded')[1] is PaddedCrop
 
 

@@ -8,13 +8,13 @@ import numpy as np
 import paddle
 import pytest
 
-import engine.contrastive  # noqa: F401 (registers its objective)
 from config import get_config
 from engine.contrastive import contrastive_loss
 from engine.distributed import Context
+from engine.objectives import TASKS
 from engine.optim import parameter_groups
 from engine.schedules import encoder_momentum, lr_schedule
-from engine.tasks import TASKS, SupervisedTask
+from engine.tasks import SupervisedTask
 from models import build_model
 from models.registry import config_file
 from tests.conftest import assert_close, golden

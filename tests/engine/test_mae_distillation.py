@@ -7,8 +7,8 @@ import numpy as np
 import paddle
 import pytest
 
+from engine.objectives import TASKS
 from engine.pretraining import MaskedTask
-from engine.tasks import TASKS
 from models import build_model
 from models.mae import Lessons, MaskedAutoencoder
 from models.port import port_state_dict

@@ -9,13 +9,12 @@ import paddle
 import pytest
 
 import datasets
-import engine.pretraining  # noqa: F401 (registers its objectives)
 from config import get_config
 from engine.distributed import Context
 from engine.evaluate import evaluate
+from engine.objectives import TASKS
 from engine.optim import build_optimizer, parameter_groups
 from engine.schedules import lr_schedule
-from engine.tasks import TASKS
 from engine.train import Trainer
 from models import build_model
 from models.mae import MaskedAutoencoder

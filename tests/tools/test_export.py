@@ -9,7 +9,12 @@ import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from config import get_config
+from datasets.batch import to_tensor
+from datasets.loader import Batch
+from datasets.transforms import build_transform
 from tests.conftest import ROOT, assert_close
 from tests.runs.conftest import run
 from tests.tools.conftest import CLASSES, evaluated_logits
@@ -39,6 +44,25 @@ def test_the_guide_reproduces_the_evaluation(trained, tmp_path, monkeypatch):
     variables: dict = {}
     exec(code.replace("['a.jpg', 'b.jpg']", repr(paths)), variables)
     assert_close(variables['logits'], evaluated_logits(trained), 1e-5)
+
+
+def test_the_guide_squashes_what_the_evaluation_squashes(tmp_path, monkeypatch):
+    opts = ['DATA.IMAGE_SIZE', 40, 'DATA.EVAL_CROP', 'squash', 'DATA.IMAGENET_MEAN', (0.1, 0.2, 0.3)]
+    config = get_config(None, opts)
+    spec = export.describe(config, CLASSES)
+    assert (spec['resize_short'], spec['crop_pct'], spec['image_size']) == (None, 1.0, 40)
+    (tmp_path / 'exported').mkdir()
+    (tmp_path / 'exported' / 'mine.preprocess.json').write_text(json.dumps(spec))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), 'uint8'))
+    image.save(tmp_path / 'a.png')
+    with open(os.path.join(ROOT, 'docs', 'predict_export.md'), encoding='utf-8') as file:
+        code = file.read().partition('```python\n')[2].partition('\nconfig = ')[0]
+    monkeypatch.chdir(tmp_path)
+    variables: dict = {}
+    exec(code, variables)
+    pixels = build_transform(config, training=False)(image, None)
+    expected = to_tensor(Batch(pixels[None], *[np.zeros(1)] * 2), (0.1, 0.2, 0.3), (0.5,) * 3)[0]
+    np.testing.assert_allclose(variables['preprocess']('a.png'), expected[0], atol=1e-5)
 
 
 class Deviating(export.Predictor):

@@ -20,6 +20,7 @@ from models import build_model
 from models.profile import profile
 from tests.runs.conftest import run
 from tools import plan
+from tools._common import processor_name
 from tools._pareto import pareto_frontier
 from utils.errors import UserError
 from utils.weights import write_pdparams
@@ -66,6 +67,7 @@ def key(row: dict) -> tuple:
 
 
 def test_every_combination_is_measured_or_left_out_with_its_reason(planned):
+    assert planned.result['environment']['device'] == processor_name()
     points, left_out = planned.result['points'], planned.result['left_out']
     assert [key(row) for row in left_out] == LEFT_OUT
     assert all('names block 1, whose attention MODEL.LAMBDA removes' in row['reason'] for row in left_out)
