@@ -52,6 +52,7 @@ _C.MODEL.TYPE = 'gmlp'  # a registered architecture, see `python -m models`
 _C.MODEL.NAME = 'gmlp'  # shown in logs and tables
 _C.MODEL.NUM_CLASSES = None  # None: taken from the data set; 1000 when a model is built without one
 _C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams; none: from scratch
+_C.MODEL.FRESH_HEAD = False  # training: a new classifier even where PRETRAINED has one of as many classes
 _C.MODEL.RESUME = None  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = 0.0  # rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = 0.0  # rate of the attention weights
@@ -194,7 +195,7 @@ _C.TRAIN.MIXUP_MODE = 'batch'  # one draw per batch, pair or elem
 _C.TRAIN.DISTILLATION_TYPE = 'none'  # soft: the teacher's probabilities; hard: its decisions (DeiT, section 3)
 _C.TRAIN.DISTILLATION_ALPHA = 0.5  # share of the distillation loss
 _C.TRAIN.DISTILLATION_TAU = 1.0  # temperature of soft distillation
-_C.TRAIN.TEACHER_MODEL = None  # weights of TEACHER_CFG; without that an exported model, as tools/export.py wrote it
+_C.TRAIN.TEACHER_MODEL = None  # weights of TEACHER_CFG, also published files; without that an exported model
 _C.TRAIN.TEACHER_CFG = None  # configuration of the teacher, a file or a name of `python -m models`
 
 _C.TRAIN.MAE_DISTILL = CN()  # TASK mae: the encoder learns from that of TEACHER_CFG too (MAE-Lite)
@@ -276,13 +277,14 @@ _AT_LEAST = {
     'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0, 'MODEL.EVIT.SHRINK_START_EPOCH': 0,
     'MODEL.EVIT.SHRINK_EPOCHS': 0, 'MODEL.MSMLP.PATCH_SIZE': 1, 'MODEL.MSMLP.EMBED_DIM': 1,
     'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1, 'MODEL.TRANS.FROZEN_STAGES': -1, 'MODEL.LAMBDA.START_EPOCH': 0,
-    'MODEL.LAMBDA.DECAY_EPOCHS': 1, 'MODEL.TOME.R': 0, 'MODEL.TOME.START_IDX': 0,
+    'MODEL.LAMBDA.DECAY_EPOCHS': 1, 'MODEL.TOME.R': 0, 'MODEL.TOME.START_IDX': 0, 'MODEL.MOCO.DIM': 1,
+    'MODEL.MOCO.MLP_DIM': 1,
 }  # fmt: skip
 
 _PROBABILITIES = (
     'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.HEAD_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
     'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY', 'TRAIN.DISTILLATION_ALPHA',
-    'TRAIN.LR_SCHEDULER.DECAY_RATE',
+    'TRAIN.LR_SCHEDULER.DECAY_RATE', 'MODEL.MOCO.MOMENTUM',
 )  # fmt: skip
 
 
@@ -409,6 +411,8 @@ def validate(config: CN) -> None:
             raise UserError(f'TRAIN.{key} is {low_high}, but must be (low, high) with 0 < low <= high.')
     if not 0 < config.DATA.CROP_PCT <= 1:
         raise UserError(f'DATA.CROP_PCT is {config.DATA.CROP_PCT}, but must lie in (0, 1].')
+    if config.MODEL.MOCO.TEMPERATURE <= 0:
+        raise UserError(f'MODEL.MOCO.TEMPERATURE is {config.MODEL.MOCO.TEMPERATURE}, but must be greater than 0.')
 
 
 def _unquoted(text: str) -> str:

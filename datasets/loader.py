@@ -21,6 +21,7 @@ from datasets.dataset import BadImageError, Dataset
 from datasets.erasing import RandomErasing
 from datasets.samplers import EvalSampler, PartSampler, RepeatedSampler, TrainSampler
 from datasets.transforms import Transform, build_transform
+from datasets.views import Views
 from datasets.workers import BatchMemory, Job, WorkerPool
 from utils.errors import UserError
 
@@ -62,7 +63,7 @@ class Filled:
 class BatchMaker:
     """Reads, transforms and lays out the images of a batch. Runs in worker processes, or in the training process."""
 
-    def __init__(self, dataset: Dataset, transform: Transform, training: bool, seed: int, skip: bool):
+    def __init__(self, dataset: Dataset, transform: Transform | Views, training: bool, seed: int, skip: bool):
         self.dataset = dataset
         self.transform = transform
         self.training = training

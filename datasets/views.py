@@ -53,6 +53,7 @@ def check_views(config) -> None:
     mends = {
         'TRAIN.RAND_AUGMENT False': train.RAND_AUGMENT,
         'TRAIN.AUTO_AUGMENT False': train.AUTO_AUGMENT,
+        'TRAIN.REPEATED_AUG 0': train.REPEATED_AUG > 1,
         'TRAIN.RANDOM_ERASE_PROB 0': train.RANDOM_ERASE_PROB > 0,
         'DATA.CROP auto': config.DATA.CROP == 'padded',
     }

@@ -42,7 +42,7 @@ class BatchMemory:
     """Room for one batch in anonymous shared memory, of which only pages that are used exist.
 
     Attributes:
-        images: [batch_size, H, W, C] uint8.
+        images: [batch_size, H, W, C] uint8; of two views [batch_size, 2, H, W, C].
         positions, values: room for erased values, int32 and float32; empty without `erasing`.
     """
 

@@ -35,6 +35,10 @@ class ContrastiveTask(Task):
         self.clocks.append(MomentumClock(config.MODEL.MOCO.MOMENTUM, config.TRAIN.NUM_EPOCHS))
         self.measure = NeighbourProbe(config).measure
 
+    def is_final(self, t: float) -> bool:
+        """Never before the end: neighbours say too little about fine-tuning to choose weights by."""
+        return False
+
     def __call__(self, model: paddle.nn.Layer, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator):
         """See `Task`; images are views [B, 2, C, H, W], and the model is a `MoCoV3`."""
         output = model(images)

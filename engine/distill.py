@@ -9,7 +9,7 @@ import paddle
 
 from config import get_config
 from models import build_model
-from models.pretrained import load_pretrained
+from models.pretrained import load_frozen
 from models.registry import config_file
 from utils.errors import UserError
 
@@ -59,9 +59,7 @@ def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) 
 def _registered(config, log: Callable[[str], None]) -> paddle.nn.Layer:
     settings = get_config(config_file(config.TRAIN.TEACHER_CFG), ['MODEL.NUM_CLASSES', config.MODEL.NUM_CLASSES])
     teacher = build_model(settings)
-    load_pretrained(teacher, config.TRAIN.TEACHER_MODEL, log=log, replace_head=False)
-    for parameter in teacher.parameters():
-        parameter.stop_gradient = True
+    load_frozen(teacher, config.TRAIN.TEACHER_MODEL, log)
     return teacher
 
 

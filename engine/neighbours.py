@@ -17,6 +17,7 @@ from datasets.batch import to_tensor
 from datasets.subset import evenly_spaced
 from engine.distributed import Context
 from engine.evaluate import Interrupted, Measure
+from utils.errors import UserError
 from utils.runlog import progress
 
 NEIGHBOURS = 20
@@ -39,6 +40,7 @@ class NeighbourProbe:
         self.config = config.clone()
         self.config.defrost()
         self.config.DATA.CACHE = 'no'  # memory for the images that are trained on
+        self.config.MODEL.NUM_CLASSES = None  # the training images' own, which validation may have fewer of
         self.measure = Measure(TITLES, 'knn_acc1', begin=self._begin)
         self._dataset: datasets.Dataset | None = None
 
@@ -80,6 +82,8 @@ class NeighbourProbe:
             bank = paddle.scatter(bank, mine, paddle.concat(features))
             seen = paddle.scatter(seen, mine, paddle.ones([len(mine)]))
         readable = paddle.nonzero(context.sum(seen)).flatten()  # a place is another process's where it is 0 here
+        if len(readable) == 0:
+            raise UserError(f'none of the training images of {self._dataset.source} could be read.')
         classes = paddle.to_tensor(self._dataset.labels)
         return context.sum(bank)[readable], classes[readable]
 

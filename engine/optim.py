@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import paddle
 
+from utils.errors import UserError
 from utils.registry import Registry
 
 OPTIMIZERS = Registry('optimiser (TRAIN.OPTIMIZER.NAME)')
@@ -108,6 +109,10 @@ def _lars(groups: list[dict], options) -> paddle.optimizer.Optimizer:
 
 def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimizer:
     """The optimiser that TRAIN.OPTIMIZER names, over `parameter_groups`."""
+    if config.TRAIN.OPTIMIZER.NAME == 'LARS' and config.AMP and config.AMP_LEVEL == 'O2':
+        raise UserError(
+            'TRAIN.OPTIMIZER.NAME LARS needs AMP_LEVEL O1: its scaled gradients are lost in half precision.'
+        )
     groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
     return OPTIMIZERS[config.TRAIN.OPTIMIZER.NAME](groups, config.TRAIN.OPTIMIZER)
 

@@ -16,7 +16,7 @@ from engine.reconstruction import draw, rebuild
 from engine.tasks import TASKS, Task
 from models import build_model
 from models.mae import MaskedAutoencoder, Reconstruction, check_lessons
-from models.pretrained import load_pretrained
+from models.pretrained import load_frozen
 from models.registry import config_file
 from utils.errors import UserError
 
@@ -56,9 +56,8 @@ class MaskedTask(Task):
 
     def compare(self, images: paddle.Tensor, output: Reconstruction) -> dict[str, paddle.Tensor]:
         """Mean squared differences from the teacher, summed over the blocks: `attn` and `hidden`, 0-D."""
-        lessons, seen = self.teacher.lessons, int((output.mask[0] == 0).sum())
         with paddle.no_grad():
-            _, attn, hidden = self.teacher.observe(images, output.order[:, :seen], lessons)
+            _, attn, hidden = self.teacher.observe(images, output.order[:, : output.seen], self.teacher.lessons)
         pairs = {'attn': zip(output.attn, attn), 'hidden': zip(output.hidden, hidden)}
         differences = {name: [_difference(*pair) for pair in both] for name, both in pairs.items()}
         return {name: sum(values) for name, values in differences.items() if values}
@@ -117,9 +116,6 @@ def _teacher(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> 
             f"the teacher '{train.TEACHER_CFG}' must be a masked autoencoder with patches of {student.patch_size} pixels."
         )
     check_lessons(student.lessons, teacher.depth)
-    load_pretrained(teacher, train.TEACHER_MODEL, log=log, replace_head=False)
+    load_frozen(teacher, train.TEACHER_MODEL, log)
     teacher.lessons = student.lessons
-    teacher.eval()
-    for parameter in teacher.parameters():
-        parameter.stop_gradient = True
     return teacher

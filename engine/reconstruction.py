@@ -41,7 +41,7 @@ def rebuild(
 def _pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Normalised [B, C, H, W] -> [B, H, W, C] uint8."""
     channels = x.shape[1]
-    x = x.transpose([0, 2, 3, 1]).numpy() * np.asarray(std[:channels]) + np.asarray(mean[:channels])
+    x = x.astype('float32').transpose([0, 2, 3, 1]).numpy() * np.asarray(std[:channels]) + np.asarray(mean[:channels])
     return np.clip(np.round(255 * x), 0, 255).astype('uint8')
 
 

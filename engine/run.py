@@ -87,6 +87,9 @@ def _train(config, model, loaders, context, log, folder: str) -> None:
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
         load_pretrained(model, config.MODEL.PRETRAINED, log=log.master)
+        if config.MODEL.FRESH_HEAD:
+            model.reset_classifier(model.num_classes)
+            log.master('----- Pretrained: the classifier starts anew (MODEL.FRESH_HEAD)')
     task = TASKS[config.TRAIN.TASK](config, model, log.master, training=True)
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder)
     if resume:

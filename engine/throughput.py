@@ -88,6 +88,7 @@ def training_call(model: paddle.nn.Layer, task: Task, shape: list[int], autocast
     images, labels = paddle.randn(shape), paddle.randint(max(model.num_classes, 1), shape=shape[:1])
 
     def call() -> None:
+        task.set_time(model, 0.0)
         with paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
             loss, _ = task(model, images, labels, np.random.default_rng(0))
         loss.backward()

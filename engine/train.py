@@ -231,6 +231,10 @@ class Trainer:
     def _autocast(self):
         return paddle.amp.auto_cast(enable=self.amp, level=self.config.AMP_LEVEL, dtype=self.config.AMP_DTYPE)
 
+    def _evaluating(self):
+        """Float32, unless the weights are in half precision."""
+        return self._autocast() if self.config.AMP_LEVEL == 'O2' else contextlib.nullcontext()
+
     def _take(self, sums: paddle.Tensor, totals: np.ndarray, epoch: int, lr: float) -> list[float]:
         """Reads the sums of a step and adds them to the epoch's; ends the run, on every process alike, if they say so."""
         values = sums.tolist()
@@ -274,14 +278,16 @@ class Trainer:
         counts = self.task.is_final(last_step) or self.position.epoch == self.config.TRAIN.NUM_EPOCHS
         self._validate_weights('val', self.model.state_dict, counts)
         if self.context.is_main:
-            self._show(self.task.pictures(self.model))
+            with self._evaluating():
+                pictures = self.task.pictures(self.model)
+            self._show(pictures)
         if self.ema is not None:
             with self.ema.applied():
                 self._validate_weights('val_ema', self.ema.state_dict, counts)
 
     def _validate_weights(self, kind: str, weights, counts: bool) -> None:
         config, position, measure = self.config, self.position, self.task.measure
-        with self._autocast() if config.AMP_LEVEL == 'O2' else contextlib.nullcontext():
+        with self._evaluating():
             stopping = lambda: bool(self.stop)  # noqa: E731
             result = evaluate(config, self.model, self.val_loader, self.context, self.log, stopping, measure)
         label = 'Validation' if kind == 'val' else 'EMA Validation'

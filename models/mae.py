@@ -42,7 +42,8 @@ class Reconstruction(NamedTuple):
         loss: mean over the removed patches of the squared error, 0-D float32.
         pred: rebuilt patches [B, L, P * P * in_chans]; normalised ones where the model was trained on those.
         mask: 1 where a patch was removed, 0 where it was seen, [B, L], rows of patches from top to bottom.
-        order: the patches in the order of their noise, [B, L] int64; the first ones were seen.
+        order: the patches in the order of their noise, [B, L] int64; the first `seen` ones were seen.
+        seen: their number.
         attn: scores of the attentions to compare with a teacher's, each [B, teacher's H, 1 + V, 1 + V].
         hidden: tokens to compare with a teacher's, each [B, 1 + V, teacher's C].
     """
@@ -51,6 +52,7 @@ class Reconstruction(NamedTuple):
     pred: Tensor
     mask: Tensor
     order: Tensor
+    seen: int
     attn: tuple[Tensor, ...] = ()
     hidden: tuple[Tensor, ...] = ()
 
@@ -175,7 +177,7 @@ class MaskedAutoencoder(VisionTransformer):
                 for block, tokens in zip(self.lessons.hidden, hidden)
             ]
         pred = self.decode(latent, restore, grid)
-        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, tuple(attn), tuple(hidden))
+        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, seen, tuple(attn), tuple(hidden))
 
     def encode(self, x: Tensor, kept: Tensor) -> Tensor:
         """Images [B, in_chans, H, W] -> normalised tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""

@@ -10,6 +10,7 @@ import paddle
 from paddle import nn
 
 from models.base import Start
+from models.port import port_state_dict
 from models.state import LISTED, REBUILT_SUFFIXES, count_classes, fit_state
 from utils.errors import UserError
 from utils.weights import EMA_KEYS, FACTS, PADDLE, choose_state_dict, file_format, read_file, resolve_weights_path
@@ -41,6 +42,22 @@ def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = pri
     averaged = ' (averaged weights, model_ema)' if set(where.split('.')) & set(EMA_KEYS) else ''
     log(f'----- Pretrained: Load model state from {path}{averaged}')
     load_state(model, {**arrays, FACTS: facts}, source=f"'{path}'", log=log, replace_head=replace_head)
+
+
+def load_frozen(model: nn.Layer, path: str, log: Callable[[str], None] = print) -> None:
+    """Makes a teacher of a model: all its weights from a .pdparams file or run folder, or from a published file, which is
+    converted on the way; evaluation mode, no gradients. Raises as `load_pretrained` does."""
+    path = resolve_weights_path(path)
+    if file_format(path) == PADDLE:
+        load_pretrained(model, path, log=log, replace_head=False)
+    else:
+        source = f"'{path}'"
+        _, arrays = choose_state_dict(read_file(path), source=source)
+        load_state(model, port_state_dict(model, arrays, source=source), source, log, replace_head=False)
+        log(f'----- Pretrained: {source} is converted and loaded')
+    model.eval()
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
 
 
 def load_state(

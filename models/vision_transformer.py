@@ -18,6 +18,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
+from config import get_config
 from models.attention_removal import RemovableAttention
 from models.base import Start
 from models.layers import (
@@ -455,6 +456,16 @@ def _per_block(name: str, value, depth: int) -> list:
     return values
 
 
+_PLAIN = (
+    'PATCH_SIZE',
+    'EMBED_DIM',
+    'DEPTH',
+    'NUM_HEADS',
+    'MLP_RATIO',
+    'QKV_BIAS',
+)  # what MODEL.TRANS says of plain blocks
+
+
 def pretraining_options(config) -> dict:
     """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropping."""
     model, trans = config.MODEL, config.MODEL.TRANS
@@ -462,6 +473,13 @@ def pretraining_options(config) -> dict:
     if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
         raise UserError(
             f'MODEL.TYPE {model.TYPE} takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.'
+        )
+    plain = get_config().MODEL.TRANS
+    other = sorted(key for key in trans if key not in _PLAIN and trans[key] != plain[key])
+    if other:
+        raise UserError(
+            f'MODEL.TYPE {model.TYPE} takes no MODEL.TRANS.{other[0]}: leave it at {plain[other[0]]}; plain blocks are '
+            'pre-trained.'
         )
     return {
         'img_size': config.DATA.IMAGE_SIZE,

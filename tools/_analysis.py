@@ -45,7 +45,10 @@ def chosen_images(args: argparse.Namespace, config: CfgNode) -> Dataset:
     """The images to look at; all where there are fewer."""
     if args.images < 1:
         raise UserError(f'-images is {args.images}, but must be at least 1.')
-    data = build_dataset(config, args.split)
+    unlabelled = config.clone()
+    unlabelled.defrost()
+    unlabelled.MODEL.NUM_CLASSES = None  # the images may be of other classes than the model's
+    data = build_dataset(unlabelled, args.split)
     return random_subset(data, args.images, config.SEED) if args.shuffle else first_images(data, args.images)
 
 

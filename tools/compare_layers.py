@@ -114,8 +114,7 @@ def draw(result: dict):
     cka = np.array(result['cka'], dtype=float)
     figure = Figure(figsize=(6, 5), layout='constrained')
     axes = figure.subplots()
-    colours = colormaps['magma'].copy()
-    colours.set_bad('#cccccc')
+    colours = colormaps['magma'].with_extremes(bad='#cccccc')
     picture = axes.imshow(cka, origin='lower', cmap=colours, vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label='CKA')
     rows, columns = cka.shape

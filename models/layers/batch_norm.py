@@ -51,6 +51,7 @@ class SyncBatchNorm(nn.Layer):
         with paddle.no_grad():
             unbiased = variance * (count / paddle.clip(count - 1, min=1.0))
             for running, batch in ((self._mean, mean), (self._variance, unbiased)):
+                batch = paddle.where(paddle.isfinite(batch), batch, running)  # a step that is dropped leaves no trace
                 running.scale_(1 - self.momentum)
                 running.add_(batch * self.momentum)
         return mean, variance

@@ -223,6 +223,7 @@ def test_jpeg_is_decoded_once(monkeypatch, channels):
         ({'TRAIN__RAND_AUGMENT': True}, 'set TRAIN.RAND_AUGMENT False.'),
         ({'TRAIN__AUTO_AUGMENT': True}, 'set TRAIN.AUTO_AUGMENT False.'),
         ({'TRAIN__RANDOM_ERASE_PROB': 0.1}, 'set TRAIN.RANDOM_ERASE_PROB 0.'),
+        ({'TRAIN__REPEATED_AUG': 3}, 'set TRAIN.REPEATED_AUG 0.'),
         ({'DATA__CROP': 'padded'}, 'set DATA.CROP auto.'),
         (
             {'TRAIN__RAND_AUGMENT': True, 'TRAIN__RANDOM_ERASE_PROB': 0.1},

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
+from config import get_config
 from engine.objectives import TASKS
 from engine.pretraining import MaskedTask
 from models import build_model
@@ -90,6 +91,20 @@ def test_a_run(tmp_path, images):
     }  # fmt: skip
     with open(os.path.join(trainer.folder, 'log.txt'), encoding='utf-8') as file:
         assert ', attn: ' in file.read()
+
+
+def test_a_published_file_may_be_the_teacher(tmp_path, images):
+    """In PyTorch's names and layouts, with a decoder that nobody needs."""
+    config = taught(tmp_path, images)
+    state = read_file(config.TRAIN.TEACHER_MODEL)
+    linear = linear_weights(build_model(get_config(config.TRAIN.TEACHER_CFG)))
+    arrays = {name: array.T if name in linear else array for name, array in state.items()}
+    np.savez(tmp_path / 'published.npz', **arrays)
+    config = taught(tmp_path, images, TRAIN__TEACHER_MODEL=str(tmp_path / 'published.npz'))
+    task = TASKS['mae'](config, build_model(config), print, training=True)
+    for name, value in task.teacher.state_dict().items():
+        np.testing.assert_array_equal(value, state[name])
+    assert all(parameter.stop_gradient for parameter in task.teacher.parameters())
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,23 @@ def test_a_signal_ends_it(images, tmp_path):
     assert len(asked) == 3 and model.training
 
 
+def test_a_signal_to_another_process_ends_it(images, monkeypatch):
+    config, model, _ = setting(images)
+    probe = NeighbourProbe(config)
+    probe._dataset = datasets.build_dataset(config, 'train')
+    monkeypatch.setattr(Context, 'sum', lambda self, values: values + 1)
+    with paddle.no_grad(), pytest.raises(Interrupted):
+        probe._bank(model, Context(0, 2, False), lambda: False)
+
+
+def test_classes_are_those_of_the_training_images(images, tmp_path):
+    """Whatever the validation part made of MODEL.NUM_CLASSES."""
+    config, model, loader = setting(images, MODEL__NUM_CLASSES=2)
+    probe = NeighbourProbe(config)
+    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), measure=probe.measure)
+    assert probe._dataset.num_classes == 3 and result['images'] == 13
+
+
 def test_shares_of_processes_make_the_same_bank(images, monkeypatch):
     """Each of three processes encodes its images; the sum of what they have is what one alone has."""
     config, model, _ = setting(images)

@@ -17,7 +17,7 @@ MODEL:
   TRANS: {PATCH_SIZE: 8, EMBED_DIM: 16, DEPTH: 2, NUM_HEADS: 2, GLOBAL_POOL: true}
 """
 MAE = (
-    ENCODER.replace('TYPE: vit', 'TYPE: mae')
+    ENCODER.replace('TYPE: vit', 'TYPE: mae').replace(', GLOBAL_POOL: true', '')
     + """
   MAE: {DECODER_EMBED_DIM: 16, DECODER_DEPTH: 1, DECODER_NUM_HEADS: 2}
 TRAIN: {TASK: mae, RAND_AUGMENT: false, RANDOM_ERASE_PROB: 0.0, RECOMPUTE: true}
