@@ -7,6 +7,7 @@ import glob
 import itertools
 import os
 import time
+from collections.abc import Callable
 
 import paddle
 
@@ -86,16 +87,21 @@ def _train(config, model, loaders, context, log, folder: str) -> None:
         resume = folder
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
-        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master)
-        if config.MODEL.FRESH_HEAD:
-            model.reset_classifier(model.num_classes)
-            log.master('----- Pretrained: the classifier starts anew (MODEL.FRESH_HEAD)')
+        start_from_weights(config, model, log.master)
     task = TASKS[config.TRAIN.TASK](config, model, log.master, training=True)
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder)
     if resume:
         path, state = read_checkpoint(resume, log.master)
         trainer.load_state_dict(state, path)
     trainer.fit()
+
+
+def start_from_weights(config, model, log: Callable[[str], None]) -> None:
+    """Loads what a training starts from, MODEL.PRETRAINED."""
+    load_pretrained(model, config.MODEL.PRETRAINED, log=log)
+    if config.MODEL.FRESH_HEAD:
+        model.reset_classifier(model.num_classes)
+        log('----- Pretrained: the classifier starts anew (MODEL.FRESH_HEAD)')
 
 
 def run_folder(config, context: distributed.Context) -> str:

@@ -8,15 +8,18 @@ import pytest
 from config import get_config
 from engine.ema import ModelEma
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
+from engine.run import start_from_weights
 from engine.schedules import lr_schedule
 from engine.tasks import distillation_loss, smoothed_cross_entropy
+from models import build_model
 from models.mae import MaskedAutoencoder
 from models.registry import config_file
 from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
 from tests.engine.test_pretraining import without_keys
-from tests.models.helpers import linear_weights, load
+from tests.models.helpers import linear_weights, load, small_config
 from tests.models.test_relative_position import build as build_rpe
+from utils.weights import FACTS, write_pdparams
 
 RECIPES = {
     'ft': 'vit_tiny_patch16_224_mae_finetune',
@@ -32,6 +35,21 @@ def build(ctor: dict, recipe: str):
         return build_rpe({**ctor, 'use_mean_pooling': True})
     sizes = {name: value for name, value in ctor.items() if name != 'norm_eps'}
     return (MaskedAutoencoder if recipe == 'mae' else VisionTransformer)(**sizes)
+
+
+@pytest.mark.parametrize('fresh', [True, False])
+def test_a_classifier_of_as_many_classes(tmp_path, fresh):
+    """Transfer draws it anew and takes all else; other recipes keep it."""
+    path = str(tmp_path / 'weights.pdparams')
+    config = small_config('vit_tiny_patch16_224_mae_transfer_aircraft', 'MODEL.PRETRAINED', path)
+    assert config.MODEL.FRESH_HEAD
+    config.defrost()
+    config.MODEL.FRESH_HEAD = fresh
+    given, model = build_model(config), build_model(config)
+    write_pdparams({**given.state_dict(), FACTS: given.facts()}, path)
+    start_from_weights(config, model, print)
+    for name, value in model.state_dict().items():
+        assert np.array_equal(value, given.state_dict()[name]) == (not (fresh and name == 'head.weight')), name
 
 
 @pytest.mark.parametrize('index', range(8))
