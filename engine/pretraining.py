@@ -67,7 +67,7 @@ class MaskedTask(Task):
         return {name: part.item() for name, part in self.parts.items()}
 
     def pictures(self, model: MaskedAutoencoder) -> dict[str, Image.Image]:
-        """The first images of the validation: as they are, what is seen of them, what is rebuilt."""
+        """Some images of the first batch of the validation: as they are, what is seen of them, what is rebuilt."""
         if self.shown is None:
             return {}
         was_training = model.training
@@ -80,7 +80,8 @@ class MaskedTask(Task):
     def _validation_loss(self, model, images: paddle.Tensor, _, indices: np.ndarray) -> paddle.Tensor:
         noise = self._noise(images, [np.random.default_rng([self.seed, index]) for index in indices.tolist()])
         if self.shown is None:
-            self.shown = images[:SHOWN], noise[:SHOWN]
+            stride = max(1, len(images) // SHOWN)  # neighbours are often of one class
+            self.shown = images[::stride][:SHOWN], noise[::stride][:SHOWN]
         return (model(images, noise).loss.astype('float64') * len(images)).reshape([1])
 
     def _noise(self, images: paddle.Tensor, rngs: Sequence[np.random.Generator]) -> paddle.Tensor:
