@@ -39,9 +39,7 @@ def run_config(config) -> None:
     if config.EVAL and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError('-eval needs weights: give -pretrained=FILE.pdparams, or -resume=RUN.')
     splits = {}
-    for split in (
-        ['val'] if config.EVAL else ['train', 'val']
-    ):  # training first: its classes are what validation must fit
+    for split in ['val'] if config.EVAL else ['train', 'val']:  # classes of training are what validation must fit
         splits[split] = datasets.build_dataset(config, split)
         config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(config, splits[split])
     paddle.seed(config.SEED)  # the same initial weights on every process

@@ -10,7 +10,6 @@ of all of them rest, so that their checkpoints port without renaming.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -21,6 +20,7 @@ from paddle.nn import initializer
 from config import get_config
 from models.attention_removal import RemovableAttention
 from models.base import Start
+from models.fine_tuning import start_transformer
 from models.layers import (
     NORM_EPS,
     Block,
@@ -379,18 +379,7 @@ class VisionTransformer(RemovableAttention):
 
     def starting_from(self, names: Collection[str]) -> Start:
         """Fine-tuning after a pre-training, or with another pooling. Of MoCo-v3 the encoder that was trained is taken."""
-        ours = set(self.state_dict())
-        called = {name: _ONLINE.sub('', name) for name in names}
-        unused = {
-            name: reason
-            for name, wanted in called.items()
-            if wanted not in ours
-            for parts, reason in _LEFT_OUT
-            if re.fullmatch(parts, wanted)
-        }
-        missing = ours.difference(called.values())
-        anew = {name: reason for name in sorted(missing) for parts, reason in _ANEW if re.fullmatch(parts, name)}
-        return Start(called, unused, anew)
+        return start_transformer(set(self.state_dict()), names)
 
     @staticmethod
     def upstream_name(name: str) -> str | None:
@@ -416,25 +405,6 @@ class VisionTransformer(RemovableAttention):
         return resize_position_table(table, (side, side), new, self.num_prefix).numpy()
 
 
-# The trained encoder of MoCo-v3 in a file, without its projector.
-_ONLINE = re.compile(r'^base_encoder\.(?!head\.)')
-# Parts of a file that a model without them does not take when a training starts from it, and parts of a model that then
-# begin anew where the file lacks them.
-_LEFT_OUT = (
-    (r'mask_token|decoder_.*|(attn|hidden)_adapter\..*', 'they serve the pre-training only'),
-    (r'(momentum_encoder|predictor|base_encoder\.head)\..*', 'they serve the pre-training only'),
-    (r'norm\..*', 'the model normalises after pooling'),
-    (r'blocks\.\d+\.attn\.qkv\.bias', 'biases of query and value are learnt by themselves'),
-    (r'pos_embed', 'the model has no absolute positions'),
-)
-_ANEW = (
-    (r'(fc_norm|dist_norm)\..*', 'the file normalises before pooling'),
-    (r'.*\.(q_bias|v_bias)', 'biases of query and value are learnt by themselves'),
-    (r'.*\.(gamma_1|gamma_2)', 'the file does not scale its branches'),
-    (r'.*relative_position_bias_table', 'the file has no relative positions'),
-)
-
-
 def _init_linear(layer: nn.Layer) -> None:
     if isinstance(layer, nn.Linear):
         trunc_normal_(layer.weight)
@@ -456,14 +426,18 @@ def _per_block(name: str, value, depth: int) -> list:
     return values
 
 
-_PLAIN = (
-    'PATCH_SIZE',
-    'EMBED_DIM',
-    'DEPTH',
-    'NUM_HEADS',
-    'MLP_RATIO',
-    'QKV_BIAS',
-)  # what MODEL.TRANS says of plain blocks
+# What MODEL.TRANS says of plain blocks, under the names of the arguments.
+_PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS')
+
+
+def _plain_options(config) -> dict:
+    """Arguments of `VisionTransformer` that say the sizes of plain blocks."""
+    return {
+        'img_size': config.DATA.IMAGE_SIZE,
+        'in_chans': config.DATA.IMAGE_CHANNELS,
+        'recompute': config.TRAIN.RECOMPUTE,
+        **{key.lower(): config.MODEL.TRANS[key] for key in _PLAIN},
+    }
 
 
 def pretraining_options(config) -> dict:
@@ -481,17 +455,7 @@ def pretraining_options(config) -> dict:
             f'MODEL.TYPE {model.TYPE} takes no MODEL.TRANS.{other[0]}: leave it at {plain[other[0]]}; plain blocks are '
             'pre-trained.'
         )
-    return {
-        'img_size': config.DATA.IMAGE_SIZE,
-        'patch_size': trans.PATCH_SIZE,
-        'in_chans': config.DATA.IMAGE_CHANNELS,
-        'embed_dim': trans.EMBED_DIM,
-        'depth': trans.DEPTH,
-        'num_heads': trans.NUM_HEADS,
-        'mlp_ratio': trans.MLP_RATIO,
-        'qkv_bias': trans.QKV_BIAS,
-        'recompute': config.TRAIN.RECOMPUTE,
-    }
+    return _plain_options(config)
 
 
 @register_model('vit', 'deit', 'evit')
@@ -507,15 +471,8 @@ def build_vit(config) -> VisionTransformer:
     if clash:
         raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
     vit = VisionTransformer(
-        img_size=config.DATA.IMAGE_SIZE,
-        patch_size=trans.PATCH_SIZE,
-        in_chans=config.DATA.IMAGE_CHANNELS,
+        **_plain_options(config),
         num_classes=model.NUM_CLASSES,
-        embed_dim=trans.EMBED_DIM,
-        depth=trans.DEPTH,
-        num_heads=trans.NUM_HEADS,
-        mlp_ratio=trans.MLP_RATIO,
-        qkv_bias=trans.QKV_BIAS,
         drop_rate=model.DROPOUT,
         attn_drop_rate=model.ATTENTION_DROPOUT,
         head_drop_rate=model.HEAD_DROPOUT,
@@ -530,7 +487,6 @@ def build_vit(config) -> VisionTransformer:
         done_layers=() if removal.REMOVED else removal.DONE_LAYERS,
         removed_layers=leaving if removal.REMOVED else (),
         frozen_stages=trans.FROZEN_STAGES,
-        recompute=config.TRAIN.RECOMPUTE,
         absolute_positions=trans.ABS_POS,
         relative_positions=trans.REL_POS,
         key_bias=trans.KEY_BIAS,
