@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from multiprocessing import resource_tracker
 
 import numpy as np
 import pytest
@@ -171,7 +170,7 @@ def test_leaving_an_epoch_early(list_data, make_config, workers):
                 next(left)
 
 
-def test_workers_stay_and_close(list_data, make_config):
+def test_workers_stay_and_close(list_data, make_config, children):
     """The same processes serve all epochs, and are gone after close(); a closed loader can start again."""
     config = make_config(list_data(8), DATA__NUM_WORKERS=2)
     with make_loader(config) as loader:
@@ -200,7 +199,7 @@ def test_batches_are_copies(list_data, make_config):
         assert_same_batches(loader.epoch(0), kept)
 
 
-def test_no_fork(list_data, make_config, monkeypatch, caplog):
+def test_no_fork(list_data, make_config, monkeypatch, caplog, children):
     monkeypatch.setattr('multiprocessing.get_all_start_methods', lambda: ['spawn'])
     loader = make_loader(make_config(list_data(4), DATA__NUM_WORKERS=2))
     assert 'cannot fork' in caplog.text
@@ -262,10 +261,16 @@ def test_other_errors_name_the_image(list_data, make_config, workers):
 
 
 # ---------------------------------------------------------------------------------------------------- dying, hanging
-def children() -> set[int]:
-    """Process ids of this process's children, but for the one that Python starts once for its own bookkeeping."""
+def all_children() -> set[int]:
     with open(f'/proc/self/task/{os.getpid()}/children') as file:
-        return {int(number) for number in file.read().split()} - {resource_tracker._resource_tracker._pid}
+        return {int(number) for number in file.read().split()}
+
+
+@pytest.fixture
+def children():
+    """Tells the process ids of the children that this process has since the test began."""
+    before = all_children()
+    return lambda: all_children() - before
 
 
 class Trouble:
@@ -286,7 +291,7 @@ class Trouble:
         return self.storage.describe(index)
 
 
-def test_killed_worker(list_data, make_config):
+def test_killed_worker(list_data, make_config, children):
     """As by the kernel when memory is short: a sentence that names the image, at once."""
     loader = make_loader(make_config(list_data(20), DATA__NUM_WORKERS=2), training=False)
     loader.dataset.storage = Trouble(loader.dataset.storage, 13, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -299,7 +304,7 @@ def test_killed_worker(list_data, make_config):
     assert not children()
 
 
-def test_worker_killed_between_epochs(list_data, make_config):
+def test_worker_killed_between_epochs(list_data, make_config, children):
     with make_loader(make_config(list_data(8), DATA__NUM_WORKERS=2)) as loader:
         list(loader.epoch(0))
         os.kill(min(children()), signal.SIGKILL)
@@ -309,7 +314,7 @@ def test_worker_killed_between_epochs(list_data, make_config):
         assert len(list(loader.epoch(0))) == 2  # new workers
 
 
-def test_hung_worker(list_data, make_config):
+def test_hung_worker(list_data, make_config, children):
     """A sentence with the time-out key and the image; the hung process is ended."""
     loader = make_loader(make_config(list_data(20), DATA__NUM_WORKERS=2, DATA__TIMEOUT=0.7), training=False)
     loader.dataset.storage = Trouble(loader.dataset.storage, 6, lambda: time.sleep(60))
