@@ -21,6 +21,7 @@ from models.layers import (
     NORM_EPS,
     Block,
     TokenState,
+    computed_table,
     fix_,
     resize_position_table,
     run_block,
@@ -257,7 +258,7 @@ class MaskedAutoencoder(VisionTransformer):
     def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
         """Tables of another resolution are computed, not interpolated."""
         fixed = {'pos_embed': self.pos_embed, 'decoder_pos_embed': getattr(self, 'decoder_pos_embed', None)}.get(name)
-        return array if fixed is None or array.shape[2:] != tuple(fixed.shape[2:]) else fixed.numpy()
+        return array if fixed is None else computed_table(fixed, array)
 
     def unused_weights(self, arrays, source: str) -> dict[str, str]:
         """The decoder and the adapters of a distillation, where the model has none."""

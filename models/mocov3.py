@@ -16,7 +16,7 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.base import Classifier
-from models.layers import SyncBatchNorm, fix_, moco_position_table, xavier_uniform_
+from models.layers import SyncBatchNorm, computed_table, fix_, moco_position_table, xavier_uniform_
 from models.registry import register_model
 from models.vision_transformer import VisionTransformer, pretraining_options
 from utils.errors import UserError
@@ -127,9 +127,7 @@ class MoCoV3(Classifier):
 
     def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
         """Tables of another resolution are computed, not interpolated."""
-        table = self.base_encoder.pos_embed
-        fits = name.endswith('encoder.pos_embed') and array.shape[2:] == tuple(table.shape[2:])
-        return table.numpy() if fits else array
+        return computed_table(self.base_encoder.pos_embed, array) if name.endswith('encoder.pos_embed') else array
 
 
 def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:

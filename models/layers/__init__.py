@@ -8,7 +8,7 @@ from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.init import fix_, lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.mlp import Mlp
 from models.layers.patch_embed import PatchEmbed
-from models.layers.positions import moco_position_table, resize_position_table, sincos_position_table
+from models.layers.positions import computed_table, moco_position_table, resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
 from models.layers.relative_position import RelativePositionBias, relative_position_index, resize_relative_table
 from models.layers.token_reduction import EViTReducer, TokenState, take_tokens
@@ -30,6 +30,7 @@ __all__ = [
     'ToMeReducer',
     'TokenState',
     'drop_path_rates',
+    'computed_table',
     'fix_',
     'lecun_normal_',
     'merge_schedule',

@@ -50,6 +50,11 @@ def moco_position_table(dim: int, grid: tuple[int, int], num_prefix: int = 0) ->
     return np.concatenate([np.zeros([num_prefix, dim], 'float32'), patches])[None]
 
 
+def computed_table(ours: Tensor, theirs: np.ndarray) -> np.ndarray:
+    """Of a file's table of sines and cosines, of whatever resolution, the model's own; one of other channels as it is."""
+    return ours.numpy() if theirs.shape[2:] == tuple(ours.shape[2:]) else theirs
+
+
 def _frequencies(dim: int) -> np.ndarray:
     """dim / 4 numbers from 1 towards 1/10000."""
     if dim % 4:
