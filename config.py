@@ -45,6 +45,7 @@ _C.DATA.PREFETCH = 2  # batches each worker prepares ahead
 _C.DATA.TIMEOUT = 300.0  # seconds to wait for a batch before the run is ended with an error; 0 waits for ever
 _C.DATA.CACHE = 'no'  # image files held in memory: no; full: all; part: a process holds, and sees, its share only
 _C.DATA.BAD_IMAGE = 'error'  # unreadable image: error ends the run and names it; skip leaves it out and counts it
+_C.DATA.EXIF_ROTATE = False  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
 _C.MODEL = CN()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +14,9 @@ from PIL import Image
 
 from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
 from utils.errors import UserError
+
+_PLAUSIBLE = 1000  # classes; if a list has more and most have no image, a label is wrong
+_LISTED, _SHOWN = 1000, 5  # classes without an image, in a list and in a sentence
 
 
 class Storage(Protocol):
@@ -52,20 +55,38 @@ class Dataset:
         class_names: one name per class; None when the data do not name classes, in which case `num_classes` is only
             the largest label plus one, and the true number may be larger.
         source: the file or folder that the list of items comes from, for messages.
+        notes: sentences on the data that a user should read once.
+
+    Args:
+        locate: file and line that say the label of an item, by index; None: the item itself does.
     """
 
-    def __init__(self, storage: Storage, labels: Sequence[int], source: str, class_names: Sequence[str] | None = None):
+    def __init__(
+        self,
+        storage: Storage,
+        labels: Sequence[int],
+        source: str,
+        class_names: Sequence[str] | None = None,
+        notes: Sequence[str] = (),
+        locate: Callable[[int], str] | None = None,
+    ):
         self.storage = storage
-        self.labels = np.asarray(labels, dtype=np.int64)
+        self.labels = _whole_numbers(labels, source)
         self.source = source
         self.class_names = None if class_names is None else list(class_names)
+        self.notes = list(notes)
+        self._locate = locate
         if len(self.labels) == 0:
             raise UserError(f'{source} holds no image.')
         self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
         if len(storage) != len(self.labels):
             raise UserError(f'{source} has {len(storage)} images, but {len(self.labels)} labels.')
-        if self.labels.min() < 0 or self.labels.max() >= self.num_classes:
-            raise UserError(f'{source} has labels outside 0 to {self.num_classes - 1}.')
+        outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
+        if len(outside):
+            raise UserError(
+                f'{source} has labels outside 0 to {max(self.num_classes - 1, 0)}: {self.labels[outside[0]]} of '
+                f'{self.locate(outside[0])}.'
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -75,20 +96,25 @@ class Dataset:
         with self.naming(index):
             return self.storage.open(index)
 
-    def picture(self, index: int) -> Image.Image | Jpeg:
-        """Item `index` for a transform, which may be what decodes it: to be used within `naming`."""
+    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
+        """Item `index` for a transform, which may be what decodes it: to be used within `naming`.
+
+        Args:
+            exif_rotate: see `decode_image`.
+        """
         if isinstance(self.storage, EncodedStorage):
-            return open_image(self.storage.read(index))
+            return open_image(self.storage.read(index), exif_rotate)
         return self.storage.open(index)
 
     @contextlib.contextmanager
     def naming(self, index: int) -> Iterator[None]:
-        """Makes an UnreadableImage of its block a BadImageError, which says that it is item `index`."""
+        """Makes an UnreadableImage or MemoryError of its block a BadImageError, which says that it is item `index`."""
         try:
             yield
-        except UnreadableImage as error:
+        except (UnreadableImage, MemoryError) as error:
+            reason = 'it needs more memory than there is' if isinstance(error, MemoryError) else error
             raise BadImageError(
-                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {error}."
+                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {reason}."
             ) from None
 
     def stored_in(self, storage: Storage) -> Dataset:
@@ -99,6 +125,22 @@ class Dataset:
 
     def describe(self, index: int) -> str:
         return self.storage.describe(index)
+
+    def locate(self, index: int) -> str:
+        """What says the label of an item: file and line, or the item itself."""
+        return self._locate(index) if self._locate else f"'{self.describe(index)}'"
+
+
+def _whole_numbers(labels: Sequence[int], source: str) -> np.ndarray:
+    """Labels [N] int64. Raises UserError for anything that is not a list of whole numbers of 64 bits."""
+    try:
+        array = np.asarray(labels)
+    except ValueError:  # lists of different lengths
+        array = np.empty(1, object)
+    whole = array.ndim == 1 and array.dtype.kind in 'iu'
+    if array.size and not (whole and array.max() <= np.iinfo(np.int64).max):
+        raise UserError(f'{source} has labels that are not whole numbers of at most 64 bits.')
+    return array.reshape(-1).astype(np.int64)
 
 
 class FileStorage(EncodedStorage):
@@ -118,8 +160,8 @@ class FileStorage(EncodedStorage):
         try:
             with open(self.describe(index), 'rb') as file:
                 return file.read()
-        except OSError as error:
-            raise UnreadableImage(error.strerror or str(error)) from None
+        except (OSError, ValueError, MemoryError) as error:  # ValueError: a name with a zero byte
+            raise UnreadableImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from None
 
 
 class PackedStrings:
@@ -151,6 +193,8 @@ def resolve_num_classes(config, dataset: Dataset) -> int:
     """
     wanted = config.MODEL.NUM_CLASSES
     if wanted is None:
+        if dataset.class_names is None:
+            _check_plausible(dataset)
         return dataset.num_classes
     named = dataset.class_names is not None
     if dataset.num_classes > wanted or (named and dataset.num_classes != wanted):
@@ -165,3 +209,31 @@ def resolve_num_classes(config, dataset: Dataset) -> int:
             f'set it to {dataset.num_classes} (where it is not set, the training data decide).'
         )
     return wanted
+
+
+def _check_plausible(dataset: Dataset) -> None:
+    """A single label that is far too large must not make millions of classes."""
+    count, used = dataset.num_classes, len(np.unique(dataset.labels))
+    if count > _PLAUSIBLE and 2 * used < count:
+        largest = int(dataset.labels.argmax())
+        raise UserError(
+            f'{dataset.locate(largest)}: label {dataset.labels[largest]} makes {count} classes, of which only {used} have an '
+            f'image; fix the label, or set MODEL.NUM_CLASSES (-num_classes {count}) if there are so many.'
+        )
+
+
+def empty_classes(dataset: Dataset, num_classes: int) -> tuple[int, list[int]]:
+    """Number of classes without an image, and the first of them."""
+    used = np.unique(dataset.labels)
+    candidates = np.arange(min(num_classes, len(used) + _LISTED))
+    return num_classes - len(used), np.setdiff1d(candidates, used)[:_LISTED].tolist()
+
+
+def describe_empty(dataset: Dataset, num_classes: int) -> str:
+    """One sentence on the classes without an image, empty where there are none."""
+    count, first = empty_classes(dataset, num_classes)
+    if not count:
+        return ''
+    hint = ' Do labels start from 1? They must start from 0.' if first == [0] and dataset.class_names is None else ''
+    more = ', ...' if count > _SHOWN else ''
+    return f'{count} of {num_classes} classes have no image in {dataset.source}: {", ".join(map(str, first[:_SHOWN]))}{more}.{hint}'

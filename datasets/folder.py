@@ -3,15 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from datasets.dataset import Dataset, FileStorage
+from datasets.dataset import Dataset, FileStorage, Storage
 from datasets.images import EXTENSIONS
 from datasets.registry import register_dataset
+from datasets.walk import describe_counts, describe_left_out, folders_in, images_below
 from utils.errors import UserError
+
+_DIGITS = 9  # of a label, which LMDB files store in 32 bits
+_QUOTED = 200  # characters of a line in a message
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -28,12 +34,17 @@ def build_folder(config, split: str) -> Dataset:
 
 def image_folder(folder: str, names: list[str]) -> Dataset:
     """Images below `folder/<name>` for each class name."""
-    paths, labels = listed_images(folder, names)
-    return Dataset(FileStorage(folder, paths), labels, source=f"'{folder}'", class_names=names)
+    paths, labels, left_out = listed_images(folder, names)
+    notes = [left_out] if left_out else []
+    return Dataset(FileStorage(folder, paths), labels, source=f"'{folder}'", class_names=names, notes=notes)
 
 
-def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray]:
-    """Image paths relative to `folder`, in the order of torchvision's ImageFolder, and labels, places in `names`.
+def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray, str]:
+    """Images below the class folders of `folder`.
+
+    Returns:
+        Paths relative to `folder`, in the order of torchvision's ImageFolder, labels, which are indices of `names`, and a
+        sentence on the files that are left out, empty where there are none.
 
     Raises:
         UserError: a class folder that `names` lacks, or one without an image. A name without a folder has no images.
@@ -42,42 +53,27 @@ def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray]
     unknown = sorted(set(present) - set(names))
     if unknown:
         raise UserError(f"class folder '{os.path.join(folder, unknown[0])}' has no counterpart in the training part.")
-    paths, labels = [], []
+    paths, labels, left_out = [], [], Counter()
     for name in present:
-        found = images_below(folder, name)
+        found, others = images_below(folder, name)
         if not found:
+            only = f', only other files ({describe_counts(others)})' if others else ''
             raise UserError(
-                f"class folder '{os.path.join(folder, name)}' holds no image ({' '.join(EXTENSIONS)}); "
+                f"class folder '{os.path.join(folder, name)}' holds no image ({' '.join(EXTENSIONS)}){only}; "
                 'remove it or fill it.'
             )
         paths += found
         labels += [names.index(name)] * len(found)
-    return paths, np.array(labels, dtype=np.int64)
+        left_out += others
+    return paths, np.array(labels, dtype=np.int64), describe_left_out(left_out, folder)
 
 
 def class_folders(folder: str) -> list[str]:
     """Sorted names of the sub-folders of `folder`; hidden ones do not count."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith('.'))
-    except OSError as error:
-        raise UserError(f"cannot read the folder '{folder}' ({error.strerror}); check DATA.DATA_PATH.") from None
+    names = folders_in(folder)
     if not names:
         raise UserError(f"'{folder}' has no class folders; images are expected in {folder}/<class>/.")
     return names
-
-
-def images_below(folder: str, name: str) -> list[str]:
-    """Paths, relative to `folder`, of the image files anywhere below `folder/name`, sorted as ImageFolder does."""
-    paths = []
-    for directory, _, files in sorted(os.walk(os.path.join(folder, name), followlinks=True)):
-        relative = os.path.relpath(directory, folder)
-        paths += [
-            os.path.join(relative, file)
-            for file in sorted(files)
-            if file.lower().endswith(EXTENSIONS) and not file.startswith('.')
-        ]
-    return paths
 
 
 # ---------------------------------------------------------------------------------------------------- lists
@@ -85,10 +81,9 @@ def images_below(folder: str, name: str) -> list[str]:
 def build_list(config, split: str) -> Dataset:
     """`DATA_PATH/train_list.txt` and `DATA_PATH/val_list.txt`, a line per image: relative path, white space, label."""
     root = data_path(config)
-    path = list_path(root, split)
-    paths, labels = read_list(path, config.MODEL.NUM_CLASSES)
-    dataset = Dataset(FileStorage(root, paths), labels, source=f"'{path}'")
-    _check_any_exists(dataset, path)
+    listing = _read_image_list(list_path(root, split), config.MODEL.NUM_CLASSES)
+    dataset = listing.dataset(FileStorage(root, listing.names))
+    _check_any_exists(dataset, listing.path)
     return dataset
 
 
@@ -114,43 +109,103 @@ def read_list(path: str, num_classes: int | None = None) -> tuple[list[str], np.
     Raises:
         UserError: naming file and line, for a line that is not 'path label' or a label outside `num_classes`.
     """
-    hint = f'`python tools/make_lists.py -data_path {os.path.dirname(path)}` writes it from a folder tree'
-    entries = list(read_entries(path, _path_and_label, "'relative/path label'", hint, num_classes))
-    return [name for _, name, _ in entries], np.array([label for _, _, label in entries], dtype=np.int64)
+    listing = _read_image_list(path, num_classes)
+    return listing.names, listing.labels
+
+
+def _read_image_list(path: str, num_classes: int | None) -> Listing:
+    root = os.path.dirname(path)
+    hint = f'`python tools/make_lists.py -data_path {root}` writes it from a folder tree'
+    listing = read_listing(path, _path_and_label, "'relative/path label'", hint, num_classes)
+    for index, name in enumerate(listing.names):
+        if name.startswith('#') and not os.path.exists(os.path.join(root, name)):
+            raise UserError(f"{listing.where(index)}: there is no file '{name}'; remove the line if it is a comment.")
+    return listing
 
 
 def _path_and_label(line: str) -> list[str]:
     return [field.strip() for field in line.rsplit(None, 1)]
 
 
-def read_entries(
+@dataclasses.dataclass
+class Listing:
+    """Content of a list file.
+
+    Attributes:
+        path: of the list file.
+        numbers: line of each item [N], from 1.
+        names: of the items.
+        labels: [N] int64.
+    """
+
+    path: str
+    numbers: np.ndarray
+    names: list[str]
+    labels: np.ndarray
+
+    def where(self, index: int) -> str:
+        """File and line of an item."""
+        return f'{self.path}:{self.numbers[index]}'
+
+    def dataset(self, storage: Storage) -> Dataset:
+        """The items, opened by a storage."""
+        path, numbers, notes = self.path, self.numbers, self._contradictions()
+        return Dataset(storage, self.labels, f"'{path}'", notes=notes, locate=lambda index: f'{path}:{numbers[index]}')
+
+    def _contradictions(self) -> list[str]:
+        """A sentence on names that are there more than once with different labels, or none."""
+        if len(set(self.names)) == len(self.names):
+            return []
+        first: dict[str, int] = {}
+        pairs = [(first.setdefault(name, index), index) for index, name in enumerate(self.names)]
+        pairs = [(one, other) for one, other in pairs if self.labels[one] != self.labels[other]]
+        return [
+            f"{self.where(other)}: '{self.names[other]}' has label {self.labels[other]}, but {self.labels[one]} in line "
+            f'{self.numbers[one]}; {len(pairs)} lines in all contradict an earlier one.'
+            for one, other in pairs[:1]
+        ]
+
+
+def read_listing(
     path: str, fields: Callable[[str], list[str]], form: str, hint: str, num_classes: int | None
-) -> Iterator[tuple[str, str, int]]:
-    """Yields ('file:line', name, label) of each line of a list file that is not blank.
+) -> Listing:
+    """Reads the lines of a list file that are not blank.
 
     Args:
-        fields: takes a line apart, into name and label.
+        fields: splits a line into name and label.
         form: what a line should look like, for messages.
         hint: how to get the file where it is missing.
 
     Raises:
         UserError: naming file and line, for a line of another form or a label outside `num_classes`.
     """
-    for where, line in read_lines(path, hint):
+    numbers, names, labels = [], [], []
+    for number, line in read_lines(path, hint):
         found = fields(line)
         if len(found) != 2 or not (found[1].isascii() and found[1].isdecimal()):
-            raise UserError(f'{where}: expected {form} with a label of 0 or more, not {line.strip()!r}.')
-        name, label = found[0], int(found[1])
-        if num_classes is not None and label >= num_classes:
             raise UserError(
-                f'{where}: label {label} is out of range, MODEL.NUM_CLASSES is {num_classes} '
-                f'(labels 0 to {num_classes - 1}).'
+                f'{path}:{number}: expected {form} with a label of 0 or more, not {line.strip()[:_QUOTED]!r}.'
             )
-        yield where, name, label
+        numbers.append(number)
+        names.append(found[0])
+        labels.append(_label(found[1], num_classes, f'{path}:{number}'))
+    return Listing(path, np.array(numbers, dtype=np.int64), names, np.array(labels, dtype=np.int64))
 
 
-def read_lines(path: str, hint: str) -> Iterator[tuple[str, str]]:
-    """Yields ('file:line', line) of each line of a list file that is not blank.
+def _label(digits: str, num_classes: int | None, where: str) -> int:
+    digits = digits.lstrip('0') or '0'
+    if num_classes is not None and (len(digits) > _DIGITS or int(digits) >= num_classes):
+        raise UserError(
+            f'{where}: label {digits[:_QUOTED]} is out of range, MODEL.NUM_CLASSES is {num_classes} '
+            f'(labels 0 to {num_classes - 1}).'
+        )
+    if len(digits) > _DIGITS:
+        raise UserError(f'{where}: label {digits[:_QUOTED]} is too large: at most {_DIGITS} digits are read.')
+    return int(digits)
+
+
+def read_lines(path: str, hint: str) -> Iterator[tuple[int, str]]:
+    """Yields (number, line) of each line of a list file that is not blank.
 
     Args:
         hint: how to get the file where it is missing.
@@ -158,8 +213,10 @@ def read_lines(path: str, hint: str) -> Iterator[tuple[str, str]]:
     try:
         with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
             for number, line in enumerate(file, 1):
+                if '\0' in line:
+                    raise UserError(f'{path}:{number}: a zero byte in the line; remove it, or save the list as UTF-8.')
                 if line.strip():
-                    yield f'{path}:{number}', line
+                    yield number, line
     except FileNotFoundError:
         raise UserError(f"list file '{path}' is missing; {hint}, or give another -data_path.") from None
     except OSError as error:

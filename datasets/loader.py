@@ -63,12 +63,21 @@ class Filled:
 class BatchMaker:
     """Reads, transforms and lays out the images of a batch. Runs in worker processes, or in the training process."""
 
-    def __init__(self, dataset: Dataset, transform: Transform | Views, training: bool, seed: int, skip: bool):
+    def __init__(
+        self,
+        dataset: Dataset,
+        transform: Transform | Views,
+        training: bool,
+        seed: int,
+        skip: bool,
+        exif_rotate: bool = False,
+    ):
         self.dataset = dataset
         self.transform = transform
         self.training = training
         self.seed = seed
         self.skip = skip
+        self.exif_rotate = exif_rotate
         self.erasing: RandomErasing | None = None
         self.erase_second_half_only = False
 
@@ -100,7 +109,8 @@ class BatchMaker:
             rng = np.random.default_rng(seed)
             try:
                 with self.dataset.naming(candidate):
-                    return candidate, self.transform(self.dataset.picture(candidate), rng), rng
+                    picture = self.dataset.picture(candidate, self.exif_rotate)
+                    return candidate, self.transform(picture, rng), rng
             except BadImageError as error:
                 if not self.skip:
                     raise UserError(f'{error} Mend or remove it, or set DATA.BAD_IMAGE to skip.') from None
@@ -261,7 +271,8 @@ def build_dataloader(config, dataset: Dataset, training: bool, rank: int = 0, wo
         all_of_it = training and data.CACHE == 'full'
         indices = np.arange(len(dataset)) if all_of_it else np.arange(rank, len(dataset), world_size)
         dataset = cached(dataset, indices, show_progress=rank == 0)
-    maker = BatchMaker(dataset, build_transform(config, training), training, config.SEED, data.BAD_IMAGE == 'skip')
+    transform, skip = build_transform(config, training), data.BAD_IMAGE == 'skip'
+    maker = BatchMaker(dataset, transform, training, config.SEED, skip, data.EXIF_ROTATE)
     if training and train.RANDOM_ERASE_PROB > 0:
         maker.erasing = RandomErasing(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE, train.RANDOM_ERASE_COUNT)
         maker.erase_second_half_only = train.RANDOM_ERASE_SPLIT

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from datasets.dataset import Dataset, Storage
+from datasets.dataset import Dataset, EncodedStorage, Storage
 
 
 def random_subset(dataset: Dataset, size: int, seed: int) -> Dataset:
@@ -28,7 +28,8 @@ def evenly_spaced(dataset: Dataset, size: int) -> Dataset:
 def _subset(dataset: Dataset, indices: np.ndarray) -> Dataset:
     if len(indices) == len(dataset):
         return dataset
-    storage = SubsetStorage(dataset.storage, indices)
+    encoded = isinstance(dataset.storage, EncodedStorage)
+    storage = (EncodedSubset if encoded else SubsetStorage)(dataset.storage, indices)
     return Dataset(storage, dataset.labels[indices], dataset.source, dataset.class_names)
 
 
@@ -47,3 +48,10 @@ class SubsetStorage(Storage):
 
     def describe(self, index: int) -> str:
         return self.storage.describe(int(self.indices[index]))
+
+
+class EncodedSubset(SubsetStorage, EncodedStorage):
+    """The same of image files."""
+
+    def read(self, index: int) -> bytes:
+        return self.storage.read(int(self.indices[index]))

@@ -49,11 +49,11 @@ def build_pets(config, split: str) -> Dataset:
     source = 'it is in annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets/, images are in images.tar.gz'
     path = os.path.join(root, 'annotations', 'trainval.txt' if split == 'train' else 'test.txt')
     paths, labels, class_names, numbers = [], [], _numbers(37), _numbers(37)
-    for where, line in read_lines(path, source):
+    for number, line in read_lines(path, source):
         fields = line.split()
         if len(fields) != 4 or fields[1] not in numbers:
             raise UserError(
-                f"{where}: expected 'NAME CLASS SPECIES BREED' with a class from 1 to 37, not {line.strip()!r}."
+                f"{path}:{number}: expected 'NAME CLASS SPECIES BREED' with a class from 1 to 37, not {line.strip()!r}."
             )
         paths.append(os.path.join('images', f'{fields[0]}.jpg'))
         labels.append(int(fields[1]) - 1)
@@ -96,11 +96,11 @@ def _read_aircraft(path: str) -> list[tuple[str, str, str]]:
     """('file:line', image, name of its class) of each line of a list; names may contain blanks."""
     source = 'it is in fgvc-aircraft-2013b.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/'
     entries = []
-    for where, line in read_lines(path, source):
+    for number, line in read_lines(path, source):
         image, _, name = line.strip().partition(' ')
         if not name.strip():
-            raise UserError(f"{where}: expected 'IMAGE CLASS NAME', not {line.strip()!r}.")
-        entries.append((where, image, name.strip()))
+            raise UserError(f"{path}:{number}: expected 'IMAGE CLASS NAME', not {line.strip()!r}.")
+        entries.append((f'{path}:{number}', image, name.strip()))
     return entries
 
 

@@ -27,6 +27,7 @@ Step = Callable[[Picture, np.random.Generator], Image.Image]
 
 SMALL = 32  # up to this side images are cropped with padding, as for CIFAR, unless DATA.CROP says otherwise
 PADDING = 4
+THIN = 32  # pictures that are so many times as long as wide are cut before they are enlarged
 MILD = 1.4  # up to this factor shrinking aliases little
 
 
@@ -116,7 +117,10 @@ def _policy(config) -> Step | None:
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 class ResizeShort:
-    """Resizes the shorter side to `size` pixels, the longer one to int(size * long / short)."""
+    """Resizes the shorter side to `size` pixels, the longer one to int(size * long / short).
+
+    Of a thin picture only the middle is computed, THIN times as long as wide, so that memory does not grow with its shape.
+    """
 
     def __init__(self, size: int, resample: Image.Resampling):
         self.size = size
@@ -125,7 +129,10 @@ class ResizeShort:
     def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image:
         width, height = image.size
         short = min(width, height)
-        return image.resize((int(self.size * width / short), int(self.size * height / short)), self.resample)
+        size = int(self.size * width / short), int(self.size * height / short)
+        if max(size) > THIN * self.size:
+            return resize_middle(image, size, THIN * self.size, self.resample)
+        return image.resize(size, self.resample)
 
 
 class Squash:
@@ -136,7 +143,7 @@ class Squash:
         self.resample = resample
 
     def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image:
-        return image.resize((self.size, self.size), self.resample)
+        return resize_square(image, self.size, self.resample)
 
 
 class CentreCrop:
@@ -148,6 +155,35 @@ class CentreCrop:
     def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
         left, top = (round((side - self.size) / 2) for side in image.size)
         return image.crop((left, top, left + self.size, top + self.size))
+
+
+def resize_middle(image: Picture, size: tuple[int, int], length: int, resample: Image.Resampling) -> Image.Image:
+    """The middle of a picture resized to `size`, `length` to `length + 3` pixels long, without the rest being computed.
+
+    An even number of pixels is left out on both sides, so that CentreCrop cuts the pixels that it would cut from the whole.
+    """
+    axis = int(size[1] > size[0])
+    full, stored = size[axis], image.size[axis]
+    left_out = (full - length) // 4 * 2
+    begin, end = (place * stored / full for place in (left_out, full - left_out))
+    margin = math.ceil(2 * max(1.0, stored / full)) + 1  # a cubic filter reaches two pixels, more where it shrinks
+    first, last = max(0, math.floor(begin) - margin), min(stored, math.ceil(end) + margin)
+    cut, box, part = [0, 0, *image.size], [0, 0, *image.size], list(size)
+    cut[axis], cut[axis + 2] = first, last
+    box[axis], box[axis + 2] = begin - first, end - first
+    part[axis] = full - 2 * left_out
+    return image.crop(tuple(cut)).resize(tuple(part), resample, tuple(box))
+
+
+def resize_square(image: Picture, size: int, resample: Image.Resampling) -> Image.Image:
+    """Resizes both sides to `size` pixels.
+
+    Pillow computes columns first, for all rows. Where a thin picture would become large by that, rows come first.
+    """
+    width, height = image.size
+    if width < size and height > THIN * size:
+        image = image.resize((width, size), resample)
+    return image.resize((size, size), resample)
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -167,7 +203,7 @@ class RandomResizedCrop:
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> Image.Image:
         box = self.box(image.width, image.height, rng)
-        return image.crop(box).resize((self.size, self.size), choose(self.resamples, rng))
+        return resize_square(image.crop(box), self.size, choose(self.resamples, rng))
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) inside an image of the given size."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from datasets.dataset import Dataset, EncodedStorage, PackedStrings
-from datasets.folder import data_path, read_entries
+from datasets.folder import data_path, read_listing
 from datasets.images import EXTENSIONS, UnreadableImage
 from datasets.registry import register_dataset
 from utils.errors import UserError
@@ -35,18 +35,15 @@ def build_zip(config, split: str) -> Dataset:
     """`DATA_PATH/<split>.zip` and `DATA_PATH/<split>_map.txt`."""
     archive, listing = zip_paths(data_path(config), split)
     known = read_directory(archive)
-    names, labels, members = [], [], []
-    for where, name, label in read_entries(
-        listing, _name_and_label, "'name<TAB>label'", _HINT, config.MODEL.NUM_CLASSES
-    ):
+    listed = read_listing(listing, _name_and_label, "'name<TAB>label'", _HINT, config.MODEL.NUM_CLASSES)
+    members = []
+    for index, name in enumerate(listed.names):
         if not name.lower().endswith(EXTENSIONS):
-            raise UserError(f"{where}: '{name}' is not an image by its name ({' '.join(EXTENSIONS)}).")
+            raise UserError(f"{listed.where(index)}: '{name}' is not an image by its name ({' '.join(EXTENSIONS)}).")
         if name.strip('/') not in known:
-            raise UserError(f"{where}: '{name}' is not in '{archive}'; do the two belong together?")
-        names.append(name)
-        labels.append(label)
+            raise UserError(f"{listed.where(index)}: '{name}' is not in '{archive}'; do the two belong together?")
         members.append(known[name.strip('/')])
-    return Dataset(ZipStorage(archive, names, members), labels, source=f"'{listing}'")
+    return listed.dataset(ZipStorage(archive, listed.names, members))
 
 
 def zip_paths(root: str, split: str) -> tuple[str, str]:

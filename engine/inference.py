@@ -14,6 +14,7 @@ from datasets import Dataset, build_dataloader
 from datasets.batch import to_tensor
 from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
+from datasets.transforms import build_transform
 from models import build_model
 from models.pretrained import load_pretrained
 from models.state import count_classes
@@ -85,7 +86,7 @@ def classify(config, model: paddle.nn.Layer, paths: Sequence[str], topk: int) ->
                 if index in readable:
                     yield Prediction(paths[index], *map(tuple, readable[index]))
                 else:
-                    yield Prediction(paths[index], error=_why_unreadable(dataset, index))
+                    yield Prediction(paths[index], error=_why_unreadable(config, dataset, index))
             expected += loader.batch_size_at(number)
 
 
@@ -97,9 +98,12 @@ def _most_likely(model: paddle.nn.Layer, images: paddle.Tensor, topk: int) -> tu
     return values.tolist(), indices.tolist()
 
 
-def _why_unreadable(dataset: Dataset, index: int) -> str:
+def _why_unreadable(config, dataset: Dataset, index: int) -> str:
+    transform = build_transform(config, training=False)
     try:
-        dataset.storage.open(index)
+        transform(dataset.picture(index, config.DATA.EXIF_ROTATE), np.random.default_rng(0))
     except UnreadableImage as error:
         return str(error)
+    except MemoryError:
+        return 'it needs more memory than there is'
     return 'it could not be read at first'  # a file that changes, or a storage that fails now and then

@@ -48,6 +48,7 @@ def run_config(config) -> None:
     folder = run_folder(config, context)
     log = RunLog(folder, context.rank)
     log.local(f'----- world_size = {context.world_size}, local_rank = {context.rank}\n{config}')
+    _log_notes(config, splits, log)
     loaders = {
         split: datasets.build_dataloader(config, data, split == 'train', context.rank, context.world_size)
         for split, data in splits.items()
@@ -61,6 +62,15 @@ def run_config(config) -> None:
         for loader in loaders.values():
             loader.close()
         log.close()
+
+
+def _log_notes(config, splits: dict[str, datasets.Dataset], log: RunLog) -> None:
+    """What a user should know about the data before an epoch is over."""
+    notes = [note for data in splits.values() for note in data.notes]
+    if 'train' in splits:
+        notes.append(datasets.describe_empty(splits['train'], config.MODEL.NUM_CLASSES))
+    for note in filter(None, notes):
+        log.master(f'----- {note}')
 
 
 def _evaluate(config, model, loader, context, log, folder: str) -> None:

@@ -7,14 +7,15 @@ import argparse
 import contextlib
 import os
 import platform
+import sys
 from collections.abc import Iterator
 from typing import IO
 
 from yacs.config import CfgNode
 
 from config import config_file_of, get_config, update_config
-from datasets.folder import images_below
 from datasets.images import EXTENSIONS
+from datasets.walk import describe_counts, describe_left_out, images_below
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -62,15 +63,22 @@ def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
 
 
 def find_images(places: list[str]) -> list[str]:
-    """Files as they are named, whatever their suffix; of folders the images below them, in sorted order."""
+    """Files as they are named, whatever their suffix; of folders the images below them, in sorted order.
+
+    Prints how many files below the folders are no images.
+    """
     paths = []
     for place in places:
         if not os.path.exists(place):
             raise UserError(f"there is no file or folder '{place}'.")
-        found = [place]
-        if os.path.isdir(place):
-            found = [os.path.join(place, os.path.normpath(path)) for path in images_below(place, '')]
+        if not os.path.isdir(place):
+            paths.append(place)
+            continue
+        found, others = images_below(place)
         if not found:
-            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{place}'.")
-        paths += found
+            only = f', only other files ({describe_counts(others)})' if others else ''
+            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{place}'{only}.")
+        if others:
+            print(describe_left_out(others, place), file=sys.stderr)
+        paths += [os.path.join(place, os.path.normpath(path)) for path in found]
     return paths

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
 
 from config import get_config
@@ -35,6 +36,8 @@ def source_of(args: argparse.Namespace, split: str) -> Dataset:
     dataset = build_dataset(config, split)
     if not isinstance(dataset.storage, FileStorage):
         raise UserError(f'-dataset {args.dataset} does not consist of image files, which are what is packed.')
+    for note in dataset.notes:
+        print(note, file=sys.stderr)
     return dataset
 
 

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from datasets import Batch
 from datasets.batch import to_tensor
 from datasets.dataset import FileStorage
-from datasets.images import UnreadableImage
+from datasets.images import UnreadableImage, open_image
 from datasets.transforms import build_transform
 from utils.errors import UserError
 
@@ -29,12 +29,13 @@ def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.nd
     transform, files, found = build_transform(config, training=False), FileStorage('', paths), 0
     for index, path in enumerate(paths):
         try:
-            picture = files.open(index)
+            picture = open_image(files.read(index), config.DATA.EXIF_ROTATE)
+            pixels = transform(picture, np.random.default_rng(0))
         except UnreadableImage as error:
             print(f'{path}: {error}', file=sys.stderr)
             continue
         found += 1
-        yield index, transform(picture, np.random.default_rng(0))
+        yield index, pixels
     if not found:
         raise UserError(f"none of the {len(paths)} images can be read; '{paths[0]}' is the first.")
 

@@ -112,6 +112,7 @@ def describe(config, num_classes: int) -> dict:
         'model': config.MODEL.NAME,
         'num_classes': num_classes,
         'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(config)]},
+        'exif_rotate': data.EXIF_ROTATE,
         'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
         'resize_short': short,
         'interpolation': resize.resample.name.lower(),

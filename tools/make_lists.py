@@ -103,8 +103,10 @@ def few_of_each(names: list[str], entries: Entries, count: int, seed: int) -> En
 
 
 def entries_below(root: str, part: str, names: list[str]) -> Entries:
-    """Images of each class in `root/part`, with paths relative to `root`."""
-    paths, labels = listed_images(os.path.join(root, part), names)
+    """Images of each class in `root/part`, with paths relative to `root`. Prints which files are left out."""
+    paths, labels, left_out = listed_images(os.path.join(root, part), names)
+    if left_out:
+        print(left_out, file=sys.stderr)
     return [(os.path.join(part, path), label) for path, label in zip(paths, labels)]
 
 

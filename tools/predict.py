@@ -37,7 +37,7 @@ from utils.runlog import progress
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 1 when not a single image could be read, else 0."""
+    """Returns 1 when an image could not be read, else 0."""
     args = parse(argv)
     config = trained_config(args)
     paths = find_images(args.images)
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             write = write_csv if args.target.endswith('.csv') else write_json
             write(file, progress(predictions, len(paths), 'images', shown=True), names, topk)
     print(f'{len(paths)} images, {len(unreadable)} of them unreadable')
-    return int(len(unreadable) == len(paths))
+    return int(len(unreadable) > 0)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

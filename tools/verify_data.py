@@ -5,8 +5,9 @@
     python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
     python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
 
-Reads and decodes every image as training does. Problems are lists with bad lines or labels, images that cannot be used, the same
-file twice in a part, and the same file in training and validation. Exit status: 0 without problems, 1 with some.
+Reads and decodes every image as training does. Problems are lists with bad lines or labels, classes without training images,
+images that cannot be used, the same file twice in a part, and the same file in training and validation. Exit status: 0 without
+problems, 1 with some.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from config import flag_parser, get_config, update_config
 from datasets import Dataset, build_dataset, resolve_num_classes
-from datasets.dataset import EncodedStorage
+from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
 from utils.cli import run
 from utils.errors import UserError
@@ -74,7 +75,8 @@ def verify(config) -> dict:
     for part, dataset in datasets.items():
         digests[part], faults = check_images(dataset, part, config.DATA.NUM_WORKERS)
         problems += faults
-        parts[part] = {**count(dataset), 'unreadable': len(faults)}
+        parts[part] = {**count(dataset), 'unreadable': len(faults), 'notes': dataset.notes}
+    problems += find_empty(datasets)
     problems += find_copies(datasets, digests)
     return {'dataset': config.DATA.DATASET, 'data_path': config.DATA.DATA_PATH, 'parts': parts, 'problems': problems}
 
@@ -94,13 +96,23 @@ def open_parts(config) -> tuple[dict[str, Dataset], list[dict]]:
 
 
 def count(dataset: Dataset) -> dict:
-    per_class = np.bincount(dataset.labels, minlength=dataset.num_classes)
+    number, first = empty_classes(dataset, dataset.num_classes)
+    _, per_class = np.unique(dataset.labels, return_counts=True)
     return {
         'images': len(dataset),
         'classes': dataset.num_classes,
-        'empty_classes': np.flatnonzero(per_class == 0).tolist(),
-        'images_per_class': [int(per_class.min()), int(per_class.max())],
+        'empty_classes': first,
+        'images_per_class': [0 if number else int(per_class.min()), int(per_class.max())],
     }
+
+
+def find_empty(datasets: dict[str, Dataset]) -> list[dict]:
+    """Classes that nothing is learned about. Validation may lack classes."""
+    if 'train' not in datasets:
+        return []
+    number, first = empty_classes(datasets['train'], datasets['train'].num_classes)
+    reason = describe_empty(datasets['train'], datasets['train'].num_classes)
+    return [{'kind': 'empty', 'part': 'train', 'number': number, 'classes': first, 'reason': reason}] if number else []
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -170,7 +182,6 @@ def _check_chunk(chunk: range) -> list[tuple[int, bytes, str | None]]:
 # ---------------------------------------------------------------------------------------------------- copies
 def find_copies(datasets: dict[str, Dataset], digests: dict[str, np.ndarray]) -> list[dict]:
     """Files that are there more than once: `leak` across parts, `duplicate` within one."""
-    origins = [(part, index) for part, found in digests.items() for index in range(len(found))]
     everything = np.concatenate(list(digests.values()))
     _, group, sizes = np.unique(everything, axis=0, return_inverse=True, return_counts=True)
     group = group.reshape(-1)
@@ -180,7 +191,7 @@ def find_copies(datasets: dict[str, Dataset], digests: dict[str, np.ndarray]) ->
         members.setdefault(int(group[place]), []).append(int(place))
     problems = []
     for places in members.values():
-        copies = [origins[place] for place in places]
+        copies = [origin(place, datasets) for place in places]
         problems.append(
             {
                 'kind': 'leak' if len({part for part, _ in copies}) > 1 else 'duplicate',
@@ -192,11 +203,22 @@ def find_copies(datasets: dict[str, Dataset], digests: dict[str, np.ndarray]) ->
     return problems
 
 
+def origin(place: int, datasets: dict[str, Dataset]) -> tuple[str, int]:
+    """Part and index of an image by its place in all parts."""
+    for part, dataset in datasets.items():
+        if place < len(dataset):
+            return part, place
+        place -= len(dataset)
+    raise IndexError(place)
+
+
 # ---------------------------------------------------------------------------------------------------- on the screen
 def show(report: dict) -> None:
     for part, facts in report['parts'].items():
         low, high = facts['images_per_class']
         print(f'{part}: {facts["images"]} images in {facts["classes"]} classes of {low} to {high}')
+        for note in facts['notes']:
+            print(f'{part}: {note}')
     kinds = Counter(problem['kind'] for problem in report['problems'])
     for kind, number in kinds.items():
         problems = [problem for problem in report['problems'] if problem['kind'] == kind]
@@ -207,7 +229,7 @@ def show(report: dict) -> None:
 
 
 def sentence(problem: dict) -> str:
-    if problem['kind'] == 'list':
+    if problem['kind'] in ('list', 'empty'):
         return problem['reason']
     if problem['kind'] == 'unreadable':
         return f'{problem["image"]}: {problem["reason"]}'
