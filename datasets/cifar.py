@@ -57,6 +57,8 @@ def _build(config, name: str, folder: str, files: list[str], label_key: str, met
         pixels, file_labels = _fields(path, name, 'data', label_key)
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
             raise UserError(f"'{path}' does not hold rows of 3072 bytes; unpack {name}-python.tar.gz again.")
+        if not isinstance(file_labels, (list, np.ndarray)):
+            raise UserError(f"'{path}' has no list of {label_key}; unpack {name}-python.tar.gz again.")
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += list(file_labels)
     return Dataset(ArrayStorage(np.concatenate(images), root), labels, source=f"'{root}'", class_names=class_names)

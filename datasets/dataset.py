@@ -172,7 +172,7 @@ class PackedStrings:
     """
 
     def __init__(self, strings: Iterable[str]):
-        encoded = [os.fsencode(string) for string in strings]
+        encoded = [_encoded(string) for string in strings]
         self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
         self._bytes = np.frombuffer(b''.join(encoded), dtype=np.uint8)
 
@@ -182,6 +182,13 @@ class PackedStrings:
     def __getitem__(self, index: int) -> str:
         begin = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[begin : self._ends[index]].tobytes())
+
+
+def _encoded(name: str) -> bytes:
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:  # half a character, which JSON can hold
+        raise UserError(f'{name!r} cannot be the name of a file; fix it where it is listed.') from None
 
 
 def resolve_num_classes(config, dataset: Dataset) -> int:
@@ -235,5 +242,5 @@ def describe_empty(dataset: Dataset, num_classes: int) -> str:
     if not count:
         return ''
     hint = ' Do labels start from 1? They must start from 0.' if first == [0] and dataset.class_names is None else ''
-    more = ', ...' if count > _SHOWN else ''
-    return f'{count} of {num_classes} classes have no image in {dataset.source}: {", ".join(map(str, first[:_SHOWN]))}{more}.{hint}'
+    more = ['and so on'] if count > _SHOWN else []
+    return f'{count} of {num_classes} classes have no image in {dataset.source}: {", ".join([*map(str, first[:_SHOWN]), *more])}.{hint}'

@@ -72,10 +72,10 @@ def _upstream(path: str) -> Dataset:
 
 def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
     kept = storage.path + '.labels.npy'
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, EOFError):
         if os.path.getmtime(kept) >= os.path.getmtime(storage.path):
             labels = np.load(kept)
-            if labels.shape == (len(storage),):
+            if labels.shape == (len(storage),) and labels.dtype.kind == 'i':
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
     labels = np.array([storage.record(number)[1] for number in numbers], np.int64)

@@ -88,8 +88,8 @@ def describe_left_out(left_out: Counter, folder: str) -> str:
     """One sentence on the files that are no images by their names, empty where there are none."""
     if not left_out:
         return ''
-    kinds = describe_counts(left_out)
-    return f"{sum(left_out.values())} files below '{folder}' are left out ({kinds}): images are {' '.join(EXTENSIONS)}."
+    kinds, total = describe_counts(left_out), sum(left_out.values())
+    return f"left out below '{folder}', not images by their extensions: {kinds} ({total} in all)."
 
 
 def describe_counts(extensions: Counter) -> str:

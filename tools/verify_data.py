@@ -5,7 +5,7 @@
     python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
     python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
 
-Reads and decodes every image as training does. Problems are lists with bad lines or labels, classes without training images,
+Reads and decodes every image as training does. Problems are lists with bad lines or labels or without images of a class,
 images that cannot be used, the same file twice in a part, and the same file in training and validation. Exit status: 0 without
 problems, 1 with some.
 """
@@ -75,10 +75,16 @@ def verify(config) -> dict:
     for part, dataset in datasets.items():
         digests[part], faults = check_images(dataset, part, config.DATA.NUM_WORKERS)
         problems += faults
-        parts[part] = {**count(dataset), 'unreadable': len(faults), 'notes': dataset.notes}
+        parts[part] = {**count(dataset), 'unreadable': len(faults)}
     problems += find_empty(datasets)
     problems += find_copies(datasets, digests)
-    return {'dataset': config.DATA.DATASET, 'data_path': config.DATA.DATA_PATH, 'parts': parts, 'problems': problems}
+    return {
+        'dataset': config.DATA.DATASET,
+        'data_path': config.DATA.DATA_PATH,
+        'parts': parts,
+        'notes': [note for part, dataset in datasets.items() for note in notes_on(part, dataset)],
+        'problems': problems,
+    }
 
 
 def open_parts(config) -> tuple[dict[str, Dataset], list[dict]]:
@@ -107,12 +113,19 @@ def count(dataset: Dataset) -> dict:
 
 
 def find_empty(datasets: dict[str, Dataset]) -> list[dict]:
-    """Classes that nothing is learned about. Validation may lack classes."""
-    if 'train' not in datasets:
-        return []
-    number, first = empty_classes(datasets['train'], datasets['train'].num_classes)
-    reason = describe_empty(datasets['train'], datasets['train'].num_classes)
-    return [{'kind': 'empty', 'part': 'train', 'number': number, 'classes': first, 'reason': reason}] if number else []
+    """Classes up to the largest label of a training list that nothing is learned about; validation may lack classes.
+
+    Where classes have names, those without an image are a note.
+    """
+    train = datasets.get('train')
+    reason = describe_empty(train, train.num_classes) if train and train.class_names is None else ''
+    return [{'kind': 'empty', 'part': 'train', 'reason': reason}] if reason else []
+
+
+def notes_on(part: str, dataset: Dataset) -> list[str]:
+    named = part == 'train' and dataset.class_names is not None
+    notes = [*dataset.notes, *([describe_empty(dataset, dataset.num_classes)] if named else [])]
+    return [f'{part}: {note}' for note in notes if note]
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -217,8 +230,8 @@ def show(report: dict) -> None:
     for part, facts in report['parts'].items():
         low, high = facts['images_per_class']
         print(f'{part}: {facts["images"]} images in {facts["classes"]} classes of {low} to {high}')
-        for note in facts['notes']:
-            print(f'{part}: {note}')
+    for note in report['notes']:
+        print(note)
     kinds = Counter(problem['kind'] for problem in report['problems'])
     for kind, number in kinds.items():
         problems = [problem for problem in report['problems'] if problem['kind'] == kind]

@@ -14,7 +14,15 @@ import pytest
 from PIL import Image
 
 from config import get_config
-from datasets import Dataset, build_dataset, list_datasets, register_dataset, resolve_num_classes
+from datasets import (
+    Dataset,
+    FileStorage,
+    build_dataset,
+    describe_empty,
+    list_datasets,
+    register_dataset,
+    resolve_num_classes,
+)
 from datasets.dataset import PackedStrings
 from datasets.digits import digits_folder
 from datasets.images import UnreadableImage, decode_image
@@ -46,6 +54,17 @@ def test_list(tmp_path, write_image, make_config):
         ('a.png 0\n\na.png x\n', r'val_list\.txt:3: '),
         ('a.png -1\n', r'val_list\.txt:1: '),
         ('a.png 1.0\n', r'val_list\.txt:1: '),
+        ('a.png 0\n0\n', r'val_list\.txt:2: .*expected'),
+        ('a.png,0\n', r'val_list\.txt:1: .*expected'),
+        ('# a comment\na.png 0\n', r'val_list\.txt:1: .*expected'),
+        (
+            '# version 2\na.png 0\n',
+            r"val_list\.txt:1: there is no file '# version'; remove the line if it is a comment",
+        ),
+        ('a.png 0\n\na\0.png 0\n', r'val_list\.txt:3: a zero byte'),
+        ('a.png 0\n'.encode('utf-16'), r'val_list\.txt:1: a zero byte in the line.*UTF-8'),
+        (f'a.png {2**64}\n', r'val_list\.txt:1: label 18446744073709551616 is out of range'),
+        (f'a.png {"9" * 5000}\n', r'val_list\.txt:1: label 9{200} is out of range'),
         ('a.png 0\na.png 7\n', r'val_list\.txt:2: label 7 is out of range, MODEL\.NUM_CLASSES is 7'),
         ('\n \n', 'val_list.txt.* holds no image'),
         ('b/gone.png 0\n', r'b/gone\.png.*does not exist'),
@@ -53,9 +72,41 @@ def test_list(tmp_path, write_image, make_config):
 )
 def test_bad_list(tmp_path, write_image, make_config, text, message):
     write_image(tmp_path / 'a.png')
-    (tmp_path / 'val_list.txt').write_text(text)
+    (tmp_path / 'val_list.txt').write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         build_dataset(make_config(tmp_path, MODEL__NUM_CLASSES=7), 'val')
+
+
+def test_labels_of_many_digits(tmp_path, write_image, make_config):
+    write_image(tmp_path / 'a.png')
+    (tmp_path / 'val_list.txt').write_text('a.png 00000000000003\n')
+    assert build_dataset(make_config(tmp_path), 'val').labels.tolist() == [3]
+    (tmp_path / 'val_list.txt').write_text('a.png 0\na.png 9999999999\n')
+    with pytest.raises(UserError, match=r'val_list\.txt:2: label 9999999999 is too large'):
+        build_dataset(make_config(tmp_path), 'val')
+
+
+def test_contradictory_lines(tmp_path, write_image, make_config):
+    """The same image with the same label is drawn more often; with another one it is said which lines are meant."""
+    write_image(tmp_path / 'a.png')
+    (tmp_path / 'val_list.txt').write_text('a.png 1\n\na.png 1\na.png 0\na.png 2\n')
+    dataset = build_dataset(make_config(tmp_path), 'val')
+    assert dataset.labels.tolist() == [1, 1, 0, 2]
+    assert dataset.notes == [
+        f"{tmp_path}/val_list.txt:4: 'a.png' has label 0, but 1 in line 1; 2 lines in all contradict an earlier one."
+    ]
+    (tmp_path / 'val_list.txt').write_text('a.png 0\na.png 0\n')
+    assert build_dataset(make_config(tmp_path), 'val').notes == []
+
+
+def test_names_that_no_file_has(tmp_path, write_image):
+    """What lists of another kind than text may hold."""
+    write_image(tmp_path / 'a.png')
+    dataset = Dataset(FileStorage(str(tmp_path), ['a.png', 'a\0.png']), [0, 1], 'list')
+    with pytest.raises(UserError, match='number 1 of list.*null byte'):
+        dataset.load(1)
+    with pytest.raises(UserError, match=r"'\\ud800\.png' cannot be the name of a file"):
+        FileStorage(str(tmp_path), ['\ud800.png'])
 
 
 def test_missing_list(tmp_path, make_config):
@@ -181,6 +232,18 @@ def test_bad_cifar(tmp_path, make_config):
     (folder / 'test_batch').write_bytes(content[:-100])
     with pytest.raises(UserError, match='test_batch.*damaged'):
         build_dataset(config, 'val')
+    for labels, message in (
+        (None, 'test_batch.*no list of labels'),
+        ([0, 1, 1.5], 'not whole numbers'),
+        ([0, 1, 10], r'outside 0 to 9: 10 of .*\[2\]'),
+        ([0, -1, 1], r'outside 0 to 9: -1 of .*\[1\]'),
+        ([0, 1, 2**70], 'not whole numbers'),
+        ([0, 1], '3 images, but 2 labels'),
+    ):
+        batch = {'data': np.zeros((3, 3072), np.uint8), 'labels': labels}
+        (folder / 'test_batch').write_bytes(pickle.dumps(batch, protocol=2))
+        with pytest.raises(UserError, match=message):
+            build_dataset(config, 'val')
 
 
 def test_cifar_runs_no_code(tmp_path, make_config):
@@ -244,6 +307,54 @@ def test_class_counts(list_data, folder_data, make_config):
         resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 2]), lists)
     with pytest.raises(UserError, match='MODEL.NUM_CLASSES is 1000, but .* has 3 classes'):
         resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 1000]), folder)
+
+
+@pytest.mark.parametrize('labels', [[0, 20221231, 1], [20221231, 20221231, 20221231], [1000, 0, 0]])
+def test_a_label_far_too_large(tmp_path, list_data, make_config, labels):
+    """Does not make millions of classes, unless they are asked for; 1000 may be empty."""
+    path, largest = list_data(3), max(labels)
+    lines = [f'images/picture {number}.png {label}\n' for number, label in enumerate(labels)]
+    (path / 'train_list.txt').write_text('\n'.join(lines))
+    dataset = build_dataset(make_config(path), 'train')
+    line = 1 + 2 * labels.index(largest)
+    with pytest.raises(UserError, match=rf'train_list\.txt:{line}: label {largest} .*-num_classes {largest + 1}'):
+        resolve_num_classes(make_config(path), dataset)
+    assert resolve_num_classes(make_config(path, MODEL__NUM_CLASSES=largest + 1), dataset) == largest + 1
+    (path / 'train_list.txt').write_text(''.join(lines).replace(str(largest), '999'))
+    assert resolve_num_classes(make_config(path), build_dataset(make_config(path), 'train')) == 1000
+
+
+def test_many_classes_are_plausible_where_most_have_images():
+    storage = FileStorage('', map(str, range(1500)))
+    assert resolve_num_classes(get_config(), Dataset(storage, np.arange(1500) * 2 - np.arange(1500) % 2, 'x')) == 2998
+    with pytest.raises(UserError, match="'1499': label 4497 makes 4498 classes"):
+        resolve_num_classes(get_config(), Dataset(storage, np.arange(1500) * 3, 'x'))
+
+
+def test_empty_classes():
+    def of(labels, num_classes, names=None):
+        return describe_empty(Dataset(FileStorage('', map(str, labels)), labels, "'list'", names), num_classes)
+
+    assert of([0, 1, 2], 3) == ''
+    assert of([1, 2, 3], 4) == (
+        "1 of 4 classes have no image in 'list': 0. Do labels start from 1? They must start from 0."
+    )
+    assert of([1, 2], 3, ['a', 'b', 'c']) == "1 of 3 classes have no image in 'list': 0."
+    assert of([0, 2, 9], 12) == "9 of 12 classes have no image in 'list': 1, 3, 4, 5, 6, and so on."
+    assert of([0, 10**9], 10**9 + 1).startswith('999999999 of')
+
+
+@pytest.mark.parametrize(
+    'labels', [[0.5, 1], ['a', 'b'], [0, 2**63], [0, 2**64], [[0], [1, 2]], [[0, 1], [1, 2]], [True, False], [None, 0]]
+)
+def test_labels_that_are_no_whole_numbers(labels):
+    with pytest.raises(UserError, match='list has labels that are not whole numbers'):
+        Dataset(FileStorage('', ['a', 'b']), labels, 'list')
+
+
+def test_negative_labels():
+    with pytest.raises(UserError, match="labels outside 0 to 1: -1 of 'b'"):
+        Dataset(FileStorage('', ['a', 'b']), [1, -1], 'list')
 
 
 def test_own_dataset(make_config, monkeypatch):
