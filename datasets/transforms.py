@@ -143,7 +143,7 @@ class Squash:
         self.resample = resample
 
     def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image:
-        return resize_square(image, self.size, self.resample)
+        return image.resize((self.size, self.size), self.resample)
 
 
 class CentreCrop:
@@ -175,17 +175,6 @@ def resize_middle(image: Picture, size: tuple[int, int], length: int, resample: 
     return image.crop(tuple(cut)).resize(tuple(part), resample, tuple(box))
 
 
-def resize_square(image: Picture, size: int, resample: Image.Resampling) -> Image.Image:
-    """Resizes both sides to `size` pixels.
-
-    Pillow computes columns first, for all rows. Where a thin picture would become large by that, rows come first.
-    """
-    width, height = image.size
-    if width < size and height > THIN * size:
-        image = image.resize((width, size), resample)
-    return image.resize((size, size), resample)
-
-
 # ---------------------------------------------------------------------------------------------------- training
 class RandomResizedCrop:
     """Cuts a box whose area is a uniform share of the image and whose log aspect ratio is uniform, and resizes it.
@@ -203,7 +192,7 @@ class RandomResizedCrop:
 
     def __call__(self, image: Picture, rng: np.random.Generator) -> Image.Image:
         box = self.box(image.width, image.height, rng)
-        return resize_square(image.crop(box), self.size, choose(self.resamples, rng))
+        return image.crop(box).resize((self.size, self.size), choose(self.resamples, rng))
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) inside an image of the given size."""

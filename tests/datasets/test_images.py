@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from config import get_config
 from datasets import build_dataloader, build_dataset
@@ -113,6 +113,59 @@ def test_bomb_is_left_to_pillow(monkeypatch):
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 3000)
     with pytest.raises(UnreadableImage, match='exceeds limit'):
         decode_image(DATA)
+
+
+# ---------------------------------------------------------------------------------------------------- orientation
+def oriented(value: int, kind: str = 'JPEG', size: tuple[int, int] = (97, 61)) -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = value
+    buffer = io.BytesIO()
+    photograph(*size).save(buffer, kind, exif=exif)
+    return buffer.getvalue()
+
+
+def upright(data: bytes) -> Image.Image:
+    return ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert('RGB')
+
+
+@pytest.mark.parametrize('value', range(10))
+@pytest.mark.parametrize('kind', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
+def test_exif_orientation(kind, value):
+    """Like Pillow's exif_transpose, for all values and for what is none; ignored unless it is asked for."""
+    data = oriented(value, kind)
+    expected = upright(data)
+    for found in (decode_image(data, exif_rotate=True), open_image(data, exif_rotate=True)):
+        assert found.size == expected.size
+        assert np.array_equal(np.asarray(found.convert('RGB')), np.asarray(expected))
+    assert np.array_equal(np.asarray(decode_image(data)), by_pillow(data))
+
+
+@pytest.mark.parametrize('value', range(1, 9))
+def test_crops_of_a_turned_jpeg(value):
+    """Boxes are those of the turned picture, in the fast decoder's reduced pixels too."""
+    found, expected = (
+        open_image(oriented(value, size=(640, 480)), exif_rotate=True),
+        upright(oriented(value, size=(640, 480))),
+    )
+    assert isinstance(found, Jpeg)
+    for box in ((0, 0, *expected.size), (30, 50, 171, 333), (200, 7, 460, 300)):
+        assert np.array_equal(np.asarray(found.crop(box)), np.asarray(expected.crop(box)))
+        assert np.array_equal(found.reduced(box, 500), np.asarray(expected.crop(box)))
+        small = Image.fromarray(found.reduced(box, 30))
+        assert small.width < box[2] - box[0]
+        shrunk, exact = (np.asarray(each.resize((8, 8), 4), int) for each in (small, expected.crop(box)))
+        assert np.abs(shrunk - exact).mean() < 6
+    assert found.resize((20, 30), 3).tobytes() == expected.resize((20, 30), 3).tobytes()
+
+
+@pytest.mark.parametrize(
+    'exif', [b'Exif\0\0', b'Exif\0\0MM\0*\0\0\0\x08\xff\xff', b'Exif\0\0' + b'\xff' * 40, b'nonsense']
+)
+@pytest.mark.parametrize('kind', ['JPEG', 'WEBP'])
+def test_damaged_exif_data_say_nothing(kind, exif):
+    buffer = io.BytesIO()
+    photograph(40, 30).save(buffer, kind, exif=exif)
+    assert np.array_equal(np.asarray(decode_image(buffer.getvalue(), True)), by_pillow(buffer.getvalue()))
 
 
 # ---------------------------------------------------------------------------------------------------- FAST_RESIZE

@@ -14,6 +14,7 @@ from datasets.batch import to_tensor
 from datasets.erasing import RandomErasing
 from datasets.loader import Batch
 from datasets.transforms import (
+    CentreCrop,
     FastFlip,
     FastResizedCrop,
     PaddedCrop,
@@ -73,6 +74,54 @@ def test_resize_table():
 @pytest.mark.parametrize(('size', 'expected'), [((1, 7), (16, 112)), ((7, 1), (112, 16)), ((300, 299), (16, 16))])
 def test_resize_short(size, expected):
     assert ResizeShort(16, BICUBIC)(Image.new('RGB', size)).size == expected
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return picture(np.random.default_rng(0).integers(0, 256, (height, width, 3)))
+
+
+@pytest.mark.parametrize('turned', [False, True])
+@pytest.mark.parametrize(
+    ('short', 'long', 'exact'), [(3, 96, True), (50, 1600, True), (3, 97, False), (1, 4000, False), (50, 2222, False)]
+)
+@pytest.mark.parametrize('resample', [BICUBIC, BILINEAR])
+def test_thin_pictures(short, long, exact, resample, turned):
+    """Up to 32 times as long as wide as resized whole and then cropped, to the last bit; beyond nearly so."""
+    image = noise(*((long, short) if turned else (short, long)))
+    for size, side in ((24, 21), (25, 16), (24, 24)):
+        crop = CentreCrop(side)
+        whole = image.resize(tuple(int(size * length / short) for length in image.size), resample)
+        found = np.asarray(crop(ResizeShort(size, resample)(image)), int)
+        difference = np.abs(found - np.asarray(crop(whole), int))
+        assert difference.max() <= (0 if exact else 2)
+        assert difference.mean() < 0.05
+
+
+@pytest.mark.parametrize('size', [(1, 30000), (30000, 1), (2, 400_000), (400_000, 2)])
+@pytest.mark.parametrize(
+    ('training', 'keys'),
+    [
+        (False, {}),
+        (False, {'DATA__EVAL_CROP': 'squash'}),
+        (False, {'DATA__IMAGE_SIZE': 32}),
+        (True, {}),
+        (True, {'DATA__FAST_RESIZE': False}),
+        (True, {'DATA__CROP': 'padded'}),
+        (True, {'DATA__IMAGE_SIZE': 32}),
+        (True, {'DATA__IMAGE_CHANNELS': 1}),
+        (True, {'DATA__VIEWS': 2, 'TRAIN__RAND_AUGMENT': False, 'TRAIN__RANDOM_ERASE_PROB': 0.0}),
+    ],
+)
+def test_memory_does_not_grow_with_the_shape(monkeypatch, size, training, keys):
+    """No step makes a picture that is large beside the picture itself and the result."""
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(Image.Image, 'resize', lambda self, size, *args: made.append(size) or resize(self, size, *args))
+    image = Image.new('RGB', size, (9, 9, 9))
+    build_transform(config_of(**keys), training)(image, np.random.default_rng(0))
+    side = keys.get('DATA__IMAGE_SIZE', 224)
+    assert made or 'FAST_RESIZE' not in keys
+    assert all(width * height <= 50 * side**2 for width, height in made)
 
 
 @pytest.mark.parametrize(('size', 'keys'), [(16, {}), (48, {}), (48, {'DATA__INTERPOLATION': 'bilinear'})])
