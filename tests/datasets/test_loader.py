@@ -14,12 +14,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import ExifTags, Image
 
 from datasets import build_dataloader, build_dataset
+from datasets.images import UnreadableImage
 from datasets.loader import Loader
 from datasets.samplers import EvalSampler, RepeatedSampler, TrainSampler
+from datasets.subset import first_images
+from datasets.transforms import build_transform
 from datasets.workers import WorkerError
 from tests.conftest import ROOT
+from tools import make_lmdb, make_zip
 from utils.errors import UserError
 
 
@@ -258,6 +263,75 @@ def test_other_errors_name_the_image(list_data, make_config, workers):
     loader._maker.transform = type('', (), {'__call__': staticmethod(fail), 'shape': (16, 16, 3)})()
     with loader, pytest.raises(RuntimeError, match=r'ZeroDivisionError .*picture \d\.png.*by design'):
         next(loader.epoch(0))
+
+
+@pytest.mark.parametrize('bad', [MemoryError(), UnreadableImage('the step found damage')])
+def test_what_a_step_cannot_do_is_skipped(list_data, make_config, bad):
+    """Too little memory for one image is a fault of that image."""
+
+    def step(image, rng):
+        if np.asarray(image)[0, 0, 0] == np.random.default_rng(2).integers(0, 256, (20, 24, 3), np.uint8)[0, 0, 0]:
+            raise bad
+        return np.zeros((16, 16, 3), np.uint8)
+
+    for keys in ({}, {'DATA__BAD_IMAGE': 'skip'}):
+        loader = make_loader(make_config(list_data(4), **keys), training=False)
+        loader._maker.transform = type('', (), {'__call__': staticmethod(step), 'shape': (16, 16, 3)})()
+        if keys:
+            (batch,) = loader.epoch(0)
+            assert (batch.indices.tolist(), batch.skipped) == ([0, 1, 3], 1)
+        else:
+            with pytest.raises(UserError, match=r'picture 2\.png.*(more memory|damage)'):
+                next(loader.epoch(0))
+
+
+# ---------------------------------------------------------------------------------------------------- orientation
+@pytest.fixture(scope='module')
+def turned(tmp_path_factory):
+    """A phone's picture in train/a and val/a, as it is stored and turned, as lists, LMDB and zip files too."""
+    root = tmp_path_factory.mktemp('turned')
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((360, 240), Image.Resampling.BICUBIC)
+    for split in ('train', 'val'):
+        (root / split / 'a').mkdir(parents=True)
+        image.save(root / split / 'a' / 'x.jpg', quality=95, exif=exif)
+        image.save(root / split / 'a' / 'y.png', exif=exif)
+        (root / f'{split}_list.txt').write_text(f'{split}/a/x.jpg 0\n{split}/a/y.png 0\n')
+    for tool in (make_lmdb, make_zip):
+        tool.main(['-data_path', str(root), '-dataset', 'folder'])
+    return root, image
+
+
+PLAIN = {
+    'TRAIN__RAND_AUGMENT': False,
+    'TRAIN__COLOR_JITTER': 0.0,
+    'TRAIN__HFLIP': 0.0,
+    'TRAIN__RANDOM_ERASE_PROB': 0.0,
+}
+
+
+@pytest.mark.parametrize('rotate', [False, True])
+@pytest.mark.parametrize('storage', ['folder', 'list', 'zip', 'lmdb', 'cache', 'subset'])
+@pytest.mark.parametrize(
+    ('training', 'keys'), [(False, {}), (True, {}), (True, {'DATA__FAST_RESIZE': False}), (True, {'DATA__VIEWS': 2})]
+)
+def test_exif_rotate(turned, make_config, training, keys, storage, rotate):
+    """The same batches as from turned files, wherever they lie; without the key as from files that are not turned."""
+    root, image = turned
+    keys = {**PLAIN, **keys, 'DATA__EXIF_ROTATE': rotate, 'DATA__CACHE': 'full' if storage == 'cache' else 'no'}
+    kind = storage if storage in ('list', 'zip', 'lmdb') else 'folder'
+    config = make_config(root, DATA__DATASET=kind, **keys)
+    dataset = build_dataset(config, 'train' if training else 'val')
+    if storage == 'subset':
+        dataset = first_images(dataset, 1)
+    (batch,) = build_dataloader(config, dataset, training).epoch(0)
+    upright = image.transpose(Image.Transpose.ROTATE_270) if rotate else image
+    for pixels, index in zip(batch.images, batch.indices):
+        rng = np.random.default_rng([config.SEED, 0, int(index), 0])
+        difference = np.abs(pixels.astype(int) - build_transform(config, training)(upright, rng))
+        assert difference.mean() < (6 if index == 0 else 1e-9)  # the first one is a JPEG file
 
 
 # ---------------------------------------------------------------------------------------------------- dying, hanging

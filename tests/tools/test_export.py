@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from config import get_config
 from datasets.batch import to_tensor
@@ -46,15 +46,18 @@ def test_the_guide_reproduces_the_evaluation(trained, tmp_path, monkeypatch):
     assert_close(variables['logits'], evaluated_logits(trained), 1e-5)
 
 
-def test_the_guide_squashes_what_the_evaluation_squashes(tmp_path, monkeypatch):
+def test_the_guide_squashes_and_turns_what_the_evaluation_does(tmp_path, monkeypatch):
     opts = ['DATA.IMAGE_SIZE', 40, 'DATA.EVAL_CROP', 'squash', 'DATA.IMAGENET_MEAN', (0.1, 0.2, 0.3)]
+    opts += ['DATA.EXIF_ROTATE', True]
     config = get_config(None, opts)
     spec = export.describe(config, CLASSES)
     assert (spec['resize_short'], spec['crop_pct'], spec['image_size']) == (None, 1.0, 40)
     (tmp_path / 'exported').mkdir()
     (tmp_path / 'exported' / 'mine.preprocess.json').write_text(json.dumps(spec))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 90, 3), 'uint8'))
-    image.save(tmp_path / 'a.png')
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    image.transpose(Image.Transpose.ROTATE_180).save(tmp_path / 'a.png', exif=exif)
     with open(os.path.join(ROOT, 'docs', 'predict_export.md'), encoding='utf-8') as file:
         code = file.read().partition('```python\n')[2].partition('\nconfig = ')[0]
     monkeypatch.chdir(tmp_path)

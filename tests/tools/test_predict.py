@@ -13,7 +13,9 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+from PIL import ExifTags, Image
 
+from datasets import transforms
 from tests.runs.conftest import run
 from tests.tools.conftest import CLASSES, evaluated_logits, random_state
 from tools import predict
@@ -64,7 +66,8 @@ def test_unreadable_images_keep_their_place(trained, tmp_path):
     names.write_text(''.join(f'name, {k}\n' for k in range(CLASSES)))
     output = tmp_path / 'out.csv'
     extra = ['-topk=2', f'-class_names={names}', '-batch_size=2', f'-output={output}']
-    out, _ = run('tools/predict.py', *flags(trained), *extra, str(folder), str(tmp_path / 'bare'), good)
+    out, err = run('tools/predict.py', *flags(trained), *extra, str(folder), str(tmp_path / 'bare'), good, status=1)
+    assert f"left out below '{folder}', not images by their extensions: 1 .txt (1 in all)" in err
     with open(output, encoding='utf-8', errors='surrogateescape', newline='') as file:
         header, *rows = csv.reader(file)
     assert header == ['image', 'class1', 'name1', 'probability1', 'class2', 'name2', 'probability2', 'error']
@@ -88,6 +91,43 @@ def test_status_1_when_nothing_can_be_read(trained, tmp_path, capsys):
         open(path, 'wb').close()
     assert in_process(*flags(trained), *paths) == 1
     assert f'{paths[1]}: the file is empty' in capsys.readouterr().out
+
+
+def test_thin_and_damaged_images_cost_no_other_answer(trained, tmp_path, capsys):
+    """Each gets an answer or a reason, and the status is 1 for a single reason."""
+    paths = [str(tmp_path / name) for name in ('a.png', 'b.png', 'c.png')]
+    Image.new('RGB', (1, 30000)).save(paths[0])
+    Image.new('F', (4, 4)).save(paths[1], 'TIFF')
+    Image.new('RGB', (40, 40)).save(paths[2])
+    assert in_process(*flags(trained), '-topk=1', *paths) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if '.png: ' in line]
+    assert [line.partition(': ')[0] for line in lines] == paths
+    assert (
+        re.search(r': \d \d\.\d{4}$', lines[0]) and 'floating point' in lines[1] and re.search(r': \d \d\.', lines[2])
+    )
+    assert in_process(*flags(trained), paths[0], paths[2]) == 0
+
+
+def test_too_little_memory_is_a_reason(trained, monkeypatch, capsys):
+    monkeypatch.setattr(
+        transforms.ResizeShort, '__call__', lambda self, image, rng: (_ for _ in ()).throw(MemoryError())
+    )
+    assert in_process(*flags(trained), os.path.join(trained.images, 'class0', '0.png')) == 1
+    assert '0.png: it needs more memory than there is' in capsys.readouterr().out
+
+
+def test_orientation(trained, tmp_path, capsys):
+    """With DATA.EXIF_ROTATE a picture and its turned copy with an EXIF orientation have the same answers."""
+    exif, image = Image.Exif(), Image.open(os.path.join(trained.images, 'class0', '0.png'))
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / 'a.png')
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'b.png', exif=exif)
+    answers = []
+    for rotate in ('False', 'True'):
+        predict.main([*flags(trained), str(tmp_path), '-opts', 'DATA.NUM_WORKERS', '0', 'DATA.EXIF_ROTATE', rotate])
+        lines = [line for line in capsys.readouterr().out.splitlines() if '.png: ' in line]
+        answers.append([line.partition('.png: ')[2] for line in lines])
+    assert answers[0][0] == answers[1][0] == answers[1][1] != answers[0][1]
 
 
 def test_a_run_folder_says_what_it_is(trained, tmp_path, capsys):

@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +142,48 @@ def test_lists(write):
     assert report['parts'].keys() == {'train'}
     status, report = verify(path, '-num_classes', '5', dataset='list')
     assert [problem['kind'] for problem in report['problems']] == ['leak', 'leak']
+
+
+def test_labels(write, capsys):
+    """Labels from 1, a label that is far too large, contradictory lines, a zero byte: none of them is clean."""
+    path = write({f'{number}.png': encoded(picture(number)) for number in range(4)})
+    (path / 'val_list.txt').write_text('3.png 1\n')
+    (path / 'train_list.txt').write_text('0.png 1\n1.png 2\n2.png 3\n')
+    status, report = verify(path, dataset='list')
+    (problem,) = report['problems']
+    assert (status, problem['kind'], problem['part']) == (1, 'empty', 'train')
+    assert re.search(
+        r'1 of 4 classes have no image in .*train_list\.txt.*: 0\. Do labels start from 1', problem['reason']
+    )
+    assert f'empty: {problem["reason"]}' in capsys.readouterr().out
+    assert report['parts']['train']['empty_classes'] == [0]
+    assert report['parts']['train']['images_per_class'] == [0, 1]
+
+    (path / 'train_list.txt').write_text('0.png 0\n1.png 999999999\n2.png 1\n')
+    status, report = verify(path, dataset='list')
+    assert status == 1
+    assert 'train_list.txt:2: label 999999999 makes' in report['problems'][0]['reason']
+    assert len(report['parts']['train']['empty_classes']) == 1000
+
+    (path / 'train_list.txt').write_text('0.png 0\n0.png 1\n1.png 1\n')
+    status, report = verify(path, dataset='list')
+    assert [(problem['kind'], problem['labels']) for problem in report['problems']] == [('duplicate', [0, 1])]
+    assert 'train_list.txt:2' in report['notes'][0]
+
+    (path / 'train_list.txt').write_text('0.png 0\n1\0.png 1\n')
+    status, report = verify(path, dataset='list')
+    assert (status, report['problems'][0]['kind']) == (1, 'list')
+    assert 'train_list.txt:2: a zero byte' in report['problems'][0]['reason']
+
+
+def test_left_out(write, capsys):
+    """Files that are no images by their names are a note, and hidden ones nothing."""
+    path = write({**CLEAN, 'train/a/x.heic': b'', 'val/a/.ipynb_checkpoints/0.png': CLEAN['val/a/0.png']})
+    status, report = verify(path)
+    assert (status, report['problems']) == (0, [])
+    (note,) = report['notes']
+    assert re.match("train: left out below '.*train', .*: 1 .heic", note)
+    assert note in capsys.readouterr().out.splitlines()
 
 
 def test_a_folder_that_is_not_there(tmp_path):
