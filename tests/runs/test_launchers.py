@@ -164,12 +164,15 @@ def test_an_unreadable_image_names_itself(recipe, images, tmp_path):
     shutil.copytree(images, data)
     broken = data / 'train' / 'class1' / '3.png'
     broken.write_bytes(b'not a picture')
+    (data / 'train' / 'class1' / 'phone.heic').touch()
     flags = (f'-cfg={recipe}', f'-data_path={data}', '-opts', 'TRAIN.NUM_EPOCHS', '1')
     _, err = run('main_multi_gpu.py', *flags, NPROC='2', status=2)
     assert err.count(str(broken)) == 1 and 'Traceback' not in err
     run('main_multi_gpu.py', *flags, 'DATA.BAD_IMAGE', 'skip', 'TAG', 'skip', NPROC='2')
     row = metrics(tmp_path / 'out' / 'skip')[0]
     assert row['skipped'] >= 1
+    log = (tmp_path / 'out' / 'skip' / 'log.txt').read_text()
+    assert log.count(f"----- left out below '{data}/train', not images by their extensions: 1 .heic (1 in all).") == 1
 
 
 def test_a_lost_worker_ends_the_run(recipe, tmp_path):
