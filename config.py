@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration tree: every key, its default and what it does.
+"""The configuration tree: every key with its default, its bounds and what it does.
 
 A run is described by one YAML file. Values are taken in this order, later ones winning:
 
     defaults below  <  each file of BASE, recursively  <  the YAML itself  <  command-line flags  <  -opts KEY VALUE
 
 >>> config = get_config('./configs/gmlp_s16_224.yaml', opts=['MODEL.NUM_CLASSES', 10])
+
+`python -m config -cfg FILE [flags]` prints the result and where each value was given.
 
 Keys are PaddleViT's where PaddleViT has the key; its YAML files load unchanged, old spellings included.
 """
@@ -18,278 +20,228 @@ from collections.abc import Callable, Collection
 
 from yacs.config import CfgNode as CN
 
+from utils.cli import run
 from utils.errors import UserError
-from utils.schema import Schema
+from utils.schema import Key, Schema, Section, shown
 
-_C = CN()
-_C.BASE = ['']  # YAML files to inherit from, relative to the file that names them
+# Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
+GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
+CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, VIT + MAE + MOCOV3
+SUPERVISED, TAUGHT = ('supervised',), ('supervised', 'mae')
+
+SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
+
+# fmt: off
+# One line per key: Key(default, bounds or choices, type where the default does not show it, owner).
+_C = Section()
+_C.BASE = Key([''])  # YAML files to inherit from, relative to the file that names them
 
 # ---------------------------------------------------------------------------------------------------- data
-_C.DATA = CN()
-_C.DATA.DATASET = 'imagenet2012'  # a registered data set; docs/data.md lists them
-_C.DATA.DATA_PATH = '/dataset/imagenet/'  # folder that holds the data
-_C.DATA.BATCH_SIZE = 256  # training images per process and micro-batch
-_C.DATA.BATCH_SIZE_EVAL = None  # evaluation images per process; None: BATCH_SIZE
-_C.DATA.IMAGE_SIZE = 224  # side of the square input, pixels
-_C.DATA.IMAGE_CHANNELS = 3  # 3: RGB, 1: grey
-_C.DATA.CROP_PCT = 0.875  # evaluation: shorter side is resized to floor(IMAGE_SIZE / CROP_PCT), then centre-cropped
-_C.DATA.CROP = 'auto'  # resized: RandomResizedCrop / CROP_PCT; padded: 4 px of black (CIFAR); auto: padded up to 32 px
-_C.DATA.EVAL_CROP = 'centre'  # evaluation: centre, as CROP_PCT says; squash: both sides are resized to IMAGE_SIZE
-_C.DATA.VIEWS = 1  # views of each training image: 1, or 2 that are augmented differently (MoCo-v3)
-_C.DATA.INTERPOLATION = 'bicubic'  # resampling: bicubic, bilinear, or random (training: one of both per image)
-_C.DATA.FAST_RESIZE = True  # training: crops resized by OpenCV, close to Pillow's pixels; False: exactly those, slower
-_C.DATA.IMAGENET_MEAN = [0.5, 0.5, 0.5]  # subtracted from images scaled to [0, 1]; a 1-channel model takes the first
-_C.DATA.IMAGENET_STD = [0.5, 0.5, 0.5]  # divided by, after that
-_C.DATA.NUM_WORKERS = 4  # loading processes per training process; 0 loads in the training process itself
-_C.DATA.PREFETCH = 2  # batches each worker prepares ahead
-_C.DATA.TIMEOUT = 300.0  # seconds to wait for a batch before the run is ended with an error; 0 waits for ever
-_C.DATA.CACHE = 'no'  # image files held in memory: no; full: all; part: a process holds, and sees, its share only
-_C.DATA.BAD_IMAGE = 'error'  # unreadable image: error ends the run and names it; skip leaves it out and counts it
-_C.DATA.EXIF_ROTATE = False  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
+_C.DATA = Section()
+_C.DATA.DATASET = Key('imagenet2012')  # a registered data set; docs/data.md lists them
+_C.DATA.DATA_PATH = Key('/dataset/imagenet/')  # folder that holds the data
+_C.DATA.BATCH_SIZE = Key(256, '[1, 65536]')  # training images per process and micro-batch
+_C.DATA.BATCH_SIZE_EVAL = Key(None, '[1, 65536]', int)  # evaluation images per process; None: BATCH_SIZE
+_C.DATA.IMAGE_SIZE = Key(224, '[1, 8192]')  # side of the square input, pixels
+_C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: grey
+_C.DATA.CROP_PCT = Key(0.875, '(0, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
+_C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px
+_C.DATA.EVAL_CROP = Key('centre', ('centre', 'squash'))  # evaluation: crop as CROP_PCT says, or resize both sides
+_C.DATA.VIEWS = Key(1, (1, 2))  # views of each training image: 1, or 2 that are augmented differently (MoCo-v3)
+_C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both per training image
+_C.DATA.FAST_RESIZE = Key(True)  # training: resize by OpenCV; False: by Pillow, slower, whose pixels differ slightly
+_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # of images in [0, 1]; 1 channel: the first
+_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '(0, 1]', length=(1, 3), hint=SCALED)  # standard deviation of the same
+_C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process itself
+_C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches each worker prepares ahead
+_C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
+_C.DATA.CACHE = Key('no', ('no', 'part', 'full'))  # image files in memory: none, this process's share of the data, all
+_C.DATA.BAD_IMAGE = Key('error', ('error', 'skip'))  # unreadable image: end the run and name it, or skip and count it
+_C.DATA.EXIF_ROTATE = Key(False)  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
-_C.MODEL = CN()
-_C.MODEL.TYPE = 'gmlp'  # a registered architecture, see `python -m models`
-_C.MODEL.NAME = 'gmlp'  # shown in logs and tables
-_C.MODEL.NUM_CLASSES = None  # None: taken from the data set; 1000 when a model is built without one
-_C.MODEL.PRETRAINED = None  # weights to start from, with or without .pdparams; none: from scratch
-_C.MODEL.FRESH_HEAD = False  # training: a new classifier even where PRETRAINED has one of as many classes
-_C.MODEL.RESUME = None  # run folder or checkpoint to continue
-_C.MODEL.DROPOUT = 0.0  # rate after the layers of an MLP
-_C.MODEL.ATTENTION_DROPOUT = 0.0  # rate of the attention weights
-_C.MODEL.HEAD_DROPOUT = 0.0  # rate of what the classifier of a Vision Transformer sees
-_C.MODEL.DROPPATH = 0.1  # stochastic depth rate
-_C.MODEL.DROPPATH_RAMP = False  # True: the rate grows linearly over the depth, from 0 to DROPPATH
+_C.MODEL = Section()
+_C.MODEL.TYPE = Key('gmlp')  # a registered architecture, see `python -m models`
+_C.MODEL.NAME = Key('gmlp')  # shown in logs and tables
+_C.MODEL.NUM_CLASSES = Key(None, '[0, 1e7]', int)  # None: that of the data set; 1000 where a model is built without one
+_C.MODEL.PRETRAINED = Key(None, kind=str)  # weights to start from, with or without .pdparams; none: from scratch
+_C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize the classifier that PRETRAINED has
+_C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
+_C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # rate after the layers of an MLP
+_C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of the attention weights
+_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of what the classifier of a Vision Transformer sees
+_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS)  # stochastic depth rate
+_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
 
-_C.MODEL.PUBLISHED = CN()  # facts about the published weights of this file's model, shown by `python -m models`
-_C.MODEL.PUBLISHED.ACC1 = None  # ImageNet-1k validation, percent
-_C.MODEL.PUBLISHED.ACC5 = None  # top-5
-_C.MODEL.PUBLISHED.WEIGHTS = None  # where the upstream file is
+_C.MODEL.MIXER = Section(models=GMLP)  # gMLP
+_C.MODEL.MIXER.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
+_C.MODEL.MIXER.EMBED_DIM = Key(768, '[1, 65536]')  # channels of a token
+_C.MODEL.MIXER.DEPTH = Key(12, '[1, 1000]')  # number of blocks
+_C.MODEL.MIXER.MLP_RATIO = Key(6.0, '(0, 64]')  # channels inside a block / EMBED_DIM
+_C.MODEL.MIXER.STEM_NORM = Key(False)  # LayerNorm after the patch embedding
 
-_C.MODEL.MIXER = CN()  # gMLP
-_C.MODEL.MIXER.PATCH_SIZE = 16  # side of a patch, pixels
-_C.MODEL.MIXER.EMBED_DIM = 768  # channels of a token
-_C.MODEL.MIXER.DEPTH = 12  # number of blocks
-_C.MODEL.MIXER.MLP_RATIO = 6.0  # channels inside a block / EMBED_DIM
-_C.MODEL.MIXER.STEM_NORM = False  # LayerNorm after the patch embedding
+_C.MODEL.TRANS = Section(models=TRANSFORMERS)  # Vision Transformer
+_C.MODEL.TRANS.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
+_C.MODEL.TRANS.EMBED_DIM = Key(768, '[1, 65536]')  # channels of a token
+_C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
+_C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # heads of each attention
+_C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED_DIM
+_C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
+_C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # classify the normalized mean of the patch tokens, not the class token
+_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT)  # a second classifier for a teacher's labels
+_C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
+_C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
+_C.MODEL.TRANS.ABS_POS = Key(True, models=VIT)  # add a learned position to each token
+_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT)  # relative position biases: per block, shared, or both
+_C.MODEL.TRANS.KEY_BIAS = Key(True, models=VIT)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
+_C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=VIT)  # initial LayerScale value (CaiT); None: no LayerScale
+_C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks, tiny classifier (BEiT)
 
-_C.MODEL.TRANS = CN()  # Vision Transformer
-_C.MODEL.TRANS.PATCH_SIZE = 16  # side of a patch, pixels
-_C.MODEL.TRANS.EMBED_DIM = 768  # channels of a token
-_C.MODEL.TRANS.DEPTH = 12  # number of blocks
-_C.MODEL.TRANS.NUM_HEADS = 12  # heads of each attention
-_C.MODEL.TRANS.MLP_RATIO = 4.0  # channels inside an MLP / EMBED_DIM
-_C.MODEL.TRANS.QKV_BIAS = True  # biases of query, key and value
-_C.MODEL.TRANS.GLOBAL_POOL = False  # classify the normalised mean of the patch tokens, not the class token
-_C.MODEL.TRANS.DISTILLED = False  # a second classifier for a teacher's labels
-_C.MODEL.TRANS.REPRESENTATION_SIZE = None  # channels of a tanh layer before the classifier; None: there is none
-_C.MODEL.TRANS.FROZEN_STAGES = -1  # train neither the embedding nor the blocks 0 to this one; -1: train all
-_C.MODEL.TRANS.ABS_POS = True  # add a learned position to each token
-_C.MODEL.TRANS.REL_POS = ()  # learned biases by displacement in the attention: block (each its own), shared, or both
-_C.MODEL.TRANS.KEY_BIAS = True  # of the biases of QKV_BIAS those of the keys too; False: BEiT's q_bias and v_bias
-_C.MODEL.TRANS.LAYER_SCALE = None  # first factor of each channel of the residual branches; None: there are none
-_C.MODEL.TRANS.RESCALED_INIT = False  # start with smaller weights the deeper the block, and a tiny classifier (BEiT)
+_C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens the class token attends to
+_C.MODEL.EVIT.KEEP_RATE = Key(1.0, '(0, 1]')  # share of the tokens kept by each block of DROP_LOC; 1: off
+_C.MODEL.EVIT.DROP_LOC = Key((3, 6, 9), '[0, 999]')  # those blocks, numbered from 0
+_C.MODEL.EVIT.FUSE_TOKEN = Key(False)  # fuse the others into one token instead of dropping them
+_C.MODEL.EVIT.SHRINK_START_EPOCH = Key(0, '[0, 1e6]')  # training: epochs with all tokens before the keep rate falls
+_C.MODEL.EVIT.SHRINK_EPOCHS = Key(0, '[0, 1e6]')  # training: epochs in which it falls from 1 to KEEP_RATE
 
-_C.MODEL.EVIT = CN()  # EViT: blocks that keep only the patch tokens the class token attends to
-_C.MODEL.EVIT.KEEP_RATE = 1.0  # share of the tokens kept by each block of DROP_LOC; 1: off
-_C.MODEL.EVIT.DROP_LOC = (3, 6, 9)  # those blocks, numbered from 0
-_C.MODEL.EVIT.FUSE_TOKEN = False  # fuse the others into one token instead of dropping them
-_C.MODEL.EVIT.SHRINK_START_EPOCH = 0  # training: epochs with all tokens before the keep rate starts to fall
-_C.MODEL.EVIT.SHRINK_EPOCHS = 0  # training: epochs it takes to fall from 1 to KEEP_RATE
+_C.MODEL.LAMBDA = Section(models=VIT)  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
+_C.MODEL.LAMBDA.PRUNE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention fades in training, numbered from 0
+_C.MODEL.LAMBDA.DONE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention faded in an earlier training
+_C.MODEL.LAMBDA.REMOVED = Key(False)  # build the blocks of both lists without attention: for a model that is trained
+_C.MODEL.LAMBDA.START_EPOCH = Key(0, '[0, 1e6]')  # training: finished epochs up to which the attention has weight 1
+_C.MODEL.LAMBDA.DECAY_EPOCHS = Key(None, '[1, 1e6]', int)  # epochs in which it falls to 0; None: 299/400 of those that remain
 
-_C.MODEL.LAMBDA = CN()  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
-_C.MODEL.LAMBDA.PRUNE_LAYERS = ()  # blocks whose attention fades in training, numbered from 0
-_C.MODEL.LAMBDA.DONE_LAYERS = ()  # blocks whose attention faded in an earlier training
-_C.MODEL.LAMBDA.REMOVED = False  # build the blocks of both lists without attention: for a model that is trained
-_C.MODEL.LAMBDA.START_EPOCH = 0  # training: finished epochs up to which the weight of the fading attention is 1
-_C.MODEL.LAMBDA.DECAY_EPOCHS = None  # training: epochs it takes to fall to 0; None: 299/400 of the remaining epochs
+_C.MODEL.TOME = Section(models=VIT)  # ToMe: blocks that merge similar tokens
+_C.MODEL.TOME.R = Key(0, '[0, 1e6]')  # tokens each block merges; 0: off
+_C.MODEL.TOME.INFLECT = Key(0.0, '[-1, 1]')  # -1: R falls over the depth from 2 R to 0; 1: it rises; between: less steeply
+_C.MODEL.TOME.SCHEDULE = Key(None, '[0, 1e6]', [int])  # R of each merging block, in order, instead of R and INFLECT
+_C.MODEL.TOME.START_IDX = Key(0, '[0, 1000]')  # blocks with attention that come before those that merge
+_C.MODEL.TOME.PROP_ATTN = Key(True)  # proportional attention: add log(token size) to the attention logits
 
-_C.MODEL.TOME = CN()  # ToMe: blocks that merge similar tokens
-_C.MODEL.TOME.R = 0  # tokens each block merges; 0: off
-_C.MODEL.TOME.INFLECT = 0.0  # -1: R falls over the depth from 2 R to 0; 1: it rises; values between do so less
-_C.MODEL.TOME.SCHEDULE = None  # a list of R for the blocks that merge, in order, instead of R and INFLECT
-_C.MODEL.TOME.START_IDX = 0  # blocks with attention that come before those that merge
-_C.MODEL.TOME.PROP_ATTN = True  # a merged token weighs in the attention as much as the tokens it stands for
+_C.MODEL.MAE = Section(models=MAE)  # masked autoencoder; its encoder is MODEL.TRANS
+_C.MODEL.MAE.DECODER_EMBED_DIM = Key(512, '[1, 65536]')  # channels of a token of the decoder
+_C.MODEL.MAE.DECODER_DEPTH = Key(8, '[0, 1000]')  # number of its blocks; 0: there is no decoder
+_C.MODEL.MAE.DECODER_NUM_HEADS = Key(16, '[1, 1024]')  # heads of each of its attentions
+_C.MODEL.MAE.MASK_RATIO = Key(0.75, '(0, 1)')  # share of the patches that are removed
+_C.MODEL.MAE.NORM_PIX_LOSS = Key(True)  # rebuild patches normalized by their own mean and variance
 
-_C.MODEL.MAE = CN()  # masked autoencoder; its encoder is MODEL.TRANS
-_C.MODEL.MAE.DECODER_EMBED_DIM = 512  # channels of a token of the decoder
-_C.MODEL.MAE.DECODER_DEPTH = 8  # number of its blocks; 0: there is no decoder
-_C.MODEL.MAE.DECODER_NUM_HEADS = 16  # heads of each of its attentions
-_C.MODEL.MAE.MASK_RATIO = 0.75  # share of the patches that are removed
-_C.MODEL.MAE.NORM_PIX_LOSS = True  # rebuild patches normalised by their own mean and variance
+_C.MODEL.MOCO = Section(models=MOCOV3)  # MoCo-v3; its encoder is MODEL.TRANS
+_C.MODEL.MOCO.DIM = Key(256, '[1, 65536]')  # channels of the features that are compared
+_C.MODEL.MOCO.MLP_DIM = Key(4096, '[1, 65536]')  # hidden channels of projector and predictor
+_C.MODEL.MOCO.MOMENTUM = Key(0.99, '[0, 1)')  # of the momentum encoder in the first step; it rises to 1 on a half cosine
+_C.MODEL.MOCO.TEMPERATURE = Key(0.2, '(0, 100]')  # similarities are divided by it
+_C.MODEL.MOCO.FREEZE_PATCH = Key(False)  # leave the patch embedding as it was drawn, for stability
 
-_C.MODEL.MOCO = CN()  # MoCo-v3; its encoder is MODEL.TRANS
-_C.MODEL.MOCO.DIM = 256  # channels of the features that are compared
-_C.MODEL.MOCO.MLP_DIM = 4096  # hidden channels of projector and predictor
-_C.MODEL.MOCO.MOMENTUM = 0.99  # share of the old average in the momentum encoder's first step; it rises to 1
-_C.MODEL.MOCO.TEMPERATURE = 0.2  # similarities are divided by it
-_C.MODEL.MOCO.FREEZE_PATCH = False  # leave the patch embedding as it was drawn, for stability
-
-_C.MODEL.MSMLP = CN()  # MS-MLP
-_C.MODEL.MSMLP.PATCH_SIZE = 4  # side of a patch, pixels
-_C.MODEL.MSMLP.EMBED_DIM = 96  # channels of the first stage, doubled by each further one
-_C.MODEL.MSMLP.DEPTHS = [3, 3, 9, 3]  # blocks of each stage
-_C.MODEL.MSMLP.SHIFT_DIST = [-2, -1, 0, 1, 2]  # pixels each group of channels is shifted by; as many groups as numbers
-_C.MODEL.MSMLP.MIX_SIZE = [[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]]  # per stage: kernels
-_C.MODEL.MSMLP.MLP_RATIO = 4.0  # channels inside an MLP / channels
-_C.MODEL.MSMLP.PATCH_NORM = True  # LayerNorm after the patch embedding
+_C.MODEL.MSMLP = Section(models=MS_MLP)  # MS-MLP
+_C.MODEL.MSMLP.PATCH_SIZE = Key(4, '[1, 1024]')  # side of a patch, pixels
+_C.MODEL.MSMLP.EMBED_DIM = Key(96, '[1, 65536]')  # channels of the first stage, doubled by each further one
+_C.MODEL.MSMLP.DEPTHS = Key([3, 3, 9, 3], '[1, 1000]')  # blocks of each stage
+_C.MODEL.MSMLP.SHIFT_DIST = Key([-2, -1, 0, 1, 2], '[-8192, 8192]')  # pixels to shift each group of channels by
+_C.MODEL.MSMLP.MIX_SIZE = Key([[1, 1, 3, 5, 7], [1, 3, 3, 5, 7], [1, 5, 5, 5, 7], [1, 7, 7, 7, 7]], '[1, 1023]')  # per stage: kernels
+_C.MODEL.MSMLP.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / channels
+_C.MODEL.MSMLP.PATCH_NORM = Key(True)  # LayerNorm after the patch embedding
 
 # ---------------------------------------------------------------------------------------------------- training
-_C.TRAIN = CN()
-_C.TRAIN.TASK = 'supervised'  # supervised: learn classes; mae: rebuild removed patches; mocov3: match two views
-_C.TRAIN.LAST_EPOCH = 0  # last finished epoch, for resuming from a file that holds weights only
-_C.TRAIN.NUM_EPOCHS = 300  # length of the run
-_C.TRAIN.WARMUP_EPOCHS = 20.0  # length of the warm-up, may be a fraction
-_C.TRAIN.WEIGHT_DECAY = 0.1  # on tensors of two or more dimensions that the model does not exempt; mocov3: on all
-_C.TRAIN.BASE_LR = 0.001  # learning rate after the warm-up
-_C.TRAIN.WARMUP_START_LR = 1e-6  # where the warm-up starts
-_C.TRAIN.END_LR = 1e-5  # where the schedule ends
-_C.TRAIN.LINEAR_SCALED_LR = 512  # learning rates are multiplied by global batch / this; None: used as they are
-_C.TRAIN.LR_SCHEDULER = CN()
-_C.TRAIN.LR_SCHEDULER.NAME = 'warmupcosine'  # a name of engine/schedules.py
-_C.TRAIN.LR_SCHEDULER.UPDATE = 'epoch'  # epoch: constant inside an epoch (PaddleViT, timm); step: follows every step
-_C.TRAIN.LR_SCHEDULER.LAG = 0  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT's loop: 2)
-_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = True  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # NAME step: epochs between decays
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1  # NAME step: factor of each decay
-_C.TRAIN.LAYER_DECAY = 1.0  # learning-rate factor per layer, from the head downwards; 1: off
-_C.TRAIN.GRAD_CLIP = None  # largest global gradient norm; None: off
-_C.TRAIN.ACCUM_ITER = 1  # micro-batches per optimiser step; equals one batch that many times as large
-_C.TRAIN.OPTIMIZER = CN()
-_C.TRAIN.OPTIMIZER.NAME = 'AdamW'  # AdamW, SGD, Lamb, LARS
-_C.TRAIN.OPTIMIZER.EPS = 1e-8  # AdamW, Lamb
-_C.TRAIN.OPTIMIZER.BETAS = (0.9, 0.999)  # AdamW, Lamb
-_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9  # SGD, LARS
-_C.TRAIN.OPTIMIZER.NESTEROV = False  # SGD
-_C.TRAIN.MODEL_EMA = False  # keep an exponential moving average of the weights, validated beside them
-_C.TRAIN.MODEL_EMA_DECAY = 0.99996  # share of the old average kept at each step
-_C.TRAIN.RECOMPUTE = False  # compute blocks again in the backward pass: half the memory, a third more time
-_C.TRAIN.NONFINITE = 'error'  # loss or gradient not finite: error ends the run on all processes; skip drops the step
-_C.TRAIN.DROP_LAST = False  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
+_C.TRAIN = Section()
+_C.TRAIN.TASK = Key('supervised')  # supervised: learn classes; mae: rebuild removed patches; mocov3: match two views
+_C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, for resuming from a file that holds weights only
+_C.TRAIN.NUM_EPOCHS = Key(300, '[1, 1e6]')  # length of the run
+_C.TRAIN.WARMUP_EPOCHS = Key(20.0, '[0, 1e6]')  # length of the warm-up, may be a fraction
+_C.TRAIN.WEIGHT_DECAY = Key(0.1, '[0, 10]')  # on tensors of two or more dimensions that the model does not exempt; mocov3: on all
+_C.TRAIN.BASE_LR = Key(0.001, '[0, 1000]')  # learning rate after the warm-up
+_C.TRAIN.WARMUP_START_LR = Key(1e-6, '[0, 1000]')  # where the warm-up starts
+_C.TRAIN.END_LR = Key(1e-5, '[0, 1000]')  # where the schedule ends
+_C.TRAIN.LINEAR_SCALED_LR = Key(512, '[1, 1e9]', none=True)  # learning rates x global batch / this; None: as they are
+_C.TRAIN.LR_SCHEDULER = Section()
+_C.TRAIN.LR_SCHEDULER.NAME = Key('warmupcosine')  # a name of engine/schedules.py
+_C.TRAIN.LR_SCHEDULER.UPDATE = Key('epoch', ('epoch', 'step'))  # once per epoch (PaddleViT, timm), or in every step
+_C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT: 2)
+_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
+_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
+_C.TRAIN.LAYER_DECAY = Key(1.0, '(0, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
+_C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
+_C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
+_C.TRAIN.OPTIMIZER = Section()
+_C.TRAIN.OPTIMIZER.NAME = Key('AdamW')  # AdamW, SGD, Lamb, LARS
+_C.TRAIN.OPTIMIZER.EPS = Key(1e-8, '(0, 1]')  # AdamW, Lamb
+_C.TRAIN.OPTIMIZER.BETAS = Key((0.9, 0.999), '[0, 1)', length=(2,))  # AdamW, Lamb
+_C.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, '[0, 1)')  # SGD, LARS
+_C.TRAIN.OPTIMIZER.NESTEROV = Key(False)  # SGD
+_C.TRAIN.MODEL_EMA = Key(False)  # keep an exponential moving average of the weights, validated beside them
+_C.TRAIN.MODEL_EMA_DECAY = Key(0.99996, '[0, 1)')  # share of the old average kept at each step
+_C.TRAIN.RECOMPUTE = Key(False)  # compute blocks again in the backward pass: half the memory, a third more time
+_C.TRAIN.NONFINITE = Key('error', ('error', 'skip'))  # loss or gradient not finite: end the run, or skip the step
+_C.TRAIN.DROP_LAST = Key(False)  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
 
 # augmentation, in the order it is applied
-_C.TRAIN.REPEATED_AUG = 0  # augment each image that many times in a row, an epoch keeping its length (DeiT: 3); 0: off
-_C.TRAIN.CROP_SCALE = (0.08, 1.0)  # RandomResizedCrop: range of the area
-_C.TRAIN.CROP_RATIO = (0.75, 4.0 / 3.0)  # RandomResizedCrop: range of width / height
-_C.TRAIN.HFLIP = 0.5  # probability of a horizontal flip
-_C.TRAIN.RAND_AUGMENT = True  # random operations on each image
-_C.TRAIN.RAND_AUGMENT_LAYERS = 2  # operations drawn per image, each applied with probability 0.5
-_C.TRAIN.RAND_AUGMENT_MAGNITUDE = 9  # mean strength, 0 to 10; each draw is normal with deviation 0.5
-_C.TRAIN.RAND_AUGMENT_SPACE = 'timm'  # timm: rand-m9-mstd0.5-inc1; paddlevit: its fills and pixel translation
-_C.TRAIN.AUTO_AUGMENT = False  # the ImageNet policy, when RAND_AUGMENT is off
-_C.TRAIN.COLOR_JITTER = 0.4  # brightness, contrast, saturation, when neither of the above is on
-_C.TRAIN.RANDOM_ERASE_PROB = 0.25  # probability of covering boxes of an image; 0: off
-_C.TRAIN.RANDOM_ERASE_MODE = 'pixel'  # pixel: noise per pixel; rand: one random colour; const: zeros
-_C.TRAIN.RANDOM_ERASE_COUNT = 1  # largest number of boxes
-_C.TRAIN.RANDOM_ERASE_SPLIT = False  # leave the first half of each batch untouched
+_C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per image, at unchanged epoch length (DeiT: 3); 0: off
+_C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
+_C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
+_C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
+_C.TRAIN.RAND_AUGMENT = Key(True)  # random operations on each image
+_C.TRAIN.RAND_AUGMENT_LAYERS = Key(2, '[1, 100]')  # operations drawn per image, each applied with probability 0.5
+_C.TRAIN.RAND_AUGMENT_MAGNITUDE = Key(9, '[0, 10]')  # mean strength, 0 to 10; each draw is normal with deviation 0.5
+_C.TRAIN.RAND_AUGMENT_SPACE = Key('timm', ('timm', 'paddlevit'))  # timm's rand-m9-mstd0.5-inc1, or PaddleViT's
+_C.TRAIN.AUTO_AUGMENT = Key(False)  # the ImageNet policy, when RAND_AUGMENT is off
+_C.TRAIN.COLOR_JITTER = Key(0.4, '[0, 10]')  # brightness, contrast, saturation, when neither of the above is on
+_C.TRAIN.RANDOM_ERASE_PROB = Key(0.25, '[0, 1]')  # probability of covering boxes of an image; 0: off
+_C.TRAIN.RANDOM_ERASE_MODE = Key('pixel', ('pixel', 'rand', 'const'))  # noise per pixel, one random color, or zeros
+_C.TRAIN.RANDOM_ERASE_COUNT = Key(1, '[1, 1000]')  # largest number of boxes
+_C.TRAIN.RANDOM_ERASE_SPLIT = Key(False)  # leave the first half of each batch untouched
 
 # mixing of a batch and its targets
-_C.TRAIN.SMOOTHING = 0.1  # label smoothing
-_C.TRAIN.MIXUP_ALPHA = 0.8  # 0: no mixup
-_C.TRAIN.CUTMIX_ALPHA = 1.0  # 0: no cutmix
-_C.TRAIN.CUTMIX_MINMAX = None  # (low, high) share of the sides of the cutmix box, instead of CUTMIX_ALPHA's area
-_C.TRAIN.MIXUP_PROB = 1.0  # probability that a batch (pair, image) is mixed at all
-_C.TRAIN.MIXUP_SWITCH_PROB = 0.5  # probability of cutmix where both are on
-_C.TRAIN.MIXUP_MODE = 'batch'  # one draw per batch, pair or elem
+_C.TRAIN.SMOOTHING = Key(0.1, '[0, 1)', tasks=SUPERVISED)  # label smoothing
+_C.TRAIN.MIXUP_ALPHA = Key(0.8, '[0, 1000]', tasks=SUPERVISED)  # 0: no mixup
+_C.TRAIN.CUTMIX_ALPHA = Key(1.0, '[0, 1000]', tasks=SUPERVISED)  # 0: no cutmix
+_C.TRAIN.CUTMIX_MINMAX = Key(None, '[0, 1]', [float], pair='<', tasks=SUPERVISED)  # sides of the box, instead of CUTMIX_ALPHA
+_C.TRAIN.MIXUP_PROB = Key(1.0, '[0, 1]', tasks=SUPERVISED)  # probability that a batch (pair, image) is mixed at all
+_C.TRAIN.MIXUP_SWITCH_PROB = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # probability of cutmix where both are on
+_C.TRAIN.MIXUP_MODE = Key('batch', ('batch', 'pair', 'elem'), tasks=SUPERVISED)  # one draw per batch, pair or elem
 
 # distillation from a trained model
-_C.TRAIN.DISTILLATION_TYPE = 'none'  # soft: the teacher's probabilities; hard: its decisions (DeiT, section 3)
-_C.TRAIN.DISTILLATION_ALPHA = 0.5  # share of the distillation loss
-_C.TRAIN.DISTILLATION_TAU = 1.0  # temperature of soft distillation
-_C.TRAIN.TEACHER_MODEL = None  # weights of TEACHER_CFG, also published files; without that an exported model
-_C.TRAIN.TEACHER_CFG = None  # configuration of the teacher, a file or a name of `python -m models`
+_C.TRAIN.DISTILLATION_TYPE = Key('none', ('none', 'soft', 'hard'), tasks=SUPERVISED)  # labels of the teacher (DeiT, section 3)
+_C.TRAIN.DISTILLATION_ALPHA = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # share of the distillation loss
+_C.TRAIN.DISTILLATION_TAU = Key(1.0, '(0, 1000]', tasks=SUPERVISED)  # temperature of soft distillation
+_C.TRAIN.TEACHER_MODEL = Key(None, kind=str, tasks=TAUGHT)  # weights of TEACHER_CFG; without that an exported model
+_C.TRAIN.TEACHER_CFG = Key(None, kind=str, tasks=TAUGHT)  # configuration of the teacher: a file or a model name
 
-_C.TRAIN.MAE_DISTILL = CN()  # TASK mae: the encoder learns from that of TEACHER_CFG too (MAE-Lite)
-_C.TRAIN.MAE_DISTILL.ATTN_IDX = ()  # blocks, from 1, whose attention scores are compared with the teacher's
-_C.TRAIN.MAE_DISTILL.ATTN_ALPHA = 1.0  # weight of that loss
-_C.TRAIN.MAE_DISTILL.ATTN_ADAPTER = True  # a learned map between the heads, even where their numbers are equal
-_C.TRAIN.MAE_DISTILL.HIDDEN_IDX = ()  # blocks, from 0, whose normalised input is compared; the depth: the output
-_C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = 1.0  # weight of that loss
-_C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = True  # a learned map between the channels, even where their numbers are equal
+_C.TRAIN.MAE_DISTILL = Section(models=MAE)  # TASK mae: the encoder learns from that of TEACHER_CFG too (MAE-Lite)
+_C.TRAIN.MAE_DISTILL.ATTN_IDX = Key((), '[1, 1000]', [int])  # blocks, from 1, whose attention logits learn from the teacher's
+_C.TRAIN.MAE_DISTILL.ATTN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of that loss
+_C.TRAIN.MAE_DISTILL.ATTN_ADAPTER = Key(True)  # a learned map between the heads, even of equal numbers
+_C.TRAIN.MAE_DISTILL.HIDDEN_IDX = Key((), '[0, 1000]', [int])  # blocks, from 0, whose normalized input does so; the depth: the output
+_C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of that loss
+_C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = Key(True)  # a learned map between the channels, even of equal numbers
 
 # ---------------------------------------------------------------------------------------------------- run
-_C.SAVE = './output'  # parent of the run folders
-_C.TAG = ''  # name of the run folder; empty: train-/eval- and a time stamp
-_C.SAVE_FREQ = 10  # epochs between epoch_NNNN.pdparams files; 0: none
-_C.SAVE_KEEP = 3  # how many of them stay; 0: all
-_C.SAVE_STEPS = 0  # optimiser steps between writes of last.pdparams inside an epoch; 0: at its end only
-_C.REPORT_FREQ = 20  # micro-batches between log lines
-_C.VALIDATE_FREQ = 1  # epochs between validations
-_C.SEED = 0  # of weights, data order, augmentation and dropout
-_C.EVAL = False  # evaluate only
-_C.THROUGHPUT = False  # measure images per second only
-_C.AMP = False  # mixed precision on GPU
-_C.AMP_LEVEL = 'O1'  # O1: per operation; O2: weights in half precision with float32 master copies
-_C.AMP_DTYPE = 'float16'  # float16 with loss scaling, or bfloat16
+_C.SAVE = Key('./output')  # parent of the run folders
+_C.TAG = Key('')  # name of the run folder; empty: train-/eval- and a time stamp
+_C.SAVE_FREQ = Key(10, '[0, 1e9]')  # epochs between epoch_NNNN.pdparams files; 0: none
+_C.SAVE_KEEP = Key(3, '[0, 1e9]')  # how many of them stay; 0: all
+_C.SAVE_STEPS = Key(0, '[0, 1e9]')  # also write last.pdparams after each such number of optimizer steps; 0: per epoch only
+_C.REPORT_FREQ = Key(20, '[1, 1e9]')  # micro-batches between log lines
+_C.VALIDATE_FREQ = Key(1, '[1, 1e6]')  # epochs between validations
+_C.SEED = Key(0, '[0, 18446744073709551615]')  # of weights, data order, augmentation and dropout
+_C.EVAL = Key(False)  # evaluate only
+_C.THROUGHPUT = Key(False)  # measure images per second only
+_C.AMP = Key(False)  # mixed precision on GPU
+_C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # O1: per operation; O2: weights in half precision with float32 master copies
+_C.AMP_DTYPE = Key('float16', ('float16', 'bfloat16'))  # float16 with loss scaling, or bfloat16
+# fmt: on
 
-# Keys that may be None: what they are otherwise.
-_OPTIONAL = {
-    'DATA.BATCH_SIZE_EVAL': int,
-    'MODEL.NUM_CLASSES': int,
-    'MODEL.PRETRAINED': str,
-    'MODEL.RESUME': str,
-    'MODEL.PUBLISHED.ACC1': float,
-    'MODEL.PUBLISHED.ACC5': float,
-    'MODEL.PUBLISHED.WEIGHTS': str,
-    'MODEL.TRANS.REPRESENTATION_SIZE': int,
-    'MODEL.TRANS.LAYER_SCALE': float,
-    'MODEL.LAMBDA.DECAY_EPOCHS': int,
-    'MODEL.TOME.SCHEDULE': tuple,
-    'TRAIN.LINEAR_SCALED_LR': int,
-    'TRAIN.GRAD_CLIP': float,
-    'TRAIN.CUTMIX_MINMAX': tuple,
-    'TRAIN.TEACHER_MODEL': str,
-    'TRAIN.TEACHER_CFG': str,
-}
-
-# PaddleViT spellings: an old name and the key it became, or None where the key has no effect here.
+# Old spellings, most of them PaddleViT's, and the key each became; None: accepted without effect.
 _RENAMED = {
     'MODEL.MIXER.HIDDEN_SIZE': 'MODEL.MIXER.EMBED_DIM',
     'MODEL.MIXER.NUM_LAYERS': 'MODEL.MIXER.DEPTH',
     'MODEL.DROP_PATH': 'MODEL.DROPPATH',
     'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the average lives beside the weights
+    'MODEL.PUBLISHED': None,  # the published weights are in configs/zoo.csv
     'NGPUS': None,  # one process per visible device
     'LOCAL_RANK': None,
 }
 
-_CHOICES = {
-    'DATA.IMAGE_CHANNELS': (1, 3),
-    'DATA.INTERPOLATION': ('bicubic', 'bilinear', 'random'),
-    'DATA.BAD_IMAGE': ('error', 'skip'),
-    'DATA.CACHE': ('no', 'part', 'full'),
-    'DATA.CROP': ('auto', 'resized', 'padded'),
-    'DATA.EVAL_CROP': ('centre', 'squash'),
-    'DATA.VIEWS': (1, 2),
-    'TRAIN.LR_SCHEDULER.UPDATE': ('epoch', 'step'),
-    'TRAIN.NONFINITE': ('error', 'skip'),
-    'TRAIN.RAND_AUGMENT_SPACE': ('timm', 'paddlevit'),
-    'TRAIN.RANDOM_ERASE_MODE': ('pixel', 'rand', 'const'),
-    'TRAIN.DISTILLATION_TYPE': ('none', 'soft', 'hard'),
-    'TRAIN.MIXUP_MODE': ('batch', 'pair', 'elem'),
-    'AMP_LEVEL': ('O1', 'O2'),
-    'AMP_DTYPE': ('float16', 'bfloat16'),
-}
-
-_AT_LEAST = {
-    'DATA.BATCH_SIZE': 1, 'DATA.BATCH_SIZE_EVAL': 1, 'DATA.IMAGE_SIZE': 1, 'DATA.NUM_WORKERS': 0, 'DATA.PREFETCH': 1,
-    'DATA.TIMEOUT': 0, 'MODEL.NUM_CLASSES': 0, 'TRAIN.LAST_EPOCH': 0, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0,
-    'TRAIN.WEIGHT_DECAY': 0, 'TRAIN.REPEATED_AUG': 0, 'TRAIN.RANDOM_ERASE_COUNT': 1, 'TRAIN.RAND_AUGMENT_LAYERS': 1,
-    'TRAIN.LR_SCHEDULER.LAG': 0, 'TRAIN.ACCUM_ITER': 1, 'TRAIN.LINEAR_SCALED_LR': 1, 'SAVE_FREQ': 0, 'SAVE_KEEP': 0,
-    'SAVE_STEPS': 0, 'REPORT_FREQ': 1, 'VALIDATE_FREQ': 1, 'SEED': 0, 'MODEL.EVIT.SHRINK_START_EPOCH': 0,
-    'MODEL.EVIT.SHRINK_EPOCHS': 0, 'MODEL.MSMLP.PATCH_SIZE': 1, 'MODEL.MSMLP.EMBED_DIM': 1,
-    'TRAIN.LR_SCHEDULER.DECAY_EPOCHS': 1, 'MODEL.TRANS.FROZEN_STAGES': -1, 'MODEL.LAMBDA.START_EPOCH': 0,
-    'MODEL.LAMBDA.DECAY_EPOCHS': 1, 'MODEL.TOME.R': 0, 'MODEL.TOME.START_IDX': 0, 'MODEL.MOCO.DIM': 1,
-    'MODEL.MOCO.MLP_DIM': 1,
-}  # fmt: skip
-
-_PROBABILITIES = (
-    'MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.HEAD_DROPOUT', 'MODEL.DROPPATH', 'TRAIN.HFLIP', 'TRAIN.SMOOTHING',
-    'TRAIN.RANDOM_ERASE_PROB', 'TRAIN.MIXUP_PROB', 'TRAIN.MIXUP_SWITCH_PROB', 'TRAIN.MODEL_EMA_DECAY', 'TRAIN.DISTILLATION_ALPHA',
-    'TRAIN.LR_SCHEDULER.DECAY_RATE', 'MODEL.MOCO.MOMENTUM',
-)  # fmt: skip
-
-
-_SCHEMA = Schema(_C, _OPTIONAL, _RENAMED, _CHOICES, _AT_LEAST, _PROBABILITIES)
+_SCHEMA = Schema(_C, _RENAMED)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -306,11 +258,11 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
     Raises:
         UserError: a file that cannot be read, an unknown key, or a value of the wrong kind.
     """
-    config = _C.clone()
+    config = _SCHEMA.tree()
     if cfg_file is not None:
         _SCHEMA.merge_file(config, cfg_file)
     merge_opts(config, opts or [])
-    validate(config)
+    _finish(config)
     config.freeze()
     return config
 
@@ -377,12 +329,12 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     if cfg_file is not None:
         _SCHEMA.merge_file(config, cfg_file)
     if 'batch_size' in given:
-        config.DATA.BATCH_SIZE_EVAL = given['batch_size']
+        _SCHEMA.set(config, 'DATA.BATCH_SIZE_EVAL', given['batch_size'], '-batch_size')
     for flag, key in _FLAGS.items():
         if flag in given:
             _SCHEMA.set(config, key, given[flag], f'-{flag}')
     merge_opts(config, given.get('opts') or [])
-    validate(config)
+    _finish(config)
     return config
 
 
@@ -404,16 +356,19 @@ def merge_opts(config: CN, opts: list) -> None:
 
 
 def validate(config: CN) -> None:
-    """Checks values that are wrong whatever the data and the model are. Raises UserError with the key and the mend."""
+    """Checks values that are wrong whatever the data are. Raises UserError with the key and what it may be."""
     _SCHEMA.check(config)
-    for key in ('CROP_SCALE', 'CROP_RATIO'):
-        low_high = config.TRAIN[key]
-        if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
-            raise UserError(f'TRAIN.{key} is {low_high}, but must be (low, high) with 0 < low <= high.')
-    if not 0 < config.DATA.CROP_PCT <= 1:
-        raise UserError(f'DATA.CROP_PCT is {config.DATA.CROP_PCT}, but must lie in (0, 1].')
-    if config.MODEL.MOCO.TEMPERATURE <= 0:
-        raise UserError(f'MODEL.MOCO.TEMPERATURE is {config.MODEL.MOCO.TEMPERATURE}, but must be greater than 0.')
+    data = config.DATA
+    for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
+        if len(data[key]) < data.IMAGE_CHANNELS:
+            raise UserError(f'DATA.{key} is {data[key]}, but must have {data.IMAGE_CHANNELS} numbers (IMAGE_CHANNELS).')
+
+
+def _finish(config: CN) -> None:
+    """Ends the layer of the command line and checks the result."""
+    _SCHEMA.end_layer(config)
+    validate(config)
+    _SCHEMA.drop_foreign(config)
 
 
 def _unquoted(text: str) -> str:
@@ -425,3 +380,24 @@ def _integer(text: str) -> int:
 
 
 _integer.__name__ = 'whole number'
+
+
+# ---------------------------------------------------------------------------------------------------- printing
+def describe(config: CN) -> list[str]:
+    """A line per key: its name, its value, and where that was given."""
+    rows = [(key, _text(_SCHEMA.get(config, key)), _SCHEMA.where(config, key) or 'default') for key in _SCHEMA.keys]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return [f'{key:<{widths[0]}}  {value:<{widths[1]}}  {where}' for key, value, where in rows]
+
+
+def _text(value) -> str:
+    return value if isinstance(value, str) and value else shown(value)
+
+
+def main() -> None:
+    """Prints the resolved configuration of a command line."""
+    print('\n'.join(describe(update_config(get_config(), get_arguments()))), flush=True)
+
+
+if __name__ == '__main__':
+    run(main)

@@ -120,6 +120,7 @@ def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimize
 @paddle.no_grad()
 def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) -> paddle.Tensor:
     """Global L2 norm of the gradients, in float32; where it exceeds `max_norm` they are scaled down to it, in place.
+    With `max_norm` None or 0 they are not (PaddleViT).
 
     Returns:
         The norm before clipping, a 0-D tensor on the device; nothing is waited for.
@@ -127,7 +128,7 @@ def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) 
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = [paddle.sum(paddle.square(gradient.astype('float32'))) for gradient in gradients]
     norm = paddle.sqrt(paddle.add_n(squares))
-    if max_norm is not None and math.isfinite(max_norm):
+    if max_norm and math.isfinite(max_norm):
         factor = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients:
             gradient.multiply_(factor.astype(gradient.dtype))

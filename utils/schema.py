@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A yacs tree whose values keep the kind of their defaults, filled from YAML files and command lines.
+"""Keys of a yacs tree: default, type, bounds and owner of each; values from YAML files and command lines.
 
 yacs alone takes no int for a float, lets the last of two equal keys win, and knows neither file nor line of a mistake.
 """
@@ -7,116 +7,386 @@ yacs alone takes no int for a float, lets the last of two equal keys win, and kn
 from __future__ import annotations
 
 import ast
+import copy
 import difflib
+import math
 import os
 from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
 
+SHOWN = 80  # characters of a value in a message
+SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values own other keys
+EXEMPT = -1  # layer of values that may be without effect
 
-class Schema:
-    """What a tree may hold.
+
+# ---------------------------------------------------------------------------------------------------- keys
+class Interval:
+    """Numbers between two bounds, in the notation of mathematics: '[0, 1)' holds 0 and does not hold 1."""
+
+    def __init__(self, text: str):
+        self.low, self.high = (int(x) if x == int(x) else x for x in ast.literal_eval(text[1:-1]))
+        self.low_open, self.high_open = text[0] == '(', text[-1] == ')'
+
+    def __contains__(self, value: float) -> bool:
+        above = self.low < value if self.low_open else self.low <= value
+        return above and (value < self.high if self.high_open else value <= self.high)
+
+    def text(self, kind: type) -> str:
+        """For messages: 'of at least 1 and at most 9', 'between 0 and 1 (excluded)'."""
+        if kind is int:
+            return f'of at least {self.low} and at most {self.high}'
+        low, high = (' (excluded)' if is_open else '' for is_open in (self.low_open, self.high_open))
+        return f'between {self.low}{low} and {self.high}{high}'
+
+
+class Owners(NamedTuple):
+    """What a key belongs to; an empty field: to all.
+
+    Attributes:
+        models: values of MODEL.TYPE, other spellings included.
+        tasks: values of TRAIN.TASK.
+    """
+
+    models: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+
+class Key:
+    """One key of the configuration.
 
     Args:
-        tree: the defaults.
-        optional: keys that may be None, and the kind they have otherwise.
-        renamed: other spellings of keys; None: the key is accepted and has no effect.
-        choices: keys with a few values.
-        at_least: keys with a smallest value.
-        probabilities: keys between 0 and 1.
+        default: a bool, int, float or str, a list or tuple of them, or None.
+        allowed: bounds of a number, as '[0, 1)', or the few values there are; of a list, those of each element.
+        kind: bool, int, float or str, or in a list the kind of the elements; default: that of `default`.
+        none: None is allowed; default: where it is the default.
+        length: numbers of elements that a list may have.
+        pair: '<' or '<=': the list is (low, high) with low < high or low <= high.
+        models: values of MODEL.TYPE for which the key has an effect; default: as its section says.
+        tasks: values of TRAIN.TASK for which it has one.
+        hint: what else to say about a wrong value.
     """
 
     def __init__(
         self,
-        tree: CfgNode,
-        optional: Mapping[str, type],
-        renamed: Mapping[str, str | None],
-        choices: Mapping[str, Collection],
-        at_least: Mapping[str, float],
-        probabilities: Collection[str],
+        default,
+        allowed: str | Collection | None = None,
+        kind: Any = None,
+        none: bool = False,
+        length: Collection[int] = (),
+        pair: str = '',
+        models: Collection[str] = (),
+        tasks: Collection[str] = (),
+        hint: str = '',
     ):
-        self.tree = tree
-        self.optional = optional
+        self.default = default
+        self.allowed = Interval(allowed) if isinstance(allowed, str) else allowed
+        self.kind = kind if kind is not None else _kind(default)
+        self.none = none or default is None
+        self.length = (2,) if pair else length
+        self.pair = pair
+        self.owners = Owners(tuple(models), tuple(tasks))
+        self.hint = hint
+
+    def coerce(self, value):
+        """`value` as the kind of this key. Raises ValueError where it is of another kind; bounds are for `accepts`."""
+        if self.none and (value is None or str(value).lower() in ('none', 'null')):
+            return None
+        if isinstance(value, str) and self.kind is not str:
+            value = literal(value)
+        if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
+            return 'no'
+        value = _as_kind(value, self.kind)
+        return tuple(value) if isinstance(value, list) and not isinstance(self.default, list) else value
+
+    def accepts(self, value) -> bool:
+        """True for what `coerce` returns if it is within the bounds."""
+        if value is None or not isinstance(self.kind, list):
+            return self.none if value is None else self._holds(value)
+        if self.length and len(value) not in self.length:
+            return False
+        if self.pair and not (value[0] < value[1] if self.pair == '<' else value[0] <= value[1]):
+            return False
+        return all(self._holds(element) for element in _flat(value))
+
+    def _holds(self, value) -> bool:
+        return self.allowed is None or value in self.allowed
+
+    def expected(self) -> str:
+        """What a value must be, for messages: 'a number between 0 and 1, or None'."""
+        if self.pair:
+            first, last = ('<' if is_open else '<=' for is_open in (self.allowed.low_open, self.allowed.high_open))
+            text = f'(low, high) with {self.allowed.low} {first} low {self.pair} high {last} {self.allowed.high}'
+        elif isinstance(self.kind, list):
+            text = self._expected_list()
+        elif isinstance(self.allowed, Interval):
+            text = f'{_SINGULAR[self.kind]} {self._range(self.kind)}'
+        else:
+            text = _SINGULAR[self.kind] if self.allowed is None else self._range(self.kind)
+        return f'{text}{", or None" if self.none else ""}{f"; {self.hint}" if self.hint else ""}'
+
+    def _expected_list(self) -> str:
+        lists, kind = 'a list', self.kind[0]
+        if isinstance(kind, list):
+            lists, kind = 'a list of lists', kind[0]
+        count = f'{" or ".join(map(str, self.length))} ' if self.length else ''
+        each = '' if self.allowed is None else f', each {self._range(kind)}'
+        return f'{lists} of {count}{_PLURAL[kind]}{each}'
+
+    def _range(self, kind: type) -> str:
+        few = self.allowed if not isinstance(self.allowed, Interval) else ()
+        return f'one of: {", ".join(map(str, few))}' if few else self.allowed.text(kind)
+
+
+_SINGULAR = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'text'}
+_PLURAL = {int: 'whole numbers', float: 'numbers', str: 'texts'}
+
+
+def _kind(default):
+    return [_kind(default[0])] if isinstance(default, (list, tuple)) else type(default)
+
+
+def _as_kind(value, kind):
+    if isinstance(kind, list):
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        elements = (literal(v) if isinstance(v, str) and kind[0] is not str else v for v in value)
+        return [_as_kind(element, kind[0]) for element in elements]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool and isinstance(value, (bool, int, float)) and value in (0, 1):
+        return bool(value)
+    if kind is float and is_number and (isinstance(value, float) or abs(value) < 1e300):
+        return float(value)
+    if kind is int and is_number and math.isfinite(value if isinstance(value, float) else 0) and value == int(value):
+        return int(value)
+    if kind is str and (is_number or isinstance(value, str)):
+        return str(value)
+    raise ValueError
+
+
+def _flat(values) -> Iterator:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+class Section:
+    """A section of the tree: its attributes are keys and sections.
+
+    Args:
+        models, tasks: the owners of keys that name none themselves, see `Key`.
+    """
+
+    def __init__(self, models: Collection[str] = (), tasks: Collection[str] = ()):
+        self._owners = Owners(tuple(models), tuple(tasks))
+
+    def walk(self, prefix: str = '') -> Iterator[tuple[str, Key, Owners]]:
+        """(dotted name, key, owners) of all keys, in the order of their definition."""
+        for name, item in vars(self).items():
+            if isinstance(item, Section):
+                yield from item.walk(f'{prefix}{name}.')
+            elif isinstance(item, Key):
+                yield prefix + name, item, item.owners if any(item.owners) else self._owners
+
+
+class Origin(NamedTuple):
+    """Where a value was given: a text for messages, and the number of the layer, a file or a command line."""
+
+    text: str
+    layer: int
+
+
+# ---------------------------------------------------------------------------------------------------- tree
+class Schema:
+    """What a tree may hold.
+
+    A tree remembers in its attribute `origins` where each value was given, and in `layers` which MODEL.TYPE and TRAIN.TASK
+    each file and the command line left behind. Clones remember it too.
+
+    Args:
+        root: the section of all keys.
+        renamed: other spellings of keys; None: the key is accepted and has no effect.
+    """
+
+    def __init__(self, root: Section, renamed: Mapping[str, str | None]):
+        self.keys = {name: key for name, key, _ in root.walk()}
+        self.owners = {name: owners for name, _, owners in root.walk()}
         self.renamed = renamed
-        self.choices = choices
-        self.at_least = at_least
-        self.probabilities = probabilities
+        self.known = Owners(*({name for owner in field for name in owner} for field in zip(*self.owners.values())))
+        names = (*self.keys, *renamed)
+        self.sections = {name[:i] for name in names for i, letter in enumerate(name) if letter == '.'}
+
+    def tree(self) -> CfgNode:
+        """A new tree of the defaults."""
+        root = CfgNode()
+        for name, key in self.keys.items():
+            *groups, last = name.split('.')
+            node = root
+            for group in groups:
+                node = node.setdefault(group, CfgNode())
+            node[last] = copy.deepcopy(key.default)
+        root.__dict__.update(origins={}, layers=[])
+        return root
 
     def merge_file(self, config: CfgNode, path: str, parents: tuple[str, ...] = ()) -> None:
         """Merges a YAML file into `config`, after the files that its BASE names, recursively."""
         real = os.path.realpath(path)
         if real in parents:
             raise UserError(f"BASE of '{parents[-1]}' leads back to '{real}'; remove one of the two.")
-        values = _read_yaml(path, f" (BASE of '{parents[-1]}')" if parents else '')
-        for key, value, _ in values:
-            if key == 'BASE':
-                for base in [value] if isinstance(value, str) else value or []:
-                    if base:
-                        self.merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
-        for key, value, where in values:
-            self.set(config, key, value, where)
+        values = self._read(path, f" (BASE of '{parents[-1]}')" if parents else '')
+        for name, value, where in values:
+            for base in self._coerce(name, value, where) if name == 'BASE' else ():
+                if base:
+                    self.merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
+        for name, value, where in values:
+            self.set(config, name, value, where)
+        if len(values) > len(self.keys) / 2:  # a run's config.yaml records all keys, without effect or not
+            config.origins.update({name: Origin(where, EXEMPT) for name, _, where in values})
+        self.end_layer(config)
 
-    def set(self, config: CfgNode, key: str, value, where: str) -> None:
+    def set(self, config: CfgNode, name: str, value, where: str) -> None:
         """Sets one dotted key, converting the value to the kind of its default; `where` it was given, for errors."""
-        if key in self.renamed:
-            key = self.renamed[key]
-            if key is None:
-                return
-        *groups, name = key.split('.')
-        node = config
-        for group in groups:
-            node = node.get(group) if isinstance(node, CfgNode) else None
-        if not isinstance(node, CfgNode) or name not in node or isinstance(node[name], CfgNode):
-            near = difflib.get_close_matches(key, [known for known, _ in leaves(self.tree)], n=1, cutoff=0)
-            raise UserError(f"{where}: unknown key '{key}'. Did you mean '{near[0]}'?")
-        node[name] = self._coerce(value, key, where)
+        name = self.renamed.get(name, name)
+        if name is None:
+            return
+        if name in self.sections:
+            raise UserError(f'{where}: {self._not_a_section(name, value)}')
+        if name not in self.keys:
+            raise UserError(f"{where}: unknown key '{name}'. Did you mean '{self._nearest(name)}'?")
+        self._node(config, name)[name.rpartition('.')[2]] = self._coerce(name, value, where)
+        config.origins[name] = Origin(where, len(config.layers))
 
+    def _coerce(self, name: str, value, where: str):
+        key = self.keys[name]
+        if name == 'BASE' and isinstance(value, str):
+            value = [value]
+        try:
+            return key.coerce(value)
+        except ValueError:
+            raise UserError(self._wrong(name, value, where)) from None
+
+    def _wrong(self, name: str, value, where: str = '') -> str:
+        return f'{where}{": " if where else ""}{name} is {shown(value)}, but must be {self.keys[name].expected()}.'
+
+    def _nearest(self, name: str) -> str:
+        return difflib.get_close_matches(name, [*self.keys, *sorted(self.sections)], n=1, cutoff=0)[0]
+
+    def _not_a_section(self, name: str, value) -> str:
+        example = next((key for key in self.keys if key.startswith(f'{name}.')), name)
+        given = 'has no keys' if value is None else f'is {shown(value)}'
+        return f"'{name}' {given}, but must be a section with keys such as {example}; add some or remove it."
+
+    @staticmethod
+    def _node(config: CfgNode, name: str) -> CfgNode:
+        for group in name.split('.')[:-1]:
+            config = config[group]
+        return config
+
+    def get(self, config: CfgNode, name: str):
+        """The value of a dotted key."""
+        return self._node(config, name)[name.rpartition('.')[2]]
+
+    # ------------------------------------------------------------------------------------------------ checks
     def check(self, config: CfgNode) -> None:
-        """Checks every value by itself. Raises UserError with the key and what it may be."""
-        for key, value in leaves(config):
-            if value is None:
-                default = _lookup(self.tree, key)
-                if default is not None and key not in self.optional:
-                    raise UserError(f'{key} is None, but it needs a value such as {default!r}.')
-            elif key in self.choices and value not in self.choices[key]:
-                raise UserError(f'{key} is {value!r}, but must be one of: {", ".join(map(str, self.choices[key]))}.')
-            elif key in self.at_least and value < self.at_least[key]:
-                raise UserError(f'{key} is {value}, but must be at least {self.at_least[key]}.')
-            elif key in self.probabilities and not 0 <= value <= 1:
-                raise UserError(f'{key} is {value}, but must lie between 0 and 1.')
+        """Checks every value by itself. Raises UserError with the key, where its value was given, and what it may be."""
+        for name, key in self.keys.items():
+            value = self.get(config, name)
+            if not key.accepts(value):
+                raise UserError(self._wrong(name, value, self.where(config, name)))
 
-    def _coerce(self, value, key: str, where: str):
-        default = _lookup(self.tree, key)
-        kind = self.optional.get(key, type(default))
-        if isinstance(value, str) and kind is not str:
-            value = _literal(value)
-        elif isinstance(value, str) and value.lower() in ('none', 'null') and key in self.optional:
-            return None
-        if value is None:
-            return None
-        if kind is bool and (isinstance(value, bool) or value in (0, 1)):
-            return bool(value)
-        if value is False and 'no' in self.choices.get(key, ()):  # a bare `no` in YAML
-            return 'no'
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if kind is float and is_number:
-            return float(value)
-        if kind is int and is_number and value == int(value):
-            return int(value)
-        if kind in (list, tuple) and isinstance(value, (list, tuple)):
-            return kind(_literal(v) if isinstance(v, str) and key != 'BASE' else v for v in value)
-        if kind in (list, tuple) and key == 'BASE':
-            return [value]
-        if kind is str and (is_number or isinstance(value, str)):
-            return str(value)
-        name = {bool: 'True or False', float: 'a number', int: 'a whole number', str: 'text'}.get(kind, 'a list')
-        raise UserError(f'{where}: {key} must be {name}, not {value!r}.')
+    @staticmethod
+    def where(config: CfgNode, name: str) -> str:
+        """Where the value of a key was given; empty for a default."""
+        return config.origins[name].text if name in config.origins else ''
+
+    def end_layer(self, config: CfgNode) -> None:
+        """What is set from here on belongs to another file or to the command line."""
+        config.layers.append(self._selected(config))
+
+    def _selected(self, config: CfgNode) -> Owners:
+        return Owners(self.get(config, 'MODEL.TYPE').lower(), self.get(config, 'TRAIN.TASK').lower())
+
+    def drop_foreign(self, config: CfgNode) -> None:
+        """Sets the keys of other models and tasks to their defaults.
+
+        Raises:
+            UserError: a value other than the default was given for a key without effect. What is inherited from a file of
+                another model or task may have had an effect there, which is fine.
+        """
+        now = self._selected(config)
+        for name, origin in list(config.origins.items()):
+            key, owners = self.keys[name], self.owners[name]
+            if self._acts(owners, now) or self.get(config, name) == key.default:
+                continue
+            if origin.layer != EXEMPT and not any(self._acts(owners, then) for then in config.layers[origin.layer :]):
+                field, selector = next((i, s) for i, s in enumerate(SELECTORS) if not self._acts_for(owners, now, i))
+                raise UserError(
+                    f'{origin.text}: {name} is {shown(self.get(config, name))}, but has no effect for {selector} '
+                    f'{self.get(config, selector)}, only for {", ".join(owners[field])}; remove it or change {selector}.'
+                )
+            self._node(config, name)[name.rpartition('.')[2]] = copy.deepcopy(key.default)
+            del config.origins[name]
+
+    def _acts(self, owners: Owners, selected: Owners) -> bool:
+        return all(self._acts_for(owners, selected, field) for field in range(len(SELECTORS)))
+
+    def _acts_for(self, owners: Owners, selected: Owners, field: int) -> bool:
+        """True too for models and tasks that own no key: they may read any."""
+        return not owners[field] or selected[field] in owners[field] or selected[field] not in self.known[field]
+
+    # ------------------------------------------------------------------------------------------------ YAML
+    def _read(self, path: str, named: str) -> list[tuple[str, Any, str]]:
+        """(dotted key, value, 'file:line') of every value of a file; an empty file has none."""
+        try:
+            with open(path, encoding='utf-8') as file:
+                root = yaml.compose(file, Loader=yaml.SafeLoader)
+        except OSError as error:
+            raise UserError(f"cannot read the configuration '{path}'{named}: {error.strerror}.") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
+        except RecursionError:
+            raise UserError(f"'{path}' is not a YAML file of keys and values: it is nested too deeply.") from None
+        if root is not None and not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}:{root.start_mark.line + 1}: expected 'KEY: value' pairs, as in 'SEED: 0'.")
+        return [] if root is None else list(self._walk(root, path))
+
+    def _walk(self, node: yaml.MappingNode, path: str, prefix: str = '') -> Iterator[tuple[str, Any, str]]:
+        """Refuses duplicate keys and tags that build Python objects."""
+        seen = set()
+        for key_node, value_node in node.value:
+            where = f'{path}:{key_node.start_mark.line + 1}'
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise UserError(f"{where}: expected 'KEY: value', but the key is a list or a section.")
+            name = prefix + str(key_node.value)
+            meant = self.renamed.get(name) or name
+            if meant in seen:
+                raise UserError(f"{where}: the key '{meant}' is given twice; keep one.")
+            seen.add(meant)
+            if isinstance(value_node, yaml.MappingNode) and name in self.sections:
+                yield from self._walk(value_node, path, f'{name}.')
+            else:
+                yield name, _construct(value_node, name, where), where
 
 
-def leaves(node: CfgNode, prefix: str = '') -> Iterator[tuple[str, object]]:
+def _construct(node: yaml.Node, name: str, where: str):
+    loader = yaml.SafeLoader('')
+    try:
+        return loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: cannot read the value of '{name}': {error.problem}.") from None
+    except (ValueError, RecursionError):  # a date in month 13, a number of thousands of digits
+        raise UserError(f"{where}: cannot read the value of '{name}': it is not valid YAML.") from None
+    finally:
+        loader.dispose()
+
+
+def leaves(node: CfgNode, prefix: str = '') -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of every value of a tree."""
     for name, value in node.items():
         if isinstance(value, CfgNode):
@@ -125,13 +395,16 @@ def leaves(node: CfgNode, prefix: str = '') -> Iterator[tuple[str, object]]:
             yield prefix + name, value
 
 
-def _lookup(node: CfgNode, key: str):
-    for name in key.split('.'):
-        node = node[name]
-    return node
+def shown(value) -> str:
+    """A value in a message, shortened."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no numbers of more than 4300 digits
+        return 'a number of thousands of digits'
+    return text if len(text) <= SHOWN else f'{text[:SHOWN]}...'
 
 
-def _literal(text: str):
+def literal(text: str):
     """`5e-4`, `None`, `(0.1, 1)` and the like as Python values; YAML spellings of booleans too; other text unchanged."""
     if text.lower() in ('true', 'false', 'null'):
         return {'true': True, 'false': False, 'null': None}[text.lower()]
@@ -139,45 +412,3 @@ def _literal(text: str):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-
-
-# ---------------------------------------------------------------------------------------------------- YAML
-def _read_yaml(path: str, named: str) -> list[tuple[str, object, str]]:
-    """(dotted key, value, 'file:line') of every value of a file; an empty file has none."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            root = yaml.compose(file, Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise UserError(f"cannot read the configuration '{path}'{named}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
-    return [] if root is None else list(_walk(root, path))
-
-
-def _walk(node: yaml.Node, path: str, prefix: str = '') -> Iterator[tuple[str, object, str]]:
-    """Refuses duplicate keys and tags that build Python objects."""
-    if not isinstance(node, yaml.MappingNode):
-        under = prefix[:-1] or 'the file'
-        raise UserError(f"{path}:{node.start_mark.line + 1}: expected 'KEY: value' pairs under '{under}'.")
-    seen = set()
-    for key_node, value_node in node.value:
-        where = f'{path}:{key_node.start_mark.line + 1}'
-        key = prefix + str(key_node.value)
-        if key in seen:
-            raise UserError(f"{where}: the key '{key}' is given twice; keep one.")
-        seen.add(key)
-        if isinstance(value_node, yaml.MappingNode):
-            yield from _walk(value_node, path, key + '.')
-            continue
-        try:
-            yield key, _construct(value_node), where
-        except yaml.YAMLError as error:
-            raise UserError(f"{where}: cannot read the value of '{key}': {error.problem}.") from None
-
-
-def _construct(node: yaml.Node):
-    loader = yaml.SafeLoader('')
-    try:
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
