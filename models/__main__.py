@@ -9,6 +9,7 @@ from config import get_config
 from models import build_model, list_models
 from models.profile import profile
 from models.registry import config_file
+from models.zoo import PUBLISHED, Published
 from utils.errors import UserError
 
 COLUMNS = '{:<44} {:>9} {:>8} {:>6} {:>6} {:>6}  {}'
@@ -27,11 +28,11 @@ def main(pattern: str = '*') -> None:
 def row(name: str) -> str:
     """The line of one configuration."""
     config = get_config(config_file(name))
-    size, published = config.DATA.IMAGE_SIZE, config.MODEL.PUBLISHED
+    size, published = config.DATA.IMAGE_SIZE, PUBLISHED.get(name, Published(name))
     cost = profile(build_model(config), [1, config.DATA.IMAGE_CHANNELS, size, size])
-    accuracies = ['-' if acc is None else f'{acc:.2f}' for acc in (published.ACC1, published.ACC5)]
+    accuracies = ['-' if acc is None else f'{acc:.2f}' for acc in (published.acc1, published.acc5)]
     return COLUMNS.format(
-        name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', size, *accuracies, published.WEIGHTS or '-'
+        name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', size, *accuracies, published.url or '-'
     )
 
 

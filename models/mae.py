@@ -100,11 +100,11 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         mask_ratio: float = 0.75,
-        norm_pix_loss: bool = False,
+        norm_pix_loss: bool = True,
         lessons: Lessons = NO_LESSONS,
         **encoder,
     ):
-        super().__init__(num_classes=0, **encoder)
+        super().__init__(num_classes=0, **{'drop_path_rate': 0.0, **encoder})
         self.patch_size = self.patch_embed.patch_size
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         seen = num_visible(self.patch_embed.num_patches, mask_ratio)

@@ -132,7 +132,7 @@ class MoCoV3(Classifier):
 
 def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
     """A Vision Transformer with MoCo-v3's start, whose classifier is the projector."""
-    vit = VisionTransformer(num_classes=0, **options)
+    vit = VisionTransformer(num_classes=0, **{'drop_path_rate': 0.0, **options})
     grid = (vit.patch_embed.grid_size,) * 2
     fix_(vit.pos_embed, moco_position_table(vit.embed_dim, grid, vit.num_prefix))
     initializer.Normal(std=1e-6)(vit.cls_token)

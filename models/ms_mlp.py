@@ -213,8 +213,8 @@ class MSMLP(Classifier):
         mlp_ratio: float = 4.0,
         patch_norm: bool = True,
         drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_path_ramp: bool = True,
+        drop_path_rate: float = 0.1,
+        drop_path_ramp: bool = False,
         recompute: bool = False,
     ):
         super().__init__()

@@ -423,8 +423,6 @@ def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate,
     changes = changed_keys(get_config(cfg), candidate.config)
     if changes:
         changes['MODEL.NAME'] = f'{given.config.MODEL.NAME}_{candidate.combination.slug()}'
-        published = given.config.MODEL.PUBLISHED  # facts about the weights of another model
-        changes.update({f'MODEL.PUBLISHED.{key}': None for key in published if published[key] is not None})
     tree: dict = {'BASE': os.path.relpath(cfg, args.folder)}
     for key, value in changes.items():
         *groups, name = key.split('.')

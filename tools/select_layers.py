@@ -47,10 +47,6 @@ MODEL:
   NAME: {name}_fading
   LAMBDA:
     PRUNE_LAYERS: [{layers}]
-  PUBLISHED:
-    ACC1: None
-    ACC5: None
-    WEIGHTS: None
 """
 
 

@@ -60,8 +60,9 @@ def small_config(name: str, *opts):
     model = get_config(config_file(name)).MODEL
     layers = tuple(i for i in model.LAMBDA.PRUNE_LAYERS if i < 4)
     reducing = tuple(i for i in (1, 2, 3) if i not in layers)[:2]  # blocks that have the attention for it
-    small = [*SMALL[model.TYPE], 'MODEL.LAMBDA.PRUNE_LAYERS', layers, 'MODEL.EVIT.DROP_LOC', reducing]
-    small += ['MODEL.NUM_CLASSES', 5]
+    small = [*SMALL[model.TYPE], 'MODEL.NUM_CLASSES', 5]
+    if model.TYPE == 'vit':
+        small += ['MODEL.LAMBDA.PRUNE_LAYERS', layers, 'MODEL.EVIT.DROP_LOC', reducing]
     return get_config(config_file(name), [*small, *opts])
 
 

@@ -17,6 +17,7 @@ from config import get_config
 from models import build_model, create_model, list_models, register_model
 from models.profile import profile
 from models.registry import config_file
+from models.zoo import PUBLISHED
 from tests.conftest import HERE, ROOT
 from tests.models.helpers import images, small_config
 from utils.errors import UserError
@@ -95,12 +96,28 @@ def test_file(name):
     # The data say how many classes there are; a recipe for one data set may say it as well.
     assert (config.MODEL.NUM_CLASSES is None) == ('_transfer_' not in name)
     assert f'-cfg=./configs/{name}.yaml' in text
-    if config.DATA.DATASET == 'imagenet2012':
-        assert set(own['MODEL']['PUBLISHED']) == {'ACC1', 'ACC5', 'WEIGHTS'}, 'inherited facts belong to another model'
-        published = config.MODEL.PUBLISHED
-        for accuracy in filter(None, (published.ACC1, published.ACC5)):
-            assert str(accuracy) in text.partition('\nBASE')[0]
-        assert published.WEIGHTS is None or published.ACC1 is not None
+
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_headers_state_hardware_and_accuracy(name):
+    with open(config_file(name), encoding='utf-8') as file:
+        header = ' '.join(line[1:].strip() for line in file if line.startswith('#'))
+    hardware, accuracy = re.search(r' Hardware: (.+?) Accuracy: (.+)$', header).groups()
+    assert re.search(r'\d+ GPUs with .*\d+ images each|one CPU', hardware)
+    if name in PUBLISHED:
+        stated = [str(value) for value in (PUBLISHED[name].acc1, PUBLISHED[name].acc5) if value is not None]
+        assert stated and all(value in accuracy for value in stated)
+    else:
+        assert 'not published' in accuracy or (name.endswith('_digits') and '.md' in accuracy)
+
+
+def test_the_table_of_published_weights_is_complete():
+    assert list(PUBLISHED) == sorted(PUBLISHED) and set(PUBLISHED) <= set(NAMES)
+    for row in PUBLISHED.values():
+        assert row.acc1 > 50 and row.source and (row.acc5 is None or row.acc1 < row.acc5 < 100)
+        assert not row.url or row.url.startswith('https://')
+        assert re.fullmatch('([0-9a-f]{64})?', row.sha256)
 
 
 @pytest.mark.parametrize('name', CLASSIFIERS)
