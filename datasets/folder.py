@@ -14,6 +14,7 @@ from datasets.dataset import Dataset, FileStorage, Storage
 from datasets.images import EXTENSIONS
 from datasets.registry import register_dataset
 from datasets.walk import describe_counts, describe_left_out, folders_in, images_below
+from utils.environment import expand_user
 from utils.errors import UserError
 
 _DIGITS = 9  # of a label, which LMDB files store in 32 bits
@@ -235,7 +236,7 @@ def _check_any_exists(dataset: Dataset, path: str, probes: int = 16) -> None:
 
 def data_path(config) -> str:
     """DATA.DATA_PATH, an existing folder."""
-    path = os.path.expanduser(config.DATA.DATA_PATH)
+    path = expand_user(config.DATA.DATA_PATH)
     if not os.path.isdir(path):
         raise UserError(f"the data folder '{path}' does not exist; set -data_path (DATA.DATA_PATH).")
     return path

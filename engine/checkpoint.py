@@ -17,6 +17,7 @@ import numpy as np
 import paddle
 
 from utils.errors import UserError
+from utils.files import writing
 from utils.weights import read_file, write_pdparams
 
 LAST = 'last.pdparams'
@@ -46,11 +47,11 @@ def save_last(folder: str, state: dict) -> None:
 def keep_epoch(folder: str, epoch: int, keep: int) -> str:
     """Files the last.pdparams just written under its epoch too, and drops the oldest beyond `keep` (0: none)."""
     path = os.path.join(folder, f'epoch_{epoch:04d}.pdparams')
-    if os.path.exists(path):
-        os.unlink(path)
-    os.link(
-        os.path.join(folder, LAST), path
-    )  # last.pdparams is replaced, never rewritten, so this name keeps its content
+    with writing(path):
+        if os.path.exists(path):
+            os.unlink(path)
+        # last.pdparams is replaced, never rewritten, so this name keeps its content
+        os.link(os.path.join(folder, LAST), path)
     for old in epoch_files(folder)[:-keep] if keep else []:
         os.unlink(old)
     return path

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from utils.environment import cpu_settings, is_gpu_build
+from utils.environment import cpu_settings, ensure_home, is_gpu_build
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
@@ -104,6 +104,7 @@ def _devices(processes: int | None) -> list[str | None]:
     if not is_gpu_build():
         count = _count(processes, 'NPROC', default=2)
         return [None] * count
+    ensure_home()
     import paddle  # counts the visible GPUs without creating a context on any
 
     visible = paddle.device.cuda.device_count()

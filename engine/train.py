@@ -21,6 +21,7 @@ from PIL import Image
 
 from datasets.batch import to_tensor
 from engine.checkpoint import (
+    BEST,
     from_automatic_names,
     keep_epoch,
     optimizer_state,
@@ -37,7 +38,7 @@ from engine.signals import StopSignal
 from models.pretrained import load_state
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.runlog import MetricsFile, RunLog, progress
+from utils.runlog import MetricsFile, RunLog, VisualDLFile, progress
 from utils.weights import FACTS
 
 # Entries of the sums that travel with each step, one small reduction for all processes.
@@ -55,6 +56,7 @@ class Position:
     best_score: float = -math.inf  # of the validations so far: an accuracy, or minus a loss
     best_epoch: int = 0
     totals: list = field(default_factory=lambda: [0.0] * 6)  # sums over the unfinished epoch
+    unwritten: dict | None = None  # row of `epoch` that metrics.jsonl could not take
 
 
 class Trainer:
@@ -97,6 +99,9 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the last epoch, from wherever the position is. Leaves by SystemExit when a signal asked it to."""
         config, position = self.config, self.position
+        if position.epoch >= config.TRAIN.NUM_EPOCHS and position.validated:
+            self._nothing_left()
+            return
         self._open_writer()
         self._announce()
         self.parallel = self.context.parallel(self.model, getattr(self.model, 'leaves_parameters_out', False))
@@ -104,19 +109,34 @@ class Trainer:
             if not position.validated:
                 self._finish_epoch()
             while position.epoch < config.TRAIN.NUM_EPOCHS:
-                self._train_epoch(position.epoch + 1)
+                row = self._train_epoch(position.epoch + 1)
                 position.epoch, position.samples, position.totals = position.epoch + 1, 0, [0.0] * 6
                 position.validated = not self._validation_due(position.epoch)
+                self._report_epoch(row)
                 self._finish_epoch()
         finally:
             if self.writer is not None:
                 self.writer.close()
-        measure = self.task.measure
-        self.log.master(
-            f'----- Finished: best Validation {measure.titles[measure.best]}: {abs(position.best_score):.4f} '
-            f'after epoch {position.best_epoch}, '
-            f'weights in {os.path.join(self.folder, "best.pdparams")}'
-        )
+        self.log.master(f'----- Finished: {self._best()}')
+
+    def _nothing_left(self) -> None:
+        """Logs that the run is finished already. Raises UserError where there is no run, only weights."""
+        done, wanted = self.position.epoch, self.config.TRAIN.NUM_EPOCHS
+        text = f'epoch {done} of {wanted} is done, so nothing is left to train'
+        more = f'set TRAIN.NUM_EPOCHS to more than {done}'
+        if not self.position.step:
+            raise UserError(f'{text}: {more}, or -last_epoch to less than {wanted}.')
+        self.log.master(f'----- Finished already: {text}; to train on, {more}. So far: {self._best()}')
+
+    def _best(self) -> str:
+        """The best validation so far, and where its weights are."""
+        position, measure = self.position, self.task.measure
+        title = measure.titles[measure.best]
+        if not math.isfinite(position.best_score):
+            return f'no validation with a finite {title}, so there is no {BEST}'
+        path = os.path.join(self.folder, BEST)
+        place = path if os.path.exists(path) else 'the folder of the run that this one continues'
+        return f'best Validation {title}: {abs(position.best_score):.4f} after epoch {position.best_epoch}, weights in {place}'
 
     def _announce(self) -> None:
         train, scale = self.config.TRAIN, lr_scale(self.config, self.global_batch)
@@ -130,7 +150,8 @@ class Trainer:
             self.log.master('AMP is asked for, but mixed precision needs a GPU: training in float32.')
         self.log.master(f'----- Start training from epoch {self.position.epoch + 1}.')
 
-    def _train_epoch(self, epoch: int) -> None:
+    def _train_epoch(self, epoch: int) -> dict:
+        """Takes the steps of an epoch that are left. Returns its row of metrics.jsonl."""
         config, position = self.config, self.position
         accumulate = config.TRAIN.ACCUM_ITER
         num_batches = self.train_loader.num_batches
@@ -173,21 +194,15 @@ class Trainer:
             batches.close()
         seconds = time.time() - started
         images = max(totals[IMAGES], 1)
-        self.log.master(
-            f'----- Epoch[{epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], Lr: {lr:.6f}, time: {seconds:.2f}, '
-            f'Train Loss: {totals[LOSS] / images:.4f}{self._accuracy(", Train Acc: ", totals)}'
-        )
-        self._record(
-            'train',
-            epoch=epoch,
-            lr=lr,
-            loss=totals[LOSS] / images,
+        return {
+            'lr': lr,
+            'loss': totals[LOSS] / images,
             **({'acc1': totals[CORRECT] / images} if self._has_accuracy else {}),
-            images=int(totals[IMAGES]),
-            skipped=int(totals[SKIPPED]),
-            images_per_second=totals[IMAGES] / seconds,
-            seconds=seconds,
-        )
+            'images': int(totals[IMAGES]),
+            'skipped': int(totals[SKIPPED]),
+            'images_per_second': totals[IMAGES] / seconds,
+            'seconds': seconds,
+        }
 
     # ------------------------------------------------------------------------------------------------ one step
     def _step(self, epoch: int, window: range, batches, lr: float, local: paddle.Tensor):
@@ -255,10 +270,26 @@ class Trainer:
     def _validation_due(self, epoch: int) -> bool:
         return epoch % self.config.VALIDATE_FREQ == 0 or epoch == self.config.TRAIN.NUM_EPOCHS
 
+    def _report_epoch(self, row: dict) -> None:
+        """Logs and records a finished epoch. Where that fails, as on a full disk, the epoch is saved first."""
+        epoch = self.position.epoch
+        accuracy = f', Train Acc: {row["acc1"]:.4f}' if 'acc1' in row else ''
+        try:
+            self.log.master(
+                f'----- Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Lr: {row["lr"]:.6f}, '
+                f'time: {row["seconds"]:.2f}, Train Loss: {row["loss"]:.4f}{accuracy}'
+            )
+            self._record('train', epoch=epoch, **row)
+        except UserError:
+            self.position.unwritten = {'kind': 'train', 'epoch': epoch, 'step': self.position.step, **row}
+            self._save()
+            raise
+
     def _finish_epoch(self) -> None:
-        """Validates where that is due, then saves."""
+        """Saves. Where a validation is due, saves before it too: the epoch outlives a validation that fails."""
         position = self.position
         if not position.validated:
+            self._save()
             try:
                 self._validate()
             except Interrupted:
@@ -352,8 +383,15 @@ class Trainer:
                 self.log.master('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
             self.ema.set_state_dict(averages or self.model.state_dict())
         if self.metrics is not None:
-            self.metrics.rewind(self.position.step, self.position.validated)
+            self._rewind_metrics()
         self.log.master(f'----- Resume: epoch {self.position.epoch}, step {self.position.step} from {path}')
+
+    def _rewind_metrics(self) -> None:
+        """metrics.jsonl as it is at this position."""
+        row, self.position.unwritten = self.position.unwritten, None
+        self.metrics.rewind(self.position.step, self.position.validated, trained=row is None)
+        if row is not None:
+            self.metrics.append(row)
 
     def _facts(self) -> dict:
         facts = self.model.facts()
@@ -426,15 +464,13 @@ class Trainer:
         for name, picture in pictures.items():
             with atomic_write(os.path.join(self.folder, f'{name}_{self.position.epoch:04d}.png')) as file:
                 picture.save(file, 'PNG')
-            self.writer.add_image(tag=name, img=np.asarray(picture), step=self.position.step)
+            self.writer.add_image(name, np.asarray(picture), self.position.step)
 
     def _open_writer(self) -> None:
         if self.context.is_main:
-            from visualdl import LogWriter  # slow to import, and only one process writes
-
-            self.writer = LogWriter(logdir=os.path.join(self.folder, 'vdl'))
+            self.writer = VisualDLFile(os.path.join(self.folder, 'vdl'))
 
     def _scalars(self, group: str, values: dict) -> None:
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(tag=f'{group}/{name}', value=float(value), step=self.position.step)
+                self.writer.add_scalar(f'{group}/{name}', float(value), self.position.step)

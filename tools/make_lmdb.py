@@ -38,6 +38,7 @@ from datasets.lmdb import (
 from tools._packing import image_file, parse, refuse_existing, source_of
 from utils.cli import run
 from utils.errors import UserError
+from utils.files import writing
 
 _SOURCE_KEY = b'__source__'  # what the file is made from; another source cannot continue it
 _CHUNK = 256  # images per transaction
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> int | None:
     refuse_existing(targets.values(), args)
     try:
         for split, target in targets.items():
-            write_lmdb(source_of(args, split), target)
+            dataset = source_of(args, split)
+            with writing(target):
+                write_lmdb(dataset, target)
     except KeyboardInterrupt:
         print('interrupted; the same command continues.', file=sys.stderr)
         return 130

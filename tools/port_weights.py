@@ -15,6 +15,11 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from utils.environment import tune_process
+
+if __name__ == '__main__':
+    tune_process()  # before Paddle is imported
+
 from config import get_config
 from models import build_model
 from models.port import port_with_report

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a launcher or tool ends: a user's mistake is one sentence and a non-zero status, never a traceback."""
+"""How a launcher or tool speaks and ends: any text can be printed; a user's mistake is one sentence, never a traceback."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable
 
 from utils.errors import UserError
+from utils.files import NO_SPACE, cannot_write
 
 USER_ERROR = 2  # exit status, as argparse's
 
@@ -18,20 +19,41 @@ def run(main: Callable[[], int | None]) -> None:
 
     Of several processes that a launcher started, the first to fail speaks; what the others meet then is its consequence.
     """
+    print_any_text()
     try:
         status = main()
+        sys.stdout.flush()
     except UserError as error:
-        if _is_first():
-            print(f'error: {error}', file=sys.stderr)
-        status = USER_ERROR
+        status = _fail(error)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            status = _crash()
+        else:
+            status = _fail(cannot_write(error.filename or 'the output', error))
     except Exception:
-        if _is_first():
-            traceback.print_exc()
-        status = 1
+        status = _crash()
     _exit(status or 0)
+
+
+def print_any_text() -> None:
+    """Escapes what a terminal or pipe cannot encode, such as a Chinese path in ASCII, instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+
+
+def _fail(error: UserError) -> int:
+    if _is_first():
+        print(f'error: {error}', file=sys.stderr)
+    return USER_ERROR
+
+
+def _crash() -> int:
+    if _is_first():
+        traceback.print_exc()
+    return 1
 
 
 def _is_first() -> bool:
@@ -48,8 +70,11 @@ def _is_first() -> bool:
 
 def _exit(status: int) -> None:
     """Leaves at once: with a process group whose peers are gone, Paddle's own shutdown may wait for them for ever."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # said before; what is left would raise it again when Python ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if 'PADDLE_TRAINER_ID' in os.environ:
         os._exit(status)
     sys.exit(status)

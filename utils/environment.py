@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be in the environment before Paddle is imported. Nothing here imports Paddle, and nothing overrides the user."""
+"""What must be in the environment before Paddle is imported. Nothing here imports Paddle.
+
+Nothing overrides the user, but for a HOME that cannot be written to.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import sys
+import tempfile
 import warnings
 
 # A training step frees and takes back the same large buffers; glibc would hand them to the kernel and fault them in again
@@ -15,6 +20,44 @@ _MALLOC = {
     'MALLOC_TRIM_THRESHOLD_': '17179869184',
     'MALLOC_TOP_PAD_': '67108864',
 }
+
+
+# Paddle, VisualDL and Matplotlib make folders below HOME when they are imported, and fail or complain where they cannot.
+_BELOW_HOME = ('', '.cache', '.cache/paddle', '.config', '.visualdl')
+_USERS_HOME = 'LEANVIT_HOME'  # the HOME that was replaced
+
+
+def ensure_home() -> None:
+    """Points HOME to a folder below LEANVIT_CACHE, or a temporary one, where it cannot be written to."""
+    home = os.path.expanduser('~')
+    if os.path.isdir(home) and all(_is_writable(os.path.join(home, name)) for name in _BELOW_HOME):
+        return
+    os.environ.update({_USERS_HOME: home, 'HOME': _spare_home()})
+
+
+def _is_writable(path: str) -> bool:
+    """Whether a folder can be written to; one that is missing can be made."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK))
+
+
+def _spare_home() -> str:
+    """A folder of this user: the same one in each run and process, where that is possible."""
+    cache = os.environ.get('LEANVIT_CACHE')
+    folders = [os.path.join(os.path.abspath(cache), 'home')] if cache else []
+    for folder in [*folders, os.path.join(tempfile.gettempdir(), f'leanvit-home-{os.getuid()}')]:
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            if _is_writable(folder) and os.stat(folder).st_uid == os.getuid():
+                return folder
+    return tempfile.mkdtemp(prefix='leanvit-home-')
+
+
+def expand_user(path: str) -> str:
+    """`path` with a leading `~` as the user means it, also where `ensure_home` replaced HOME."""
+    home = os.environ.get(_USERS_HOME)
+    if home is not None and path.split('/')[0] == '~':
+        return home + path[1:]
+    return os.path.expanduser(path)
 
 
 def is_gpu_build() -> bool:
@@ -45,8 +88,9 @@ def cpu_settings(processes: int) -> dict[str, str]:
 def tune_process() -> None:
     """Called by a launcher before it imports Paddle; restarts the process once so that glibc sees its variables.
 
-    Does nothing on a GPU build, whose defaults are right, and nothing to variables that are set already.
+    A GPU build has the right defaults, and what is set already stays; only a HOME that cannot be written to is replaced.
     """
+    ensure_home()
     warnings.filterwarnings('ignore', message='No ccache found')  # Paddle tells users who compile nothing
     if is_gpu_build():
         return

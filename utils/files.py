@@ -1,15 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either the old version or the new one, never half of one."""
+"""Writing files: either the old version or the new one is there, and a full disk is one clear sentence."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
 from typing import IO
 
 from utils.errors import UserError
+
+# Names of files may hold bytes that are not UTF-8; Python has them as surrogates, which UTF-8 cannot encode.
+TEXT = {'encoding': 'utf-8', 'errors': 'backslashreplace'}
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def cannot_write(path: str, error: OSError, note: str = '') -> UserError:
+    """The error of a file that cannot be written: which one, why, and what to do."""
+    free = 'free space there, or ' if error.errno in NO_SPACE else ''
+    return UserError(f"cannot write '{path}': {error.strerror or error}{note}; {free}write elsewhere (-output).")
+
+
+@contextlib.contextmanager
+def writing(path: str) -> Iterator[None]:
+    """Turns an OSError of the block, which writes to `path`, into a UserError.
+
+    A reader that left a pipe is no error of the file: BrokenPipeError passes.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 @contextlib.contextmanager
@@ -26,7 +51,8 @@ def atomic_write(path: str, mode: str = 'wb') -> Iterator[IO]:
     try:
         os.makedirs(folder, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f'.{os.path.basename(path)}.', suffix='.tmp', dir=folder)
-        with os.fdopen(handle, mode, encoding=None if 'b' in mode else 'utf-8') as file:
+        text = {} if 'b' in mode else TEXT
+        with os.fdopen(handle, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -35,8 +61,8 @@ def atomic_write(path: str, mode: str = 'wb') -> Iterator[IO]:
     except BaseException as error:
         if temporary is not None:
             _remove(temporary)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write '{path}': {error.strerror or error}; what it held is untouched.") from error
+        if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
+            raise cannot_write(path, error, ' (what it held is untouched)') from error
         raise
     _sync_folder(folder)
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to read: the screen, the log files and metrics.jsonl.
+"""What a run leaves to read: the screen, the log files, metrics.jsonl and VisualDL's records.
+
+Each is written at once, so that a full disk ends the run where it happens, with one sentence.
 
 log.txt         the main process, averages over all processes; lines carry `MASTER_LOG`
 log_<rank>.txt  one process
@@ -8,14 +10,17 @@ log_all.txt     every line of every process
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import struct
 import sys
 import time
 
+import numpy as np
 from tqdm import tqdm
 
-from utils.files import atomic_write
+from utils.files import TEXT, atomic_write, writing
 
 
 class RunLog:
@@ -29,7 +34,9 @@ class RunLog:
         self._master = self._open('log.txt') if rank == 0 else None
 
     def _open(self, name: str):
-        return open(os.path.join(self.folder, name), 'a', buffering=1, encoding='utf-8')
+        path = os.path.join(self.folder, name)
+        with writing(path):
+            return open(path, 'a', buffering=1, **TEXT)
 
     def local(self, message: str) -> None:
         """A line about this process, to its own file."""
@@ -39,19 +46,22 @@ class RunLog:
         """A line about the run: printed and logged by the main process, dropped by the others."""
         if self._master is not None:
             line = self._write(f'MASTER_LOG {message}', (self._master, self._all))
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+            with writing('standard output'):
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
 
     @staticmethod
     def _write(message: str, files) -> str:
         line = f'{time.strftime("%m/%d %H:%M:%S")} {message}'
         for file in files:
-            file.write(line + '\n')
+            with writing(file.name):
+                file.write(line + '\n')
         return line
 
     def close(self) -> None:
         for file in filter(None, (self._local, self._all, self._master)):
-            file.close()
+            with contextlib.suppress(OSError):  # raised before, when the line was written
+                file.close()
 
 
 class MetricsFile:
@@ -61,14 +71,15 @@ class MetricsFile:
         self.path = path
 
     def append(self, row: dict) -> None:
-        with open(self.path, 'a', encoding='utf-8') as file:
+        with writing(self.path), open(self.path, 'a', encoding='utf-8') as file:
             file.write(json.dumps(row) + '\n')
 
-    def rewind(self, step: int, validated: bool) -> None:
-        """Drops rows that a run resumed at optimiser step `step` is about to write again.
+    def rewind(self, step: int, validated: bool, trained: bool = True) -> None:
+        """Drops rows that a run resumed at optimizer step `step` is about to write again.
 
         Args:
             validated: whether the evaluation due at that very step was done.
+            trained: whether the row of the epoch that ends at that very step was written.
         """
         if not os.path.exists(self.path):
             return
@@ -79,10 +90,52 @@ class MetricsFile:
                     row = json.loads(line)
                 except ValueError:  # cut off by a crash
                     continue
-                if row['step'] < step or (row['step'] == step and (validated or row['kind'] == 'train')):
+                if row['step'] < step or (row['step'] == step and (trained if row['kind'] == 'train' else validated)):
                     rows.append(line if line.endswith('\n') else line + '\n')
         with atomic_write(self.path, 'w') as file:
             file.writelines(rows)
+
+
+class VisualDLFile:
+    """A file of VisualDL records.
+
+    VisualDL's own LogWriter writes in a thread. On a full disk that thread drops records, then ends, and the run waits for
+    it for ever.
+
+    Args:
+        folder: what `visualdl --logdir` takes; it is made.
+    """
+
+    def __init__(self, folder: str):
+        from visualdl.component import base_component  # slow to import, and only one process writes
+
+        self._components = base_component
+        self.path = os.path.join(folder, f'vdlrecords.{int(time.time()):010d}.log')
+        with writing(self.path):
+            os.makedirs(folder, exist_ok=True)
+            self._file = open(self.path, 'ab')  # noqa: SIM115 (closed by `close`)
+        self._append(base_component.meta_data(walltime=_milliseconds()))
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self._append(self._components.scalar(tag, value, step, _milliseconds()))
+
+    def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
+        """Adds an image [H, W, C], uint8."""
+        self._append(self._components.image(tag, image, step, _milliseconds()))
+
+    def _append(self, record) -> None:
+        data = record.SerializeToString()
+        with writing(self.path):
+            self._file.write(struct.pack('<Q', len(data)) + data)
+            self._file.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # raised before, when the record was written
+            self._file.close()
+
+
+def _milliseconds() -> int:
+    return round(time.time() * 1000)
 
 
 def progress(iterable, total: int, label: str, shown: bool):

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 
 from utils import bfloat16, torch_files
+from utils.environment import expand_user
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.pickles import PickleReader, RefusedError
@@ -270,7 +271,7 @@ def resolve_weights_path(path: str) -> str:
     Raises:
         UserError: no such file; the text says what was tried and which files lie near.
     """
-    path = os.path.expanduser(path)
+    path = expand_user(path)
     if os.path.isdir(path) and not os.path.isfile(path + SUFFIX):
         tried = [os.path.join(path, name) for name in RUN_FILES]
         folder = path
