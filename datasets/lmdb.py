@@ -181,7 +181,9 @@ def open_readonly(path: str):
     if not os.path.isfile(path):
         raise UserError(f"'{path}' does not exist; `python tools/make_lmdb.py` writes it.")
     try:
-        environment = lmdb.open(path, subdir=False, readonly=True, lock=False, readahead=False, create=False)
+        environment = lmdb.open(
+            os.fsencode(path), subdir=False, readonly=True, lock=False, readahead=False, create=False
+        )
     except lmdb.Error as error:
         raise UserError(f"'{path}' is not an LMDB file: {error}.") from None
     needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']

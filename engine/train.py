@@ -403,6 +403,7 @@ class Trainer:
         if 'progress' not in state:  # PaddleViT: whole epochs
             position.step = position.epoch * math.ceil(self.train_loader.num_batches / self.config.TRAIN.ACCUM_ITER)
             return
+        self.optimizer.set_lr(state['lr_scheduler']['last_lr'])  # for a save that comes before the next step
         position.step = state['step']
         position.samples = state['sampler']['samples']
         for name, value in state['progress'].items():

@@ -17,6 +17,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -35,6 +36,7 @@ from engine.inference import load_classifier
 from tools._common import trained_config
 from utils.cli import run
 from utils.errors import UserError
+from utils.files import cannot_write
 
 PREPROCESS = '.preprocess.json'
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
@@ -49,14 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     model = load_classifier(config)
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f'.{name}.', suffix='.tmp', dir=folder) as unfinished:
-            prefix = os.path.join(unfinished, name)
+        with unfinished_files(folder, name) as prefix:
             difference = export(model, image_shape(config), prefix)
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
                 json.dump(describe(config, model.num_classes), file, indent=2)
             publish(prefix, os.path.join(folder, name))
     except OSError as error:
-        raise UserError(f"cannot write '{args.target}': {error.strerror or error}; give another -output.") from None
+        raise cannot_write(args.target, error) from error
     print(f'largest relative difference between program and model: {difference:.1e}')
     print(f'written: {", ".join(args.target + suffix for suffix in (PROGRAM, WEIGHTS, PREPROCESS))}')
 
@@ -70,6 +71,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if os.path.isdir(args.target) or not os.path.basename(args.target):
         raise UserError(f"-output is the folder '{args.target}'; add a name for the files in it.")
     return args
+
+
+@contextlib.contextmanager
+def unfinished_files(folder: str, name: str) -> Iterator[str]:
+    """Yields a prefix of files in a temporary folder below `folder`; Paddle takes it whatever bytes the names hold."""
+    with (
+        tempfile.TemporaryDirectory(prefix=f'.{name}.', suffix='.tmp', dir=folder) as unfinished,
+        tempfile.TemporaryDirectory() as plain,
+    ):
+        link = os.path.join(plain, 'files')
+        os.symlink(unfinished, link)
+        yield os.path.join(link, 'program')
 
 
 def image_shape(config) -> list[int]:
@@ -88,7 +101,13 @@ def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
     with paddle.no_grad():
         expected = [model(paddle.to_tensor(images)).numpy() for images in batches]
     save_program(model, shape, prefix)
-    predictor = Predictor(prefix)
+    try:
+        predictor = Predictor(prefix)
+    except Exception as error:  # of whichever kind: Paddle writes the files without noticing that the disk is full
+        raise UserError(
+            'the exported program cannot be read back, so nothing is written; free space on its disk, or write elsewhere '
+            '(-output).'
+        ) from error
     differences = [relative_difference(predictor(images), logits) for images, logits in zip(batches, expected)]
     worst = float(np.max(differences))
     if not worst <= TOLERANCE:  # NaN included

@@ -92,7 +92,8 @@ def partial_file(path: str, source: bytes) -> Iterator:
             raise UserError(f"'{path}' is being written by another process.") from None
         if not _continues(path, source):
             os.truncate(path, 0)
-        with lmdb.open(path, map_size=max(_FIRST_SIZE, os.path.getsize(path)), subdir=False, lock=False) as environment:
+        size = max(_FIRST_SIZE, os.path.getsize(path))
+        with lmdb.open(os.fsencode(path), map_size=size, subdir=False, lock=False) as environment:
             with environment.begin(write=True) as transaction:
                 transaction.put(_SOURCE_KEY, source)
             yield environment
@@ -101,7 +102,7 @@ def partial_file(path: str, source: bytes) -> Iterator:
 def _continues(path: str, source: bytes) -> bool:
     lmdb = lmdb_module()
     try:
-        with lmdb.open(path, subdir=False, readonly=True, lock=False, create=False) as environment:
+        with lmdb.open(os.fsencode(path), subdir=False, readonly=True, lock=False, create=False) as environment:
             complete = (environment.info()['last_pgno'] + 1) * environment.stat()['psize'] <= os.path.getsize(path)
             with environment.begin() as transaction:
                 return complete and transaction.get(_SOURCE_KEY) == source

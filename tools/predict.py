@@ -98,9 +98,8 @@ def noting_unreadable(predictions: Iterable[Prediction], unreadable: list[str]) 
 # ---------------------------------------------------------------------------------------------------- output
 def print_lines(predictions: Iterable[Prediction], names: list[str] | None) -> None:
     for prediction in predictions:
-        image = os.fsencode(prediction.image).decode('utf-8', 'replace')
         told = [f'{names[k] if names else k} {p:.4f}' for k, p in zip(prediction.classes, prediction.probabilities)]
-        print(f'{image}: {prediction.error or ", ".join(told)}', flush=True)
+        print(f'{prediction.image}: {prediction.error or ", ".join(told)}', flush=True)
 
 
 def write_csv(file: IO[bytes], predictions: Iterable[Prediction], names: list[str] | None, topk: int) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from utils.environment import tune_process
 
 if __name__ == '__main__':
     tune_process()  # before Paddle is imported
+
+import yaml
 
 import datasets
 from config import config_file_of, flag_parser
@@ -42,7 +45,7 @@ YAML = """\
 # ({images} images, entropy of the {target}). Train it from the weights it was chosen on:
 #
 #   python main_multi_gpu.py -cfg={path} -pretrained={weights}
-BASE: {base}
+{base}
 MODEL:
   NAME: {name}_fading
   LAMBDA:
@@ -123,6 +126,7 @@ def describe(args: argparse.Namespace, config, images: int, branches: dict, step
 def recipe(args: argparse.Namespace, config, result: dict) -> str:
     """The configuration that fades the chosen layers."""
     path = f'{args.target}.yaml'
+    base = os.path.relpath(config_file_of(args), os.path.dirname(path) or '.')
     return YAML.format(
         name=result['model'],
         layers=', '.join(map(str, result['layers'])),
@@ -130,7 +134,7 @@ def recipe(args: argparse.Namespace, config, result: dict) -> str:
         target=result['target'],
         path=path,
         weights=config.MODEL.PRETRAINED,
-        base=os.path.relpath(config_file_of(args), os.path.dirname(path) or '.'),
+        base=yaml.safe_dump({'BASE': base}, width=math.inf).rstrip(),
     )
 
 

@@ -31,7 +31,14 @@ def run(main: Callable[[], int | None]) -> None:
         if error.errno not in NO_SPACE:
             status = _crash()
         else:
-            status = _fail(cannot_write(error.filename or 'the output', error))
+            status = _fail(cannot_write(error.filename or 'standard output', error))
+    except UnicodeEncodeError as error:
+        if sys.getfilesystemencoding() == 'utf-8':
+            status = _crash()
+        else:
+            status = _fail(
+                UserError(f"the name '{error.object}' does not exist in {error.encoding}; set PYTHONUTF8=1.")
+            )
     except Exception:
         status = _crash()
     _exit(status or 0)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop itself, in this process: what a step is, what stops it, what it leaves."""
 
+import errno
 import json
 import os
 
@@ -10,14 +11,17 @@ import paddle.nn.functional as F
 import pytest
 
 import datasets
+import engine.train
 from config import get_config
 from datasets.batch import to_tensor
 from engine.distributed import Context
+from engine.evaluate import evaluate
 from engine.tasks import SupervisedTask
 from engine.train import Trainer
 from models import build_model
 from tests.conftest import assert_close
 from utils.errors import UserError
+from utils.files import writing
 from utils.runlog import RunLog
 from utils.weights import read_file
 
@@ -37,7 +41,7 @@ def trainer(tmp_path, images):
     """Makes trainers on the plain recipe with changes."""
     made = []
 
-    def make(task=None, **changes):
+    def make(task=None, folder=None, **changes):
         changed = {name.replace('__', '.'): value for name, value in changes.items()}
         options = {**PLAIN, 'DATA.DATA_PATH': images, **changed}
         config = get_config(opts=[item for pair in options.items() for item in pair])
@@ -46,8 +50,8 @@ def trainer(tmp_path, images):
         rng = np.random.default_rng(0)
         for parameter in model.parameters():  # away from the zero head, where every gradient below it is zero
             parameter.set_value(parameter + paddle.to_tensor(rng.normal(0, 0.05, parameter.shape).astype('float32')))
-        folder = str(tmp_path / f'run{len(made)}')
-        os.makedirs(folder)
+        folder = folder or str(tmp_path / f'run{len(made)}')
+        os.makedirs(folder, exist_ok=True)
         loaders = [
             datasets.build_dataloader(config, datasets.build_dataset(config, split), split == 'train')
             for split in ('train', 'val')
@@ -186,14 +190,139 @@ def test_paddlevit_checkpoints_are_resumed(trainer, tmp_path):
 
 
 def _only(method, epochs):
+    """`method` for the first epochs; the others only repeat the row of the last one."""
     rows = {}
-    return lambda epoch: rows.setdefault(min(epoch, epochs), None) or rows.update({epoch: method(epoch)}) or rows[epoch]
+
+    def train_epoch(epoch):
+        if epoch <= epochs:
+            rows[epoch] = method(epoch)
+        return rows[min(epoch, epochs)]
+
+    return train_epoch
 
 
 def test_flat_weights_take_the_epoch_from_the_flag(trainer):
     run = trainer(TRAIN__LAST_EPOCH=1, TRAIN__NUM_EPOCHS=1)
     run.load_state_dict(weights(run), 'flat.pdparams')
     assert run.position.epoch == 1
+
+
+# ---------------------------------------------------------------------------------------------------- what is left
+TWO_EPOCHS = {'TRAIN__NUM_EPOCHS': 2, 'TRAIN__MODEL_EMA': True, 'TRAIN__MODEL_EMA_DECAY': 0.9, 'SAVE_FREQ': 1}
+
+
+def outcome(trainer):
+    """Rows without times, position, and every saved weight and moment."""
+    with open(os.path.join(trainer.folder, 'metrics.jsonl'), encoding='utf-8') as file:
+        table = [json.loads(line) for line in file]
+    for row in table:
+        del row['seconds'], row['images_per_second']
+    files = {name: read_file(os.path.join(trainer.folder, f'{name}.pdparams')) for name in ('last', 'best')}
+    files['epochs'] = [read_file(os.path.join(trainer.folder, f'epoch_{n:04d}.pdparams')) for n in (1, 2)]
+    return {'rows': table, 'position': trainer.position, **files}
+
+
+def assert_equal(left, right):
+    if isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal(left[key], right[key])
+    elif isinstance(left, list):
+        assert len(left) == len(right)
+        for pair in zip(left, right):
+            assert_equal(*pair)
+    else:
+        np.testing.assert_array_equal(left, right)
+
+
+def disk_full(path):
+    with writing(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize('at', [1, 2, 3], ids=['validation', 'validation of the average', 'second validation'])
+def test_a_validation_that_fails_loses_nothing(trainer, monkeypatch, at):
+    """It is done again after a resume, which then equals the run that did not fail."""
+    straight = trainer(**TWO_EPOCHS)
+    straight.fit()
+    calls = iter(range(1, 100))
+
+    def damaged(*args):
+        if next(calls) == at:
+            raise UserError('the image is damaged.')
+        return evaluate(*args)
+
+    monkeypatch.setattr(engine.train, 'evaluate', damaged)
+    cut = trainer(**TWO_EPOCHS)
+    with pytest.raises(UserError, match='the image is damaged'):
+        cut.fit()
+    saved = read_file(os.path.join(cut.folder, 'last.pdparams'))
+    assert (saved['epoch'], saved['progress']['validated']) == (1 if at < 3 else 2, False)
+    resumed = trainer(folder=cut.folder, **TWO_EPOCHS)
+    resumed.load_state_dict(saved, 'last.pdparams')
+    resumed.fit()
+    assert_equal(outcome(resumed), outcome(straight))
+
+
+@pytest.mark.parametrize('kind', ['log line', 'train', 'val', 'scalar'])
+def test_a_full_disk_after_an_epoch_loses_nothing(trainer, monkeypatch, kind):
+    straight = trainer(**TWO_EPOCHS)
+    straight.fit()
+    cut = trainer(**TWO_EPOCHS)
+    with monkeypatch.context() as patch:
+        append, master, scalars = cut.metrics.append, cut.log.master, cut._scalars
+        patch.setattr(cut.metrics, 'append', lambda row: disk_full('m') if row['kind'] == kind else append(row))
+        if kind == 'scalar':
+            patch.setattr(cut, '_scalars', lambda *a: disk_full('m') if a[0] == 'train_epoch' else scalars(*a))
+        if kind == 'log line':
+            patch.setattr(cut.log, 'master', lambda line: disk_full('m') if 'Train Loss' in line else master(line))
+        with pytest.raises(UserError, match="cannot write 'm': No space left on device; free space"):
+            cut.fit()
+    resumed = trainer(folder=cut.folder, **TWO_EPOCHS)
+    saved = read_file(os.path.join(cut.folder, 'last.pdparams'))
+    assert (saved['epoch'], saved['progress']['validated']) == (1, False)
+    resumed.load_state_dict(saved, 'last.pdparams')
+    resumed.fit()
+    assert_equal(outcome(resumed), outcome(straight))
+
+
+def log_of(trainer):
+    with open(os.path.join(trainer.folder, 'log.txt'), encoding='utf-8') as file:
+        return file.read()
+
+
+def test_a_finished_run_says_so(trainer):
+    first = trainer()
+    first.fit()
+    state = read_file(os.path.join(first.folder, 'last.pdparams'))
+    again = trainer(folder=first.folder)
+    again.load_state_dict(state, 'last.pdparams')
+    files = sorted(os.listdir(os.path.join(first.folder, 'vdl')))
+    again.fit()
+    said = log_of(again).splitlines()[-1]
+    assert 'Finished already: epoch 1 of 1 is done' in said
+    assert 'set TRAIN.NUM_EPOCHS to more than 1' in said
+    assert f'Acc@1: {first.position.best_score:.4f} after epoch 1, weights in {first.folder}/best.pdparams' in said
+    assert sorted(os.listdir(os.path.join(first.folder, 'vdl'))) == files
+    elsewhere = trainer()
+    elsewhere.load_state_dict(state, 'last.pdparams')
+    elsewhere.fit()
+    assert 'weights in the folder of the run that this one continues' in log_of(elsewhere)
+
+
+def test_weights_of_the_last_epoch_leave_nothing_to_train(trainer):
+    run = trainer(TRAIN__LAST_EPOCH=3, TRAIN__NUM_EPOCHS=2)
+    run.load_state_dict(weights(run), 'flat.pdparams')
+    with pytest.raises(UserError, match=r'epoch 3 of 2 is done.*NUM_EPOCHS to more than 3, or -last_epoch to less'):
+        run.fit()
+
+
+def test_no_finite_validation_is_no_best(trainer, monkeypatch):
+    run = trainer()
+    monkeypatch.setattr(engine.train, 'evaluate', lambda *a: {**evaluate(*a), 'acc1': float('nan')})
+    run.fit()
+    assert log_of(run).endswith('Finished: no validation with a finite Acc@1, so there is no best.pdparams\n')
+    assert not os.path.exists(os.path.join(run.folder, 'best.pdparams'))
 
 
 def test_a_changed_global_batch_goes_on_before_the_position(trainer):

@@ -49,6 +49,37 @@ def test_of_several_processes_the_first_to_fail_speaks(capsys, monkeypatch, tmp_
     assert capsys.readouterr().err == "error: there is no 'x'.\n"
 
 
+def child(program, stdout=subprocess.PIPE, **variables):
+    """(status, standard output, standard error) of a command whose `main` is `program`."""
+    code = f'import sys\nfrom utils.cli import run\ndef main():\n    {program}\nrun(main)'
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, env={**os.environ, **variables}, stdout=stdout, stderr=subprocess.PIPE
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_terminal_need_not_be_utf_8():
+    program = r"print('\u6570 dat\udce9'); sys.stderr.write('\u6570\udce9')"
+    assert child(program, PYTHONIOENCODING='ascii') == (0, rb'\u6570 dat\udce9' + b'\n', rb'\u6570\udce9')
+    assert child(program, PYTHONIOENCODING='utf-8') == (0, '数 dat\\udce9\n'.encode(), '数\\udce9'.encode())
+
+
+def test_a_name_that_the_file_system_cannot_have():
+    ascii_only = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+    status, _, error = child(r"open('/tmp/\u6570', 'w')", **ascii_only)
+    assert (status, error) == (2, rb"error: the name '/tmp/\u6570' does not exist in ascii; set PYTHONUTF8=1." + b'\n')
+
+
+@pytest.mark.parametrize('program', ["print('x')", "print('x' * 100000)"], ids=['at the end', 'at once'])
+def test_output_to_a_full_disk(program):
+    with open('/dev/full', 'wb') as full:
+        status, _, error = child(program, stdout=full)
+    assert status == 2
+    assert error == (
+        b"error: cannot write 'standard output': No space left on device; free space there, or write elsewhere (-output).\n"
+    )
+
+
 def test_a_reader_that_left_is_no_error():
     program = "from utils.cli import run\nrun(lambda: [print('line ' * 100) for _ in range(10000)] and None)"
     child = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
