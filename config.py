@@ -22,6 +22,7 @@ from yacs.config import CfgNode as CN
 
 from utils.cli import run
 from utils.errors import UserError
+from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Schema, Section, shown
 
 # Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
@@ -342,8 +343,9 @@ def config_file_of(args: argparse.Namespace) -> str | None:
     """The YAML file that `-cfg` names; without it the one of the run folder that `-resume` or `-pretrained` names."""
     given = vars(args)
     if 'cfg' in given:
-        return given['cfg']
-    runs = (os.path.join(given[flag], 'config.yaml') for flag in ('resume', 'pretrained') if flag in given)
+        return follow_latest(given['cfg'])
+    folders = (follow_latest(given[flag]) for flag in ('resume', 'pretrained') if flag in given)
+    runs = (os.path.join(folder, 'config.yaml') for folder in folders)
     return next(filter(os.path.isfile, runs), None)
 
 
@@ -362,6 +364,8 @@ def validate(config: CN) -> None:
     for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
         if len(data[key]) < data.IMAGE_CHANNELS:
             raise UserError(f'DATA.{key} is {data[key]}, but must have {data.IMAGE_CHANNELS} numbers (IMAGE_CHANNELS).')
+    if config.TAG:
+        check_run_name(config.TAG)
 
 
 def _finish(config: CN) -> None:
@@ -369,6 +373,9 @@ def _finish(config: CN) -> None:
     _SCHEMA.end_layer(config)
     validate(config)
     _SCHEMA.drop_foreign(config)
+    for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
+        if node[key] is not None:  # this run, or another, may soon be the latest
+            node[key] = follow_latest(node[key])
 
 
 def _unquoted(text: str) -> str:

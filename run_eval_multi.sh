@@ -5,7 +5,7 @@
 cd "$(dirname "$0")" || exit 1
 [ -x .venv/bin/python ] && PYTHON=${PYTHON:-.venv/bin/python}
 if [ -z "$CFG" ]; then
-    if [ ! -f output/latest/config.yaml ]; then
+    if [ ! -e output/latest ]; then
         echo "error: nothing was trained yet; run 'sh run_train_multi.sh' first, or set CFG and give -pretrained=FILE." >&2
         exit 2
     fi

@@ -17,7 +17,8 @@ import numpy as np
 import paddle
 
 from utils.errors import UserError
-from utils.files import writing
+from utils.files import link_or_copy, writing
+from utils.run_paths import follow_latest
 from utils.weights import read_file, write_pdparams
 
 LAST = 'last.pdparams'
@@ -47,11 +48,8 @@ def save_last(folder: str, state: dict) -> None:
 def keep_epoch(folder: str, epoch: int, keep: int) -> str:
     """Files the last.pdparams just written under its epoch too, and drops the oldest beyond `keep` (0: none)."""
     path = os.path.join(folder, f'epoch_{epoch:04d}.pdparams')
-    with writing(path):
-        if os.path.exists(path):
-            os.unlink(path)
-        # last.pdparams is replaced, never rewritten, so this name keeps its content
-        os.link(os.path.join(folder, LAST), path)
+    with writing(path):  # last.pdparams is replaced, never rewritten, so a link keeps this content
+        link_or_copy(os.path.join(folder, LAST), path)
     for old in epoch_files(folder)[:-keep] if keep else []:
         os.unlink(old)
     return path
@@ -79,6 +77,7 @@ def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
         The file that was read and its content: a checkpoint of this suite or of PaddleViT, or flat weights. The `.pdopt`
         beside an old PaddleViT file is taken in under `optimizer`.
     """
+    path = follow_latest(path)
     if not os.path.isdir(path):
         file = path if os.path.isfile(path) else f'{path}.pdparams'
         if not os.path.isfile(file):
@@ -143,6 +142,11 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
         targets = _by_name(
             optimizer._master_weights if kind == 'master_weight' else optimizer._accumulators[kind], names
         )
+        if not entries.keys() <= targets.keys():
+            raise UserError(
+                f"the checkpoint's optimizer state holds {kind}, which {type(optimizer).__name__} does not have here; set "
+                'TRAIN.OPTIMIZER and AMP_LEVEL as in the run that wrote it.'
+            )
         for name, value in entries.items():
             if tuple(targets[name].shape) != tuple(np.shape(value)):
                 raise UserError(

@@ -99,6 +99,8 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the last epoch, from wherever the position is. Leaves by SystemExit when a signal asked it to."""
         config, position = self.config, self.position
+        if self.metrics is not None:
+            self._rewind_metrics()
         if position.epoch >= config.TRAIN.NUM_EPOCHS and position.validated:
             self._nothing_left()
             return
@@ -382,8 +384,6 @@ class Trainer:
             if averages is None:
                 self.log.master('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
             self.ema.set_state_dict(averages or self.model.state_dict())
-        if self.metrics is not None:
-            self._rewind_metrics()
         self.log.master(f'----- Resume: epoch {self.position.epoch}, step {self.position.step} from {path}')
 
     def _rewind_metrics(self) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from typing import IO
@@ -56,7 +57,8 @@ def atomic_write(path: str, mode: str = 'wb') -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        with contextlib.suppress(OSError):  # exFAT and many network file systems have no modes
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
         if temporary is not None:
@@ -65,6 +67,23 @@ def atomic_write(path: str, mode: str = 'wb') -> Iterator[IO]:
             raise cannot_write(path, error, ' (what it held is untouched)') from error
         raise
     _sync_folder(folder)
+
+
+def link_or_copy(source: str, path: str) -> None:
+    """Give the file `source` the name `path` too, or copy it where the file system has no hard links.
+
+    Raises:
+        UserError: a full or read-only disk.
+    """
+    temporary = os.path.join(os.path.dirname(path), f'.{os.path.basename(path)}.link.tmp')
+    try:
+        os.link(source, temporary)
+        os.replace(temporary, path)
+    except (OSError, NotImplementedError):
+        with open(source, 'rb') as original, atomic_write(path) as copy:
+            shutil.copyfileobj(original, copy)
+    finally:
+        _remove(temporary)  # os.replace leaves it where both are links to one file
 
 
 def _remove(path: str) -> None:

@@ -16,6 +16,7 @@ import os
 import struct
 import sys
 import time
+from typing import IO
 
 import numpy as np
 from tqdm import tqdm
@@ -24,42 +25,53 @@ from utils.files import TEXT, atomic_write, writing
 
 
 class RunLog:
-    """Log files of one process of a run. Each line is flushed, so that a killed run keeps its last words."""
+    """Log files of one process of a run. Each line is flushed, so that a killed run keeps its last words.
 
-    def __init__(self, folder: str, rank: int):
-        self.folder = folder
+    Without a folder, lines are printed and kept until `open` names one.
+    """
+
+    def __init__(self, folder: str | None, rank: int):
         self.rank = rank
-        self._local = self._open(f'log_{rank}.txt')
-        self._all = self._open('log_all.txt')
-        self._master = self._open('log.txt') if rank == 0 else None
+        self._files: dict[str, IO[str]] = {}
+        self._early: list[tuple[str, str]] = []  # file name and line
+        if folder is not None:
+            self.open(folder)
 
-    def _open(self, name: str):
-        path = os.path.join(self.folder, name)
-        with writing(path):
-            return open(path, 'a', buffering=1, **TEXT)
+    def open(self, folder: str) -> None:
+        """Append to the log files in `folder` from now on, first the lines kept so far."""
+        for name in (f'log_{self.rank}.txt', 'log_all.txt', *(['log.txt'] if self.rank == 0 else [])):
+            path = os.path.join(folder, name)
+            with writing(path):
+                self._files[name] = open(path, 'a', buffering=1, **TEXT)
+        for name, line in self._early:
+            with writing(self._files[name].name):
+                self._files[name].write(line)
+        self._early.clear()
 
     def local(self, message: str) -> None:
         """A line about this process, to its own file."""
-        self._write(message, (self._local, self._all))
+        self._write(message, f'log_{self.rank}.txt')
 
     def master(self, message: str) -> None:
         """A line about the run: printed and logged by the main process, dropped by the others."""
-        if self._master is not None:
-            line = self._write(f'MASTER_LOG {message}', (self._master, self._all))
+        if self.rank == 0:
+            line = self._write(f'MASTER_LOG {message}', 'log.txt')
             with writing('standard output'):
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
-    @staticmethod
-    def _write(message: str, files) -> str:
+    def _write(self, message: str, name: str) -> str:
         line = f'{time.strftime("%m/%d %H:%M:%S")} {message}'
-        for file in files:
-            with writing(file.name):
-                file.write(line + '\n')
+        for target in (name, 'log_all.txt'):
+            if self._files:
+                with writing(self._files[target].name):
+                    self._files[target].write(line + '\n')
+            else:
+                self._early.append((target, line + '\n'))
         return line
 
     def close(self) -> None:
-        for file in filter(None, (self._local, self._all, self._master)):
+        for file in self._files.values():
             with contextlib.suppress(OSError):  # raised before, when the line was written
                 file.close()
 

@@ -18,6 +18,7 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
+from utils.run_paths import follow_latest
 
 SHOWN = 80  # characters of a value in a message
 SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values own other keys
@@ -236,6 +237,7 @@ class Schema:
 
     def merge_file(self, config: CfgNode, path: str, parents: tuple[str, ...] = ()) -> None:
         """Merges a YAML file into `config`, after the files that its BASE names, recursively."""
+        path = follow_latest(path)
         real = os.path.realpath(path)
         if real in parents:
             raise UserError(f"BASE of '{parents[-1]}' leads back to '{real}'; remove one of the two.")

@@ -20,6 +20,7 @@ from utils.environment import expand_user
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.pickles import PickleReader, RefusedError
+from utils.run_paths import follow_latest
 
 SUFFIX = '.pdparams'
 RUN_FILES = ('best.pdparams', 'last.pdparams')
@@ -271,7 +272,7 @@ def resolve_weights_path(path: str) -> str:
     Raises:
         UserError: no such file; the text says what was tried and which files lie near.
     """
-    path = expand_user(path)
+    path = follow_latest(expand_user(path))
     if os.path.isdir(path) and not os.path.isfile(path + SUFFIX):
         tried = [os.path.join(path, name) for name in RUN_FILES]
         folder = path
