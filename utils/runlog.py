@@ -42,7 +42,7 @@ class RunLog:
         for name in (f'log_{self.rank}.txt', 'log_all.txt', *(['log.txt'] if self.rank == 0 else [])):
             path = os.path.join(folder, name)
             with writing(path):
-                self._files[name] = open(path, 'a', buffering=1, **TEXT)
+                self._files[name] = open(path, 'a', buffering=1, **TEXT)  # noqa: SIM115 (closed by `close`)
         for name, line in self._early:
             with writing(self._files[name].name):
                 self._files[name].write(line)
