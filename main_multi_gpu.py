@@ -7,18 +7,19 @@ Several machines: `python -m paddle.distributed.launch --nnodes N --master HOST:
 
 import sys
 
-from config import get_arguments, get_config, update_config
-from engine.launch import is_worker, launch
 from utils.cli import run
-from utils.environment import tune_process
 
 
 def main() -> None:
+    from config import get_arguments, get_config, update_config
+    from engine.launch import is_worker, launch
+    from utils.environment import start_paddle
+
     args = get_arguments()
     config = update_config(get_config(), args)  # in the parent too: a mistake is told once, before anything starts
     if not is_worker():
         sys.exit(launch(__file__, sys.argv[1:], getattr(args, 'ngpus', None)))
-    tune_process()  # before Paddle is imported
+    start_paddle(alone=False)
     from engine.run import run_config
 
     run_config(config)

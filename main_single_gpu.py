@@ -2,14 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains or evaluates on one device: a GPU when there is one, else the CPU. `-h` lists the flags."""
 
-from config import get_arguments, get_config, update_config
 from utils.cli import run
-from utils.environment import tune_process
 
 
 def main() -> None:
+    from config import get_arguments, get_config, update_config
+    from utils.environment import start_paddle
+
     config = update_config(get_config(), get_arguments())
-    tune_process()  # before Paddle is imported
+    start_paddle()
     from engine.run import run_config
 
     run_config(config)

@@ -2,7 +2,7 @@
 """Worker processes that fill batches in memory shared with the process that started them.
 
 Workers are forked: they inherit the data set and the shared memory, and pass only indices and counts through pipes. They
-ignore SIGINT and SIGTERM, which the training process answers by finishing its step, and are killed with it.
+ignore SIGINT, SIGTERM and SIGHUP, which the training process answers by finishing its step, and are killed with it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from utils.cli import SIGNALS
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
@@ -100,7 +101,7 @@ class WorkerPool:
             # Python warns of forking beside threads; workers use nothing that those could hold.
             warnings.simplefilter('ignore', DeprecationWarning)
             # Workers inherit the mask: they never see these, not even before their first line of Python.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 self._executor.submit(os.getpid)  # starts all workers now
             finally:

@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import signal
+import time
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import paddle
 import paddle.distributed as dist
 
+from utils.cli import SIGNALS, handle_signals
+from utils.environment import launched
 from utils.errors import UserError
+from utils.processes import die_with_parent
+
+JOIN_PATIENCE = 10.0  # seconds to wait for other processes before saying so
+JOIN_LIMIT = 300.0  # seconds until that wait is an error
 
 
 @dataclass(frozen=True)
@@ -60,18 +72,59 @@ def start() -> Context:
 
     Rank and size come from the variables that a launcher sets; without them this is a single process.
     """
-    rank = int(os.environ.get('PADDLE_TRAINER_ID', '0'))
-    world_size = int(os.environ.get('PADDLE_TRAINERS_NUM', '1'))
+    rank, world_size = launched() or (0, 1)
     on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
     if on_gpu:
         paddle.set_device(f'gpu:{os.environ.get("FLAGS_selected_gpus", "0").split(",")[0]}')
     else:
-        os.environ.setdefault('PADDLE_DISTRI_BACKEND', 'gloo')
+        os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
         paddle.set_device('cpu')
     if world_size > 1:
-        try:
-            dist.init_parallel_env()
-        except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f'process {rank} of {world_size} could not join the group: {reason}') from error
+        _join(rank, world_size)
     return Context(rank, world_size, on_gpu)
+
+
+def _join(rank: int, world_size: int) -> None:
+    remarks = io.StringIO()  # of Paddle, on the variables that are set
+    try:
+        with _watched_wait(f'process {rank} of {world_size}'), contextlib.redirect_stderr(remarks):
+            dist.init_parallel_env()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f'process {rank} of {world_size} could not join the group: {reason}') from error
+
+
+@contextlib.contextmanager
+def _watched_wait(name: str) -> Iterator[None]:
+    """Announce a long wait for other processes, and end it after `JOIN_LIMIT` seconds.
+
+    Paddle waits without limit and holds the interpreter meanwhile: no thread and no signal handler of Python runs. So a child
+    process watches, and signals have their default effect.
+    """
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handle_signals(signal.SIG_DFL)
+    watched = os.getpid()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)  # forking beside threads; the child uses none of them
+        watcher = os.fork()
+    if watcher == 0:
+        _watch(watched, name)
+    try:
+        yield
+    finally:
+        os.kill(watcher, signal.SIGKILL)
+        os.waitpid(watcher, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _watch(process: int, name: str) -> None:
+    die_with_parent()
+    time.sleep(JOIN_PATIENCE)
+    master = os.environ.get('PADDLE_MASTER') or os.environ['PADDLE_TRAINER_ENDPOINTS'].partition(',')[0]
+    hint = 'if no launcher started it, unset PADDLE_TRAINER_ID'
+    os.write(2, f'note: {name} waits for the others at {master}, {JOIN_LIMIT:.0f} s at most; {hint}.\n'.encode())
+    time.sleep(JOIN_LIMIT - JOIN_PATIENCE)
+    os.write(2, f'error: {name} waited {JOIN_LIMIT:.0f} s for the others at {master} in vain; {hint}.\n'.encode())
+    os.kill(process, signal.SIGTERM)
+    os._exit(0)

@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 
-from utils.environment import cpu_settings, ensure_home, is_gpu_build
+from utils.cli import handle_signals
+from utils.environment import cpu_settings, forget_launcher, import_paddle, is_gpu_build, launched
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
@@ -24,7 +25,7 @@ GRACE = 30.0  # seconds a process has to finish its step and save, as under Padd
 
 def is_worker() -> bool:
     """Whether a launcher, this one or Paddle's, started this process."""
-    return 'PADDLE_TRAINER_ID' in os.environ
+    return launched() is not None
 
 
 def launch(script: str, argv: list[str], processes: int | None = None) -> int:
@@ -36,6 +37,7 @@ def launch(script: str, argv: list[str], processes: int | None = None) -> int:
     Returns:
         Exit status: 0 when all ended well, 128 + n after signal n, else that of the first process that failed.
     """
+    forget_launcher()
     devices = _devices(processes)
     settings = {} if is_gpu_build() else cpu_settings(len(devices))
     endpoints = [f'127.0.0.1:{port}' for port in _free_ports(len(devices))]
@@ -49,14 +51,18 @@ def launch(script: str, argv: list[str], processes: int | None = None) -> int:
             'PADDLE_MASTER': endpoints[0],
             'LEANVIT_FIRST_ERROR': os.path.join(folder, 'error'),
         }
-        workers = []
+        for name in ('MASTER_ADDR', 'MASTER_PORT'):  # other frameworks'; Paddle prefers them to its own
+            shared.pop(name, None)
+        workers: list[subprocess.Popen] = []
+        received = _forward_signals(workers)
         for rank, device in enumerate(devices):
             variables = {'PADDLE_TRAINER_ID': str(rank), 'PADDLE_CURRENT_ENDPOINT': endpoints[rank]}
             if device is not None:
                 variables['FLAGS_selected_gpus'] = device
-            command = [sys.executable, script, *argv]
-            workers.append(subprocess.Popen(command, env={**shared, **variables}, preexec_fn=_settle_child))
-        return _supervise(workers)
+            command = [sys.executable, *subprocess._args_from_interpreter_flags(), script, *argv]
+            if not received:
+                workers.append(subprocess.Popen(command, env={**shared, **variables}, preexec_fn=_settle_child))
+        return _supervise(workers, received)
 
 
 def _settle_child() -> None:
@@ -64,18 +70,24 @@ def _settle_child() -> None:
     die_with_parent(signal.SIGTERM)
 
 
-def _supervise(workers: list[subprocess.Popen]) -> int:
+def _forward_signals(workers: list[subprocess.Popen]) -> list[int]:
+    """Pass signals on to the workers, as SIGTERM; a second one means: at once. Returns a list of those that came."""
     received: list[int] = []
+    launcher = os.getpid()
 
     def forward(number: int, _frame) -> None:
+        if os.getpid() != launcher:  # a worker that is just being started
+            os._exit(128 + number)
         received.append(number)
         for worker in workers:
-            if worker.poll() is None:  # a second signal means: at once
-                worker.send_signal(number if len(received) == 1 else signal.SIGKILL)
+            if worker.poll() is None:
+                worker.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
+    handle_signals(forward)
+    return received
 
+
+def _supervise(workers: list[subprocess.Popen], received: list[int]) -> int:
     deadline = None
     status = 0
     while any(worker.poll() is None for worker in workers):
@@ -104,7 +116,7 @@ def _devices(processes: int | None) -> list[str | None]:
     if not is_gpu_build():
         count = _count(processes, 'NPROC', default=2)
         return [None] * count
-    ensure_home()
+    import_paddle()
     import paddle  # counts the visible GPUs without creating a context on any
 
     visible = paddle.device.cuda.device_count()

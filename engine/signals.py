@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM and SIGINT as a polite question: the loop finishes its step, saves and leaves."""
+"""SIGTERM, SIGINT and SIGHUP as a polite question: the loop finishes its step, saves and leaves."""
 
 from __future__ import annotations
 
 import os
 import signal
 
+from utils.cli import handle_signals
+
 
 class StopSignal:
-    """Remembers that SIGTERM or SIGINT came.
+    """Remembers that SIGTERM, SIGINT or SIGHUP came.
 
     Paddle's launcher sends SIGTERM three times, 0.2 s apart, so only SIGINT typed a second time ends the process at once.
     """
 
     def __init__(self):
         self.number: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle)
+        handle_signals(self._handle)
 
     def _handle(self, number: int, _frame) -> None:
         if self.number == signal.SIGINT == number:

@@ -3,6 +3,14 @@
 
 import importlib
 import pkgutil
+import sys
+
+if sys.argv[:1] == ['-m']:  # `python -m models` imports this before its own first line
+    from utils import cli, environment
+
+    cli.begin()
+    environment.forget_launcher()
+    environment.import_paddle()
 
 from models.registry import build_model, create_model, list_models, register_model
 

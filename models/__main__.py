@@ -10,6 +10,7 @@ from models import build_model, list_models
 from models.profile import profile
 from models.registry import config_file
 from models.zoo import PUBLISHED, Published
+from utils.cli import run
 from utils.errors import UserError
 
 COLUMNS = '{:<44} {:>9} {:>8} {:>6} {:>6} {:>6}  {}'
@@ -37,7 +38,4 @@ def row(name: str) -> str:
 
 
 if __name__ == '__main__':
-    try:
-        main(*sys.argv[1:2])
-    except UserError as error:
-        sys.exit(f'{error}')
+    run(lambda: main(*sys.argv[1:2]))

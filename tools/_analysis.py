@@ -14,7 +14,6 @@ from config import flag_parser
 from datasets import Dataset, Loader, build_dataset
 from datasets.batch import to_tensor
 from datasets.subset import first_images, random_subset
-from engine import distributed
 from models import build_model
 from models.pretrained import load_pretrained
 from models.vision_transformer import VisionTransformer
@@ -57,16 +56,6 @@ def normalised(loader: Loader, configs: Sequence[CfgNode], label: str, shown: bo
     for batch in progress(loader.epoch(0), loader.num_batches, label, shown):
         if len(batch.labels):
             yield [to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0] for config in configs]
-
-
-def start_alone() -> None:
-    """Chooses the device.
-
-    Raises:
-        UserError: there are several processes.
-    """
-    if distributed.start().world_size > 1:
-        raise UserError('this tool works in one process: start it without a launcher.')
 
 
 def load_transformer(config: CfgNode) -> VisionTransformer:

@@ -13,21 +13,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
 
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 import numpy as np
 
 from datasets import build_dataloader
+from engine import distributed
 from engine.analysis import PATCH_DISTANCE, mean_grid_distance, measure_attention
-from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised, start_alone
+from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised
 from tools._common import result_files, trained_config
 from utils.cli import run
 from utils.errors import UserError
@@ -40,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
     data = chosen_images(args, config)
-    start_alone()
+    distributed.start()
     model = load_transformer(config)
     if not any(block.attn_weight for block in model.blocks):
         raise UserError(f'{config.MODEL.NAME} has no attention; see MODEL.LAMBDA.')

@@ -16,16 +16,13 @@ import contextlib
 import json
 import os
 import statistics
-import sys
 import tempfile
 from dataclasses import replace
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
-
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 import paddle
 

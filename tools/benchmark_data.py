@@ -17,17 +17,14 @@ import functools
 import io
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
-
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 import numpy as np
 import PIL

@@ -14,21 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
 
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 import numpy as np
 
 from config import config_file_of
 from datasets import build_dataloader
+from engine import distributed
 from engine.analysis import MIN_BATCH, compare_layers
-from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised, start_alone
+from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised
 from tools._common import result_files, trained_config
 from utils.cli import run
 from utils.errors import UserError
@@ -39,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     configs = [trained_config(args), trained_config(of_second(args))]
     check(*configs)
     data = chosen_images(args, configs[0])
-    start_alone()
+    distributed.start()
     models = [load_transformer(config) for config in configs]
     with (
         result_files(args.target, 'json', 'png') as files,

@@ -15,7 +15,10 @@ import argparse
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
 
 import numpy as np
 

@@ -20,7 +20,10 @@ import os
 import sys
 from collections.abc import Iterator
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
 
 from tqdm import tqdm
 
@@ -36,7 +39,7 @@ from datasets.lmdb import (
     unpack_record,
 )
 from tools._packing import image_file, parse, refuse_existing, source_of
-from utils.cli import run
+from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import writing
 
@@ -54,9 +57,9 @@ def main(argv: list[str] | None = None) -> int | None:
             dataset = source_of(args, split)
             with writing(target):
                 write_lmdb(dataset, target)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print('interrupted; the same command continues.', file=sys.stderr)
-        return 130
+        return exit_status(error)
     except lmdb_module().Error as error:
         raise UserError(f"cannot write '{target}': {error}; the same command continues once that is mended.") from None
 

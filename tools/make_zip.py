@@ -17,7 +17,10 @@ import sys
 import zipfile
 from typing import IO
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
 
 from tqdm import tqdm
 
@@ -25,7 +28,7 @@ from datasets import Dataset
 from datasets.images import EXTENSIONS
 from datasets.zip import zip_paths
 from tools._packing import image_file, parse, refuse_existing, source_of
-from utils.cli import run
+from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -39,9 +42,9 @@ def main(argv: list[str] | None = None) -> int | None:
     try:
         for split, (archive, listing) in targets.items():
             write_part(source_of(args, split), archive, listing)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print('interrupted; the part that was being written is gone.', file=sys.stderr)
-        return 130
+        return exit_status(error)
 
 
 def write_part(dataset: Dataset, archive: str, listing: str) -> None:

@@ -10,10 +10,11 @@ that is printed; anything else is an error that lists names and shapes, and then
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
 
 from utils.environment import tune_process
 

@@ -14,17 +14,13 @@ import argparse
 import csv
 import io
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from typing import IO
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
-
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 from config import flag_parser
 from engine import distributed

@@ -12,15 +12,11 @@ docs/lambda_vit.md tells the whole way.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
 
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 import numpy as np
 import paddle

@@ -15,15 +15,12 @@ import argparse
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
-
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start(alone=False)
 
 import yaml
 

@@ -17,14 +17,16 @@ import concurrent.futures
 import hashlib
 import json
 import multiprocessing
-import os
 import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +35,7 @@ from config import flag_parser, get_config, update_config
 from datasets import Dataset, build_dataset, resolve_num_classes
 from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
-from utils.cli import run
+from utils.cli import exit_status, handle_signals, run
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.processes import die_with_parent
@@ -49,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
     config = update_config(get_config(), args)
     try:
         report = verify(config)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print('interrupted; no report is written.', file=sys.stderr)
-        return 130
+        return exit_status(error)
     show(report)
     with atomic_write(args.report, 'w') as file:
         json.dump(report, file, indent=1)
@@ -185,7 +187,8 @@ def _start_worker(dataset: Dataset) -> None:
     global _dataset
     _dataset = dataset
     die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
+    handle_signals(signal.SIG_IGN)  # the main process's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the executor ends its workers
 
 
 def _check_chunk(chunk: range) -> list[tuple[int, bytes, str | None]]:

@@ -18,16 +18,13 @@ import contextlib
 import itertools
 import math
 import os
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-
-from utils.environment import tune_process
-
 if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+    import _bootstrap
+
+    _bootstrap.start()
 
 import numpy as np
 import paddle

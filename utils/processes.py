@@ -13,6 +13,8 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from utils.cli import SIGNALS
+
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -40,4 +42,5 @@ def run_apart(function: Callable, *args: Any) -> Any:
 def _crash_silently() -> None:
     """Without the report that Paddle or faulthandler would write of it."""
     die_with_parent()
-    signal.signal(signal.SIGSEGV, signal.SIG_DFL)
+    for number in (signal.SIGSEGV, *SIGNALS):
+        signal.signal(number, signal.SIG_DFL)
