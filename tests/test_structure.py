@@ -81,4 +81,4 @@ def test_goldens_stay_small():
     sizes = [
         os.path.getsize(path) for path in glob.glob(f'{ROOT}/tests/goldens/**', recursive=True) if os.path.isfile(path)
     ]
-    assert sum(sizes) < 25e6
+    assert sum(sizes) < 40e6
