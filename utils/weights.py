@@ -19,21 +19,25 @@ from utils import bfloat16, torch_files
 from utils.environment import expand_user
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.foreign_files import foreign_kind
 from utils.pickles import PickleReader, RefusedError
 from utils.run_paths import follow_latest
 
 SUFFIX = '.pdparams'
+OTHER_SUFFIXES = ('.pdparams', '.pth', '.pt', '.pth.tar', '.bin', '.ckpt', '.safetensors', '.npz')
 RUN_FILES = ('best.pdparams', 'last.pdparams')
 
 PADDLE, TORCH, OLD_TORCH = 'PaddlePaddle', 'PyTorch', 'PyTorch (before 1.6)'
 SAFETENSORS, NPZ = 'safetensors', 'npz'
 
-WEIGHT_KEYS = ('state_dict', 'model', 'net')
-EMA_KEYS = ('model_ema', 'state_dict_ema')
+WEIGHT_KEYS = ('state_dict', 'model', 'net', 'module', 'model_state_dict', 'params', 'weights')
+EMA_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'params_ema', 'ema')
 FACTS = (
     'Facts@@'  # what shapes do not tell, such as the number of heads: configuration key -> value, beside the weights
 )
-WRAPPER_PREFIXES = ('module.', '_layers.')
+WRAPPER_PREFIXES = ('module.', '_layers.', 'model.', 'backbone.', 'encoder.')
+COMPILED = '_orig_mod.'  # torch.compile: before the names of what was compiled, also inside a name
+COUNTER = 'n_averaged'  # torch.optim.swa_utils.AveragedModel: beside the averaged weights
 
 # An archive of numpy arrays may be compressed: by no more than this, which arrays of zeros alone exceed.
 MAX_COMPRESSION = 100
@@ -61,9 +65,11 @@ def file_format(path: str) -> str:
 
 
 def _format_of(file: IO[bytes], path: str) -> str:
+    foreign = foreign_kind(file, path)
+    if foreign:
+        raise UserError(f"'{path}' is damaged, cut short, or not a weight file: it is {foreign[0]}; {foreign[1]}.")
+    file.seek(0)
     head, size = file.read(64), os.path.getsize(path)
-    if not head:
-        raise ValueError('it is empty')
     if head.startswith(b'PK'):
         with zipfile.ZipFile(file) as archive:
             return TORCH if any(map(torch_files.is_object, archive.namelist())) else NPZ
@@ -77,6 +83,8 @@ def _errors_of(path: str):
     """Turns what can go wrong with the file into one sentence; a damaged file can fail in any way whatever."""
     try:
         yield
+    except UserError:
+        raise
     except RefusedError as error:
         raise UserError(f"'{path}' is refused: {_one_line(error)}.") from None
     except OSError as error:
@@ -187,19 +195,23 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Data-parallel wrappers put their own name before every parameter."""
+    """Wrappers such as those of data parallelism, torch.compile and averaging put their own name before every parameter."""
+    plain = {name.replace(COMPILED, ''): array for name, array in state.items()}
+    if len(plain) < len(state):
+        return state
+    names = [name for name in plain if name != COUNTER]
     for prefix in WRAPPER_PREFIXES:
-        if all(name.startswith(prefix) for name in state):
-            return _without_prefix({name[len(prefix) :]: array for name, array in state.items()})
-    return state
+        if names and all(name.startswith(prefix) and name != prefix for name in names):
+            return _without_prefix({name[len(prefix) :]: plain[name] for name in names})
+    return plain
 
 
 def find_state_dict(content: Any, prefer_ema: bool = False, source: str = 'the file') -> dict[str, np.ndarray]:
     """The one state dict of a checkpoint as `read_file` gives it.
 
     Args:
-        content: a state dict, or a dict that holds one under `state_dict`, `model` or `net`, and perhaps averaged
-            weights under `model_ema` or `state_dict_ema`; `module.` and `_layers.` before all names are removed.
+        content: a state dict, or a dict that holds one under a name of WEIGHT_KEYS, and perhaps averaged weights under
+            one of EMA_KEYS, both perhaps nested; WRAPPER_PREFIXES before all names are removed, and COMPILED in any.
         prefer_ema: take the averaged weights where there are any; they are taken anyway where there are no others.
         source: what to call the content in an error.
 
@@ -289,6 +301,14 @@ def resolve_weights_path(path: str) -> str:
 def _near(folder: str, path: str) -> str:
     if not os.path.isdir(folder):
         return f"the folder '{folder}' does not exist"
-    files = sorted(name for name in os.listdir(folder) if name.endswith(SUFFIX))
-    near = difflib.get_close_matches(os.path.basename(path), files, n=5, cutoff=0.3) or files[:5]
+    files = sorted(os.listdir(folder))
+    ours = [name for name in files if name.endswith(SUFFIX)]
+    others = [name for name in files if name.lower().endswith(OTHER_SUFFIXES)]
+    near = _alike(os.path.basename(path), [*ours, *others]) or ours[:5] or others[:5]
     return f"'{folder}' holds {', '.join(near)}" if near else f"'{folder}' holds no {SUFFIX} file"
+
+
+def _alike(name: str, files: list[str]) -> list[str]:
+    """The files whose names are nearest to `name`, whatever the case of their letters."""
+    lower = {file.lower(): file for file in files}
+    return [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=5, cutoff=0.3)]

@@ -90,7 +90,10 @@ class Matching:
         else:
             x = x * size
         sums = self.merge(paddle.concat([x, size], axis=-1))  # in one go
-        merged, merged_size = sums.split([x.shape[2], 1], axis=-1)
+        if paddle.in_dynamic_mode():
+            merged, merged_size = sums.split([x.shape[2], 1], axis=-1)
+        else:  # Paddle 3.3's inference programs cannot split in bfloat16 what is then used in float32
+            merged, merged_size = sums[:, :, :-1], sums[:, :, -1:]
         return merged / merged_size, merged_size
 
     def merge_source(self, source: Tensor) -> Tensor:
@@ -101,9 +104,11 @@ class Matching:
         """Adds each source to its destination, on flat rows; nothing is rounded but the sum, unlike in a product."""
         rows = destinations.shape[1]
         start = paddle.arange(destinations.shape[0], dtype='int64').unsqueeze(-1) * rows
-        flat = paddle.index_add(
-            destinations.flatten(0, 1), (self.destinations + start).flatten(), 0, sources.flatten(0, 1)
-        )
+        index, flat, added = (self.destinations + start).flatten(), destinations.flatten(0, 1), sources.flatten(0, 1)
+        if paddle.in_dynamic_mode():
+            flat = paddle.index_add(flat, index, 0, added)
+        else:  # the same sums in an operator that paddle2onnx knows
+            flat = paddle.scatter_nd_add(flat, index.unsqueeze(-1), added)
         return flat.reshape([-1, rows, destinations.shape[2]])
 
 
