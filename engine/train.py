@@ -292,6 +292,7 @@ class Trainer:
         position = self.position
         if not position.validated:
             self._save()
+            self.context.barrier()  # a process that fails at once would end the one that still writes
             try:
                 self._validate()
             except Interrupted:

@@ -137,6 +137,17 @@ def test_class_names(tmp_path, write_image, make_config):
     assert (dataset.class_names, dataset.labels.tolist()) == (['a', 'b'], [1])
 
 
+def test_any_name(tmp_path, write_image, make_config):
+    """A folder and a class whose names are not UTF-8."""
+    folder = tmp_path / 'dat\udce9'
+    for split in ('train', 'val'):
+        write_image(folder / split / 'klass\udce9' / '0.png')
+    make_lmdb.main(['-data_path', str(folder), '-dataset', 'folder'])
+    dataset = build_dataset(make_config(folder, DATA__DATASET='lmdb'), 'val')
+    assert (len(dataset), dataset.class_names) == (1, ['klass\udce9'])
+    assert dataset.storage.open(0).size == (24, 20)
+
+
 def test_record():
     record = pack_record(b'image', 12)
     assert unpack_record(record) == (b'image', 12)

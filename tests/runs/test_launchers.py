@@ -88,11 +88,19 @@ def test_log_lines_and_metrics_rows(recipe, tmp_path):
     assert {'epoch', 'step', 'loss', 'acc1', 'acc5', 'images'} <= set(kinds['val'])
 
 
-def test_visualdl_holds_training_and_validation(recipe, tmp_path):
-    run('main_single_gpu.py', f'-cfg={recipe}', '-tag=vdl', '-opts', 'TRAIN.NUM_EPOCHS', '1')
+def test_any_home_terminal_and_name(recipe, tmp_path):
+    """No home to write to, an ASCII terminal, names that it cannot show: VisualDL's file is there, and no warning."""
+    output = tmp_path / 'dat\udce9 数'
+    shell = {'HOME': '/dev/null', 'LANG': 'C', 'PYTHONIOENCODING': 'ascii', 'PYTHONUTF8': '0'}
+    flags = (f'-cfg={recipe}', f'-output={output}', '-tag=run', '-opts', 'TRAIN.NUM_EPOCHS', '1')
+    out, err = run('main_single_gpu.py', *flags, **shell, LEANVIT_CACHE=str(tmp_path / 'cache'))
+    assert rf'weights in {tmp_path}/dat\udce9 \u6570/run/best.pdparams' in out
+    assert not re.search('traceback|warning: |home|matplotlib', err.replace('WARNING: OMP', ''), re.IGNORECASE), err
+    assert 'dat\\udce9 数' in (output / 'run' / 'log.txt').read_text(encoding='utf-8')
+    assert str(output) == get_config(str(output / 'run' / 'config.yaml')).SAVE
     from visualdl import LogReader
 
-    (log,) = (tmp_path / 'out' / 'vdl' / 'vdl').iterdir()
+    (log,) = (output / 'run' / 'vdl').iterdir()
     tags = LogReader(file_path=str(log)).get_tags()['scalar']
     assert {'train/loss', 'train/lr', 'val/acc1', 'val_ema/acc1'} <= set(tags)
 

@@ -112,6 +112,29 @@ def test_an_interrupted_move_leaves_nothing_that_loads(trained, tmp_path, monkey
     monkeypatch.setattr(os, 'replace', replace)
 
 
+def test_any_name(trained, tmp_path):
+    """Paddle itself takes only names that are UTF-8."""
+    target = str(tmp_path / 'dat\udce9' / 'net\udce9')
+    export.main(flags(trained, target))
+    assert sorted(os.listdir(os.path.dirname(target))) == [
+        f'net\udce9{suffix}' for suffix in ('.json', '.pdiparams', '.preprocess.json')
+    ]
+
+
+def test_a_full_disk(trained, tmp_path, monkeypatch):
+    """Paddle does not notice it."""
+    save = export.save_program
+
+    def cut(model, shape, prefix):
+        save(model, shape, prefix)
+        os.truncate(prefix + export.PROGRAM, 0)
+
+    monkeypatch.setattr(export, 'save_program', cut)
+    with pytest.raises(UserError, match='cannot be read back, so nothing is written; free space on its disk'):
+        export.main(flags(trained, tmp_path / 'net'))
+    assert not os.listdir(tmp_path)
+
+
 def test_mistakes(trained, tmp_path):
     for target, text in [(tmp_path, 'is the folder'), ('/proc/x/y', "cannot write '/proc/x/y'")]:
         with pytest.raises(UserError, match=text):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tool that chooses layers: its files, alone and on two processes."""
 
+import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from tests.runs.conftest import environment
 from tests.tools.conftest import write_transformer
 from tools import select_layers
 from utils.errors import UserError
+from utils.files import atomic_write
 
 
 @pytest.fixture(scope='module')
@@ -48,6 +51,18 @@ def test_files(chosen, trained):
     assert tuple(result['layers']) == config.MODEL.LAMBDA.PRUNE_LAYERS
     assert config.MODEL.TRANS.EMBED_DIM == 24  # of the configuration it was chosen on
     assert sorted(os.listdir(os.path.dirname(target))) == ['alone.json', 'alone.png', 'alone.yaml']
+
+
+@pytest.mark.parametrize('folder', ['plain', 'dat\udce9: #数', 'long ' * 40])
+def test_the_configuration_finds_its_base_by_any_name(chosen, trained, tmp_path, folder):
+    cfg = str(tmp_path / folder / 'base.yaml')
+    os.makedirs(os.path.dirname(cfg))
+    shutil.copy(trained[0], cfg)
+    config = get_config(cfg)
+    args = argparse.Namespace(cfg=cfg, target=str(tmp_path / 'out' / 'x'))
+    with atomic_write(f'{args.target}.yaml', 'w') as file:
+        file.write(select_layers.recipe(args, config, chosen[0]))
+    assert get_config(f'{args.target}.yaml').MODEL.TRANS.EMBED_DIM == 24
 
 
 def test_two_processes_find_the_same(chosen, trained):
