@@ -68,9 +68,9 @@ def open_folder(folder: RunFolder, config, context: Context, log: RunLog) -> Non
         if context.is_main:
             for stale in glob.glob(os.path.join(glob.escape(folder.path), '.*.tmp')):  # of a killed process
                 os.unlink(stale)
-            if not (config.EVAL and folder.has_checkpoint):  # config.yaml of a training is what resumes it
-                _write_config(config, folder)
         log.open(folder.path)
+        if context.is_main and not (config.EVAL and folder.has_checkpoint):  # config.yaml of a training resumes it
+            _write_config(config, folder)
     if context.is_main and not config.EVAL:
         try:
             point_latest(folder.root, folder.name)
