@@ -161,7 +161,7 @@ def _decode(data: bytes, exif_rotate: bool = False) -> Image.Image:
             picture = to_rgb(image)
             return _rotated(picture, _orientation(image)) if exif_rotate else picture
     except Image.UnidentifiedImageError:
-        raise UnreadableImage(f'not an image of a known format ({", ".join(FORMATS)})') from None
+        raise UnreadableImage(f'not an image that Pillow knows as {", ".join(FORMATS)}') from None
     except Exception as error:  # decoders raise whatever damaged bytes lead them to
         raise UnreadableImage(str(error) or type(error).__name__) from None
 

@@ -112,6 +112,6 @@ def test_programs_are_no_images(tmp_path, make_config):
     folder.mkdir(parents=True)
     Image.new('RGB', (9, 8)).save(folder / 'x.jpg', 'EPS')
     dataset = build_dataset(make_config(tmp_path, DATA__DATASET='folder'), 'train')
-    with pytest.raises(UserError, match='x.jpg.*not an image of a known format'):
+    with pytest.raises(UserError, match='x.jpg.*not an image that Pillow knows'):
         dataset.load(0)
     assert not {'.eps', '.ps', '.wmf', '.pdf'} & set(EXTENSIONS)
