@@ -225,7 +225,7 @@ def _check_plausible(dataset: Dataset) -> None:
         largest = int(dataset.labels.argmax())
         raise UserError(
             f'{dataset.locate(largest)}: label {dataset.labels[largest]} makes {count} classes, of which only {used} have an '
-            f'image; fix the label, or set MODEL.NUM_CLASSES (-num_classes {count}) if there are so many.'
+            'image; fix the label, or set MODEL.NUM_CLASSES (-num_classes) to the number of classes.'
         )
 
 

@@ -309,7 +309,7 @@ def test_class_counts(list_data, folder_data, make_config):
         resolve_num_classes(get_config(None, ['MODEL.NUM_CLASSES', 1000]), folder)
 
 
-@pytest.mark.parametrize('labels', [[0, 20221231, 1], [20221231, 20221231, 20221231], [1000, 0, 0]])
+@pytest.mark.parametrize('labels', [[0, 2022123, 1], [2022123, 2022123, 2022123], [1000, 0, 0]])
 def test_a_label_far_too_large(tmp_path, list_data, make_config, labels):
     """Does not make millions of classes, unless they are asked for; 1000 may be empty."""
     path, largest = list_data(3), max(labels)
@@ -317,7 +317,9 @@ def test_a_label_far_too_large(tmp_path, list_data, make_config, labels):
     (path / 'train_list.txt').write_text('\n'.join(lines))
     dataset = build_dataset(make_config(path), 'train')
     line = 1 + 2 * labels.index(largest)
-    with pytest.raises(UserError, match=rf'train_list\.txt:{line}: label {largest} .*-num_classes {largest + 1}'):
+    with pytest.raises(
+        UserError, match=rf'train_list\.txt:{line}: label {largest} makes {largest + 1} classes.*-num_classes'
+    ):
         resolve_num_classes(make_config(path), dataset)
     assert resolve_num_classes(make_config(path, MODEL__NUM_CLASSES=largest + 1), dataset) == largest + 1
     (path / 'train_list.txt').write_text(''.join(lines).replace(str(largest), '999'))
