@@ -81,7 +81,9 @@ def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
     if not os.path.isdir(path):
         file = path if os.path.isfile(path) else f'{path}.pdparams'
         if not os.path.isfile(file):
-            raise UserError(f"-resume: there is neither '{path}' nor '{file}'; name a run folder or a checkpoint.")
+            raise UserError(
+                f"-resume: there is neither '{path}' nor '{file}' in '{os.getcwd()}'; name a run folder or a checkpoint."
+            )
         return file, _with_pdopt(file, _as_dict(file))
     candidates = [os.path.join(path, LAST), *reversed(epoch_files(path))]
     candidates = [file for file in candidates if os.path.isfile(file)]

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 
-from utils.cli import handle_signals
+from utils.cli import SIGNALS, handle_signals
 from utils.environment import cpu_settings, forget_launcher, import_paddle, is_gpu_build, launched
 from utils.errors import UserError
 from utils.processes import die_with_parent
@@ -61,23 +61,30 @@ def launch(script: str, argv: list[str], processes: int | None = None) -> int:
                 variables['FLAGS_selected_gpus'] = device
             command = [sys.executable, *subprocess._args_from_interpreter_flags(), script, *argv]
             if not received:
-                workers.append(subprocess.Popen(command, env={**shared, **variables}, preexec_fn=_settle_child))
+                _start_worker(workers, command, {**shared, **variables})
         return _supervise(workers, received)
+
+
+def _start_worker(workers: list[subprocess.Popen], command: list[str], variables: dict[str, str]) -> None:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes meanwhile reaches this worker too
+    try:
+        workers.append(subprocess.Popen(command, env=variables, preexec_fn=_settle_child))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _settle_child() -> None:
     os.setsid()  # Ctrl-C reaches the workers once, through this process
     die_with_parent(signal.SIGTERM)
+    handle_signals(signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _forward_signals(workers: list[subprocess.Popen]) -> list[int]:
     """Pass signals on to the workers, as SIGTERM; a second one means: at once. Returns a list of those that came."""
     received: list[int] = []
-    launcher = os.getpid()
 
     def forward(number: int, _frame) -> None:
-        if os.getpid() != launcher:  # a worker that is just being started
-            os._exit(128 + number)
         received.append(number)
         for worker in workers:
             if worker.poll() is None:

@@ -41,6 +41,11 @@ def run_config(config) -> None:
 
 
 def _run_in(folder: RunFolder, config, context) -> None:
+    if config.TRAIN.LAST_EPOCH and not config.EVAL and _resumed(config, folder) is None:
+        raise UserError(
+            f'-last_epoch (TRAIN.LAST_EPOCH) is {config.TRAIN.LAST_EPOCH}, but nothing is resumed: name the weights of that '
+            'epoch with -resume=FILE, or leave it out.'
+        )
     splits = {}
     for split in ['val'] if config.EVAL else ['train', 'val']:  # classes of training are what validation must fit
         splits[split] = datasets.build_dataset(config, split)
@@ -91,12 +96,17 @@ def _evaluate(config, model, loader, context, log, folder: RunFolder) -> None:
         log.master(f'{result["skipped"]} images could not be read and are not counted.')
 
 
-def _train(config, model, loaders, context, log, folder: RunFolder) -> None:
+def _resumed(config, folder: RunFolder) -> str | None:
+    """The checkpoint or run that training continues from: MODEL.RESUME, or the run that has the name TAG already."""
     resume = config.MODEL.RESUME
-    if resume and os.path.isdir(resume):
-        resume = folder.path
-    elif not resume and config.TAG and folder.has_checkpoint:
-        resume = folder.path
+    if resume:
+        return folder.path if os.path.isdir(resume) else resume
+    return folder.path if config.TAG and folder.has_checkpoint else None
+
+
+def _train(config, model, loaders, context, log, folder: RunFolder) -> None:
+    resume = _resumed(config, folder)
+    if resume and not config.MODEL.RESUME:
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
         start_from_weights(config, model, log.master)

@@ -148,6 +148,7 @@ def _write_config(config, folder: RunFolder) -> None:
     saved = config.clone()
     saved.defrost()
     saved.SAVE, saved.TAG, saved.EVAL, saved.MODEL.RESUME, saved.BASE = folder.root, '', False, None, ['']
+    saved.TRAIN.LAST_EPOCH = 0
     with atomic_write(os.path.join(folder.path, 'config.yaml'), 'w') as file:
         file.write(saved.dump())
 

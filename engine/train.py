@@ -400,7 +400,12 @@ class Trainer:
 
     def _load_position(self, state: dict) -> None:
         position = self.position
-        position.epoch = int(state.get('epoch', self.config.TRAIN.LAST_EPOCH)) or self.config.TRAIN.LAST_EPOCH
+        last_epoch = self.config.TRAIN.LAST_EPOCH
+        position.epoch = int(state.get('epoch', last_epoch)) or last_epoch
+        if last_epoch not in (0, position.epoch):
+            self.log.master(
+                f'----- Resume: the checkpoint is of epoch {position.epoch}, so -last_epoch={last_epoch} is ignored.'
+            )
         if 'progress' not in state:  # PaddleViT: whole epochs
             position.step = position.epoch * math.ceil(self.train_loader.num_batches / self.config.TRAIN.ACCUM_ITER)
             return

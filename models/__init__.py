@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Model architectures. A new one is a new file here that registers a builder, and YAML files that describe it."""
 
-import importlib
-import pkgutil
 import sys
 
 if sys.argv[:1] == ['-m']:  # `python -m models` imports this before its own first line
-    from utils import cli, environment
+    from utils import cli
 
     cli.begin()
+    from utils import environment
+
     environment.forget_launcher()
     environment.import_paddle()
+
+import importlib
+import pkgutil
 
 from models.registry import build_model, create_model, list_models, register_model
 

@@ -10,14 +10,14 @@ Writes analysis/deit_tiny.json (a number per head and block) and .png (boxes ove
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-
 if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start()
+
+import argparse
+import json
+import math
 
 import numpy as np
 

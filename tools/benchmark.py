@@ -11,6 +11,11 @@ Models take turns in every round, so that a busy machine does not favour one. do
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
+
 import argparse
 import contextlib
 import json
@@ -18,11 +23,6 @@ import os
 import statistics
 import tempfile
 from dataclasses import replace
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start()
 
 import paddle
 

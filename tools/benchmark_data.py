@@ -11,6 +11,11 @@ a PyTorch recipe does per image; the second one storages and numbers of workers.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
+
 import argparse
 import contextlib
 import functools
@@ -20,11 +25,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start()
 
 import numpy as np
 import PIL

@@ -11,14 +11,14 @@ Writes a table of similarities (.json) and a picture of it (.png). docs/analysis
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-
 if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start()
+
+import argparse
+import json
+import os
 
 import numpy as np
 

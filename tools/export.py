@@ -11,17 +11,17 @@ appear only after the program has been run and agrees with the model. docs/predi
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
+
 import argparse
 import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start()
 
 import numpy as np
 import paddle

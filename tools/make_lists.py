@@ -11,14 +11,14 @@ Classes are numbered in sorted order. With -split each class gives the same shar
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-
 if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start(paddle=False)
+
+import argparse
+import os
+import sys
 
 import numpy as np
 

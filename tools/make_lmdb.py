@@ -11,6 +11,11 @@ record has been read back. datasets/lmdb.py describes the format.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
+
 import bisect
 import contextlib
 import fcntl
@@ -19,11 +24,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start(paddle=False)
 
 from tqdm import tqdm
 

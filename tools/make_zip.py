@@ -11,16 +11,16 @@ after that: interrupted, the tool leaves nothing, or complete parts. datasets/zi
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
+
 import contextlib
 import os
 import sys
 import zipfile
 from typing import IO
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start(paddle=False)
 
 from tqdm import tqdm
 

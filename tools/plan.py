@@ -11,6 +11,11 @@ All combinations are measured in turns, and those that no other one beats become
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
+
 import argparse
 import contextlib
 import json
@@ -18,11 +23,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start()
 
 import numpy as np
 import paddle

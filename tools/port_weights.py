@@ -9,17 +9,12 @@ that is printed; anything else is an error that lists names and shapes, and then
 
 from __future__ import annotations
 
-import argparse
-
 if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start()
 
-from utils.environment import tune_process
-
-if __name__ == '__main__':
-    tune_process()  # before Paddle is imported
+import argparse
 
 from config import get_config
 from models import build_model

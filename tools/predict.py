@@ -10,17 +10,17 @@ Images pass through the loader and transform of the evaluation. docs/predict_exp
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
+
 import argparse
 import csv
 import io
 import json
 from collections.abc import Iterable, Iterator
 from typing import IO
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start()
 
 from config import flag_parser
 from engine import distributed

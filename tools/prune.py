@@ -11,12 +11,12 @@ docs/lambda_vit.md tells the whole way.
 
 from __future__ import annotations
 
-import argparse
-
 if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start()
+
+import argparse
 
 import numpy as np
 import paddle

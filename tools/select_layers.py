@@ -11,16 +11,16 @@ chosen layers out). Under Paddle's launcher the images are shared out to several
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(alone=False)
+
 import argparse
 import json
 import math
 import os
 from collections.abc import Iterator
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start(alone=False)
 
 import yaml
 

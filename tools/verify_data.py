@@ -12,6 +12,11 @@ problems, 1 with some.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start(paddle=False)
+
 import argparse
 import concurrent.futures
 import hashlib
@@ -22,11 +27,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start(paddle=False)
 
 import numpy as np
 from tqdm import tqdm

@@ -10,13 +10,13 @@ Writes one PNG with a row per image. docs/mae.md explains the pictures.
 
 from __future__ import annotations
 
-import argparse
-import os
-
 if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start()
+
+import argparse
+import os
 
 import numpy as np
 import paddle

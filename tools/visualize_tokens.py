@@ -12,6 +12,11 @@ docs/visualize.md explains the panels.
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    import _bootstrap
+
+    _bootstrap.start()
+
 import argparse
 import colorsys
 import contextlib
@@ -20,11 +25,6 @@ import math
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
-
-if __name__ == '__main__':
-    import _bootstrap
-
-    _bootstrap.start()
 
 import numpy as np
 import paddle

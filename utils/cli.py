@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
 
 from utils.errors import UserError
@@ -40,6 +39,7 @@ def begin() -> None:
     print_any_text()
     sys.excepthook = lambda kind, error, trace: _exit(_explain(error))
     handle_signals(_interrupt)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while the process restarts
 
 
 def print_any_text() -> None:
@@ -115,6 +115,8 @@ def _explain(error: BaseException) -> int:
         if text:
             print(f'error: {text}', file=sys.stderr)
         else:
+            import traceback  # not at the top, so that `begin` comes early
+
             traceback.print_exception(type(error), error, error.__traceback__)
     return USER_ERROR if text else 1
 

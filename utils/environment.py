@@ -18,6 +18,7 @@ import sys
 import tempfile
 import warnings
 
+from utils.cli import SIGNALS
 from utils.errors import UserError
 
 OLDEST_PADDLE = (3, 3)
@@ -167,6 +168,7 @@ def _tune() -> None:
     os.environ.update(missing)
     if sys.platform == 'linux' and _MALLOC.keys() & missing.keys():
         sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `begin`
         os.execv(sys.executable, _command_line())
 
 

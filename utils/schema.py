@@ -18,6 +18,8 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from utils.run_paths import follow_latest
 
 SHOWN = 80  # characters of a value in a message
@@ -349,7 +351,9 @@ class Schema:
             with open(path, encoding='utf-8') as file:
                 root = yaml.compose(file, Loader=yaml.SafeLoader)
         except OSError as error:
-            raise UserError(f"cannot read the configuration '{path}'{named}: {error.strerror}.") from None
+            raise UserError(
+                f"cannot read the configuration '{path}'{named}: {error.strerror}{_elsewhere(path)}"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
         except RecursionError:
@@ -414,3 +418,13 @@ def literal(text: str):
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+
+
+def _elsewhere(path: str) -> str:
+    """Where a relative path was looked for, and the repository's file that may be meant."""
+    if os.path.isabs(path):
+        return '.'
+    name = os.path.basename(path) if path.endswith(('.yaml', '.yml')) else f'{os.path.basename(path)}.yaml'
+    files = [os.path.normpath(os.path.join(_ROOT, file)) for file in (path, os.path.join('configs', name))]
+    meant = next((file for file in files if os.path.isfile(file)), None)
+    return f" (looked for '{os.path.abspath(path)}')" + (f"; did you mean '{meant}'?" if meant else '.')
