@@ -242,7 +242,7 @@ _RENAMED = {
     'LOCAL_RANK': None,
 }
 
-_SCHEMA = Schema(_C, _RENAMED)
+SCHEMA = Schema(_C, _RENAMED)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
@@ -259,9 +259,9 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
     Raises:
         UserError: a file that cannot be read, an unknown key, or a value of the wrong kind.
     """
-    config = _SCHEMA.tree()
+    config = SCHEMA.tree()
     if cfg_file is not None:
-        _SCHEMA.merge_file(config, cfg_file)
+        SCHEMA.merge_file(config, cfg_file)
     merge_opts(config, opts or [])
     _finish(config)
     config.freeze()
@@ -328,12 +328,12 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     given = vars(args)
     cfg_file = config_file_of(args)
     if cfg_file is not None:
-        _SCHEMA.merge_file(config, cfg_file)
+        SCHEMA.merge_file(config, cfg_file)
     if 'batch_size' in given:
-        _SCHEMA.set(config, 'DATA.BATCH_SIZE_EVAL', given['batch_size'], '-batch_size')
+        SCHEMA.set(config, 'DATA.BATCH_SIZE_EVAL', given['batch_size'], '-batch_size')
     for flag, key in _FLAGS.items():
         if flag in given:
-            _SCHEMA.set(config, key, given[flag], f'-{flag}')
+            SCHEMA.set(config, key, given[flag], f'-{flag}')
     merge_opts(config, given.get('opts') or [])
     _finish(config)
     return config
@@ -354,25 +354,26 @@ def merge_opts(config: CN, opts: list) -> None:
     if len(opts) % 2:
         raise UserError(f"-opts takes pairs of KEY VALUE, but '{opts[-1]}' has no partner.")
     for key, value in zip(opts[::2], opts[1::2]):
-        _SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
+        SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
 
 
 def validate(config: CN) -> None:
     """Checks values that are wrong whatever the data are. Raises UserError with the key and what it may be."""
-    _SCHEMA.check(config)
-    data = config.DATA
-    for key in ('IMAGENET_MEAN', 'IMAGENET_STD'):
-        if len(data[key]) < data.IMAGE_CHANNELS:
-            raise UserError(f'DATA.{key} is {data[key]}, but must have {data.IMAGE_CHANNELS} numbers (IMAGE_CHANNELS).')
+    SCHEMA.check(config)
+    for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
+        channels, values = config.DATA.IMAGE_CHANNELS, SCHEMA.get(config, key)
+        if len(values) < channels:
+            place = f'{SCHEMA.where(config, key)}: '.removeprefix(': ')
+            raise UserError(f'{place}{key} is {values}, but must have {channels} numbers (DATA.IMAGE_CHANNELS).')
     if config.TAG:
         check_run_name(config.TAG)
 
 
 def _finish(config: CN) -> None:
     """Ends the layer of the command line and checks the result."""
-    _SCHEMA.end_layer(config)
+    SCHEMA.end_layer(config)
     validate(config)
-    _SCHEMA.drop_foreign(config)
+    SCHEMA.drop_foreign(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
         if node[key] is not None:  # this run, or another, may soon be the latest
             node[key] = follow_latest(node[key])
@@ -392,7 +393,7 @@ _integer.__name__ = 'whole number'
 # ---------------------------------------------------------------------------------------------------- printing
 def describe(config: CN) -> list[str]:
     """A line per key: its name, its value, and where that was given."""
-    rows = [(key, _text(_SCHEMA.get(config, key)), _SCHEMA.where(config, key) or 'default') for key in _SCHEMA.keys]
+    rows = [(key, _text(SCHEMA.get(config, key)), SCHEMA.where(config, key) or 'default') for key in SCHEMA.keys]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f'{key:<{widths[0]}}  {value:<{widths[1]}}  {where}' for key, value, where in rows]
 

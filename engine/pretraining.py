@@ -110,8 +110,10 @@ def _teacher(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> 
         raise UserError(
             'TRAIN.MAE_DISTILL needs the weights of the teacher: set TRAIN.TEACHER_MODEL (-teacher_model_path).'
         )
-    options = ['MODEL.MAE.DECODER_DEPTH', 0, 'DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE]
-    teacher = build_model(get_config(config_file(train.TEACHER_CFG), options))
+    settings = get_config(config_file(train.TEACHER_CFG), ['DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE])
+    settings.defrost()
+    settings.MODEL.MAE.DECODER_DEPTH = 0
+    teacher = build_model(settings)
     if not isinstance(teacher, MaskedAutoencoder) or teacher.patch_size != student.patch_size:
         raise UserError(
             f"the teacher '{train.TEACHER_CFG}' must be a masked autoencoder with patches of {student.patch_size} pixels."

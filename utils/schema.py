@@ -18,10 +18,9 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
-
-_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 from utils.run_paths import follow_latest
 
+_ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SHOWN = 80  # characters of a value in a message
 SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values own other keys
 EXEMPT = -1  # layer of values that may be without effect
@@ -232,7 +231,9 @@ class Schema:
             *groups, last = name.split('.')
             node = root
             for group in groups:
-                node = node.setdefault(group, CfgNode())
+                if group not in node:
+                    node[group] = CfgNode()
+                node = node[group]
             node[last] = copy.deepcopy(key.default)
         root.__dict__.update(origins={}, layers=[])
         return root
@@ -275,8 +276,8 @@ class Schema:
         except ValueError:
             raise UserError(self._wrong(name, value, where)) from None
 
-    def _wrong(self, name: str, value, where: str = '') -> str:
-        return f'{where}{": " if where else ""}{name} is {shown(value)}, but must be {self.keys[name].expected()}.'
+    def _wrong(self, name: str, value, where: str) -> str:
+        return f'{where}: {name} is {shown(value)}, but must be {self.keys[name].expected()}.'.removeprefix(': ')
 
     def _nearest(self, name: str) -> str:
         return difflib.get_close_matches(name, [*self.keys, *sorted(self.sections)], n=1, cutoff=0)[0]
@@ -358,9 +359,11 @@ class Schema:
             raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
         except RecursionError:
             raise UserError(f"'{path}' is not a YAML file of keys and values: it is nested too deeply.") from None
-        if root is not None and not isinstance(root, yaml.MappingNode):
+        if root is None or root.tag == 'tag:yaml.org,2002:null':
+            return []
+        if not isinstance(root, yaml.MappingNode):
             raise UserError(f"{path}:{root.start_mark.line + 1}: expected 'KEY: value' pairs, as in 'SEED: 0'.")
-        return [] if root is None else list(self._walk(root, path))
+        return list(self._walk(root, path))
 
     def _walk(self, node: yaml.MappingNode, path: str, prefix: str = '') -> Iterator[tuple[str, Any, str]]:
         """Refuses duplicate keys and tags that build Python objects."""

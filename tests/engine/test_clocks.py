@@ -14,6 +14,7 @@ from engine.optim import parameter_groups
 from engine.schedules import attn_lambda, lr_schedule
 from engine.tasks import SupervisedTask
 from models import build_model
+from models.gmlp import GMLP
 from models.registry import config_file
 from tests.conftest import assert_close, golden
 from utils.errors import UserError
@@ -97,9 +98,9 @@ def test_nothing_fades_in_a_model_without_that_attention():
 
 @pytest.mark.parametrize('changes', [{}, {'MODEL__EVIT__KEEP_RATE': 0.5, 'MODEL__LAMBDA__PRUNE_LAYERS': ()}])
 def test_models_that_have_no_such_setting(changes):
-    config = configured(MODEL__TYPE='gmlp', MODEL__MIXER__EMBED_DIM=8, MODEL__MIXER__DEPTH=1, **changes)
+    model = GMLP(img_size=16, patch_size=4, embed_dim=8, depth=1)
     with pytest.raises(UserError, match='GMLP has no such setting'):
-        SupervisedTask(config, 4).set_time(build_model(config), 0.0)
+        SupervisedTask(configured(**changes), 4).set_time(model, 0.0)
 
 
 def test_averages_of_weights_do_not_average_lambda():

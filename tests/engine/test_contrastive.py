@@ -19,7 +19,7 @@ from models import build_model
 from models.registry import config_file
 from tests.conftest import assert_close, golden
 from tests.engine.test_pretraining import build_trainer, rows
-from tests.models.helpers import linear_weights
+from tests.models.helpers import linear_weights, small_config
 from tests.models.test_mocov3 import of_golden
 from tests.runs.conftest import run
 from utils.errors import UserError
@@ -184,13 +184,17 @@ def test_a_frozen_patch_embedding_rests(images, tmp_path):
     [
         ({'DATA__VIEWS': 1}, 'set DATA.VIEWS to 2'),
         ({'AMP': True, 'AMP_LEVEL': 'O2'}, 'needs AMP_LEVEL O1'),
-        ({'MODEL__TYPE': 'vit'}, 'TRAIN.TASK mocov3 needs MODEL.TYPE mocov3'),
     ],
 )
 def test_mistakes(changes, words):
-    config = recipe(**changes, MODEL__EVIT__DROP_LOC=())
+    config = recipe(**changes)
     with pytest.raises(UserError, match=words):
         TASKS['mocov3'](config, build_model(config), print, training=True)
+
+
+def test_another_model():
+    with pytest.raises(UserError, match='TRAIN.TASK mocov3 needs MODEL.TYPE mocov3'):
+        TASKS['mocov3'](recipe(), build_model(small_config('gmlp_digits')), print, training=True)
 
 
 def test_classes_are_not_learnt_by_it():

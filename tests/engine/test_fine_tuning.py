@@ -33,7 +33,7 @@ RECIPES = {
 def build(ctor: dict, recipe: str):
     if recipe == 'rpe':
         return build_rpe({**ctor, 'use_mean_pooling': True})
-    sizes = {name: value for name, value in ctor.items() if name != 'norm_eps'}
+    sizes = {'drop_path_rate': 0.0, **{name: value for name, value in ctor.items() if name != 'norm_eps'}}
     return (MaskedAutoencoder if recipe == 'mae' else VisionTransformer)(**sizes)
 
 
