@@ -53,6 +53,8 @@ class Predictor:
             config.enable_mkldnn()
             if precision == 'bf16':
                 config.enable_mkldnn_bfloat16()
+                # Paddle 3.3: it splits tensors in bfloat16 and declares them float32, so that programs fail (MS-MLP, ToMe).
+                config.delete_pass('cpu_special_ops_bf16_pass')
         config.switch_ir_optim(True)
         config.enable_new_executor(True)
         config.enable_new_ir(True)  # without it the oneDNN passes are not applied

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ class Classifier(nn.Layer):
 
     stem_names: tuple[str, ...] = ('patch_embed',)
     blocks_name: str = 'blocks'
+    # Parts that a configuration adds: pattern of their names, key, its value where only a file or only the model has them.
+    optional_parts: Sequence[tuple[str, str, str, str]] = ()
     decays_all: bool = False  # weight decay acts on biases, norms and tokens too, as a published training had it
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,26 @@ _ANEW = (
     (r'.*relative_position_bias_table', 'the file has no relative positions'),
 )
 
+# Parts that a key adds: pattern of their names, key, its value where only the file or only the model has them.
+OPTIONAL_PARTS = (
+    (r'dist_token|dist_norm\..*|head_dist\..*', 'MODEL.TRANS.DISTILLED', 'True', 'False'),
+    (r'pre_logits\..*', 'MODEL.TRANS.REPRESENTATION_SIZE', 'their size', 'None'),
+    (r'fc_norm\..*', 'MODEL.TRANS.GLOBAL_POOL', 'True', 'False'),
+    (r'blocks\.\d+\.gamma_[12]', 'MODEL.TRANS.LAYER_SCALE', 'a number', 'None'),
+    (r'blocks\..*relative_position_bias_table', 'MODEL.TRANS.REL_POS', "('block',)", '()'),
+    (r'rel_pos_bias\..*', 'MODEL.TRANS.REL_POS', "('shared',)", '()'),
+    (r'blocks\.\d+\.attn\.[qv]_bias', 'MODEL.TRANS.KEY_BIAS', 'False', 'True'),
+    (r'pos_embed', 'MODEL.TRANS.ABS_POS', 'True', 'False'),
+)
+
+# LayerScale of timm and DINOv2.
+_LAYER_SCALE = re.compile(r'\.ls([12])\.gamma$')
+
+
+def published_name(name: str) -> str:
+    """Our name of an array that timm names in its own way."""
+    return _LAYER_SCALE.sub(r'.gamma_\1', name)
+
 
 def start_transformer(ours: Collection[str], theirs: Collection[str]) -> Start:
     """What a model with the weights `ours` takes of a file with the weights `theirs`."""

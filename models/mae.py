@@ -93,6 +93,7 @@ class MaskedAutoencoder(VisionTransformer):
     """
 
     stem_names = (*VisionTransformer.stem_names, 'mask_token')
+    optional_parts = ()
 
     def __init__(
         self,

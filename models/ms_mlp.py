@@ -55,20 +55,7 @@ def shifted_conv(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:
     Returns:
         [B, C, H, W]
     """
-    return F.conv2d(_roll(x, shift), weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
-
-
-def _roll(x: Tensor, shift: tuple[int, int]) -> Tensor:
-    """`paddle.roll` over height and width. Programs get slices instead, since `roll` has no bfloat16 kernel on CPUs."""
-    if paddle.in_dynamic_mode() or -1 in x.shape[2:]:
-        return paddle.roll(x, shift, (2, 3))
-    for axis, distance in zip((2, 3), shift):
-        size = x.shape[axis]
-        first = -distance % size
-        if first:
-            parts = [paddle.slice(x, [axis], [first], [size]), paddle.slice(x, [axis], [0], [first])]
-            x = paddle.concat(parts, axis)
-    return x
+    return F.conv2d(paddle.roll(x, shift, (2, 3)), weight, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
 
 def shifted_conv_as_products(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:

@@ -66,18 +66,8 @@ def port_with_report(
     model: nn.Layer, arrays: Mapping[str, np.ndarray], own_names: bool = False, source: str = 'the source'
 ) -> tuple[dict[str, np.ndarray], PortReport]:
     """`port_state_dict` and what it did."""
-    report, renamed = PortReport(), {}
-    for name, array in arrays.items():
-        ours, reason = _our_name(model, name, own_names)
-        if ours is None:
-            report.dropped[name] = reason
-        elif ours in renamed:
-            first = next(other for other, used in report.used.items() if used == ours)
-            raise UserError(f"{source} holds {ours} twice, as '{first}' and as '{name}'.")
-        else:
-            report.used[name], renamed[ours] = ours, array
-    if not own_names:
-        renamed = _paddle_layout(model, renamed)
+    report = PortReport()
+    renamed = rename_arrays(model, arrays, own_names, source, report)
     wanted, given = count_classes(model, model.state_dict()), count_classes(model, renamed)
     if wanted != given and wanted and given:
         raise UserError(f'{source} has {given} classes, but the model {wanted}; set MODEL.NUM_CLASSES to {given}.')
@@ -88,6 +78,27 @@ def port_with_report(
         del report.used[name]
         report.dropped[name] = reason
     return report.fitted.state, report
+
+
+def rename_arrays(
+    model: nn.Layer,
+    arrays: Mapping[str, np.ndarray],
+    own_names: bool = False,
+    source: str = 'the source',
+    report: PortReport | None = None,
+) -> dict[str, np.ndarray]:
+    """The arrays that the model may use under its own names and in Paddle's layouts; `port_state_dict` fits them to it."""
+    report, renamed = report or PortReport(), {}
+    for name, array in arrays.items():
+        ours, reason = _our_name(model, name, own_names)
+        if ours is None:
+            report.dropped[name] = reason
+        elif ours in renamed:
+            first = next(other for other, used in report.used.items() if used == ours)
+            raise UserError(f"{source} holds {ours} twice, as '{first}' and as '{name}'.")
+        else:
+            report.used[name], renamed[ours] = ours, array
+    return renamed if own_names else _paddle_layout(model, renamed)
 
 
 def _our_name(model: nn.Layer, name: str, own_names: bool) -> tuple[str | None, str]:

@@ -4,60 +4,126 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import paddle
 from paddle import nn
 
 from models.base import Start
-from models.port import port_state_dict
+from models.port import port_state_dict, rename_arrays
 from models.state import LISTED, REBUILT_SUFFIXES, count_classes, fit_state
 from utils.errors import UserError
-from utils.weights import EMA_KEYS, FACTS, PADDLE, choose_state_dict, file_format, read_file, resolve_weights_path
+from utils.weights import (
+    EMA_KEYS,
+    FACTS,
+    PADDLE,
+    choose_state_dict,
+    file_format,
+    find_facts,
+    read_file,
+    resolve_weights_path,
+)
 
 
-def load_pretrained(model: nn.Layer, path: str, log: Callable[[str], None] = print, replace_head: bool = True) -> None:
-    """Loads a .pdparams file: flat weights, or a checkpoint, of which averaged weights are preferred (PaddleViT's rule).
+class Weights(NamedTuple):
+    """What a weight file holds.
+
+    Attributes:
+        path: the file.
+        arrays: name -> array, in names and layouts of its kind.
+        facts: see `utils.weights.FACTS`.
+        averaged: they are averaged weights.
+        kind: PADDLE or another kind of `file_format`.
+    """
+
+    path: str
+    arrays: dict[str, np.ndarray]
+    facts: dict
+    averaged: bool = False
+    kind: str = PADDLE
+
+    @property
+    def source(self) -> str:
+        """What errors and the log call it."""
+        return f"'{self.path}'"
+
+
+def read_weights(path: str) -> Weights:
+    """Reads a .pdparams file: flat weights, or a checkpoint, of which averaged weights are preferred (PaddleViT's rule).
+
+    Args:
+        path: the file, with or without .pdparams, or a run folder.
+
+    Raises:
+        UserError: no such file, or a damaged or foreign one.
+    """
+    weights = _read_any(path, prefer_ema=True)
+    if weights.kind != PADDLE:
+        raise foreign_weights(weights.path, weights.kind)
+    return weights
+
+
+def foreign_weights(path: str, kind: str) -> UserError:
+    """The error about a weight file that must be converted first."""
+    return UserError(
+        f"'{path}' is a {kind} file; convert it first: "
+        f'python tools/port_weights.py -cfg CFG -source {path} -output X.pdparams'
+    )
+
+
+def _read_any(path: str, prefer_ema: bool) -> Weights:
+    path = resolve_weights_path(path)
+    kind, content = file_format(path), read_file(path)
+    where, arrays = choose_state_dict(content, prefer_ema or kind == PADDLE, source=f"'{path}'")
+    averaged = bool(set(where.split('.')) & set(EMA_KEYS))
+    return Weights(path, arrays, find_facts(content, where, f"'{path}'"), averaged, kind)
+
+
+def load_pretrained(
+    model: nn.Layer, path: str | Weights, log: Callable[[str], None] = print, replace_head: bool = True
+) -> None:
+    """Loads a weight file into a model, see `read_weights`.
 
     Args:
         model: not wrapped by DataParallel.
-        path: the file, with or without .pdparams, or a run folder.
+        path: the file, with or without .pdparams, or a run folder; or what `read_weights` returned.
         log: takes a line for each thing worth saying.
         replace_head: a training starts: leave the classifier as it is where the file's has another number of classes,
             and whatever else the model's hook `starting_from` names; False: those are errors, as for an evaluation.
 
     Raises:
-        UserError: no such file, a damaged or foreign one, or weights that do not fit; the model is then unchanged.
+        UserError: see `read_weights`; or weights that do not fit; the model is then unchanged.
     """
-    path = resolve_weights_path(path)
-    kind = file_format(path)
-    if kind != PADDLE:
-        raise UserError(
-            f"'{path}' is a {kind} file; convert it first: "
-            f'python tools/port_weights.py -cfg CFG -source {path} -output X.pdparams'
-        )
-    content = read_file(path)
-    where, arrays = choose_state_dict(content, prefer_ema=True, source=f"'{path}'")
-    facts = content.get(FACTS, {})
-    averaged = ' (averaged weights, model_ema)' if set(where.split('.')) & set(EMA_KEYS) else ''
-    log(f'----- Pretrained: Load model state from {path}{averaged}')
-    load_state(model, {**arrays, FACTS: facts}, source=f"'{path}'", log=log, replace_head=replace_head)
+    weights = path if isinstance(path, Weights) else read_weights(path)
+    averaged = ' (averaged weights, model_ema)' if weights.averaged else ''
+    log(f'----- Pretrained: Load model state from {weights.path}{averaged}')
+    load_state(model, {**weights.arrays, FACTS: weights.facts}, weights.source, log, replace_head)
 
 
 def load_frozen(model: nn.Layer, path: str, log: Callable[[str], None] = print) -> None:
     """Makes a teacher of a model: all its weights from a .pdparams file or run folder, or from a published file, which is
-    converted on the way; evaluation mode, no gradients. Raises as `load_pretrained` does."""
-    path = resolve_weights_path(path)
-    if file_format(path) == PADDLE:
-        load_pretrained(model, path, log=log, replace_head=False)
+    converted on the way; evaluation mode, no gradients. Its classifier becomes that of the file. Raises as
+    `load_pretrained` does."""
+    weights = _read_any(path, prefer_ema=False)
+    if weights.kind == PADDLE:
+        match_classes(model, weights.arrays)
+        load_pretrained(model, weights, log=log, replace_head=False)
     else:
-        source = f"'{path}'"
-        _, arrays = choose_state_dict(read_file(path), source=source)
-        load_state(model, port_state_dict(model, arrays, source=source), source, log, replace_head=False)
-        log(f'----- Pretrained: {source} is converted and loaded')
+        match_classes(model, rename_arrays(model, weights.arrays, source=weights.source))
+        arrays = port_state_dict(model, weights.arrays, source=weights.source)
+        load_state(model, arrays, weights.source, log, replace_head=False)
+        log(f'----- Pretrained: {weights.source} is converted and loaded')
     model.eval()
     for parameter in model.parameters():
         parameter.stop_gradient = True
+
+
+def match_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> None:
+    """Gives a classifier as many classes as that of the weights has, where both have one."""
+    classes = count_classes(model, arrays)
+    if classes and model.num_classes and classes != model.num_classes:
+        model.reset_classifier(classes)
 
 
 def load_state(

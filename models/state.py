@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -57,11 +58,12 @@ def fit_state(
         original_names: what the file calls an array, where that is not the model's name.
 
     Raises:
-        UserError: lists the names and shapes of arrays without a place, parameters without an array, and differences.
+        UserError: lists the names and shapes of arrays without a place, parameters without an array, differences, and
+            arrays with NaN or infinite values.
     """
     targets, original_names = model.state_dict(), original_names or {}
     parameters = {name for name, _ in model.named_parameters()}
-    fitted, missing, different = Fitted(), [], []
+    fitted, missing, different = Fitted(), {}, []
     if hasattr(model, 'unused_weights'):
         fitted.unused = model.unused_weights(arrays, source)
         arrays = {name: array for name, array in arrays.items() if name not in fitted.unused}
@@ -83,16 +85,39 @@ def fit_state(
         elif name not in parameters and not name.endswith(STATISTICS_SUFFIXES):
             fitted.kept.append(name)
         elif name not in optional:
-            missing.append(f'{name} {list(target.shape)}')
-    unknown = [f'{original_names.get(n, n)} {list(a.shape)}' for n, a in arrays.items() if n not in targets]
+            missing[name] = f'{name} {list(target.shape)}'
+    unknown = {n: f'{original_names.get(n, n)} {list(a.shape)}' for n, a in arrays.items() if n not in targets}
     trouble = [
-        _listing(unknown, 'in the file without a place in the model'),
-        _listing(missing, 'in the model without weights in the file'),
+        _listing([*unknown.values()], 'in the file without a place in the model'),
+        _listing([*missing.values()], 'in the model without weights in the file'),
         _listing(different, 'of another shape or type'),
     ]
     if any(trouble):
-        raise UserError(f'{source} does not fit {type(model).__name__}: {"; ".join(filter(None, trouble))}.')
+        found = [*filter(None, trouble), *_remedies(model, unknown, missing)]
+        raise UserError(f'{source} does not fit {type(model).__name__}: {"; ".join(found)}.')
+    check_finite({original_names.get(name, name): array for name, array in fitted.state.items()}, source)
     return fitted
+
+
+def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
+    """Raises UserError where numbers are NaN or infinite, with the names of their arrays."""
+    broken = [name for name, array in arrays.items() if array.dtype.kind == 'f' and not np.isfinite(array).all()]
+    if broken:
+        more = f' and {len(broken) - LISTED} more arrays' if len(broken) > LISTED else ''
+        raise UserError(
+            f'{source} has NaN or infinite values in {", ".join(broken[:LISTED])}{more}; the training that wrote it '
+            'diverged or the file is damaged, use an earlier one.'
+        )
+
+
+def _remedies(model: nn.Layer, unknown: Iterable[str], missing: Iterable[str]) -> list[str]:
+    """What to change in the configuration, by the model's table `optional_parts`."""
+    found = {}
+    for names, column in ((unknown, 0), (missing, 1)):
+        for pattern, key, *values in getattr(model, 'optional_parts', ()):
+            if any(re.fullmatch(pattern, name) for name in names):
+                found[key] = f'set {key} to {values[column]}'
+    return list(found.values())
 
 
 def count_classes(model: nn.Layer, state: Mapping) -> int | None:
@@ -108,7 +133,10 @@ def _cast(array: np.ndarray, target: Tensor) -> np.ndarray | None:
     if 'float' in wanted:
         if array.dtype == np.uint16:  # how Paddle stores bfloat16
             array = bfloat16.to_float32(array)
-        return array.astype('float64' if wanted == 'float64' else 'float32') if array.dtype.kind == 'f' else None
+        if array.dtype.kind != 'f':
+            return None
+        with np.errstate(over='ignore'):  # a float64 beyond float32 becomes infinite, which is refused later
+            return array.astype('float64' if wanted == 'float64' else 'float32')
     result = array.astype(wanted)
     return result if np.array_equal(result, array) else None
 

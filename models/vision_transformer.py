@@ -20,7 +20,7 @@ from paddle.nn import initializer
 from config import get_config
 from models.attention_removal import RemovableAttention
 from models.base import Start
-from models.fine_tuning import start_transformer
+from models.fine_tuning import OPTIONAL_PARTS, published_name, start_transformer
 from models.layers import (
     NORM_EPS,
     Block,
@@ -82,6 +82,7 @@ class VisionTransformer(RemovableAttention):
     """
 
     stem_names = ('cls_token', 'dist_token', 'pos_embed', 'patch_embed')
+    optional_parts = OPTIONAL_PARTS
 
     def __init__(
         self,
@@ -386,10 +387,11 @@ class VisionTransformer(RemovableAttention):
         """MAE-Lite's checkpoints hold the whole training: the model under `model.`, with teacher and average.
 
         MoCo-v3's hold the model under `base_encoder.`, whose head is a projector, with a momentum copy and a predictor.
+        timm names LayerScale in another way.
         """
         if name.startswith(('tch_model.', 'ema_model.', 'momentum_encoder.', 'base_encoder.head.', 'predictor.')):
             return None
-        return name.removeprefix('model.').removeprefix('base_encoder.')
+        return published_name(name.removeprefix('model.').removeprefix('base_encoder.'))
 
     def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
         """A position table of another resolution, interpolated to this model's; any other array as it is."""

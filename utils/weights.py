@@ -238,6 +238,17 @@ def choose_state_dict(
     return next(iter(chosen.items()))
 
 
+def find_facts(content: Any, where: str, source: str) -> dict:
+    """The FACTS beside the state dict under the key `where` of a checkpoint, or beside what holds it."""
+    for key in ['', *filter(None, where.split('.'))]:
+        content = content[key] if key else content
+        if content.get(FACTS) is not None:
+            if not isinstance(content[FACTS], dict):
+                raise UserError(f"{source} holds a {type(content[FACTS]).__name__} as '{FACTS}', which must be a dict.")
+            return content[FACTS]
+    return {}
+
+
 def _describe(content: Any) -> str:
     if not isinstance(content, dict):
         return f'one {type(content).__name__}'

@@ -90,10 +90,7 @@ class Matching:
         else:
             x = x * size
         sums = self.merge(paddle.concat([x, size], axis=-1))  # in one go
-        if paddle.in_dynamic_mode():
-            merged, merged_size = sums.split([x.shape[2], 1], axis=-1)
-        else:  # Paddle 3.3's inference programs cannot split in bfloat16 what is then used in float32
-            merged, merged_size = sums[:, :, :-1], sums[:, :, -1:]
+        merged, merged_size = sums.split([x.shape[2], 1], axis=-1)
         return merged / merged_size, merged_size
 
     def merge_source(self, source: Tensor) -> Tensor:
