@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All combinations of the parts of the Vision Transformer: each trains, or is refused with a sentence."""
+
+import itertools
+
+import numpy as np
+import paddle
+import pytest
+
+from config import get_config
+from engine.objectives import TASKS
+from models import build_model
+from utils.errors import UserError
+from utils.weights import write_pdparams
+
+TINY = {
+    'DATA.IMAGE_SIZE': 16, 'MODEL.TYPE': 'vit', 'MODEL.NUM_CLASSES': 3, 'MODEL.TRANS.PATCH_SIZE': 4,
+    'MODEL.TRANS.EMBED_DIM': 16, 'MODEL.TRANS.DEPTH': 3, 'MODEL.TRANS.NUM_HEADS': 2, 'MODEL.TRANS.MLP_RATIO': 2.0,
+}  # fmt: skip
+FADING = {'MODEL.LAMBDA.PRUNE_LAYERS': (0,), 'MODEL.LAMBDA.DECAY_EPOCHS': 2}
+EVIT = {'MODEL.EVIT.KEEP_RATE': 0.5, 'MODEL.EVIT.DROP_LOC': (1, 2)}
+MIXERS = {
+    'attention': {},
+    'block': {'MODEL.TRANS.REL_POS': ('block',)},
+    'shared': {'MODEL.TRANS.REL_POS': ('shared',)},
+    'beit': {
+        'MODEL.TRANS.REL_POS': ('block', 'shared'), 'MODEL.TRANS.KEY_BIAS': False, 'MODEL.TRANS.LAYER_SCALE': 0.1,
+        'MODEL.TRANS.RESCALED_INIT': True, 'MODEL.TRANS.ABS_POS': False,
+    },
+    'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True},
+    'fading': FADING,
+}  # fmt: skip
+REDUCERS = {
+    'all': {},
+    'evit': EVIT,
+    'evit_fuse': {**EVIT, 'MODEL.EVIT.FUSE_TOKEN': True},
+    'tome': {'MODEL.TOME.R': 2},
+    'evit_tome': {**EVIT, 'MODEL.EVIT.FUSE_TOKEN': True, 'MODEL.TOME.R': 2},
+}
+HEADS = {
+    'token': {},
+    'pool': {'MODEL.TRANS.GLOBAL_POOL': True},
+    'distilled': {'MODEL.TRANS.DISTILLED': True},
+    'distilled_pool': {'MODEL.TRANS.DISTILLED': True, 'MODEL.TRANS.GLOBAL_POOL': True},
+}
+OBJECTIVES = ('none', 'soft', 'hard')  # TRAIN.DISTILLATION_TYPE
+IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype('float32')
+
+
+def conflict(mixer: str, reducer: str, head: str, objective: str) -> str | None:
+    """Key that the refusal of a combination names; None: it is allowed."""
+    if mixer in ('block', 'shared', 'beit') and (reducer != 'all' or head == 'distilled'):
+        return 'MODEL.TRANS.REL_POS'
+    if (objective != 'none') != head.startswith('distilled'):
+        return 'TRAIN.DISTILLATION_TYPE'
+    return None
+
+
+def settings(*parts: dict, **more):
+    options = {key: value for part in (TINY, *parts, more) for key, value in part.items()}
+    return get_config(opts=[item for pair in options.items() for item in pair])
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory) -> dict:
+    """Options that name a teacher."""
+    folder = tmp_path_factory.mktemp('teacher')
+    config = settings()
+    (folder / 'teacher.yaml').write_text(config.dump())
+    write_pdparams(build_model(config).state_dict(), str(folder / 'teacher.pdparams'))
+    return {
+        'TRAIN.TEACHER_CFG': str(folder / 'teacher.yaml'),
+        'TRAIN.TEACHER_MODEL': str(folder / 'teacher.pdparams'),
+    }
+
+
+@pytest.mark.parametrize('head', HEADS)
+@pytest.mark.parametrize('reducer', REDUCERS)
+@pytest.mark.parametrize('mixer', MIXERS)
+def test_it_trains_or_is_refused(mixer, reducer, head, teacher):
+    parts = MIXERS[mixer], REDUCERS[reducer], HEADS[head]
+    model = None
+    for objective in OBJECTIVES:
+        config = settings(*parts, teacher if objective != 'none' else {}, **{'TRAIN.DISTILLATION_TYPE': objective})
+        key = conflict(mixer, reducer, head, objective)
+        if key is None:
+            model = model or build_model(config)
+            take_step(model, TASKS['supervised'](config, model, print, training=True))
+        else:
+            check_refusal(config, key, model)
+    if model is not None:
+        check_round_trip(model, settings(*parts))
+
+
+def take_step(model, task) -> None:
+    model.train()
+    values = task.set_time(model, 1.0)
+    assert values.get('attn_lambda', 0.5) == 0.5
+    loss, correct = task(model, paddle.to_tensor(IMAGES), paddle.to_tensor([0, 1, 2, 0]), np.random.default_rng(0))
+    loss.backward()
+    assert np.isfinite(loss.item()) and 0 <= correct.item() <= 4
+    for name, parameter in model.named_parameters():
+        assert parameter.stop_gradient or np.isfinite(parameter.grad.numpy()).all(), name
+    model.clear_gradients()
+
+
+def check_refusal(config, key: str, model=None) -> None:
+    with pytest.raises(UserError) as caught:
+        TASKS['supervised'](config, model or build_model(config), print, training=True)
+    message = str(caught.value)
+    assert key in message and message.endswith('.') and '\n' not in message
+
+
+def check_round_trip(model, config) -> None:
+    """Another model with the state of this one computes the same, λ included."""
+    other = build_model(config)
+    missing, unexpected = other.set_state_dict({name: value.numpy() for name, value in model.state_dict().items()})
+    assert not missing and not unexpected
+    model.eval(), other.eval()
+    x = paddle.to_tensor(IMAGES)
+    np.testing.assert_array_equal(other(x), model(x))
+    assert other(x).shape == [4, 3]
+
+
+@pytest.mark.parametrize(('mixer', 'reducer'), itertools.product(('removed', 'fading'), ('evit', 'evit_tome')))
+def test_tokens_are_not_dropped_where_attention_is_removed(mixer, reducer):
+    config = settings(MIXERS[mixer], REDUCERS[reducer], **{'MODEL.EVIT.DROP_LOC': (0,)})
+    check_refusal(config, 'MODEL.LAMBDA')
+
+
+@pytest.mark.parametrize('kind', ['mae', 'mocov3'])
+def test_pre_training_refuses_parts_of_classifiers(kind):
+    """It has all tokens, plain blocks and the class token."""
+    plain = {'MODEL.TYPE': kind, 'TRAIN.TASK': kind, 'DATA.VIEWS': 2 if kind == 'mocov3' else 1}
+    build_model(settings(plain))
+    parts = {
+        **{f'mixer {n}': o for n, o in MIXERS.items()},
+        **{f'reducer {n}': o for n, o in REDUCERS.items()},
+        **HEADS,
+    }
+    for name, options in parts.items():
+        if options:
+            with pytest.raises(UserError, match=rf'MODEL.TYPE {kind} takes no MODEL\..*\.$'):
+                build_model(settings(plain, options))
+                pytest.fail(name)
