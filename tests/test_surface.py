@@ -45,9 +45,8 @@ def flags(module: str) -> list[str]:
         raise Parsed(parser)
 
     command = importlib.import_module(module)
-    with mock.patch.object(argparse.ArgumentParser, 'parse_args', stop), mock.patch('sys.argv', [module]):
-        with pytest.raises(Parsed) as caught:
-            command.main()
+    with mock.patch.object(argparse.ArgumentParser, 'parse_args', stop), pytest.raises(Parsed) as caught:
+        command.main()
     actions = [action for action in caught.value.args[0]._actions if action.dest != 'help']
     return sorted(name for action in actions for name in action.option_strings or [action.dest.upper()])
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """All combinations of the parts of the Vision Transformer: each trains, or is refused with a sentence."""
 
+from __future__ import annotations
+
 import itertools
 
 import numpy as np
