@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that an older version was ended in resume, and go on with the numbers of that version.
+"""Checkpoints of older versions resume within an epoch, and the runs continue with the numbers of those versions.
 
-tests/goldens/checkpoints/NAME holds the folder of a run as a crash within an epoch leaves it, the teacher's files, and
-the curve of the rest. `python -m tests.engine.test_old_checkpoints NAME...` writes new ones; those that exist stay.
+tests/goldens/checkpoints/NAME holds the folder of a run after a crash within an epoch, the files of its teacher, and the
+curve of the rest. `python -m tests.engine.test_old_checkpoints NAME...` adds new ones; existing ones are never replaced.
 """
 
 import os
@@ -51,7 +51,7 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize('name', CHECKPOINTS)
-def test_it_goes_on_as_it_would_have(name, images, tmp_path, monkeypatch):
+def test_resumed_run_continues_with_the_recorded_numbers(name, images, tmp_path, monkeypatch):
     shutil.copytree(os.path.join(GOLDENS, 'checkpoints', name), tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)  # the files of a run name the teacher by a relative path
     before = read_state('run/last.pdparams')
