@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the loader's uint8 batch to what a model takes. Imports Paddle: not for worker processes."""
+"""From the loader's uint8 batch to the tensors that a model takes. Imports Paddle: not for worker processes."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,45 +12,57 @@ import paddle
 from datasets.loader import Batch
 
 
-def to_tensor(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Normalises a batch on the current device and applies its random erasing.
+def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batch:
+    """Copy a batch to the current device, normalize its images and apply its random erasing.
 
     Args:
-        batch: images [b, ..., H, W, C] uint8.
-        mean: per channel, of images scaled to [0, 1]; grey images take the first.
-        std: likewise.
+        batch: images [b, ..., H, W, C] uint8, or a list of b such images of different sizes.
+        mean: per channel, of images scaled to [0, 1]; grayscale images take the first.
+        std: per channel, like `mean`.
 
     Returns:
-        Images [b, ..., C, H, W] float32, (x / 255 - mean) / std, and labels [b] int64.
+        A batch of tensors: images [b, ..., C, H, W] float32, (x / 255 - mean) / std, and targets of fixed shape. A list
+        of images becomes a list of [C, H, W]; ragged targets stay lists of arrays.
     """
-    channels = batch.images.shape[-1]
+    if isinstance(batch.images, list):
+        images = [_normalize(image[None], None, mean, std)[0] for image in batch.images]
+    else:
+        images = _normalize(batch.images, batch.erase, mean, std)
+    targets = {
+        name: target if isinstance(target, list) else paddle.to_tensor(target) for name, target in batch.targets.items()
+    }
+    return dataclasses.replace(batch, images=images, targets=targets, erase=None)
+
+
+def _normalize(images: np.ndarray, erase, mean: Sequence[float], std: Sequence[float]) -> paddle.Tensor:
+    channels = images.shape[-1]
     scale = 1.0 / (255.0 * np.asarray(std[:channels], 'float64'))
     shift = -np.asarray(mean[:channels], 'float64') / np.asarray(std[:channels], 'float64')
     scale, shift = (values.astype('float32').reshape(-1, 1, 1) for values in (scale, shift))
     prepare = _on_this_cpu if paddle.device.get_device() == 'cpu' else _on_the_device
-    return prepare(batch, scale, shift), paddle.to_tensor(batch.labels)
+    return prepare(images, erase, scale, shift)
 
 
-def _on_the_device(batch: Batch, scale: np.ndarray, shift: np.ndarray) -> paddle.Tensor:
-    """Copies bytes, a quarter of what the result takes, and computes there."""
-    images = paddle.to_tensor(batch.images).astype('float32').moveaxis(-1, -3)
+def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray) -> paddle.Tensor:
+    """Copy bytes, a quarter of the size of the result, and compute on the device."""
+    images = paddle.to_tensor(pixels).astype('float32').moveaxis(-1, -3)
     images = images * paddle.to_tensor(scale) + paddle.to_tensor(shift)
-    if batch.erase is not None:
-        positions, values = (paddle.to_tensor(array) for array in batch.erase)
+    if erase is not None:
+        positions, values = (paddle.to_tensor(array) for array in erase)
         images = paddle.scatter(images.flatten(), positions, values).reshape(images.shape)
     return images
 
 
-def _on_this_cpu(batch: Batch, scale: np.ndarray, shift: np.ndarray) -> paddle.Tensor:
-    """The same numbers to the last bit, in a twentieth of the time that Paddle takes to convert, transpose and broadcast."""
-    *many, height, width, channels = batch.images.shape
+def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray) -> paddle.Tensor:
+    """Bit-equal to `_on_the_device`, in a twentieth of the time that Paddle takes on the CPU."""
+    *many, height, width, channels = pixels.shape
     images = np.empty((*many, channels, height, width), 'float32')
-    one_by_one = images.reshape(-1, channels, height, width), batch.images.reshape(-1, height, width, channels)
-    for image, pixels in zip(*one_by_one):  # so they stay in the processor's cache
-        image[:] = pixels.transpose(2, 0, 1)
+    one_by_one = images.reshape(-1, channels, height, width), pixels.reshape(-1, height, width, channels)
+    for image, source in zip(*one_by_one):  # one at a time, so that an image stays in the processor's cache
+        image[:] = source.transpose(2, 0, 1)
         image *= scale
         image += shift
-    if batch.erase is not None:
-        positions, values = batch.erase
+    if erase is not None:
+        positions, values = erase
         images.reshape(-1)[positions] = values
     return paddle.to_tensor(images)

@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
 from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
+from datasets.sample import Sample
 from utils.errors import UserError
 
 _PLAUSIBLE = 1000  # classes; if a list has more and most have no image, a label is wrong
@@ -46,19 +48,79 @@ class BadImageError(UserError):
     """An image that cannot be read; names the image."""
 
 
-class Dataset:
-    """Labelled images.
+class Images:
+    """Images without targets. Subclasses add targets, as `columns` or in `sample`.
+
+    Attributes:
+        source: the file or folder that the list of images comes from, for messages.
+        notes: sentences on the data that a user should read once.
+        columns: targets that are known without reading an image: name -> [N, ...].
+    """
+
+    columns: Mapping[str, np.ndarray] = MappingProxyType({})
+
+    def __init__(self, storage: Storage, source: str, notes: Sequence[str] = ()):
+        self.storage = storage
+        self.source = source
+        self.notes = list(notes)
+        if len(storage) == 0:
+            raise UserError(f'{source} holds no image.')
+
+    def __len__(self) -> int:
+        return len(self.storage)
+
+    def load(self, index: int) -> Image.Image:
+        """Image `index` as an RGB picture. Raises BadImageError."""
+        with self.naming(index):
+            return self.storage.open(index)
+
+    def sample(self, index: int, exif_rotate: bool = False) -> Sample:
+        """Image `index` with the targets that are not in `columns`, for a transform; to be used within `naming`.
+
+        Args:
+            exif_rotate: see `decode_image`.
+        """
+        return Sample(self.picture(index, exif_rotate))
+
+    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
+        """Image `index` for a transform, which may be what decodes it: to be used within `naming`."""
+        if isinstance(self.storage, EncodedStorage):
+            return open_image(self.storage.read(index), exif_rotate)
+        return self.storage.open(index)
+
+    @contextlib.contextmanager
+    def naming(self, index: int) -> Iterator[None]:
+        """Turn an UnreadableImage or MemoryError of the block into a BadImageError that names image `index`."""
+        try:
+            yield
+        except (UnreadableImage, MemoryError) as error:
+            reason = 'it needs more memory than there is' if isinstance(error, MemoryError) else error
+            raise BadImageError(
+                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {reason}."
+            ) from None
+
+    def stored_in(self, storage: Storage) -> Images:
+        """The same images and targets, opened by another storage."""
+        other = copy.copy(self)
+        other.storage = storage
+        return other
+
+    def describe(self, index: int) -> str:
+        """Path, or file and key, of an image."""
+        return self.storage.describe(index)
+
+
+class Dataset(Images):
+    """Images with one class each.
 
     Attributes:
         labels: [N] int64.
         num_classes: number of classes, taken from the data.
         class_names: one name per class; None when the data do not name classes, in which case `num_classes` is only
             the largest label plus one, and the true number may be larger.
-        source: the file or folder that the list of items comes from, for messages.
-        notes: sentences on the data that a user should read once.
 
     Args:
-        locate: file and line that say the label of an item, by index; None: the item itself does.
+        locate: file and line that say the label of an image, by index; None: the image itself does.
     """
 
     def __init__(
@@ -70,17 +132,13 @@ class Dataset:
         notes: Sequence[str] = (),
         locate: Callable[[int], str] | None = None,
     ):
-        self.storage = storage
+        super().__init__(storage, source, notes)
         self.labels = _whole_numbers(labels, source)
-        self.source = source
         self.class_names = None if class_names is None else list(class_names)
-        self.notes = list(notes)
         self._locate = locate
-        if len(self.labels) == 0:
-            raise UserError(f'{source} holds no image.')
-        self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
         if len(storage) != len(self.labels):
             raise UserError(f'{source} has {len(storage)} images, but {len(self.labels)} labels.')
+        self.num_classes = int(self.labels.max()) + 1 if class_names is None else len(class_names)
         outside = np.flatnonzero((self.labels < 0) | (self.labels >= self.num_classes))
         if len(outside):
             raise UserError(
@@ -88,46 +146,13 @@ class Dataset:
                 f'{self.locate(outside[0])}.'
             )
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def load(self, index: int) -> Image.Image:
-        """Item `index` as an RGB picture. Raises BadImageError."""
-        with self.naming(index):
-            return self.storage.open(index)
-
-    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
-        """Item `index` for a transform, which may be what decodes it: to be used within `naming`.
-
-        Args:
-            exif_rotate: see `decode_image`.
-        """
-        if isinstance(self.storage, EncodedStorage):
-            return open_image(self.storage.read(index), exif_rotate)
-        return self.storage.open(index)
-
-    @contextlib.contextmanager
-    def naming(self, index: int) -> Iterator[None]:
-        """Makes an UnreadableImage or MemoryError of its block a BadImageError, which says that it is item `index`."""
-        try:
-            yield
-        except (UnreadableImage, MemoryError) as error:
-            reason = 'it needs more memory than there is' if isinstance(error, MemoryError) else error
-            raise BadImageError(
-                f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {reason}."
-            ) from None
-
-    def stored_in(self, storage: Storage) -> Dataset:
-        """The same items, opened by another storage."""
-        other = copy.copy(self)
-        other.storage = storage
-        return other
-
-    def describe(self, index: int) -> str:
-        return self.storage.describe(index)
+    @property
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """The classes under the name 'label'."""
+        return {'label': self.labels}
 
     def locate(self, index: int) -> str:
-        """What says the label of an item: file and line, or the item itself."""
+        """What says the label of an image: file and line, or the image itself."""
         return self._locate(index) if self._locate else f"'{self.describe(index)}'"
 
 

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 import numpy as np
 
 from datasets.cache import cached
-from datasets.dataset import BadImageError, Dataset
+from datasets.dataset import BadImageError, Images
 from datasets.erasing import RandomErasing
+from datasets.sample import IMAGE, Sample
 from datasets.samplers import EvalSampler, PartSampler, RepeatedSampler, TrainSampler
 from datasets.transforms import Transform, build_transform
-from datasets.views import Views
 from datasets.workers import BatchMemory, Job, WorkerPool
 from utils.errors import UserError
 
@@ -33,44 +33,42 @@ _TRIES = 16
 
 @dataclasses.dataclass
 class Batch:
-    """What the loader yields.
+    """What the loader yields; `datasets.batch.to_device` makes tensors of the arrays.
 
     Attributes:
-        images: [b, H, W, C] uint8, or [b, 2, H, W, C] for DATA.VIEWS 2.
-        labels: [b] int64.
-        indices: [b] int64, places of the images in the data set.
+        images: [b, H, W, C] uint8, of several views [b, views, H, W, C]; or a list of b images of different sizes.
+        targets: by name: an array [b, ...], or a list of b arrays of different sizes.
+        indices: [b] int64, indices of the images in the data set.
         erase: flat positions [e] int64 in the images laid out [b, C, H, W], each once, and the values [e] float32 that
-            overwrite them after normalisation; or None.
+            overwrite them after normalization; or None.
         skipped: unreadable images that were replaced (training) or left out (evaluation, where b may even be 0).
     """
 
-    images: np.ndarray
-    labels: np.ndarray
+    images: np.ndarray | list
+    targets: dict
     indices: np.ndarray
     erase: tuple[np.ndarray, np.ndarray] | None = None
     skipped: int = 0
 
+    def __len__(self) -> int:
+        return len(self.indices)
+
 
 @dataclasses.dataclass
 class Filled:
-    """What a worker says about the batch it wrote: per image its index and number of erased values; what it skipped."""
+    """A worker's result beside the memory it wrote to: one entry per image, and the messages of skipped images."""
 
-    indices: list[int]
-    erased: list[int]
-    skipped: list[str]
+    indices: list[int] = dataclasses.field(default_factory=list)
+    erased: list[int] = dataclasses.field(default_factory=list)  # numbers of erased values
+    ragged: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)  # arrays without a plane
+    skipped: list[str] = dataclasses.field(default_factory=list)
 
 
 class BatchMaker:
     """Reads, transforms and lays out the images of a batch. Runs in worker processes, or in the training process."""
 
     def __init__(
-        self,
-        dataset: Dataset,
-        transform: Transform | Views,
-        training: bool,
-        seed: int,
-        skip: bool,
-        exif_rotate: bool = False,
+        self, dataset: Images, transform: Transform, training: bool, seed: int, skip: bool, exif_rotate: bool = False
     ):
         self.dataset = dataset
         self.transform = transform
@@ -83,14 +81,15 @@ class BatchMaker:
 
     def __call__(self, job: Job, memory: BatchMemory) -> Filled:
         """Fills `memory` from its start; erased positions count from the start of their image."""
-        filled = Filled([], [], [])
+        filled = Filled()
         end = 0
         for place, (index, repeat) in enumerate(zip(job.indices.tolist(), job.repeats.tolist())):
-            memory.at_work = index
+            memory.current = index
             found = self._prepare(index, [self.seed, job.epoch, index, repeat], filled.skipped)
             if found is None:
                 continue
-            index, memory.images[len(filled.indices)], rng = found
+            index, sample, rng = found
+            filled.ragged.append(_write(sample, memory.planes, len(filled.indices)))
             erase = self._erase(place, len(job.indices), rng)
             count = 0
             if erase is not None:
@@ -99,18 +98,18 @@ class BatchMaker:
                 end += count
             filled.indices.append(index)
             filled.erased.append(count)
-        memory.at_work = -1
+        memory.current = -1
         return filled
 
     def _prepare(self, index: int, seed: list[int], skipped: list[str]):
-        """(index, pixels, generator to draw further from) to use for `index`, or None when the image is to be left out."""
+        """(index, transformed sample, generator to draw further from) to use for `index`, or None: leave the image out."""
         for step in range(_TRIES if self.training else 1):
             candidate = (index + step) % len(self.dataset)
             rng = np.random.default_rng(seed)
             try:
                 with self.dataset.naming(candidate):
-                    picture = self.dataset.picture(candidate, self.exif_rotate)
-                    return candidate, self.transform(picture, rng), rng
+                    sample = self.dataset.sample(candidate, self.exif_rotate)
+                    return candidate, self.transform(sample, rng), rng
             except BadImageError as error:
                 if not self.skip:
                     raise UserError(f'{error} Mend or remove it, or set DATA.BAD_IMAGE to skip.') from None
@@ -128,7 +127,18 @@ class BatchMaker:
     def _erase(self, place: int, batch_size: int, rng: np.random.Generator):
         if self.erasing is None or (self.erase_second_half_only and place < batch_size // 2):
             return None
-        return self.erasing(self.transform.shape, rng)
+        return self.erasing(self.transform.planes[0].shape, rng)
+
+
+def _write(sample: Sample, planes: dict[str, np.ndarray], place: int) -> dict[str, np.ndarray]:
+    """Copy the arrays of a sample to their planes; return those that have none."""
+    ragged = {}
+    for name, array in {IMAGE: sample.image, **sample.arrays()}.items():
+        if name in planes:
+            planes[name][place] = array
+        else:
+            ragged[name] = array
+    return ragged
 
 
 class Loader:
@@ -224,7 +234,9 @@ class Loader:
             yield batch
 
     def _new_memory(self) -> BatchMemory:
-        return BatchMemory(self.batch_size, self._maker.transform.shape, self._maker.erasing is not None)
+        planes = self._maker.transform.planes
+        erasing = 0 if self._maker.erasing is None else math.prod(planes[0].shape)
+        return BatchMemory(self.batch_size, planes, erasing)
 
     def _make_here(self, job: Job) -> Batch:
         if self._own_memory is None:
@@ -240,15 +252,14 @@ class Loader:
         count = sum(filled.erased)
         erase = None
         if count:
-            starts = np.arange(len(indices), dtype=np.int64) * math.prod(self._maker.transform.shape)
+            starts = np.arange(len(indices), dtype=np.int64) * math.prod(self._maker.transform.planes[0].shape)
             erase = memory.positions[:count] + np.repeat(starts, filled.erased), memory.values[:count].copy()
-        return Batch(
-            images=memory.images[: len(indices)].copy(),
-            labels=self.dataset.labels[indices],
-            indices=indices,
-            erase=erase,
-            skipped=len(filled.skipped),
-        )
+        arrays = {name: plane[: len(indices)].copy() for name, plane in memory.planes.items()}
+        ragged = filled.ragged[0] if filled.ragged else {}
+        arrays.update({name: [arrays[name] for arrays in filled.ragged] for name in ragged})
+        arrays.update({name: column[indices] for name, column in self.dataset.columns.items()})
+        images = arrays.pop(IMAGE, [])
+        return Batch(images, targets=arrays, indices=indices, erase=erase, skipped=len(filled.skipped))
 
     def close(self) -> None:
         """Ends the worker processes. A later `epoch()` starts new ones."""
@@ -264,15 +275,27 @@ class Loader:
         self.close()
 
 
-def build_dataloader(config, dataset: Dataset, training: bool, rank: int = 0, world_size: int = 1) -> Loader:
-    """The loader that DATA and TRAIN describe, for process `rank` of `world_size`."""
+def build_dataloader(
+    config,
+    dataset: Images,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    transform: Transform | None = None,
+) -> Loader:
+    """The loader that DATA and TRAIN describe, for process `rank` of `world_size`.
+
+    Args:
+        transform: from a sample of the data set to the arrays of a batch, of which the first plane gets random erasing;
+            None: that of image classification.
+    """
     data, train = config.DATA, config.TRAIN
+    transform = build_transform(config, training) if transform is None else transform
     if data.CACHE != 'no':
         all_of_it = training and data.CACHE == 'full'
         indices = np.arange(len(dataset)) if all_of_it else np.arange(rank, len(dataset), world_size)
         dataset = cached(dataset, indices, show_progress=rank == 0)
-    transform, skip = build_transform(config, training), data.BAD_IMAGE == 'skip'
-    maker = BatchMaker(dataset, transform, training, config.SEED, skip, data.EXIF_ROTATE)
+    maker = BatchMaker(dataset, transform, training, config.SEED, data.BAD_IMAGE == 'skip', data.EXIF_ROTATE)
     if training and train.RANDOM_ERASE_PROB > 0:
         maker.erasing = RandomErasing(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE, train.RANDOM_ERASE_COUNT)
         maker.erase_second_half_only = train.RANDOM_ERASE_SPLIT

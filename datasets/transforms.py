@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a picture to the uint8 array a model is fed from, as in DeiT and timm.
+"""From a picture and its targets to the arrays of a batch. The transforms of classification are those of DeiT and timm.
 
-Training: random crop, flip, RandAugment (else AutoAugment, else colour jitter). Evaluation: resize, centre crop.
-Normalisation happens once per batch on the device (datasets/batch.py), random erasing along with it.
+Training: random crop, flip, RandAugment (else AutoAugment, else color jitter). Evaluation: resize, center crop.
+Normalization happens once per batch on the device (datasets/batch.py), and so does random erasing.
 
-A step is a callable `step(image, rng) -> image` on Pillow images; all randomness comes from the numpy generator. The first
-one may get a `Jpeg` and so decides how much of it is decoded. With DATA.FAST_RESIZE training's first steps work on arrays.
+A step is a callable `step(image, rng) -> image` on Pillow images; all randomness comes from the numpy generator. Steps that
+move pixels are `Geometric`: they are drawn once, and targets follow. The first step may get a `Jpeg` and so decides how much
+of it is decoded. With DATA.FAST_RESIZE the first steps of training work on arrays.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from typing import Union
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Union
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, Canvas, ColorJitter, RandAugment, choose
 from datasets.images import Jpeg
+from datasets.sample import IMAGE, NOTHING, Placement, Plane, Sample
 from datasets.views import Views, check_views, view_steps
 
 Picture = Union[Image.Image, Jpeg]
@@ -32,30 +34,66 @@ MILD = 1.4  # up to this factor shrinking aliases little
 
 
 class Transform:
-    """Applies steps to an RGB picture.
+    """Applies steps to an RGB picture and its targets.
+
+    Args:
+        steps: applied in order.
+        shape: of the image that the steps end with, (H, W, C).
+        targets: shapes and types of the targets that have the same for all images; other targets are ragged.
 
     Attributes:
-        shape: of the result, (H, W, C).
+        planes: what has the same shape for all images; the image is the first.
     """
 
-    def __init__(self, steps: Sequence[Step], size: int, channels: int):
+    def __init__(self, steps: Sequence[Step], shape: tuple[int, int, int], targets: Sequence[Plane] = ()):
         self.steps = list(steps)
-        self.shape = (size, size, channels)
+        self.planes = (Plane(IMAGE, shape), *targets)
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
-        """RGB picture -> [H, W, C] uint8."""
-        if self.shape[-1] == 1:
-            image = image.convert('L')
+    def image(self, picture: Picture, rng: np.random.Generator | None = None) -> np.ndarray:
+        """RGB picture without targets -> [H, W, C] uint8."""
+        return self(Sample(picture), rng).image
+
+    def __call__(self, sample: Sample, rng: np.random.Generator | None) -> Sample:
+        """RGB picture -> [H, W, C] uint8, and the targets that follow it."""
+        shape = self.planes[0].shape
+        if shape[-1] == 1:
+            sample = Sample(sample.image.convert('L'), sample.targets)
         for step in self.steps:
-            image = step(image, rng)
-        return np.asarray(image).reshape(self.shape)
+            if sample.targets and isinstance(step, Geometric):
+                sample = step.joint(sample, rng)
+            else:
+                sample = Sample(step(sample.image, rng), sample.targets)
+        return Sample(np.asarray(sample.image).reshape(shape), sample.targets)
 
 
-def build_transform(config, training: bool) -> Transform | Views:
-    """The transform that DATA and TRAIN describe."""
+class Geometric:
+    """A step that moves pixels: one draw, which is applied to the image and to all targets."""
+
+    def draw(self, size: tuple[int, int], rng: np.random.Generator, targets: Mapping[str, Any]) -> Placement:
+        """Where the pixels of an image of `size` (width, height) go."""
+        raise NotImplementedError
+
+    def apply(self, image: Picture, placement: Placement) -> Image.Image | np.ndarray:
+        """The image after the operation."""
+        raise NotImplementedError
+
+    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image | np.ndarray:
+        return self.apply(image, self.draw(size_of(image), rng, {}))
+
+    def joint(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """The image and its targets after the operation."""
+        placement = self.draw(size_of(sample.image), rng, sample.targets)
+        return Sample(self.apply(sample.image, placement), sample.placed(placement))
+
+
+def size_of(image: Picture | np.ndarray) -> tuple[int, int]:
+    """(width, height)."""
+    return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
+
+
+def build_transform(config, training: bool) -> Transform:
+    """The transform of image classification that DATA and TRAIN describe."""
     data = config.DATA
-    if training and data.VIEWS == 2:
-        return _two_views(config)
     padded = data.CROP == 'padded' or (data.CROP == 'auto' and data.IMAGE_SIZE <= SMALL)
     if training:
         steps = _training_steps(config, padded)
@@ -65,15 +103,19 @@ def build_transform(config, training: bool) -> Transform | Views:
         squash = data.EVAL_CROP == 'squash'
         resize = Squash(data.IMAGE_SIZE, resample) if squash else ResizeShort(short, resample)
         steps = [resize, CentreCrop(data.IMAGE_SIZE)]
-    return Transform(steps, data.IMAGE_SIZE, data.IMAGE_CHANNELS)
+    return Transform(steps, _shape(config))
 
 
-def _two_views(config) -> Views:
+def two_view_transform(config) -> Views:
+    """The transform of MoCo v3: two views of each training image."""
     check_views(config)
-    data = config.DATA
     crop = [_resized_crop(config), *([as_pillow] if _is_fast(config) else [])]
     views = view_steps(crop, RandomFlip(config.TRAIN.HFLIP))
-    return Views([Transform(steps, data.IMAGE_SIZE, data.IMAGE_CHANNELS) for steps in views])
+    return Views([Transform(steps, _shape(config)) for steps in views])
+
+
+def _shape(config) -> tuple[int, int, int]:
+    return config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_CHANNELS
 
 
 def _training_steps(config, padded: bool) -> list[Step]:
@@ -116,7 +158,7 @@ def _policy(config) -> Step | None:
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
-class ResizeShort:
+class ResizeShort(Geometric):
     """Resizes the shorter side to `size` pixels, the longer one to int(size * long / short).
 
     Of a thin picture only the middle is computed, THIN times as long as wide, so that memory does not grow with its shape.
@@ -126,57 +168,81 @@ class ResizeShort:
         self.size = size
         self.resample = resample
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image:
-        width, height = image.size
+    def draw(self, size, rng=None, targets=NOTHING) -> Placement:
+        """See `Geometric`."""
+        width, height = size
         short = min(width, height)
-        size = int(self.size * width / short), int(self.size * height / short)
-        if max(size) > THIN * self.size:
-            return resize_middle(image, size, THIN * self.size, self.resample)
-        return image.resize(size, self.resample)
+        resized = int(self.size * width / short), int(self.size * height / short)
+        axis = int(height > width)
+        box, stored = [0, 0, width, height], size[axis]
+        left_out, length = _left_out(resized[axis], THIN * self.size), resized[axis]
+        if left_out:
+            box[axis], box[axis + 2] = (place * stored / length for place in (left_out, length - left_out))
+            resized = tuple(side - 2 * left_out * (number == axis) for number, side in enumerate(resized))
+        return Placement(tuple(box), resized)
+
+    def apply(self, image: Picture, placement: Placement) -> Image.Image:
+        """See `Geometric`."""
+        if placement.box == (0, 0, *image.size):
+            return image.resize(placement.size, self.resample)
+        return resize_box(image, placement, self.resample)
 
 
-class Squash:
+class Squash(Geometric):
     """Resizes both sides to `size` pixels, whatever they were."""
 
     def __init__(self, size: int, resample: Image.Resampling):
         self.size = size
         self.resample = resample
 
-    def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image:
-        return image.resize((self.size, self.size), self.resample)
+    def draw(self, size, rng=None, targets=NOTHING) -> Placement:
+        """See `Geometric`."""
+        return Placement((0, 0, *size), (self.size, self.size))
+
+    def apply(self, image: Picture, placement: Placement) -> Image.Image:
+        """See `Geometric`."""
+        return image.resize(placement.size, self.resample)
 
 
-class CentreCrop:
+class CentreCrop(Geometric):
     """Cuts the central square of `size` pixels; offsets are rounded half to even."""
 
     def __init__(self, size: int):
         self.size = size
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator | None = None) -> Image.Image:
-        left, top = (round((side - self.size) / 2) for side in image.size)
-        return image.crop((left, top, left + self.size, top + self.size))
+    def draw(self, size, rng=None, targets=NOTHING) -> Placement:
+        """See `Geometric`."""
+        left, top = (round((side - self.size) / 2) for side in size)
+        return Placement((left, top, left + self.size, top + self.size), (self.size, self.size))
+
+    def apply(self, image: Image.Image, placement: Placement) -> Image.Image:
+        """See `Geometric`."""
+        return image.crop(placement.box)
 
 
-def resize_middle(image: Picture, size: tuple[int, int], length: int, resample: Image.Resampling) -> Image.Image:
-    """The middle of a picture resized to `size`, `length` to `length + 3` pixels long, without the rest being computed.
+def _left_out(full: int, length: int) -> int:
+    """Pixels to leave out on both sides of `full` so that `length` to `length + 3` stay.
 
-    An even number of pixels is left out on both sides, so that CentreCrop cuts the pixels that it would cut from the whole.
+    The number is even, so that CentreCrop cuts the pixels that it would cut from the whole.
     """
-    axis = int(size[1] > size[0])
-    full, stored = size[axis], image.size[axis]
-    left_out = (full - length) // 4 * 2
-    begin, end = (place * stored / full for place in (left_out, full - left_out))
-    margin = math.ceil(2 * max(1.0, stored / full)) + 1  # a cubic filter reaches two pixels, more where it shrinks
-    first, last = max(0, math.floor(begin) - margin), min(stored, math.ceil(end) + margin)
-    cut, box, part = [0, 0, *image.size], [0, 0, *image.size], list(size)
-    cut[axis], cut[axis + 2] = first, last
-    box[axis], box[axis + 2] = begin - first, end - first
-    part[axis] = full - 2 * left_out
-    return image.crop(tuple(cut)).resize(tuple(part), resample, tuple(box))
+    return max(full - length, 0) // 4 * 2
+
+
+def resize_box(image: Picture, placement: Placement, resample: Image.Resampling) -> Image.Image:
+    """Resize a box of a picture, which may end between pixels, without computing the rest."""
+    cut = []
+    for axis in (0, 1):
+        begin, end, stored = placement.box[axis], placement.box[axis + 2], image.size[axis]
+        shrinking = max(1.0, (end - begin) / placement.size[axis])
+        margin = math.ceil(2 * shrinking) + 1  # a cubic filter reaches two pixels, more where it shrinks
+        cut.append((max(0, math.floor(begin) - margin), min(stored, math.ceil(end) + margin)))
+    (left, right), (top, bottom) = cut
+    box = tuple(edge - start for edge, start in zip(placement.box, (left, top, left, top)))
+    return image.crop((left, top, right, bottom)).resize(placement.size, resample, box)
 
 
 # ---------------------------------------------------------------------------------------------------- training
-class RandomResizedCrop:
+class RandomResizedCrop(Geometric):
     """Cuts a box whose area is a uniform share of the image and whose log aspect ratio is uniform, and resizes it.
 
     After ten boxes that stick out: the largest centred box whose ratio is in range.
@@ -190,9 +256,14 @@ class RandomResizedCrop:
         self.ratio = ratio
         self.resamples = resamples
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> Image.Image:
-        box = self.box(image.width, image.height, rng)
-        return image.crop(box).resize((self.size, self.size), choose(self.resamples, rng))
+    def draw(self, size, rng, targets=NOTHING) -> Placement:
+        """See `Geometric`."""
+        box = self.box(*size, rng)
+        return Placement(box, (self.size, self.size), resample=choose(self.resamples, rng))
+
+    def apply(self, image: Picture, placement: Placement) -> Image.Image:
+        """See `Geometric`."""
+        return image.crop(placement.box).resize(placement.size, placement.resample)
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """(left, top, right, bottom) inside an image of the given size."""
@@ -210,27 +281,36 @@ class RandomResizedCrop:
         return left, top, left + w, top + h
 
 
-class PaddedCrop:
+class PaddedCrop(Geometric):
     """Pads with black and cuts a square at random."""
 
     def __init__(self, size: int, padding: int):
         self.size = size
         self.padding = padding
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        image = ImageOps.expand(image, self.padding)
-        left, top = (int(rng.integers(side - self.size + 1)) for side in image.size)
-        return image.crop((left, top, left + self.size, top + self.size))
+    def draw(self, size, rng, targets=NOTHING) -> Placement:
+        """See `Geometric`."""
+        left, top = (int(rng.integers(side + 2 * self.padding - self.size + 1)) - self.padding for side in size)
+        return Placement((left, top, left + self.size, top + self.size), (self.size, self.size))
+
+    def apply(self, image: Image.Image, placement: Placement) -> Image.Image:
+        """See `Geometric`."""
+        return image.crop(placement.box)  # black outside of the image
 
 
-class RandomFlip:
+class RandomFlip(Geometric):
     """Mirrors left and right with a probability."""
 
     def __init__(self, probability: float):
         self.probability = probability
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        return self.mirror(image) if rng.random() < self.probability else image
+    def draw(self, size, rng, targets=NOTHING) -> Placement:
+        """See `Geometric`."""
+        return Placement((0, 0, *size), size, mirrored=rng.random() < self.probability)
+
+    def apply(self, image: Picture | np.ndarray, placement: Placement) -> Image.Image | np.ndarray:
+        """See `Geometric`."""
+        return self.mirror(image) if placement.mirrored else image
 
     def mirror(self, image: Image.Image) -> Image.Image:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -247,11 +327,11 @@ class FastResizedCrop(RandomResizedCrop):
         super().__init__(*args)
         opencv()  # once, before workers are forked
 
-    def __call__(self, image: Picture, rng: np.random.Generator) -> np.ndarray:
-        box = self.box(image.width, image.height, rng)
-        resample = choose(self.resamples, rng)
+    def apply(self, image: Picture, placement: Placement) -> np.ndarray:
+        """See `Geometric`."""
+        box = placement.box
         pixels = image.reduced(box, self.size) if isinstance(image, Jpeg) else np.asarray(image.crop(box))
-        return resize_smoothed(pixels, self.size, resample)
+        return resize_smoothed(pixels, self.size, placement.resample)
 
 
 def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.augment import ColorJitter, blur, grayscale, solarize
+from datasets.sample import IMAGE, Plane, Sample
 from utils.errors import UserError
 
 JITTER, GREY = 0.8, 0.2  # probabilities in both views
@@ -27,16 +28,20 @@ class Views:
     """Several transforms of the same picture, one after the other from one generator.
 
     Attributes:
-        shape: of the result, (views, H, W, C).
+        planes: of the result, one of shape (views, H, W, C).
     """
 
     def __init__(self, transforms: Sequence):
         self.transforms = list(transforms)
-        self.shape = (len(self.transforms), *self.transforms[0].shape)
+        self.planes = (Plane(IMAGE, (len(self.transforms), *self.transforms[0].planes[0].shape)),)
 
-    def __call__(self, image, rng: np.random.Generator) -> np.ndarray:
+    def image(self, picture, rng: np.random.Generator) -> np.ndarray:
         """RGB picture -> [views, H, W, C] uint8."""
-        return np.stack([transform(image, rng) for transform in self.transforms])
+        return self(Sample(picture), rng).image
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """RGB picture -> [views, H, W, C] uint8."""
+        return Sample(np.stack([transform(sample, rng).image for transform in self.transforms]))
 
 
 def view_steps(crop: list[Callable], flip: Callable) -> tuple[list[Callable], list[Callable]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import mmap
 import multiprocessing
 import os
@@ -16,11 +17,12 @@ import signal
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 
+from datasets.sample import Plane
 from utils.cli import SIGNALS
 from utils.errors import UserError
 from utils.processes import die_with_parent
@@ -40,31 +42,46 @@ class Job:
 
 
 class BatchMemory:
-    """Room for one batch in anonymous shared memory, of which only pages that are used exist.
+    """Room for one batch in anonymous shared memory. Only the pages that are written to exist.
+
+    Args:
+        batch_size: b.
+        planes: the arrays [b, *shape] to hold.
+        erasing: number of erased values per image that there is room for.
 
     Attributes:
-        images: [batch_size, H, W, C] uint8; of two views [batch_size, 2, H, W, C].
-        positions, values: room for erased values, int32 and float32; empty without `erasing`.
+        planes: the arrays by name.
+        positions, values: erased values, [b * erasing] int32 and float32.
     """
 
-    def __init__(self, batch_size: int, shape: tuple[int, ...], erasing: bool):
-        pixels = batch_size * int(np.prod(shape))
-        noise = pixels if erasing else 0
-        memory = mmap.mmap(-1, 8 + 8 * noise + pixels)
-        self._at_work = np.frombuffer(memory, np.int64, 1)
-        self.positions = np.frombuffer(memory, np.int32, noise, offset=8)
-        self.values = np.frombuffer(memory, np.float32, noise, offset=8 + 4 * noise)
-        self.images = np.frombuffer(memory, np.uint8, pixels, offset=8 + 8 * noise).reshape(batch_size, *shape)
-        self.at_work = -1
+    def __init__(self, batch_size: int, planes: Sequence[Plane], erasing: int = 0):
+        erased = Plane('positions', (erasing,), 'int32'), Plane('values', (erasing,), 'float32')
+        layout = [Plane('current', (1,), 'int64'), *erased, *planes]
+        arrays = _shared_arrays(batch_size, layout)
+        self._current = arrays[0][0]
+        self.positions, self.values = (array.reshape(-1) for array in arrays[1:3])
+        self.planes = {plane.name: array for plane, array in zip(planes, arrays[3:])}
+        self.current = -1
 
     @property
-    def at_work(self) -> int:
-        """Index of the image that is being prepared, -1 when there is none; seen by the other process."""
-        return int(self._at_work[0])
+    def current(self) -> int:
+        """Index of the image that is being prepared, -1 when there is none; visible to the training process."""
+        return int(self._current[0])
 
-    @at_work.setter
-    def at_work(self, index: int) -> None:
-        self._at_work[0] = index
+    @current.setter
+    def current(self, index: int) -> None:
+        self._current[0] = index
+
+
+def _shared_arrays(batch_size: int, planes: Sequence[Plane]) -> list[np.ndarray]:
+    """Arrays [batch_size, *shape] of zeros, one behind the other in one shared memory map, aligned to 8 bytes."""
+    sizes = [batch_size * math.prod(plane.shape) * np.dtype(plane.dtype).itemsize for plane in planes]
+    starts = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
+    memory = mmap.mmap(-1, starts[-1])
+    return [
+        np.ndarray((batch_size, *plane.shape), plane.dtype, memory, offset=start)
+        for plane, start in zip(planes, starts)
+    ]
 
 
 class WorkerPool:
@@ -150,7 +167,7 @@ class WorkerPool:
             self.close()
             raise WorkerError(
                 f'no batch came from the data-loading workers within DATA.TIMEOUT = {self._timeout:g} seconds'
-                f'{self._images_at_work()}; is the storage slow or hung? A larger DATA.TIMEOUT, or 0, waits longer.'
+                f'{self._current_images()}; is the storage slow or hung? A larger DATA.TIMEOUT, or 0, waits longer.'
             )
         if isinstance(future.exception(), BrokenProcessPool):
             raise self._died()
@@ -158,13 +175,13 @@ class WorkerPool:
     def _died(self) -> WorkerError:
         self.close()
         return WorkerError(
-            f'a data-loading worker died{self._images_at_work()}; was it killed for lack of memory? '
+            f'a data-loading worker died{self._current_images()}; was it killed for lack of memory? '
             'Fewer DATA.NUM_WORKERS or a smaller DATA.PREFETCH need less.'
         )
 
-    def _images_at_work(self) -> str:
-        names = [f"'{self._describe(memory.at_work)}'" for memory in self._memories if memory.at_work >= 0]
-        return f' (images in work: {", ".join(names[:8])})' if names else ''
+    def _current_images(self) -> str:
+        names = [f"'{self._describe(memory.current)}'" for memory in self._memories if memory.current >= 0]
+        return f' (images in preparation: {", ".join(names[:8])})' if names else ''
 
     @property
     def closed(self) -> bool:

@@ -12,20 +12,20 @@ import paddle
 import datasets
 from engine import distributed
 from engine.checkpoint import read_checkpoint
-from engine.evaluate import evaluate
-from engine.objectives import TASKS
+from engine.evaluate import describe_metrics, evaluate
 from engine.run_folder import RunFolder, claim, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
 from models.pretrained import load_pretrained, load_state
+from tasks import Task, build_task
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog
 from utils.weights import FACTS
 
 
 def run_config(config) -> None:
-    """Trains, evaluates (EVAL) or measures (THROUGHPUT) what `config` describes, in this process."""
+    """Train, evaluate (EVAL) or measure (THROUGHPUT) what `config` describes, in this process."""
     context = distributed.start()
     if config.DATA.BATCH_SIZE_EVAL is None:
         config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
@@ -41,54 +41,49 @@ def run_config(config) -> None:
 
 
 def _run_in(folder: RunFolder, config, context) -> None:
+    task = build_task(config)
     if config.TRAIN.LAST_EPOCH and not config.EVAL and _resumed(config, folder) is None:
         raise UserError(
             f'-last_epoch (TRAIN.LAST_EPOCH) is {config.TRAIN.LAST_EPOCH}, but nothing is resumed: name the weights of that '
             'epoch with -resume=FILE, or leave it out.'
         )
-    splits = {}
-    for split in ['val'] if config.EVAL else ['train', 'val']:  # classes of training are what validation must fit
-        splits[split] = datasets.build_dataset(config, split)
-        config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(config, splits[split])
+    splits = ['val'] if config.EVAL else ['train', 'val']  # the validation images must fit the classes of training
+    data = {split: task.dataset(split) for split in splits}
     paddle.seed(config.SEED)  # the same initial weights on every process
     model = build_model(config)
     config.freeze()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(RunLog(None, context.rank)))
         log.local(f'----- world_size = {context.world_size}, local_rank = {context.rank}\n{config}')
-        _log_notes(config, splits, log)
+        for note in task.describe_data(data):
+            log.master(f'----- {note}')
         loaders = {
-            split: stack.enter_context(
-                datasets.build_dataloader(config, data, split == 'train', context.rank, context.world_size)
-            )
-            for split, data in splits.items()
+            split: stack.enter_context(build_loader(config, task, dataset, split, context))
+            for split, dataset in data.items()
         }
-        if config.EVAL:
-            _evaluate(config, model, loaders['val'], context, log, folder)
-        else:
-            _train(config, model, loaders, context, log, folder)
+        run = _evaluate if config.EVAL else _train
+        run(config, task, model, loaders, context, log, folder)
 
 
-def _log_notes(config, splits: dict[str, datasets.Dataset], log: RunLog) -> None:
-    """What a user should know about the data before an epoch is over."""
-    notes = [note for data in splits.values() for note in data.notes]
-    if 'train' in splits:
-        notes.append(datasets.describe_empty(splits['train'], config.MODEL.NUM_CLASSES))
-    for note in filter(None, notes):
-        log.master(f'----- {note}')
+def build_loader(config, task: Task, dataset, split: str, context: distributed.Context) -> datasets.Loader:
+    """The loader of one split for this process."""
+    training = split == 'train'
+    transform = task.transform(training)
+    return datasets.build_dataloader(config, dataset, training, context.rank, context.world_size, transform)
 
 
-def _evaluate(config, model, loader, context, log, folder: RunFolder) -> None:
+def _evaluate(config, task: Task, model, loaders, context, log, folder: RunFolder) -> None:
     if config.MODEL.RESUME:
         path, state = read_checkpoint(config.MODEL.RESUME, log.master)
         weights = {**state.get('model', state), FACTS: state.get(FACTS, {})}
         load_state(model, weights, f"'{path}'", log.master, replace_head=False)
     else:
         load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, replace_head=False)
-    measure = TASKS[config.TRAIN.TASK](config, model, log.master, training=False).measure
+    task.attach(model, log.master, training=False)
+    evaluator = task.evaluator()
     open_folder(folder, config, context, log)
-    result = evaluate(config, model, loader, context, log, measure=measure)
-    log.master(f'----- Validation: {measure.text(result, "Validation")}, time: {result["seconds"]:.2f}')
+    result = evaluate(config, model, loaders['val'], context, log, task, evaluator)
+    log.master(f'----- Validation: {describe_metrics(evaluator, result, "Validation")}, time: {result["seconds"]:.2f}')
     if context.is_main:
         metrics = MetricsFile(os.path.join(folder.path, 'metrics.jsonl'))
         metrics.append({'kind': 'eval', 'epoch': 0, 'step': 0, **result})
@@ -104,24 +99,24 @@ def _resumed(config, folder: RunFolder) -> str | None:
     return folder.path if config.TAG and folder.has_checkpoint else None
 
 
-def _train(config, model, loaders, context, log, folder: RunFolder) -> None:
+def _train(config, task: Task, model, loaders, context, log, folder: RunFolder) -> None:
     resume = _resumed(config, folder)
     if resume and not config.MODEL.RESUME:
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
     if config.MODEL.PRETRAINED and not resume:
         start_from_weights(config, model, log.master)
-    task = TASKS[config.TRAIN.TASK](config, model, log.master, training=True)
+    task.attach(model, log.master, training=True)
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder.path)
     if resume:
         path, state = read_checkpoint(resume, log.master)
-        trainer.load_state_dict(state, path)
+        trainer.snapshot.load_state_dict(state, path)
     open_folder(folder, config, context, log)
     trainer.fit()
 
 
 def start_from_weights(config, model, log: Callable[[str], None]) -> None:
-    """Loads what a training starts from, MODEL.PRETRAINED."""
+    """Load the weights that a training starts from, MODEL.PRETRAINED."""
     load_pretrained(model, config.MODEL.PRETRAINED, log=log)
     if config.MODEL.FRESH_HEAD:
         model.reset_classifier(model.num_classes)
-        log('----- Pretrained: the classifier starts anew (MODEL.FRESH_HEAD)')
+        log('----- Pretrained: the classifier is re-initialized (MODEL.FRESH_HEAD)')

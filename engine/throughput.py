@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from deploy.exported import Predictor
 from engine import distributed
 from engine.distributed import Context
-from engine.exported import Predictor
-from engine.objectives import TASKS
-from engine.tasks import Task
 from models import build_model
+from tasks import Task, build_task
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
@@ -82,16 +81,16 @@ def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None =
     return call
 
 
-def training_call(model: paddle.nn.Layer, task: Task, shape: list[int], autocast: dict | None = None) -> Call:
-    """Forward and backward pass of a micro-batch of random images and labels, as engine/train.py has them."""
+def training_call(model: paddle.nn.Layer, task: Task, batch_size: int, autocast: dict | None = None) -> Call:
+    """Forward and backward pass of a random micro-batch, as engine/train.py has them."""
     model.train()
-    images, labels = paddle.randn(shape), paddle.randint(max(model.num_classes, 1), shape=shape[:1])
+    batch = task.example(batch_size)
 
     def call() -> None:
-        task.set_time(model, 0.0)
+        task.update_schedules(model, 0.0)
         with paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
-            loss, _ = task(model, images, labels, np.random.default_rng(0))
-        loss.backward()
+            losses = task.loss(model, batch, np.random.default_rng(0))
+        losses.total.backward()
         model.clear_gradients(set_to_zero=False)
 
     return call
@@ -140,9 +139,9 @@ class Subject:
         config = self.config.clone()
         config.defrost()
         config.MODEL.NUM_CLASSES = model.num_classes
-        task = TASKS[config.TRAIN.TASK](config, model, log=print, training=False)
-        views = [config.DATA.VIEWS] if config.DATA.VIEWS > 1 else []
-        return training_call(model, task, [batch_size, *views, *self.image_shape()], autocast)
+        task = build_task(config)
+        task.attach(model, print, training=False)
+        return training_call(model, task, batch_size, autocast)
 
     def _layers(self, context: Context) -> tuple[paddle.nn.Layer, dict | None]:
         """The model, and what `paddle.amp.auto_cast` takes where it runs in mixed precision."""

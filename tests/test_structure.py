@@ -14,14 +14,17 @@ LAYERS = {
     'config': 1,
     'models': 2,
     'datasets': 2,
-    'engine': 3,
-    'tools': 4,
-    'main_single_gpu': 4,
-    'main_multi_gpu': 4,
+    'tasks': 3,
+    'analysis': 3,
+    'deploy': 3,
+    'engine': 4,
+    'tools': 5,
+    'main_single_gpu': 5,
+    'main_multi_gpu': 5,
 }
 SOURCES = sorted(
     os.path.relpath(path, ROOT)
-    for pattern in ('*.py', 'utils/**/*.py', 'models/**/*.py', 'datasets/**/*.py', 'engine/**/*.py', 'tools/**/*.py')
+    for pattern in ('*.py', *(f'{package}/**/*.py' for package in LAYERS))
     for path in glob.glob(os.path.join(ROOT, pattern), recursive=True)
 )
 FORBIDDEN = {'eval', 'exec', 'pickle.load', 'pickle.loads', 'os.system', 'paddle.load', 'yaml.load', 'yaml.full_load'}

@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from config import flag_parser
 from datasets import Dataset, Loader, build_dataset
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.subset import first_images, random_subset
 from models import build_model
 from models.pretrained import load_pretrained
@@ -54,8 +54,8 @@ def chosen_images(args: argparse.Namespace, config: CfgNode) -> Dataset:
 def normalised(loader: Loader, configs: Sequence[CfgNode], label: str, shown: bool = True) -> Iterator[list[Tensor]]:
     """Yields the images of each batch, [b, C, H, W], as each of the models takes them; `label` names the progress bar."""
     for batch in progress(loader.epoch(0), loader.num_batches, label, shown):
-        if len(batch.labels):
-            yield [to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0] for config in configs]
+        if len(batch):
+            yield [to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD).images for config in configs]
 
 
 def load_transformer(config: CfgNode) -> VisionTransformer:

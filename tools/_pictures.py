@@ -11,7 +11,7 @@ import paddle
 from yacs.config import CfgNode
 
 from datasets import Batch
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage, open_image
 from datasets.transforms import build_transform
@@ -30,7 +30,7 @@ def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.nd
     for index, path in enumerate(paths):
         try:
             picture = open_image(files.read(index), config.DATA.EXIF_ROTATE)
-            pixels = transform(picture, np.random.default_rng(0))
+            pixels = transform.image(picture, np.random.default_rng(0))
         except UnreadableImage as error:
             print(f'{path}: {error}', file=sys.stderr)
             continue
@@ -42,5 +42,5 @@ def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.nd
 
 def single_batch(image: np.ndarray, config: CfgNode) -> paddle.Tensor:
     """Pixels [H, W, C] uint8 -> [1, C, H, W] as a model takes them."""
-    batch = Batch(image[np.newaxis], labels=np.zeros(1, 'int64'), indices=np.zeros(1, 'int64'))
-    return to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)[0]
+    batch = Batch(image[np.newaxis], targets={}, indices=np.zeros(1, 'int64'))
+    return to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD).images

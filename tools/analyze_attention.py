@@ -21,9 +21,9 @@ import math
 
 import numpy as np
 
+from analysis.attention import PATCH_DISTANCE, mean_grid_distance, measure_attention
 from datasets import build_dataloader
 from engine import distributed
-from engine.analysis import PATCH_DISTANCE, mean_grid_distance, measure_attention
 from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised
 from tools._common import result_files, trained_config
 from utils.cli import run

@@ -27,9 +27,9 @@ from dataclasses import replace
 import paddle
 
 from config import flag_parser, get_config, update_config
+from deploy.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from engine import distributed
 from engine.distributed import Context
-from engine.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from engine.throughput import Subject, peak_memory, time_interleaved
 from models import build_model
 from models.profile import profile

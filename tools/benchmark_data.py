@@ -33,7 +33,7 @@ from PIL import Image
 from config import get_config
 from datasets import Loader, build_dataloader, build_dataset
 from datasets.augment import BICUBIC, Canvas, RandAugment
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
 from tools._common import processor_name
@@ -177,7 +177,7 @@ def measure_one_core(folder: str, args: argparse.Namespace) -> dict:
         for name, loader in loaders.items():
             rows.append({'recipe': recipe, 'pipeline': name, 'difference': difference(reference, loader)})
             epochs.append(functools.partial(loader.epoch, 0))
-    epochs.append(lambda: (to_tensor(batch, MEAN, STD) for batch in batches))
+    epochs.append(lambda: (to_device(batch, MEAN, STD) for batch in batches))
     *seconds, normalising = processor_seconds(epochs, len(batches), args.rounds)
     base = {row['recipe']: time_taken for row, time_taken in zip(rows, seconds) if row['pipeline'] == 'reference'}
     for row, time_taken in zip(rows, seconds):
@@ -222,7 +222,7 @@ def measure_loaders(folder: str, args: argparse.Namespace) -> list[dict]:
         for round_ in range(args.rounds + 1):  # the first one starts the workers
             for row, loader in zip(rows, loaders):
                 began = time.perf_counter()
-                count = sum(len(batch.labels) for batch in loader.epoch(round_))
+                count = sum(len(batch) for batch in loader.epoch(round_))
                 if round_:
                     row['images_per_second'] = max(row['images_per_second'], count / (time.perf_counter() - began))
     return rows

@@ -22,10 +22,10 @@ import os
 
 import numpy as np
 
+from analysis.attention import MIN_BATCH, compare_layers
 from config import config_file_of
 from datasets import build_dataloader
 from engine import distributed
-from engine.analysis import MIN_BATCH, compare_layers
 from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised
 from tools._common import result_files, trained_config
 from utils.cli import run

@@ -28,8 +28,8 @@ import paddle
 
 from config import flag_parser
 from datasets.transforms import Squash, build_transform
-from engine.exported import INPUT_NAME, PROGRAM, WEIGHTS, Predictor, save_program
-from engine.inference import load_classifier
+from deploy.exported import INPUT_NAME, PROGRAM, WEIGHTS, Predictor, save_program
+from deploy.inference import load_classifier
 from tools._common import trained_config
 from utils.cli import run
 from utils.errors import UserError

@@ -17,7 +17,6 @@ if __name__ == '__main__':
     _bootstrap.start()
 
 import argparse
-import contextlib
 import json
 import os
 import tempfile
@@ -31,21 +30,22 @@ from yacs.config import CfgNode
 
 from config import config_file_of, flag_parser, get_config, merge_opts, update_config
 from datasets import Dataset, build_dataloader, build_dataset, resolve_num_classes
+from datasets.batch import to_device
+from deploy.exported import Predictor, cpu_threads, save_program
 from engine import distributed
 from engine.distributed import Context
-from engine.evaluate import CLASSIFICATION, Measure, evaluate
-from engine.exported import Predictor, cpu_threads, save_program
 from engine.throughput import Call, predictor_call, time_interleaved
 from models import build_model
 from models.pretrained import load_pretrained
 from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
+from tasks import build_task
 from tools._common import processor_name
 from tools._pareto import Dot, draw, pareto_frontier
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.runlog import RunLog, progress
+from utils.runlog import progress
 
 WARMUP = 3
 PROGRAMS_AT_ONCE = 4  # exported programs in memory beside the given one; each has weights of its own
@@ -354,21 +354,24 @@ def rate(candidates: Sequence[Candidate], seconds: np.ndarray, batch_size: int) 
 
 
 def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Dataset, context: Context) -> None:
-    """Fills in the accuracies of all candidates, in one pass over the images."""
-
-    def sums(models, images, labels, indices):
-        return paddle.concat([CLASSIFICATION.sums(model, images, labels, indices) for model in models])
-
-    titles = {f'{name}/{index}': name for index in range(len(candidates)) for name in CLASSIFICATION.titles}
-    models = paddle.nn.LayerList([candidate.model for candidate in candidates])
-    with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix='plan-'))
-        log = stack.enter_context(contextlib.closing(RunLog(folder, rank=0)))
-        loader = stack.enter_context(build_dataloader(config, dataset, training=False))
-        means = evaluate(config, models, loader, context, log, measure=Measure(titles, 'acc1/0', sums))
-    print(f'{means["images"]} images, {means["skipped"]} of them unreadable')
-    for index, candidate in enumerate(candidates):
-        candidate.results.update({name: means[f'{name}/{index}'] for name in ('acc1', 'acc5')})
+    """Fill in the accuracies of all candidates, in one pass over the images."""
+    task, skipped = build_task(config), 0
+    evaluators = [task.evaluator() for _ in candidates]
+    for candidate, evaluator in zip(candidates, evaluators):
+        candidate.model.eval()
+        evaluator.reset(candidate.model, context, lambda: False)
+    with paddle.no_grad(), build_dataloader(config, dataset, training=False) as loader:
+        for batch in progress(loader.epoch(0), loader.num_batches, 'validation', shown=True):
+            skipped += batch.skipped
+            if len(batch):
+                batch = to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+                for candidate, evaluator in zip(candidates, evaluators):
+                    evaluator.process(batch, task.infer(candidate.model, batch))
+    if skipped == len(dataset):
+        raise UserError(f'none of the images of {dataset.source} could be read.')
+    print(f'{len(dataset) - skipped} images, {skipped} of them unreadable')
+    for candidate, evaluator in zip(candidates, evaluators):
+        candidate.results.update({name: evaluator.result()[name] for name in ('acc1', 'acc5')})
 
 
 # ---------------------------------------------------------------------------------------------------- frontier

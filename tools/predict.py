@@ -19,12 +19,14 @@ import argparse
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from config import flag_parser
+from deploy.inference import FilePrediction, load_trained, predict_files
 from engine import distributed
-from engine.inference import Prediction, classify, load_classifier
+from tasks import PredictionOptions
 from tools._common import find_images, trained_config
 from utils.cli import run
 from utils.errors import UserError
@@ -38,17 +40,22 @@ def main(argv: list[str] | None = None) -> int:
     config = trained_config(args)
     paths = find_images(args.images)
     distributed.start()
-    model = load_classifier(config)
+    task, model = load_trained(config)
     names = read_class_names(args.class_names, model.num_classes) if args.class_names else None
-    topk = min(args.topk, model.num_classes)
+    options = PredictionOptions(args.topk, names)
+    columns = task.prediction_columns(options)
     unreadable: list[str] = []
-    predictions = noting_unreadable(classify(config, model, paths, topk), unreadable)
+    predictions = noting_unreadable(predict_files(config, task, model, paths, options), unreadable)
     if args.target is None:
-        print_lines(predictions, names)
+        print_lines(predictions)
     else:
+        predictions = saving_pictures(predictions, os.path.splitext(args.target)[0])
         with atomic_write(args.target) as file:
-            write = write_csv if args.target.endswith('.csv') else write_json
-            write(file, progress(predictions, len(paths), 'images', shown=True), names, topk)
+            predictions = progress(predictions, len(paths), 'images', shown=True)
+            if args.target.endswith('.csv'):
+                write_csv(file, predictions, columns)
+            else:
+                write_json(file, predictions)
     print(f'{len(paths)} images, {len(unreadable)} of them unreadable')
     return int(len(unreadable) > 0)
 
@@ -83,7 +90,7 @@ def read_class_names(path: str, num_classes: int) -> list[str]:
     return names
 
 
-def noting_unreadable(predictions: Iterable[Prediction], unreadable: list[str]) -> Iterator[Prediction]:
+def noting_unreadable(predictions: Iterable[FilePrediction], unreadable: list[str]) -> Iterator[FilePrediction]:
     """Passes predictions on and collects the images without one."""
     for prediction in predictions:
         if prediction.error is not None:
@@ -92,44 +99,39 @@ def noting_unreadable(predictions: Iterable[Prediction], unreadable: list[str]) 
 
 
 # ---------------------------------------------------------------------------------------------------- output
-def print_lines(predictions: Iterable[Prediction], names: list[str] | None) -> None:
-    for prediction in predictions:
-        told = [f'{names[k] if names else k} {p:.4f}' for k, p in zip(prediction.classes, prediction.probabilities)]
-        print(f'{prediction.image}: {prediction.error or ", ".join(told)}', flush=True)
+def saving_pictures(predictions: Iterable[FilePrediction], folder: str) -> Iterator[FilePrediction]:
+    """Passes predictions on and writes their pictures to `folder`, as NUMBER_NAME_SUFFIX.png."""
+    for number, file in enumerate(predictions):
+        name = os.path.splitext(os.path.basename(file.image))[0]
+        for suffix, picture in (file.prediction.pictures if file.prediction else {}).items():
+            with atomic_write(os.path.join(folder, f'{number:06d}_{name}_{suffix}.png')) as target:
+                picture.save(target, 'PNG')
+        yield file
 
 
-def write_csv(file: IO[bytes], predictions: Iterable[Prediction], names: list[str] | None, topk: int) -> None:
-    """A line per image: path, then number, name (with `names`) and probability of each class, then the error."""
-    parts = ('class', 'name', 'probability') if names else ('class', 'probability')
+def print_lines(predictions: Iterable[FilePrediction]) -> None:
+    for file in predictions:
+        print(f'{file.image}: {file.error or file.prediction.text}', flush=True)
+
+
+def write_csv(file: IO[bytes], predictions: Iterable[FilePrediction], columns: Sequence[str]) -> None:
+    """A line per image: path, the cells of the task, the error."""
     text = io.TextIOWrapper(file, 'utf-8', errors='surrogateescape', newline='')
     writer = csv.writer(text)
-    writer.writerow(['image', *(f'{part}{rank}' for rank in range(1, topk + 1) for part in parts), 'error'])
-    for prediction in predictions:
-        cells = [cell for entry in entries(prediction, names) for cell in entry.values()]
-        cells += [''] * (len(parts) * topk - len(cells))
-        writer.writerow([prediction.image, *cells, prediction.error or ''])
+    writer.writerow(['image', *columns, 'error'])
+    for image, prediction, error in predictions:
+        writer.writerow([image, *(prediction.cells if prediction else [''] * len(columns)), error or ''])
     text.detach()
 
 
-def write_json(file: IO[bytes], predictions: Iterable[Prediction], names: list[str] | None, topk: int) -> None:
-    """A list with an object per image: `image`, and `predictions` or `error`."""
+def write_json(file: IO[bytes], predictions: Iterable[FilePrediction]) -> None:
+    """A list with an object per image: `image`, and the row of the task or `error`."""
     separator = b'[\n'
-    for prediction in predictions:
-        if prediction.error is None:
-            row = {'image': prediction.image, 'predictions': entries(prediction, names)}
-        else:
-            row = {'image': prediction.image, 'error': prediction.error}
+    for image, prediction, error in predictions:
+        row = {'image': image, **(prediction.row if prediction else {'error': error})}
         file.write(separator + json.dumps(row).encode())
         separator = b',\n'
     file.write(b'\n]\n')
-
-
-def entries(prediction: Prediction, names: list[str] | None) -> list[dict]:
-    """The classes of an image as `class`, `name` (with `names`) and `probability`."""
-    return [
-        {'class': number, **({'name': names[number]} if names else {}), 'probability': probability}
-        for number, probability in zip(prediction.classes, prediction.probabilities)
-    ]
 
 
 if __name__ == '__main__':

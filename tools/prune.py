@@ -22,7 +22,7 @@ import numpy as np
 import paddle
 
 from config import flag_parser
-from engine.inference import load_classifier
+from deploy.inference import load_classifier
 from models import build_model
 from models.pretrained import load_state
 from models.profile import profile

@@ -25,11 +25,11 @@ from collections.abc import Iterator
 import yaml
 
 import datasets
+from analysis.selection import TARGETS, Step, branch_entropies, select_layers
 from config import config_file_of, flag_parser
 from datasets.subset import random_subset
+from deploy.inference import load_classifier
 from engine import distributed
-from engine.inference import load_classifier
-from engine.selection import TARGETS, Step, branch_entropies, select_layers
 from models.vision_transformer import VisionTransformer
 from tools._analysis import FLAGS, normalised
 from tools._common import output_prefix, result_files, trained_config

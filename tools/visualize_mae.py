@@ -23,10 +23,10 @@ import paddle
 
 from config import flag_parser
 from engine import distributed
-from engine.reconstruction import draw, rebuild
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.pretrained import load_pretrained
+from tasks.mae_pictures import draw, rebuild
 from tools._common import find_images, trained_config
 from tools._pictures import readable, single_batch
 from utils.cli import run

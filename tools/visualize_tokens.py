@@ -31,8 +31,8 @@ import paddle
 from PIL import Image, ImageDraw, ImageFont
 
 from config import flag_parser
+from deploy.inference import load_classifier
 from engine import distributed
-from engine.inference import load_classifier
 from models.vision_transformer import VisionTransformer
 from tools._common import find_images, trained_config
 from tools._pictures import readable, single_batch

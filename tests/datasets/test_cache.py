@@ -115,7 +115,7 @@ def test_training_and_validation_are_kept_apart(tmp_path, write_image, make_conf
     shutil.rmtree(tmp_path / 'val')
     for split, loader in loaders.items():
         assert [loader.dataset.storage.read(i) for i in range(6)] == files[split]
-        assert sum(len(batch.labels) for batch in loader.epoch(0)) == 6
+        assert sum(len(batch) for batch in loader.epoch(0)) == 6
 
 
 def test_unreadable_images_stay_so(list_data, make_config):

@@ -209,13 +209,13 @@ def test_fast_resize_stays_close(interpolation, size, large):
     for picture in (open_image(data), Image.fromarray(by_pillow(data))):
         for seed in range(10):
             expected, found = (
-                build_transform(c, training=True)(picture, np.random.default_rng(seed)).astype(int)
+                build_transform(c, training=True).image(picture, np.random.default_rng(seed)).astype(int)
                 for c in (exact, fast)
             )
             assert found.shape == (size, size, 3)
             differences.append(np.abs(found - expected).mean())
     assert 0 < np.mean(differences) < max(differences) < 2
-    evaluated = [build_transform(c, training=False)(open_image(data), None) for c in (exact, fast)]
+    evaluated = [build_transform(c, training=False).image(open_image(data)) for c in (exact, fast)]
     assert np.array_equal(*evaluated)
 
 
@@ -223,7 +223,7 @@ def test_fast_resize_stays_close(interpolation, size, large):
 def test_pillow_keeps_grey_and_padded_images(keys):
     picture = open_image(LARGE)
     found, expected = (
-        build_transform(get_config(None, [*keys, *more]), training=True)(picture, np.random.default_rng(0))
+        build_transform(get_config(None, [*keys, *more]), training=True).image(picture, np.random.default_rng(0))
         for more in ([], ['DATA.FAST_RESIZE', False])
     )
     assert np.array_equal(found, expected)
@@ -259,7 +259,7 @@ def test_exact_is_what_pillow_makes():
     transform = build_transform(config, training=True)
     for seed in range(10):
         found, expected = (
-            transform(picture, np.random.default_rng(seed))
+            transform.image(picture, np.random.default_rng(seed))
             for picture in (open_image(LARGE), Image.fromarray(by_pillow(LARGE)))
         )
         assert np.array_equal(found, expected)

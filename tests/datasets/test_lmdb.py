@@ -104,7 +104,7 @@ def test_upstream_file_with_workers(upstream, make_config):
             batches[workers] = list(loader.epoch(0))
     for inline, worker in zip(batches[0], batches[2]):
         assert np.array_equal(inline.images, worker.images)
-        assert inline.labels == worker.labels
+        assert inline.targets['label'] == worker.targets['label']
 
 
 # ---------------------------------------------------------------------------------------------------- our format
@@ -126,7 +126,7 @@ def test_same_images_as_the_files(list_data, make_config, tmp_path, capsys):
             assert len(batches) == len(expected)
             for one, other in zip(expected, batches):
                 assert np.array_equal(one.images, other.images)
-                assert np.array_equal(one.labels, other.labels)
+                assert np.array_equal(one.targets['label'], other.targets['label'])
 
 
 def test_class_names(tmp_path, write_image, make_config):

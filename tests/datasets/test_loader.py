@@ -35,7 +35,7 @@ def make_loader(config, training=True, rank=0, world_size=1) -> Loader:
 
 def arrays(batch) -> list:
     erase = batch.erase or (np.zeros(0, 'int64'), np.zeros(0, 'float32'))
-    return [batch.images, batch.labels, batch.indices, *erase, batch.skipped]
+    return [batch.images, batch.targets['label'], batch.indices, *erase, batch.skipped]
 
 
 def assert_same_batches(first, second) -> None:
@@ -52,7 +52,7 @@ def test_worker_count_changes_nothing(list_data, make_config):
     keys = {'DATA__INTERPOLATION': 'random', 'TRAIN__RANDOM_ERASE_PROB': 0.5, 'TRAIN__RANDOM_ERASE_COUNT': 2}
     reference = make_loader(make_config(path, **keys))
     epochs = [list(reference.epoch(epoch)) for epoch in (0, 1)]
-    assert [len(batch.labels) for batch in epochs[0]] == [4] * 7 + [2]
+    assert [len(batch) for batch in epochs[0]] == [4] * 7 + [2]
     assert any(batch.erase is not None for batch in epochs[0])
     assert not np.array_equal(epochs[0][0].indices, epochs[1][0].indices)
     for workers in (1, 3):
@@ -99,7 +99,7 @@ def test_evaluation_counts_each_image_once(list_data, make_config):
     assert [loaders[1].batch_size_at(i) for i in range(3)] == [6, 1, 0]
     dataset = loaders[0].dataset
     for batch in loaders[0].epoch(0):
-        assert np.array_equal(batch.labels, dataset.labels[batch.indices])
+        assert np.array_equal(batch.targets['label'], dataset.labels[batch.indices])
 
 
 def test_repeated_augmentation(list_data, make_config, monkeypatch):
@@ -142,7 +142,7 @@ def test_drop_last(list_data, make_config):
     path = list_data(7)
     loader = make_loader(make_config(path, TRAIN__DROP_LAST=True))
     assert (loader.num_batches, loader.num_samples) == (1, 4)
-    assert [len(batch.labels) for batch in loader.epoch(0)] == [4]
+    assert [len(batch) for batch in loader.epoch(0)] == [4]
     assert make_loader(make_config(path, TRAIN__DROP_LAST=True), training=False).num_samples == 7
     with pytest.raises(UserError, match='7 images, fewer than one batch of 8'):
         make_loader(make_config(path, TRAIN__DROP_LAST=True, DATA__BATCH_SIZE=8))
@@ -230,10 +230,10 @@ def test_bad_image_is_replaced_in_training(list_data, make_config, caplog, worke
         with caplog.at_level(logging.WARNING):
             batches = list(loader.epoch(0))
         assert_same_batches(loader.epoch(0), batches)
-    assert [len(batch.labels) for batch in batches] == [4, 4, 1]
+    assert [len(batch) for batch in batches] == [4, 4, 1]
     indices = np.concatenate([batch.indices for batch in batches])
     assert sorted(indices) == [0, 0, 1, 2, 3, 4, 7, 7, 7]
-    assert np.array_equal(np.concatenate([batch.labels for batch in batches]), indices % 3)
+    assert np.array_equal(np.concatenate([batch.targets['label'] for batch in batches]), indices % 3)
     assert sum(batch.skipped for batch in batches) == 4
     assert caplog.text.count('picture 5.png') == 1
 
@@ -260,7 +260,7 @@ def test_other_errors_name_the_image(list_data, make_config, workers):
     def fail(image, rng):
         raise ZeroDivisionError('by design')
 
-    loader._maker.transform = type('', (), {'__call__': staticmethod(fail), 'shape': (16, 16, 3)})()
+    loader._maker.transform.steps = [fail]
     with loader, pytest.raises(RuntimeError, match=r'ZeroDivisionError .*picture \d\.png.*by design'):
         next(loader.epoch(0))
 

@@ -10,7 +10,7 @@ from PIL import Image
 from config import get_config
 from datasets import batch as batching
 from datasets.augment import BICUBIC, BILINEAR, AutoAugment, ColorJitter, RandAugment
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.erasing import RandomErasing
 from datasets.loader import Batch
 from datasets.transforms import (
@@ -39,7 +39,7 @@ def config_of(**keys):
 def normalised(pixels: np.ndarray, mean, std) -> np.ndarray:
     """[C, H, W] as the model gets it."""
     zeros = np.zeros(1, 'int64')
-    return to_tensor(Batch(pixels[None], zeros, zeros), mean, std)[0].numpy()[0]
+    return to_device(Batch(pixels[None], {}, zeros), mean, std).images.numpy()[0]
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -47,7 +47,7 @@ def test_evaluation_like_paddlevit():
     reference = golden('paddlevit_conventions-eval_transform')
     for place, case in enumerate(reference.meta['cases']):
         config = config_of(DATA__IMAGE_SIZE=case['IMAGE_SIZE'], DATA__CROP_PCT=case['CROP_PCT'])
-        pixels = build_transform(config, training=False)(picture(reference[f'in/image{place}']), None)
+        pixels = build_transform(config, training=False).image(picture(reference[f'in/image{place}']), None)
         np.testing.assert_allclose(
             normalised(pixels, case['mean'], case['std']), reference[f'out/tensor{place}'], atol=1e-5
         )
@@ -58,7 +58,7 @@ def test_evaluation_like_evit():
     reference = golden('evit-transform')
     for place, case in enumerate(reference.meta['cases']):
         config = config_of(DATA__IMAGE_SIZE=case['input_size'])
-        pixels = build_transform(config, training=False)(picture(reference[f'in/img{place}']), None)
+        pixels = build_transform(config, training=False).image(picture(reference[f'in/img{place}']), None)
         x = normalised(pixels, reference.meta['mean'], reference.meta['std'])
         np.testing.assert_allclose(x, reference[f'out/x{place}'], atol=1e-5)
 
@@ -131,18 +131,20 @@ def test_squash(size, keys):
     image = picture(np.random.default_rng(0).integers(0, 256, (50, 90, 3)))
     expected = image.resize((size, size), BILINEAR if keys else BICUBIC)
     assert isinstance(transform.steps[0], Squash)
-    assert np.array_equal(transform(image, None), np.asarray(expected))
-    assert np.array_equal(transform(expected, None), np.asarray(expected))
+    assert np.array_equal(transform.image(image), np.asarray(expected))
+    assert np.array_equal(transform.image(expected), np.asarray(expected))
 
 
 def test_grey():
     """A grey model gets [H, W, 1], with the luminance of the picture."""
     config = config_of(DATA__IMAGE_SIZE=8, DATA__IMAGE_CHANNELS=1)
     for training in (False, True):
-        pixels = build_transform(config, training)(Image.new('RGB', (8, 8), (77, 77, 77)), np.random.default_rng(0))
+        pixels = build_transform(config, training).image(
+            Image.new('RGB', (8, 8), (77, 77, 77)), np.random.default_rng(0)
+        )
         assert pixels.shape == (8, 8, 1)
         assert pixels.dtype == np.uint8
-    evaluated = build_transform(config, training=False)(Image.new('RGB', (8, 8), (77, 77, 77)), None)
+    evaluated = build_transform(config, training=False).image(Image.new('RGB', (8, 8), (77, 77, 77)), None)
     assert (evaluated == 77).all()
 
 
@@ -303,8 +305,9 @@ def test_erasing_on_the_device():
     positions = np.array([0, 59, 60, 119, 77])
     values = np.array([1.5, -2, 3, 4, 5], 'float32')
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    plain, _ = to_tensor(Batch(images, labels, labels), mean, std)
-    erased, out_labels = to_tensor(Batch(images, labels, labels, erase=(positions, values)), mean, std)
+    plain = to_device(Batch(images, {'label': labels}, labels), mean, std).images
+    batch = to_device(Batch(images, {'label': labels}, labels, erase=(positions, values)), mean, std)
+    erased, out_labels = batch.images, batch.targets['label']
     expected = np.ascontiguousarray(((images / 255.0 - mean) / std).transpose(0, 3, 1, 2), 'float32')
     np.testing.assert_allclose(plain.numpy(), expected, atol=2e-6)
     expected.reshape(-1)[positions] = values
@@ -323,7 +326,10 @@ def test_normalising_on_cpu_and_device(channels, erased):
     erase = (positions, rng.standard_normal(erased, dtype='float32')) if erased else None
     scale, shift = rng.uniform(0.01, 0.02, (2, channels, 1, 1)).astype('float32')
     labels = np.zeros(3, 'int64')
-    batch = Batch(images, labels, labels, erase=erase)
-    one, other = (prepare(batch, scale, shift).numpy() for prepare in (batching._on_this_cpu, batching._on_the_device))
+    batch = Batch(images, {'label': labels}, labels, erase=erase)
+    one, other = (
+        prepare(batch.images, batch.erase, scale, shift).numpy()
+        for prepare in (batching._on_this_cpu, batching._on_the_device)
+    )
     assert one.shape == (3, channels, 9, 8)
     assert np.array_equal(one, other)

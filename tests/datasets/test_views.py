@@ -12,10 +12,18 @@ from config import get_config
 from datasets import augment, build_dataloader, build_dataset, views
 from datasets import batch as batching
 from datasets.augment import BILINEAR, ColorJitter
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.images import open_image
 from datasets.loader import Batch
-from datasets.transforms import FastResizedCrop, RandomFlip, RandomResizedCrop, Transform, as_pillow, build_transform
+from datasets.transforms import (
+    FastResizedCrop,
+    RandomFlip,
+    RandomResizedCrop,
+    Transform,
+    as_pillow,
+    build_transform,
+    two_view_transform,
+)
 from datasets.views import Views, random_blur, view_steps
 from tests.conftest import golden
 from utils.errors import UserError
@@ -54,7 +62,7 @@ def test_primitives():
 def test_normalised_like_torchvision():
     reference = golden('mocov3-augops')
     images = reference['in/img'].astype('uint8')[None, None]
-    x, _ = to_tensor(Batch(images, np.zeros(1), np.zeros(1)), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    x = to_device(Batch(images, {}, np.zeros(1)), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).images
     np.testing.assert_allclose(x.numpy()[0, 0], reference['out/tensor_norm'], atol=1e-6)
 
 
@@ -111,7 +119,7 @@ def trace(monkeypatch, rng, runs: int) -> list[tuple[list[str], list[str]]]:
         for steps in pipelines:
             done.clear()
             for step in steps:
-                step(None, rng)
+                step(Image.new('L', (1, 1)), rng)
             both.append(list(done))
         result.append(tuple(both))
     return result
@@ -153,22 +161,22 @@ def test_keys_that_count():
         config = config_of(
             DATA__IMAGE_SIZE=size, TRAIN__CROP_SCALE=(0.2, 0.9), TRAIN__CROP_RATIO=(0.5, 2.0), TRAIN__HFLIP=0.25
         )
-        transform = build_transform(config, training=True)
-        assert transform.shape == (2, size, size, 3)
+        transform = two_view_transform(config)
+        assert transform.planes[0].shape == (2, size, size, 3)
         for steps in (single.steps for single in transform.transforms):
             crop, flip = steps[0], steps[5]
             assert (crop.size, crop.scale, crop.ratio, crop.resamples) == (size, (0.2, 0.9), (0.5, 2.0), (BILINEAR,))
             assert flip.probability == 0.25
             assert (type(crop), steps[1]) == (FastResizedCrop, as_pillow)
-    exact = build_transform(config_of(DATA__FAST_RESIZE=False), training=True).transforms
+    exact = two_view_transform(config_of(DATA__FAST_RESIZE=False)).transforms
     assert all(type(single.steps[0]) is RandomResizedCrop for single in exact)
 
 
 def test_evaluation_has_one_view():
     for keys in ({}, {'TRAIN__RAND_AUGMENT': True}):
         evaluation = build_transform(config_of(**keys), training=False)
-        assert evaluation.shape == (224, 224, 3)
-        assert evaluation(photograph(), None).shape == (224, 224, 3)
+        assert evaluation.planes[0].shape == (224, 224, 3)
+        assert evaluation.image(photograph()).shape == (224, 224, 3)
 
 
 @pytest.mark.parametrize('fast', [False, True])
@@ -176,11 +184,11 @@ def test_evaluation_has_one_view():
 def test_views_differ(channels, fast):
     """The same generator gives the same views; the two of them are not alike, and the first is the smoother one."""
     config = config_of(DATA__IMAGE_SIZE=48, DATA__IMAGE_CHANNELS=channels, DATA__FAST_RESIZE=fast)
-    transform = build_transform(config, training=True)
+    transform = two_view_transform(config)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 80, 3), 'uint8'))
     roughness = []
     for seed in range(20):
-        pixels, again = (transform(noise, np.random.default_rng(seed)) for _ in range(2))
+        pixels, again = (transform.image(noise, np.random.default_rng(seed)) for _ in range(2))
         assert (pixels.shape, pixels.dtype) == ((2, 48, 48, channels), np.uint8)
         assert np.array_equal(pixels, again)
         assert not np.array_equal(pixels[0], pixels[1])
@@ -194,10 +202,10 @@ def test_crops_are_independent():
     crop = RandomResizedCrop(8, (0.08, 1.0), (3 / 4, 4 / 3), (BILINEAR,))
     boxes = []
     crop.box = lambda *arguments: boxes.append(RandomResizedCrop.box(crop, *arguments)) or boxes[-1]
-    transform = Views([Transform(steps, 8, 3) for steps in view_steps([crop], RandomFlip(0.5))])
+    transform = Views([Transform(steps, (8, 8, 3)) for steps in view_steps([crop], RandomFlip(0.5))])
     rng, image = np.random.default_rng(0), Image.new('RGB', (200, 200))
     for _ in range(500):
-        transform(image, rng)
+        transform.image(image, rng)
     left, top, right, _ = np.array(boxes).reshape(-1, 2, 4).transpose(2, 1, 0)
     for values in (left, top, right - left):
         assert abs(np.corrcoef(*values)[0, 1]) < 0.13
@@ -210,10 +218,10 @@ def test_jpeg_is_decoded_once(monkeypatch, channels):
     photograph().save(file, 'JPEG', quality=92)
     decoded, decode = [], simplejpeg.decode_jpeg
     monkeypatch.setattr(simplejpeg, 'decode_jpeg', lambda *args, **keys: decoded.append(1) or decode(*args, **keys))
-    transform = build_transform(config_of(DATA__IMAGE_SIZE=40, DATA__IMAGE_CHANNELS=channels), training=True)
-    found = transform(open_image(file.getvalue()), np.random.default_rng(3))
+    transform = two_view_transform(config_of(DATA__IMAGE_SIZE=40, DATA__IMAGE_CHANNELS=channels))
+    found = transform.image(open_image(file.getvalue()), np.random.default_rng(3))
     assert len(decoded) == 1
-    expected = transform(Image.open(file).convert('RGB'), np.random.default_rng(3))
+    expected = transform.image(Image.open(file).convert('RGB'), np.random.default_rng(3))
     assert np.array_equal(found, expected)
 
 
@@ -233,7 +241,7 @@ def test_jpeg_is_decoded_once(monkeypatch, channels):
 )
 def test_other_augmentation_is_an_error(keys, mend):
     with pytest.raises(UserError) as error:
-        build_transform(config_of(**keys), training=True)
+        two_view_transform(config_of(**keys))
     assert str(error.value).endswith(mend)
 
 
@@ -248,7 +256,8 @@ def test_worker_count_changes_nothing(list_data, make_config):
 
     def batches(workers: int, epoch: int):
         config = make_config(path, DATA__NUM_WORKERS=workers, **RECIPE)
-        with build_dataloader(config, build_dataset(config, 'train'), training=True) as loader:
+        dataset, transform = build_dataset(config, 'train'), two_view_transform(config)
+        with build_dataloader(config, dataset, training=True, transform=transform) as loader:
             return list(loader.epoch(epoch))
 
     alone, helped, later = batches(0, 0), batches(2, 0), batches(0, 1)
@@ -274,18 +283,21 @@ def test_evaluation_batches(list_data, make_config):
 
 @pytest.mark.parametrize('lead', [(3, 2), (0, 2), (2, 2, 2)])
 @pytest.mark.parametrize('channels', [1, 3])
-def test_to_tensor(lead, channels):
+def test_to_device(lead, channels):
     """Both ways to the same bits, each view as if it were alone."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (*lead, 5, 4, channels), dtype=np.uint8)
     scale, shift = rng.uniform(0.01, 0.02, (2, channels, 1, 1)).astype('float32')
     labels = np.zeros(len(images), 'int64')
-    batch = Batch(images, labels, labels)
-    one, other = (prepare(batch, scale, shift).numpy() for prepare in (batching._on_this_cpu, batching._on_the_device))
+    batch = Batch(images, {'label': labels}, labels)
+    one, other = (
+        prepare(batch.images, batch.erase, scale, shift).numpy()
+        for prepare in (batching._on_this_cpu, batching._on_the_device)
+    )
     assert one.shape == (*lead, channels, 5, 4)
     assert np.array_equal(one, other)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    whole, _ = to_tensor(batch, mean, std)
+    whole = to_device(batch, mean, std).images
     for view in range(2):
-        alone, _ = to_tensor(Batch(images[:, view], labels, labels), mean, std)
+        alone = to_device(Batch(images[:, view], {'label': labels}, labels), mean, std).images
         assert np.array_equal(whole.numpy()[:, view], alone.numpy())

@@ -174,7 +174,7 @@ def batches_of(config, split: str, world_size: int) -> list:
     for rank in range(world_size):
         dataset = build_dataset(config, split)
         with build_dataloader(config, dataset, split == 'train', rank, world_size) as loader:
-            found += [(b.images, b.labels, b.indices) for epoch in (0, 1) for b in loader.epoch(epoch)]
+            found += [(b.images, b.targets['label'], b.indices) for epoch in (0, 1) for b in loader.epoch(epoch)]
     return found
 
 

@@ -62,7 +62,7 @@ def read_curve(folder: str) -> dict:
     """The numbers that a run left.
 
     Returns:
-        loss, grad_norm: of each step. rows: metrics.jsonl without times. progress: the position and the best score.
+        loss, grad_norm: of each step. rows: metrics.jsonl without times. progress: the position and the best value.
         norms: of weights, averages and moments of the optimizer, each the root of the sum of squares.
     """
     state = read_state(os.path.join(folder, 'last.pdparams'))
@@ -74,7 +74,11 @@ def read_curve(folder: str) -> dict:
         'rows': {
             f'{row.pop("kind")} {row["epoch"]}': {key: row[key] for key in row if key not in TIMES} for row in rows
         },
-        'progress': {'epoch': state['epoch'], 'step': state['step'], **state['progress']},
+        'progress': {
+            'epoch': state['epoch'],
+            'step': state['step'],
+            **{name: state['progress'][name] for name in ('validated', 'best', 'best_epoch')},
+        },
         'norms': {name: _norm(arrays) for name, arrays in parts.items()},
     }
 

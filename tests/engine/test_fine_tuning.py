@@ -7,18 +7,19 @@ import pytest
 
 from config import get_config
 from engine.ema import ModelEma
+from engine.learning_rate import lr_schedule
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
 from engine.run import start_from_weights
-from engine.schedules import lr_schedule
-from engine.tasks import distillation_loss, smoothed_cross_entropy
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.registry import config_file
 from models.vision_transformer import VisionTransformer
+from tasks.classification import smoothed_cross_entropy
+from tasks.distillation import distillation_loss
 from tests.conftest import assert_close, golden
-from tests.engine.test_pretraining import without_keys
 from tests.models.helpers import linear_weights, load, small_config
 from tests.models.test_relative_position import build as build_rpe
+from tests.tasks.test_mae import without_keys
 from utils.weights import FACTS, write_pdparams
 
 RECIPES = {

@@ -11,19 +11,16 @@ import paddle
 import paddle.nn.functional as F
 import pytest
 
-import datasets
 import engine.train
 from config import get_config
-from datasets.batch import to_tensor
-from engine.distributed import Context
+from datasets.batch import to_device
 from engine.evaluate import evaluate
-from engine.tasks import SupervisedTask
-from engine.train import Trainer
 from models import build_model
+from tasks.classification import ClassificationTask
 from tests.conftest import assert_close
+from tests.tasks.helpers import build_trainer, rows
 from utils.errors import UserError
 from utils.files import writing
-from utils.runlog import RunLog
 from utils.weights import read_file
 
 # Nothing random but the order of the images: steps can be compared between recipes.
@@ -48,12 +45,7 @@ def make_trainer(folder, images, task=None, **changes):
     for parameter in model.parameters():  # away from the zero head, where every gradient below it is zero
         parameter.set_value(parameter + paddle.to_tensor(rng.normal(0, 0.05, parameter.shape).astype('float32')))
     os.makedirs(folder, exist_ok=True)
-    loaders = [
-        datasets.build_dataloader(config, datasets.build_dataset(config, split), split == 'train')
-        for split in ('train', 'val')
-    ]
-    task = task or SupervisedTask(config, 3)
-    return Trainer(config, model, task, *loaders, Context(0, 1, False), RunLog(folder, 0), folder)
+    return build_trainer(config, folder, task and task(config), model)
 
 
 @pytest.fixture
@@ -69,11 +61,6 @@ def weights(trainer):
     return {name: value.numpy() for name, value in trainer.model.state_dict().items()}
 
 
-def rows(trainer, kind):
-    with open(os.path.join(trainer.folder, 'metrics.jsonl'), encoding='utf-8') as file:
-        return [row for row in map(json.loads, file) if row['kind'] == kind]
-
-
 @pytest.mark.parametrize('clip', [None, 0.1])
 def test_accumulation_equals_the_large_batch(trainer, clip):
     """75 images: three steps of 24 and a leftover of 3, which 8-image micro-batches reach in 1 + 0 + 0."""
@@ -81,7 +68,7 @@ def test_accumulation_equals_the_large_batch(trainer, clip):
     large.fit()
     small = trainer(DATA__BATCH_SIZE=8, TRAIN__ACCUM_ITER=3, TRAIN__GRAD_CLIP=clip, TRAIN__OPTIMIZER__NAME='SGD')
     small.fit()
-    assert small.position.step == large.position.step == 4
+    assert small.state.step == large.state.step == 4
     for name, value in weights(large).items():
         assert_close(weights(small)[name], value, 1e-6)
     assert rows(small, 'train')[0]['images'] == 75
@@ -94,8 +81,8 @@ def test_the_epochs_loss_is_the_mean_over_images(trainer):
     losses, hits = [], 0
     still.model.eval()
     for batch in still.train_loader.epoch(1):
-        images, labels = to_tensor(batch, still.config.DATA.IMAGENET_MEAN, still.config.DATA.IMAGENET_STD)
-        logits = still.model(images)
+        batch = to_device(batch, still.config.DATA.IMAGENET_MEAN, still.config.DATA.IMAGENET_STD)
+        logits, labels = still.model(batch.images), batch.targets['label']
         losses += F.cross_entropy(logits, labels, reduction='none').numpy().tolist()
         hits += (logits.argmax(-1) == labels).sum().item()
     still.fit()
@@ -105,23 +92,23 @@ def test_the_epochs_loss_is_the_mean_over_images(trainer):
     assert row['acc1'] == pytest.approx(hits / 75)
 
 
-class Poisoned(SupervisedTask):
-    """The supervised task, whose loss or gradient goes wrong at one micro-batch."""
+class Poisoned(ClassificationTask):
+    """Classification whose loss or gradient goes wrong at one micro-batch."""
 
     def __init__(self, config, kind, at):
-        super().__init__(config, 3)
+        super().__init__(config)
         self.kind = kind
         self.left = at
 
-    def __call__(self, model, images, labels, rng):
-        loss, correct = super().__call__(model, images, labels, rng)
+    def loss(self, model, batch, rng):
+        losses = super().loss(model, batch, rng)
         self.left -= 1
-        if self.left == 0:
-            if self.kind == 'gradient':  # finite value, infinite slope
-                parameter = next(iter(model.parameters()))
-                return loss + paddle.sqrt((parameter * 0.0).square().sum()), correct
-            loss = loss * float(self.kind)
-        return loss, correct
+        if self.left:
+            return losses
+        if self.kind == 'gradient':  # finite value, infinite slope
+            parameter = next(iter(model.parameters()))
+            return losses._replace(total=losses.total + paddle.sqrt((parameter * 0.0).square().sum()))
+        return losses._replace(total=losses.total * float(self.kind))
 
 
 @pytest.mark.parametrize('kind', ['nan', 'inf', 'gradient'])
@@ -156,7 +143,7 @@ def test_the_average_is_validated_and_best_is_the_best_of_both(trainer):
     for name, value in run.ema.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), start[name])
     best = max(row['acc1'] for kind in ('val', 'val_ema') for row in rows(run, kind))
-    assert run.position.best_score == best
+    assert run.state.best == best
     assert os.path.exists(os.path.join(run.folder, 'best.pdparams'))
 
 
@@ -182,8 +169,8 @@ def test_paddlevit_checkpoints_are_resumed(trainer, tmp_path):
     path = str(tmp_path / 'Epoch-1-Loss-1.0986')
     paddle.save(theirs, path + '.pdparams')
     run = trainer(TRAIN__NUM_EPOCHS=2)
-    run.load_state_dict(read_file(path + '.pdparams'), path)
-    assert (run.position.epoch, run.position.step) == (1, 10)
+    run.snapshot.load_state_dict(read_file(path + '.pdparams'), path)
+    assert (run.state.epoch, run.state.step) == (1, 10)
     run.fit()
     straight = trainer(TRAIN__NUM_EPOCHS=2)
     straight.fit()
@@ -205,8 +192,8 @@ def _only(method, epochs):
 
 def test_flat_weights_take_the_epoch_from_the_flag(trainer):
     run = trainer(TRAIN__LAST_EPOCH=1, TRAIN__NUM_EPOCHS=1)
-    run.load_state_dict(weights(run), 'flat.pdparams')
-    assert run.position.epoch == 1
+    run.snapshot.load_state_dict(weights(run), 'flat.pdparams')
+    assert run.state.epoch == 1
 
 
 # ---------------------------------------------------------------------------------------------------- what is left
@@ -221,7 +208,7 @@ def outcome(trainer):
         del row['seconds'], row['images_per_second']
     files = {name: read_file(os.path.join(trainer.folder, f'{name}.pdparams')) for name in ('last', 'best')}
     files['epochs'] = [read_file(os.path.join(trainer.folder, f'epoch_{n:04d}.pdparams')) for n in (1, 2)]
-    return {'rows': table, 'position': trainer.position, **files}
+    return {'rows': table, 'state': trainer.state, **files}
 
 
 def assert_equal(left, right):
@@ -255,10 +242,10 @@ def test_a_validation_that_fails_loses_nothing(trainer, straight, monkeypatch, a
     """It is done again after a resume, which then equals the run that did not fail."""
     calls = iter(range(1, 100))
 
-    def damaged(*args):
+    def damaged(*args, **options):
         if next(calls) == at:
             raise UserError('the image is damaged.')
-        return evaluate(*args)
+        return evaluate(*args, **options)
 
     monkeypatch.setattr(engine.train, 'evaluate', damaged)
     cut = trainer(**TWO_EPOCHS)
@@ -267,7 +254,7 @@ def test_a_validation_that_fails_loses_nothing(trainer, straight, monkeypatch, a
     saved = read_file(os.path.join(cut.folder, 'last.pdparams'))
     assert (saved['epoch'], saved['progress']['validated']) == (1, False)
     resumed = trainer(folder=cut.folder, **TWO_EPOCHS)
-    resumed.load_state_dict(saved, 'last.pdparams')
+    resumed.snapshot.load_state_dict(saved, 'last.pdparams')
     resumed.fit()
     assert_equal(outcome(resumed), straight)
 
@@ -276,10 +263,12 @@ def test_a_validation_that_fails_loses_nothing(trainer, straight, monkeypatch, a
 def test_a_full_disk_after_an_epoch_loses_nothing(trainer, straight, monkeypatch, kind):
     cut = trainer(**TWO_EPOCHS)
     with monkeypatch.context() as patch:
-        append, master, scalars = cut.metrics.append, cut.log.master, cut._scalars
-        patch.setattr(cut.metrics, 'append', lambda row: disk_full('m') if row['kind'] == kind else append(row))
+        append, master, scalars = cut.reporter.metrics.append, cut.log.master, cut.reporter._scalars
+        patch.setattr(
+            cut.reporter.metrics, 'append', lambda row: disk_full('m') if row['kind'] == kind else append(row)
+        )
         if kind == 'scalar':
-            patch.setattr(cut, '_scalars', lambda *a: disk_full('m') if a[0] == 'train_epoch' else scalars(*a))
+            patch.setattr(cut.reporter, '_scalars', lambda *a: disk_full('m') if a[0] == 'train_epoch' else scalars(*a))
         if kind == 'log line':
             patch.setattr(cut.log, 'master', lambda line: disk_full('m') if 'Train Loss' in line else master(line))
         with pytest.raises(UserError, match="cannot write 'm': No space left on device; free space"):
@@ -287,7 +276,7 @@ def test_a_full_disk_after_an_epoch_loses_nothing(trainer, straight, monkeypatch
     resumed = trainer(folder=cut.folder, **TWO_EPOCHS)
     saved = read_file(os.path.join(cut.folder, 'last.pdparams'))
     assert (saved['epoch'], saved['progress']['validated']) == (1, False)
-    resumed.load_state_dict(saved, 'last.pdparams')
+    resumed.snapshot.load_state_dict(saved, 'last.pdparams')
     resumed.fit()
     assert_equal(outcome(resumed), straight)
 
@@ -302,30 +291,30 @@ def test_a_finished_run_says_so(trainer):
     first.fit()
     state = read_file(os.path.join(first.folder, 'last.pdparams'))
     again = trainer(folder=first.folder)
-    again.load_state_dict(state, 'last.pdparams')
+    again.snapshot.load_state_dict(state, 'last.pdparams')
     files = sorted(os.listdir(os.path.join(first.folder, 'vdl')))
     again.fit()
     said = log_of(again).splitlines()[-1]
     assert 'Finished already: epoch 1 of 1 is done' in said
     assert 'set TRAIN.NUM_EPOCHS to more than 1' in said
-    assert f'Acc@1: {first.position.best_score:.4f} after epoch 1, weights in {first.folder}/best.pdparams' in said
+    assert f'Acc@1: {first.state.best:.4f} after epoch 1, weights in {first.folder}/best.pdparams' in said
     assert sorted(os.listdir(os.path.join(first.folder, 'vdl'))) == files
     elsewhere = trainer()
-    elsewhere.load_state_dict(state, 'last.pdparams')
+    elsewhere.snapshot.load_state_dict(state, 'last.pdparams')
     elsewhere.fit()
     assert 'weights in the folder of the run that this one continues' in log_of(elsewhere)
 
 
 def test_weights_of_the_last_epoch_leave_nothing_to_train(trainer):
     run = trainer(TRAIN__LAST_EPOCH=3, TRAIN__NUM_EPOCHS=2)
-    run.load_state_dict(weights(run), 'flat.pdparams')
+    run.snapshot.load_state_dict(weights(run), 'flat.pdparams')
     with pytest.raises(UserError, match=r'epoch 3 of 2 is done.*NUM_EPOCHS to more than 3, or -last_epoch to less'):
         run.fit()
 
 
 def test_no_finite_validation_is_no_best(trainer, monkeypatch):
     run = trainer()
-    monkeypatch.setattr(engine.train, 'evaluate', lambda *a: {**evaluate(*a), 'acc1': float('nan')})
+    monkeypatch.setattr(engine.train, 'evaluate', lambda *a, **o: {**evaluate(*a, **o), 'acc1': float('nan')})
     run.fit()
     assert log_of(run).endswith('Finished: no validation with a finite Acc@1, so there is no best.pdparams\n')
     assert not os.path.exists(os.path.join(run.folder, 'best.pdparams'))
@@ -333,11 +322,11 @@ def test_no_finite_validation_is_no_best(trainer, monkeypatch):
 
 def test_a_changed_global_batch_goes_on_before_the_position(trainer):
     run = trainer()
-    state = run.state_dict()
+    state = run.snapshot.state_dict()
     state['sampler']['samples'] = 27
     other = trainer(DATA__BATCH_SIZE=5)
-    other.load_state_dict({**state, 'model': weights(run), 'config': ''}, 'x')
-    assert other.position.samples == 25
+    other.snapshot.load_state_dict({**state, 'model': weights(run), 'config': ''}, 'x')
+    assert other.state.samples == 25
 
 
 def test_recompute_changes_nothing(trainer):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from config import get_config
 from engine.ema import ModelEma
+from engine.learning_rate import lr_scale, lr_schedule
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
-from engine.schedules import lr_scale, lr_schedule
 from models import build_model, create_model
 from models.ms_mlp import MSMLP, MixShiftBlock, shifted_conv, shifted_conv_as_products, split_channels
 from models.port import port_with_report

@@ -12,18 +12,18 @@ from utils.cli import run
 
 
 def poison():
-    from engine.tasks import SupervisedTask
+    from tasks.classification import ClassificationTask
 
     calls = []
-    compute = SupervisedTask.__call__
+    compute = ClassificationTask.loss
 
     def poisoned(self, *args):
-        loss, correct = compute(self, *args)
+        losses = compute(self, *args)
         calls.append(1)
-        return (loss * float('nan') if len(calls) == 3 else loss), correct
+        return losses._replace(total=losses.total * float('nan')) if len(calls) == 3 else losses
 
     if os.environ['PADDLE_TRAINER_ID'] == '1':
-        SupervisedTask.__call__ = poisoned
+        ClassificationTask.loss = poisoned
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import paddle
 import pytest
 
 from config import get_config
-from engine.exported import Predictor
+from deploy.exported import Predictor
 from models import build_model
 from models.pretrained import load_pretrained
 from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe

@@ -93,7 +93,7 @@ def write_images(folder) -> None:
 def evaluated_logits(trained: SimpleNamespace) -> np.ndarray:
     """Logits [N, K] of the validation images, computed by the evaluation's own parts."""
     from datasets import build_dataloader, build_dataset
-    from datasets.batch import to_tensor
+    from datasets.batch import to_device
     from models.pretrained import load_pretrained
 
     config = get_config(trained.cfg, ['MODEL.NUM_CLASSES', CLASSES, 'DATA.NUM_WORKERS', 0])
@@ -102,4 +102,4 @@ def evaluated_logits(trained: SimpleNamespace) -> np.ndarray:
     model.eval()
     with paddle.no_grad(), build_dataloader(config, build_dataset(config, 'val'), training=False) as loader:
         statistics = (config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-        return np.concatenate([model(to_tensor(batch, *statistics)[0]).numpy() for batch in loader.epoch(0)])
+        return np.concatenate([model(to_device(batch, *statistics).images).numpy() for batch in loader.epoch(0)])

@@ -11,11 +11,11 @@ import paddle
 import pytest
 from PIL import Image
 
+from analysis.attention import measure_attention
 from config import get_config
 from datasets import build_dataset
 from datasets.dataset import Dataset
 from datasets.subset import first_images
-from engine.analysis import measure_attention
 from models import build_model
 from tests.conftest import ROOT
 from tests.models.helpers import images as random_images

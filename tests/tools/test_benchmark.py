@@ -13,8 +13,8 @@ import paddle
 import pytest
 
 from config import get_config
+from deploy.exported import Predictor, save_program
 from engine.distributed import Context
-from engine.exported import Predictor, save_program
 from engine.throughput import Subject, peak_memory, time_interleaved
 from models import build_model
 from tests.runs.conftest import run

@@ -12,7 +12,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from config import get_config
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.loader import Batch
 from datasets.transforms import build_transform
 from tests.conftest import ROOT, assert_close
@@ -63,8 +63,8 @@ def test_the_guide_squashes_and_turns_what_the_evaluation_does(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     variables: dict = {}
     exec(code, variables)
-    pixels = build_transform(config, training=False)(image, None)
-    expected = to_tensor(Batch(pixels[None], *[np.zeros(1)] * 2), (0.1, 0.2, 0.3), (0.5,) * 3)[0]
+    pixels = build_transform(config, training=False).image(image)
+    expected = to_device(Batch(pixels[None], {}, np.zeros(1)), (0.1, 0.2, 0.3), (0.5,) * 3).images
     np.testing.assert_allclose(variables['preprocess']('a.png'), expected[0], atol=1e-5)
 
 

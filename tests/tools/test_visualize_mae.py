@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from config import get_config
-from engine.reconstruction import GAP, PAPER, draw, rebuild
 from models import build_model
+from tasks.mae_pictures import GAP, PAPER, draw, rebuild
 from tests.conftest import ROOT
 from tools._pictures import single_batch
 from tools.visualize_mae import main

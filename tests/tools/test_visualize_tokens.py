@@ -313,7 +313,7 @@ def test_command(tmp_path):
     strip, other, grid = (
         np.asarray(Image.open(tmp_path / name)) for name in ('out/cat_tokens.png', 'out/cat_tokens2.png', 'grid.png')
     )
-    seen = build_transform(get_config(cfg), training=False)(Image.open(wide), np.random.default_rng(0))
+    seen = build_transform(get_config(cfg), training=False).image(Image.open(wide), np.random.default_rng(0))
     left = strip[MARGIN : MARGIN + 224 : 7, MARGIN : MARGIN + 224 : 7]
     np.testing.assert_array_equal(left, seen, 'the first panel is what the model sees')
     assert strip.shape[1] == 2 * MARGIN + 4 * 224 + 3 * GAP

@@ -10,20 +10,20 @@ import paddle
 import pytest
 
 from config import get_config
-from engine.contrastive import contrastive_loss
 from engine.distributed import Context
-from engine.objectives import TASKS
+from engine.learning_rate import lr_schedule
 from engine.optim import parameter_groups
-from engine.schedules import encoder_momentum, lr_schedule
-from engine.tasks import SupervisedTask
 from models import build_model
 from models.registry import config_file
+from tasks.classification import ClassificationTask
+from tasks.mocov3 import info_nce
 from tests.conftest import assert_close, golden
-from tests.engine.test_pretraining import build_trainer, rows
 from tests.models.helpers import linear_weights, small_config
 from tests.models.test_mocov3 import of_golden
 from tests.runs.conftest import run
+from tests.tasks.helpers import attached, batch_of, build_trainer, rows
 from utils.errors import UserError
+from utils.schedules import encoder_momentum
 from utils.weights import read_file
 
 SMALL = {
@@ -46,11 +46,11 @@ def one_pass(g, views: np.ndarray, context: Context) -> dict[str, np.ndarray]:
     config = recipe(MODEL__MOCO__TEMPERATURE=setting['T'], MODEL__MOCO__MOMENTUM=setting['m'], TRAIN__NUM_EPOCHS=100)
     model = of_golden(g)
     model.train()
-    task = TASKS['mocov3'](config, model, print, training=True)
-    task.set_time(model, setting['iter'] / setting['total_iters'] * 100)
+    task = attached(config, model)
+    task.update_schedules(model, setting['iter'] / setting['total_iters'] * 100)
     seen, parallel = [], context.parallel(model)
     model.register_forward_post_hook(lambda layer, inputs, output: seen.append(output))
-    loss, _ = task(parallel, paddle.to_tensor(views), None, np.random.default_rng(0))
+    loss = task.loss(parallel, batch_of(paddle.to_tensor(views)), np.random.default_rng(0)).total
     loss.backward()
     result = {'loss': loss.numpy(), **{name: part.numpy() for name, part in seen[0]._asdict().items()}}
     result.update({f'grad/{n}': p.grad.numpy() for n, p in model.named_parameters() if p.grad is not None})
@@ -82,7 +82,7 @@ def test_one_process_of_all_images():
 
 def test_two_processes(tmp_path):
     g = golden('mocov3-tworank')
-    run(os.path.join('tests', 'engine', 'contrast_on_ranks.py'), str(tmp_path), NPROC='2')
+    run(os.path.join('tests', 'tasks', 'mocov3_on_ranks.py'), str(tmp_path), NPROC='2')
     for rank in (0, 1):
         with np.load(tmp_path / f'{rank}.npz') as result:
             assert result['loss'] == pytest.approx(g[f'out/loss_rank{rank}'].item(), rel=1e-5)
@@ -118,11 +118,11 @@ def test_the_recipe():
 def test_the_loss_of_features_that_say_nothing():
     """4 tau ln N for both directions when all similarities are equal (half of it each), and 0 when keys are unmistakable."""
     same = paddle.ones([6, 4])
-    assert contrastive_loss(same, same, 0.2).item() == pytest.approx(2 * 0.2 * math.log(6), rel=1e-5)
-    assert contrastive_loss(paddle.eye(6), paddle.eye(6) * 3, 0.01).item() == pytest.approx(0, abs=1e-6)
+    assert info_nce(same, same, 0.2).item() == pytest.approx(2 * 0.2 * math.log(6), rel=1e-5)
+    assert info_nce(paddle.eye(6), paddle.eye(6) * 3, 0.01).item() == pytest.approx(0, abs=1e-6)
     zero = paddle.zeros([2, 4])
     zero.stop_gradient = False
-    contrastive_loss(zero, zero.detach(), 0.2).backward()
+    info_nce(zero, zero.detach(), 0.2).backward()
     assert np.isfinite(zero.grad.numpy()).all()
 
 
@@ -172,11 +172,11 @@ def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
     whole._save = lambda: (save(), saved.append(read_file(os.path.join(whole.folder, 'last.pdparams'))))
     whole.model._average = lambda momentum: (averaged.append(momentum), average(momentum))
     whole.fit()
-    assert len(averaged) == whole.position.step == 10
+    assert len(averaged) == whole.state.step == 10
     middle = next(state for state in saved if state['sampler']['samples'])
     assert middle['step'] == 2 and set(middle['optimizer']) == {'velocity'}
     again = build_trainer(config, str(tmp_path / 'again'))
-    again.load_state_dict(middle, 'last.pdparams')
+    again.snapshot.load_state_dict(middle, 'last.pdparams')
     again.fit()
     for name, value in whole.model.state_dict().items():
         np.testing.assert_array_equal(again.model.state_dict()[name], value)
@@ -207,17 +207,17 @@ def test_a_frozen_patch_embedding_rests(images, tmp_path):
 def test_mistakes(changes, words):
     config = recipe(**changes)
     with pytest.raises(UserError, match=words):
-        TASKS['mocov3'](config, build_model(config), print, training=True)
+        attached(config, build_model(config))
 
 
 def test_another_model():
     with pytest.raises(UserError, match='TRAIN.TASK mocov3 needs MODEL.TYPE mocov3'):
-        TASKS['mocov3'](recipe(), build_model(small_config('gmlp_digits')), print, training=True)
+        attached(recipe(), build_model(small_config('gmlp_digits')))
 
 
 def test_classes_are_not_learnt_by_it():
     config = recipe(TRAIN__TASK='supervised')
     with pytest.raises(UserError, match='MODEL.TYPE mocov3 has no classes'):
-        TASKS['supervised'](config, build_model(config), print, training=True)
+        attached(config, build_model(config))
     with pytest.raises(UserError, match='TRAIN.TASK supervised trains on 1 .*: set DATA.VIEWS to 1'):
-        SupervisedTask(config, 3)
+        ClassificationTask(config)

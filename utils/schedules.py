@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from utils.registry import Registry
 
@@ -72,42 +71,6 @@ def step(
 def constant(t: float, *, base: float, start: float, warmup: float, **_) -> float:
     """`base` after the warm-up."""
     return _warmup(t, base, start, warmup) if t < warmup else base
-
-
-def lr_schedule(config, global_batch: int) -> Callable[[int, float], float]:
-    """The learning rate of a run.
-
-    Args:
-        config: the tree; TRAIN's BASE_LR, WARMUP_START_LR, END_LR, LINEAR_SCALED_LR and LR_SCHEDULER are read.
-        global_batch: images per optimiser step over all processes and micro-batches.
-
-    Returns:
-        `lr(epoch, progress)` with `epoch` from 1 and `progress` in [0, 1), the share of that epoch's steps already taken.
-        Updated per step, t = epoch - 1 + progress. Updated per epoch, t = epoch - LAG: PaddleViT trains epoch e at
-        index e (LAG 0); DeiT's loop sets the rate after each epoch from its number before it, which is LAG 2.
-    """
-    train = config.TRAIN
-    function = SCHEDULES[train.LR_SCHEDULER.NAME]
-    scale = lr_scale(config, global_batch)
-    ends = scale if train.LR_SCHEDULER.SCALE_ENDS else 1.0
-    values = {
-        'base': train.BASE_LR * scale,
-        'start': train.WARMUP_START_LR * ends,
-        'end': train.END_LR * ends,
-        'warmup': train.WARMUP_EPOCHS,
-        'total': train.NUM_EPOCHS,
-        'decay_epochs': train.LR_SCHEDULER.DECAY_EPOCHS,
-        'decay_rate': train.LR_SCHEDULER.DECAY_RATE,
-    }
-    if train.LR_SCHEDULER.UPDATE == 'step':
-        return lambda epoch, progress: function(epoch - 1 + progress, **values)
-    return lambda epoch, progress: function(max(epoch - train.LR_SCHEDULER.LAG, 0), **values)
-
-
-def lr_scale(config, global_batch: int) -> float:
-    """The linear scaling rule: images per step / LINEAR_SCALED_LR, or 1 where that is None."""
-    reference = config.TRAIN.LINEAR_SCALED_LR
-    return 1.0 if reference is None else global_batch / reference
 
 
 def keep_rate(t: float, *, base: float, start: float, length: float) -> float:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.analysis import (
+from analysis.attention import (
     CKA,
     AttentionStatistics,
     compare_layers,

@@ -8,14 +8,14 @@ import paddle
 import pytest
 
 from config import get_config
-from engine.objectives import TASKS
-from engine.pretraining import MaskedTask
 from models import build_model
 from models.mae import Lessons, MaskedAutoencoder
 from models.port import port_state_dict
+from tasks.mae import MAETask
 from tests.conftest import assert_close, golden
-from tests.engine.test_pretraining import build_trainer, recipe
 from tests.models.helpers import linear_weights, load
+from tests.tasks.helpers import attached, batch_of, build_trainer
+from tests.tasks.test_mae import recipe
 from utils.errors import UserError
 from utils.weights import read_file, write_pdparams
 
@@ -41,19 +41,23 @@ def test_losses_and_gradients(name):
     teacher.set_state_dict({name: paddle.to_tensor(array) for name, array in state.items()})
     teacher.eval()
 
-    task = MaskedTask(recipe(
+    task = MAETask(recipe(
         TRAIN__MAE_DISTILL__ATTN_ALPHA=meta['attn_alpha'], TRAIN__MAE_DISTILL__HIDDEN_ALPHA=meta['hidden_alpha'],
-    ), teacher)  # fmt: skip
+        TRAIN__MAE_DISTILL__ATTN_IDX=meta['attn_idx'], TRAIN__MAE_DISTILL__HIDDEN_IDX=meta['hidden_idx'],
+    ))  # fmt: skip
+    task.teacher = teacher
     images, noise = paddle.to_tensor(g['in/imgs']), paddle.to_tensor(g['in/noise'])
     task._noise = lambda *_: noise
     output = student(images, noise)
     for block, logits in zip(meta['attn_idx'], output.attn):
         assert_close(logits, g[f'out/adapted_attn{block}'])
-    loss, _ = task(student, images, None, np.random.default_rng(0))
+    losses = task.loss(student, batch_of(images), np.random.default_rng(0))
+    loss = losses.total
     assert loss.item() == pytest.approx(g['out/loss'].item(), rel=1e-5)
     assert output.loss.item() == pytest.approx(g['out/mae_loss'].item(), rel=1e-5)
-    for part, value in task.notes().items():
-        assert value == pytest.approx(g[f'out/loss_{part}'].item(), rel=1e-4)
+    assert losses.parts.keys() == task.parts.keys()
+    for part, value in losses.parts.items():
+        assert value.item() == pytest.approx(g[f'out/loss_{part}'].item(), rel=1e-4)
     loss.backward()
     parameters, linear = dict(student.named_parameters()), linear_weights(student)
     for key, gradient in g.group('out/grad').items():
@@ -101,7 +105,7 @@ def test_a_published_file_may_be_the_teacher(tmp_path, images):
     arrays = {name: array.T if name in linear else array for name, array in state.items()}
     np.savez(tmp_path / 'published.npz', **arrays)
     config = taught(tmp_path, images, TRAIN__TEACHER_MODEL=str(tmp_path / 'published.npz'))
-    task = TASKS['mae'](config, build_model(config), print, training=True)
+    task = attached(config, build_model(config))
     for name, value in task.teacher.state_dict().items():
         np.testing.assert_array_equal(value, state[name])
     assert all(parameter.stop_gradient for parameter in task.teacher.parameters())
@@ -120,5 +124,5 @@ def test_a_published_file_may_be_the_teacher(tmp_path, images):
 def test_mistakes(tmp_path, images, changes, words):
     config = taught(tmp_path, images, **changes)
     with pytest.raises(UserError) as caught:
-        TASKS['mae'](config, build_model(config), print, training=True)
+        attached(config, build_model(config))
     assert words in str(caught.value)

@@ -10,17 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import datasets
-from datasets.batch import to_tensor
+from datasets.batch import to_device
 from datasets.subset import evenly_spaced
-from engine import neighbours
 from engine.distributed import Context
-from engine.evaluate import Interrupted, evaluate
-from engine.neighbours import NeighbourProbe, features_of, vote
+from engine.evaluate import evaluate
 from models import build_model
-from tests.engine.test_contrastive import recipe
+from tasks import Interrupted, build_task, knn
+from tasks.knn import extract_features, vote
+from tests.tasks.helpers import ALONE
+from tests.tasks.test_mocov3 import recipe
 from utils.runlog import RunLog
-
-ALONE = Context(0, 1, False)
 
 
 def unit(rng, *shape) -> np.ndarray:
@@ -55,14 +54,19 @@ def setting(images, **changes):
     return config, model, datasets.build_dataloader(config, datasets.build_dataset(config, 'val'), False)
 
 
+def probed(config):
+    task = build_task(config)
+    return task, task.evaluator()
+
+
 def everything(config, model, split) -> tuple[np.ndarray, np.ndarray]:
     """Features and classes of a split, as evaluations see its images."""
     (batch,) = datasets.build_dataloader(config, datasets.build_dataset(config, split), False).epoch(0)
     model.eval()
-    pixels, labels = to_tensor(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
-    features = features_of(model, pixels).numpy()
+    batch = to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+    features = extract_features(model, batch.images).numpy()
     model.train()
-    return features, labels.numpy()
+    return features, batch.targets['label'].numpy()
 
 
 def test_an_evaluation(images, tmp_path):
@@ -71,7 +75,7 @@ def test_an_evaluation(images, tmp_path):
     features, labels = everything(config, model, 'val')
     assert len(bank) == 75
     right = plain_votes(features, bank, classes, 3).argmax(-1) == labels
-    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), measure=NeighbourProbe(config).measure)
+    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), *probed(config))
     assert result['knn_acc1'] == pytest.approx(right.mean())
     assert result['knn_acc1'] <= result['knn_acc5'] <= 1 and result['images'] == 13
     assert model.training
@@ -79,10 +83,10 @@ def test_an_evaluation(images, tmp_path):
 
 def test_a_class_without_votes_is_no_answer(images, tmp_path, monkeypatch):
     """Of three images two classes only can be answered."""
-    monkeypatch.setattr(neighbours, 'MAX_IMAGES', 2)
+    monkeypatch.setattr(knn, 'MAX_IMAGES', 2)
     config, model, loader = setting(images)
-    probe = NeighbourProbe(config)
-    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), measure=probe.measure)
+    task, probe = probed(config)
+    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), task, probe)
     voters = set(probe._dataset.labels.tolist())
     assert len(voters) == 2
     assert result['knn_acc5'] == pytest.approx(np.mean([label in voters for label in loader.dataset.labels]))
@@ -102,11 +106,11 @@ def test_unreadable_images_do_not_vote(images, tmp_path):
     damaged = tmp_path / 'data' / 'train' / 'class1' / '0.png'
     damaged.write_bytes(b'no image')
     config, model, _ = setting(str(tmp_path / 'data'), DATA__CACHE='no', DATA__BAD_IMAGE='skip')
-    probe = NeighbourProbe(config)
+    task, probe = probed(config)
     probe._dataset = datasets.build_dataset(config, 'train')
     model.eval()
     with paddle.no_grad():
-        bank, classes = probe._bank(model, ALONE, lambda: False)
+        bank, classes = probe._encode_training_images(model, ALONE, lambda: False)
     assert bank.shape[0] == 74 and np.bincount(classes.numpy()).tolist() == [25, 24, 25]
     np.testing.assert_allclose(np.linalg.norm(bank.numpy(), axis=-1), 1, rtol=1e-5)
 
@@ -116,38 +120,38 @@ def test_a_signal_ends_it(images, tmp_path):
     asked = []
     stop = lambda: asked.append(1) or len(asked) > 2  # noqa: E731
     with pytest.raises(Interrupted):
-        evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), stop, NeighbourProbe(config).measure)
+        evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), *probed(config), stop)
     assert len(asked) == 3 and model.training
 
 
 def test_a_signal_to_another_process_ends_it(images, monkeypatch):
     config, model, _ = setting(images)
-    probe = NeighbourProbe(config)
+    task, probe = probed(config)
     probe._dataset = datasets.build_dataset(config, 'train')
     monkeypatch.setattr(Context, 'sum', lambda self, values: values + 1)
     with paddle.no_grad(), pytest.raises(Interrupted):
-        probe._bank(model, Context(0, 2, False), lambda: False)
+        probe._encode_training_images(model, Context(0, 2, False), lambda: False)
 
 
 def test_classes_are_those_of_the_training_images(images, tmp_path):
     """Whatever the validation part made of MODEL.NUM_CLASSES."""
     config, model, loader = setting(images, MODEL__NUM_CLASSES=2)
-    probe = NeighbourProbe(config)
-    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), measure=probe.measure)
+    task, probe = probed(config)
+    result = evaluate(config, model, loader, ALONE, RunLog(str(tmp_path), 0), task, probe)
     assert probe._dataset.num_classes == 3 and result['images'] == 13
 
 
 def test_shares_of_processes_make_the_same_bank(images, monkeypatch):
     """Each of three processes encodes its images; the sum of what they have is what one alone has."""
     config, model, _ = setting(images)
-    probe = NeighbourProbe(config)
+    task, probe = probed(config)
     probe._dataset = datasets.build_dataset(config, 'train')
     model.eval()
     banks = []
     monkeypatch.setattr(Context, 'sum', lambda self, values: banks.append(values) or values)
     with paddle.no_grad():
-        whole = probe._bank(model, ALONE, lambda: False)[0].numpy()
+        whole = probe._encode_training_images(model, ALONE, lambda: False)[0].numpy()
         banks.clear()
         for rank in range(3):
-            probe._bank(model, Context(rank, 3, False), lambda: False)
+            probe._encode_training_images(model, Context(rank, 3, False), lambda: False)
     np.testing.assert_allclose(sum(bank.numpy() for bank in banks if bank.shape == [75, 24]), whole, atol=1e-6)

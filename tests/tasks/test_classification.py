@@ -6,13 +6,14 @@ import paddle
 import pytest
 
 from config import get_config
-from engine.distill import build_teacher
-from engine.exported import save_program
-from engine.schedules import keep_rate
-from engine.tasks import SupervisedTask, distillation_loss, smoothed_cross_entropy, soft_cross_entropy
+from deploy.exported import save_program
 from models import build_model
+from tasks.classification import ClassificationTask, smoothed_cross_entropy, soft_cross_entropy
+from tasks.distillation import build_teacher, distillation_loss
 from tests.conftest import assert_close, golden
+from tests.tasks.helpers import attached, batch_of
 from utils.errors import UserError
+from utils.schedules import keep_rate
 from utils.weights import write_pdparams
 
 STUDENT = {
@@ -84,11 +85,11 @@ def test_keep_rates_are_evits(index):
 
 def test_the_clock_sets_the_keep_rate_and_says_when_it_is_final():
     config = configured(MODEL__EVIT__KEEP_RATE=0.5, MODEL__EVIT__SHRINK_START_EPOCH=1, MODEL__EVIT__SHRINK_EPOCHS=2)
-    task, model = SupervisedTask(config, 4), build_model(config)
-    assert task.set_time(model, 0.5) == {'keep_rate': 1.0} and not task.is_final(0.5)
-    assert task.set_time(model, 2.0) == {'keep_rate': 0.75} and model.keep_rate == 0.75
-    assert task.set_time(model, 3.0) == {'keep_rate': 0.5} and task.is_final(3.0)
-    assert SupervisedTask(configured(), 4).set_time(model, 0.0) == {}
+    task, model = ClassificationTask(config), build_model(config)
+    assert task.update_schedules(model, 0.5) == {'keep_rate': 1.0} and not task.is_final(0.5)
+    assert task.update_schedules(model, 2.0) == {'keep_rate': 0.75} and model.keep_rate == 0.75
+    assert task.update_schedules(model, 3.0) == {'keep_rate': 0.5} and task.is_final(3.0)
+    assert ClassificationTask(configured()).update_schedules(model, 0.0) == {}
 
 
 def test_a_registered_teacher_teaches(tmp_path):
@@ -109,9 +110,9 @@ def test_a_registered_teacher_teaches(tmp_path):
     teacher.eval()
     np.testing.assert_array_equal(answer(images).numpy(), teacher(images).numpy())
     student.train()
-    task = SupervisedTask(config, 4, answer)
-    loss, _ = task(student, images, paddle.to_tensor([0, 1, 2]), np.random.default_rng(0))
-    loss.backward()
+    task = attached(config, student)
+    losses = task.loss(student, batch_of(images, paddle.to_tensor([0, 1, 2])), np.random.default_rng(0))
+    losses.total.backward()
     assert student.head_dist.weight.grad is not None
     assert not student.head.weight.grad.abs().sum().item()  # alpha 1: labels teach nothing
     assert all(parameter.grad is None for parameter in teacher.parameters())

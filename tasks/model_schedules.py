@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What changes in a model by the run's clock: pure functions of the epoch, put into the model before each step."""
+"""Settings of a model that depend on the epoch. The loop sets them before each step."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Protocol
 
 from paddle import nn
 
-from engine.schedules import attn_lambda, encoder_momentum, keep_rate
 from utils.errors import UserError
+from utils.schedules import attn_lambda, encoder_momentum, keep_rate
 
 
-class Clock(Protocol):
-    """One number of a model that follows time; `t` counts epochs since the start of training, with fractions."""
+class ModelSchedule(Protocol):
+    """One setting of a model; `t` is the number of epochs since the start of training, with fractions."""
 
     name: str  # in the log
 
     def value(self, t: float) -> float:
-        """The number at `t`."""
+        """The setting at `t`."""
 
     def is_final(self, t: float) -> bool:
-        """Whether it stays what it is at `t`."""
+        """Whether the setting keeps its value from `t` on."""
 
     def set(self, model: nn.Layer, value: float) -> None:
-        """Puts the number into the model."""
+        """Apply the setting to the model."""
 
 
-class KeepRateClock:
-    """EViT's keep rate, of the keys of MODEL.EVIT."""
+class KeepRateSchedule:
+    """EViT's keep rate (https://arxiv.org/abs/2202.07800), by the keys of MODEL.EVIT."""
 
     name = 'keep_rate'
 
@@ -42,28 +42,28 @@ class KeepRateClock:
         return self.value(t) == self.final
 
     def set(self, model: nn.Layer, value: float) -> None:
-        _needs(model, 'set_keep_rate', 'MODEL.EVIT.KEEP_RATE')
+        _require(model, 'set_keep_rate', 'MODEL.EVIT.KEEP_RATE')
         model.set_keep_rate(value)
 
 
-class AttentionClock:
-    """The weight λ of the fading attention, of the keys of MODEL.LAMBDA.
+class AttentionDecaySchedule:
+    """The weight λ of decaying attention (https://arxiv.org/abs/2404.05657), by the keys of MODEL.LAMBDA.
 
     Raises:
-        UserError: a run whose last epoch still has attention to lose would leave a model that cannot do without.
+        UserError: λ is above 0 in the last epoch, so that the attention could not be removed after training.
     """
 
     name = 'attn_lambda'
 
-    def __init__(self, fading, num_epochs: int):
-        length = fading.DECAY_EPOCHS
+    def __init__(self, removal, num_epochs: int):
+        length = removal.DECAY_EPOCHS
         if length is None:
-            length = (num_epochs - fading.START_EPOCH) * 299 // 400
-        self.schedule = {'start': fading.START_EPOCH, 'length': length}
+            length = (num_epochs - removal.START_EPOCH) * 299 // 400
+        self.schedule = {'start': removal.START_EPOCH, 'length': length}
         last = self.value(num_epochs - 1)
         if last > 0:
             raise UserError(
-                f'the fading attention still has the weight {last:.4g} in the last of {num_epochs} epochs; it must be 0 '
+                f'the decaying attention still has the weight {last:.4g} in the last of {num_epochs} epochs; it must be 0 '
                 'there: raise TRAIN.NUM_EPOCHS, or lower MODEL.LAMBDA.START_EPOCH or DECAY_EPOCHS.'
             )
 
@@ -74,12 +74,12 @@ class AttentionClock:
         return self.value(t) == 0
 
     def set(self, model: nn.Layer, value: float) -> None:
-        _needs(model, 'set_attn_lambda', 'MODEL.LAMBDA.PRUNE_LAYERS')
+        _require(model, 'set_attn_lambda', 'MODEL.LAMBDA.PRUNE_LAYERS')
         model.set_attn_lambda(value)
 
 
-class MomentumClock:
-    """MoCo-v3's momentum. Each setting lets the momentum encoder take one step, in the next training pass."""
+class MomentumSchedule:
+    """MoCo v3's momentum of the momentum encoder, which takes one step in the training pass after each `set`."""
 
     name = 'momentum'
 
@@ -90,25 +90,25 @@ class MomentumClock:
         return encoder_momentum(t, **self.schedule)
 
     def is_final(self, t: float) -> bool:
-        """What is evaluated does not depend on it."""
+        """True: evaluations use the base encoder."""
         return True
 
     def set(self, model: nn.Layer, value: float) -> None:
         model.set_momentum(value)
 
 
-def _needs(model: nn.Layer, method: str, key: str) -> None:
+def _require(model: nn.Layer, method: str, key: str) -> None:
     if not hasattr(model, method):
         raise UserError(
             f'{key} is set, but {type(model).__name__} has no such setting; it is one of Vision Transformers.'
         )
 
 
-def build_clocks(config) -> list[Clock]:
-    """The clocks that the configuration asks for."""
-    model, clocks = config.MODEL, []
+def build_model_schedules(config) -> list[ModelSchedule]:
+    """The schedules that the configuration asks for."""
+    model, schedules = config.MODEL, []
     if model.EVIT.KEEP_RATE < 1:
-        clocks.append(KeepRateClock(model.EVIT))
+        schedules.append(KeepRateSchedule(model.EVIT))
     if model.LAMBDA.PRUNE_LAYERS and not model.LAMBDA.REMOVED:
-        clocks.append(AttentionClock(model.LAMBDA, config.TRAIN.NUM_EPOCHS))
-    return clocks
+        schedules.append(AttentionDecaySchedule(model.LAMBDA, config.TRAIN.NUM_EPOCHS))
+    return schedules

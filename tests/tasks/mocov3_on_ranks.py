@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One pass of MoCo-v3 per process over its share of tests/goldens/mocov3-tworank.npz: what it computes goes to FOLDER/RANK.npz.
 
-python tests/engine/contrast_on_ranks.py FOLDER
+python tests/tasks/mocov3_on_ranks.py FOLDER
 """
 
 import os
@@ -17,7 +17,7 @@ def main(folder: str) -> None:
 
     from engine import distributed
     from tests.conftest import golden
-    from tests.engine.test_contrastive import one_pass
+    from tests.tasks.test_mocov3 import one_pass
 
     context = distributed.start()
     g = golden('mocov3-tworank')

@@ -8,16 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import get_config
-from engine.clocks import AttentionClock, build_clocks
 from engine.ema import ModelEma
+from engine.learning_rate import lr_schedule
 from engine.optim import parameter_groups
-from engine.schedules import attn_lambda, lr_schedule
-from engine.tasks import SupervisedTask
 from models import build_model
 from models.gmlp import GMLP
 from models.registry import config_file
+from tasks.classification import ClassificationTask
+from tasks.model_schedules import AttentionDecaySchedule, build_model_schedules
 from tests.conftest import assert_close, golden
 from utils.errors import UserError
+from utils.schedules import attn_lambda
 
 VIT = {
     'MODEL.TYPE': 'vit', 'MODEL.NUM_CLASSES': 4, 'DATA.IMAGE_SIZE': 16, 'MODEL.TRANS.PATCH_SIZE': 4,
@@ -31,8 +32,8 @@ def configured(**changes):
     return get_config(opts=[item for pair in options.items() for item in pair])
 
 
-def clock_of(**changes) -> AttentionClock:
-    (clock,) = build_clocks(configured(**changes))
+def clock_of(**changes) -> AttentionDecaySchedule:
+    (clock,) = build_model_schedules(configured(**changes))
     return clock
 
 
@@ -72,7 +73,7 @@ def test_the_default_length_always_leaves_a_finished_epoch(epochs, start):
 )
 def test_a_run_that_ends_before_the_attention_has_faded_is_refused(changes):
     with pytest.raises(UserError, match=r'still has the weight .* in the last of \d+ epochs'):
-        SupervisedTask(configured(**changes), 4)
+        ClassificationTask(configured(**changes))
 
 
 def test_the_last_epoch_may_be_the_first_without_attention():
@@ -83,24 +84,24 @@ def test_clocks_side_by_side():
     config = configured(
         MODEL__EVIT__KEEP_RATE=0.5, MODEL__EVIT__SHRINK_EPOCHS=2, MODEL__LAMBDA__DECAY_EPOCHS=4, TRAIN__NUM_EPOCHS=6
     )
-    task, model = SupervisedTask(config, 4), build_model(config)
-    assert task.set_time(model, 1.0) == {'keep_rate': 0.75, 'attn_lambda': 0.75}
+    task, model = ClassificationTask(config), build_model(config)
+    assert task.update_schedules(model, 1.0) == {'keep_rate': 0.75, 'attn_lambda': 0.75}
     assert model.keep_rate == 0.75 and [block.attn_weight for block in model.blocks] == [0.75, 1, 0.75]
     assert [task.is_final(t) for t in (1.0, 3.9, 4.0)] == [False, False, True]
-    task.set_time(model, 4.5)
+    task.update_schedules(model, 4.5)
     assert model.attn_lambda.tolist() == [0, 1, 0]
 
 
 def test_nothing_fades_in_a_model_without_that_attention():
-    assert build_clocks(configured(MODEL__LAMBDA__REMOVED=True)) == []
-    assert build_clocks(configured(MODEL__LAMBDA__PRUNE_LAYERS=())) == []
+    assert build_model_schedules(configured(MODEL__LAMBDA__REMOVED=True)) == []
+    assert build_model_schedules(configured(MODEL__LAMBDA__PRUNE_LAYERS=())) == []
 
 
 @pytest.mark.parametrize('changes', [{}, {'MODEL__EVIT__KEEP_RATE': 0.5, 'MODEL__LAMBDA__PRUNE_LAYERS': ()}])
 def test_models_that_have_no_such_setting(changes):
     model = GMLP(img_size=16, patch_size=4, embed_dim=8, depth=1)
     with pytest.raises(UserError, match='GMLP has no such setting'):
-        SupervisedTask(configured(**changes), 4).set_time(model, 0.0)
+        ClassificationTask(configured(**changes)).update_schedules(model, 0.0)
 
 
 def test_averages_of_weights_do_not_average_lambda():

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from analysis.selection import FEATURE, HEAD, ChannelStatistics, branch_entropies, entropy, select_layers
 from engine.distributed import Context
-from engine.selection import FEATURE, HEAD, ChannelStatistics, branch_entropies, entropy, select_layers
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load
 from tests.models.test_vision_transformer import build, tiny

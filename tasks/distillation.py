@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import paddle
+import paddle.nn.functional as F
 
 from config import get_config
 from models import build_model
+from models.mae import MaskedAutoencoder, check_lessons
 from models.pretrained import load_frozen
 from models.registry import config_file
 from utils.errors import UserError
@@ -72,3 +74,37 @@ def _exported(path: str) -> paddle.nn.Layer:
             f"cannot load the exported teacher '{path}': {reason}. Name a path that tools/export.py wrote, or give the "
             "teacher's configuration with TRAIN.TEACHER_CFG."
         ) from None
+
+
+def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, tau: float = 1.0) -> paddle.Tensor:
+    """DeiT, equations 2 and 3, of the student's and the teacher's logits [B, K].
+
+    soft: tau^2 / (B K) * sum p_T (log p_T - log p_S) at temperature tau; divided by B K as in DeiT's code.
+    hard: cross entropy with the teacher's decision.
+    """
+    if kind == 'hard':
+        return F.cross_entropy(logits, teacher.argmax(-1))
+    expected = F.log_softmax(teacher / tau, axis=-1)
+    difference = expected - F.log_softmax(logits / tau, axis=-1)
+    return (expected.exp() * difference).sum() * (tau * tau / logits.size)
+
+
+def load_mae_teacher(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> MaskedAutoencoder:
+    """The encoder of TRAIN.TEACHER_CFG with the weights TRAIN.TEACHER_MODEL, with the student's lessons to give."""
+    train = config.TRAIN
+    if train.TEACHER_MODEL is None:
+        raise UserError(
+            'TRAIN.MAE_DISTILL needs the weights of the teacher: set TRAIN.TEACHER_MODEL (-teacher_model_path).'
+        )
+    settings = get_config(config_file(train.TEACHER_CFG), ['DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE])
+    settings.defrost()
+    settings.MODEL.MAE.DECODER_DEPTH = 0
+    teacher = build_model(settings)
+    if not isinstance(teacher, MaskedAutoencoder) or teacher.patch_size != student.patch_size:
+        raise UserError(
+            f"the teacher '{train.TEACHER_CFG}' must be a masked autoencoder with patches of {student.patch_size} pixels."
+        )
+    check_lessons(student.lessons, teacher.depth)
+    load_frozen(teacher, train.TEACHER_MODEL, log)
+    teacher.lessons = student.lessons
+    return teacher

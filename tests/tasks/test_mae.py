@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked pre-training: MAE-Lite's steps, and runs of the loop."""
 
-import json
 import os
 
 import numpy as np
@@ -10,17 +9,16 @@ import pytest
 
 import datasets
 from config import get_config
-from engine.distributed import Context
 from engine.evaluate import evaluate
-from engine.objectives import TASKS
+from engine.learning_rate import lr_schedule
 from engine.optim import build_optimizer, parameter_groups
-from engine.schedules import lr_schedule
-from engine.train import Trainer
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.registry import config_file
+from tasks import TASKS
 from tests.conftest import golden
 from tests.models.helpers import linear_weights, load, small_config
+from tests.tasks.helpers import ALONE, attached, build_trainer, rows
 from utils.errors import UserError
 from utils.runlog import RunLog
 from utils.weights import read_file
@@ -36,23 +34,6 @@ SMALL = {
 def recipe(name='mae_tiny_patch16_224', **changes):
     options = {**SMALL, **{key.replace('__', '.'): value for key, value in changes.items()}}
     return get_config(config_file(name), [item for pair in options.items() for item in pair])
-
-
-def build_trainer(config, folder) -> Trainer:
-    paddle.seed(config.SEED)
-    model = build_model(config)
-    loaders = [
-        datasets.build_dataloader(config, datasets.build_dataset(config, split), split == 'train')
-        for split in ('train', 'val')
-    ]
-    task = TASKS[config.TRAIN.TASK](config, model, print, training=True)
-    os.makedirs(folder)
-    return Trainer(config, model, task, *loaders, Context(0, 1, False), RunLog(folder, 0), folder)
-
-
-def rows(trainer, kind):
-    with open(os.path.join(trainer.folder, 'metrics.jsonl'), encoding='utf-8') as file:
-        return [row for row in map(json.loads, file) if row['kind'] == kind]
 
 
 def without_keys(name: str, array: np.ndarray) -> np.ndarray:
@@ -109,7 +90,7 @@ def test_a_run(images, tmp_path):
     trainer.fit()
     losses = [row['loss'] for row in rows(trainer, 'val')]
     assert len(losses) == 4 and losses[-1] < losses[0]
-    assert trainer.position.best_score == -min(losses)
+    assert trainer.state.best == min(losses)
     assert not any('acc1' in row for kind in ('train', 'val') for row in rows(trainer, kind))
     best = read_file(os.path.join(trainer.folder, 'best.pdparams'))
     np.testing.assert_array_equal(best['pos_embed'], table)
@@ -125,7 +106,7 @@ def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
     middle = next(state for state in saved if state['sampler']['samples'])
     assert middle['step'] == 4
     again = build_trainer(config, str(tmp_path / 'again'))
-    again.load_state_dict(middle, 'last.pdparams')
+    again.snapshot.load_state_dict(middle, 'last.pdparams')
     again.fit()
     for name, value in whole.model.state_dict().items():
         np.testing.assert_array_equal(again.model.state_dict()[name], value)
@@ -138,17 +119,17 @@ def test_validation_hides_the_same_patches_whatever_the_batch(images, tmp_path):
         paddle.seed(0)
         model = build_model(config)
         loader = datasets.build_dataloader(config, datasets.build_dataset(config, 'val'), False)
-        measure = TASKS['mae'](config, model, print, training=False).measure
-        results.append(evaluate(config, model, loader, Context(0, 1, False), log, measure=measure))
+        task = attached(config, model, training=False)
+        results.append(evaluate(config, model, loader, ALONE, log, task, task.evaluator()))
     assert set(results[0]) == {'loss', 'images', 'skipped', 'seconds'}
     assert results[0]['loss'] == pytest.approx(results[1]['loss'], rel=1e-6)
 
 
 def test_tasks_that_the_model_is_not_for():
     with pytest.raises(UserError, match='TRAIN.TASK mae needs MODEL.TYPE mae'):
-        TASKS['mae'](recipe(), build_model(small_config('gmlp_digits')), print, training=True)
+        attached(recipe(), build_model(small_config('gmlp_digits')))
     with pytest.raises(UserError, match='MODEL.TYPE mae has no classes'):
         config = recipe(TRAIN__TASK='supervised')
-        TASKS['supervised'](config, build_model(config), print, training=True)
+        attached(config, build_model(config))
     with pytest.raises(UserError, match="'mea'.*Did you mean 'mae'"):
         TASKS['mea']

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import get_config
-from engine.schedules import SCHEDULES, lr_schedule
+from engine.learning_rate import lr_schedule
 from tests.conftest import assert_close, golden
 from utils.errors import UserError
+from utils.schedules import SCHEDULES
 
 
 @pytest.mark.parametrize('index', range(4))

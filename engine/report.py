@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a training writes for people: log lines, rows of metrics.jsonl, VisualDL scalars and pictures."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import paddle
+from PIL import Image
+
+from engine.distributed import Context
+from engine.learning_rate import lr_scale
+from engine.state import TrainState
+from engine.statistics import means
+from tasks import Task
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.runlog import MetricsFile, RunLog, VisualDLFile
+
+
+class Reporter:
+    """Reports of one training. Files are written by the main process; other processes write their own log only.
+
+    Args:
+        config: the resolved tree.
+        num_batches: micro-batches per epoch.
+        folder: that of the run.
+    """
+
+    def __init__(self, config, task: Task, context: Context, log: RunLog, folder: str, num_batches: int):
+        self.config = config
+        self.task = task
+        self.context = context
+        self.log = log
+        self.folder = folder
+        self.num_batches = num_batches
+        self.metrics = MetricsFile(os.path.join(folder, 'metrics.jsonl')) if context.is_main else None
+        self.writer = None
+
+    def open(self, state: TrainState) -> None:
+        """Open the files for a run that starts or resumes at `state`."""
+        if self.context.is_main:
+            self._rewind(state)
+            self.writer = VisualDLFile(os.path.join(self.folder, 'vdl'))
+
+    def _rewind(self, state: TrainState) -> None:
+        """Drop the rows of metrics.jsonl that the run is about to write again."""
+        row, state.unwritten = state.unwritten, None
+        self.metrics.rewind(state.step, state.validated, trained=row is None)
+        if row is not None:
+            self.metrics.append(row)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.writer is not None:
+            self.writer.close()
+
+    # ------------------------------------------------------------------------------------------------ log lines
+    def start(self, epoch: int, global_batch: int) -> None:
+        """The settings of a run that starts or resumes at `epoch`."""
+        train, scale = self.config.TRAIN, lr_scale(self.config, global_batch)
+        ends = scale if train.LR_SCHEDULER.SCALE_ENDS else 1.0
+        self.log.master(f'----- Total # of train batch (single gpu): {self.num_batches}')
+        self.log.master(
+            f'Base lr is scaled to: {train.BASE_LR * scale}, warmup start lr is scaled to: '
+            f'{train.WARMUP_START_LR * ends}, end lr is scaled to: {train.END_LR * ends}'
+        )
+        if self.config.AMP and not self.context.on_gpu:
+            self.log.master('AMP is asked for, but mixed precision needs a GPU: training in float32.')
+        self.log.master(f'----- Start training from epoch {epoch}.')
+
+    def restart_clock(self, totals: Mapping[str, float]) -> None:
+        """Measure the speed of training from now on; `totals` are the sums over the epoch so far."""
+        self._reported, self._images = time.time(), totals['images']
+
+    def due(self, window: range) -> bool:
+        """Whether a step over the micro-batches `window` is reported."""
+        every = self.config.REPORT_FREQ
+        return any(index % every == 0 or index == self.num_batches - 1 for index in window)
+
+    def step(
+        self,
+        epoch: int,
+        index: int,
+        step: int,
+        *,
+        lr: float,
+        norm: paddle.Tensor,
+        own: Mapping[str, float],
+        current: Mapping[str, float],
+        totals: Mapping[str, float],
+        settings: Mapping[str, float],
+    ) -> None:
+        """One optimizer step.
+
+        Args:
+            epoch: from 1.
+            index: last micro-batch of the step.
+            step: number of optimizer steps so far.
+            norm: gradient norm before clipping, 0-D.
+            own: sums over the epoch so far on this process.
+            current: sums of this step over all processes.
+            totals: sums over the epoch so far over all processes.
+            settings: of the model by name, see `Task.update_schedules`.
+        """
+        head = f'Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Step[{index:04d}/{self.num_batches:04d}], Lr: {lr:.6f}, '
+        self.log.local(f'{head}Avg Loss: {means(self.task, own)["loss"]:.4f}{self._counts("Avg", own)}')
+        now = means(self.task, current)
+        speed = (totals['images'] - self._images) / max(time.time() - self._reported, 1e-9)
+        self.restart_clock(totals)
+        left = (self.num_batches - index - 1) * self.config.DATA.BATCH_SIZE * self.context.world_size
+        loss, parts = now['loss'], {name: now[name] for name in self.task.parts}
+        memory = f', Memory: {paddle.device.cuda.max_memory_allocated() / 2**30:.1f} GiB' if self.context.on_gpu else ''
+        self.log.master(
+            f'{head}Loss: {loss:.4f} ({means(self.task, totals)["loss"]:.4f}){self._counts("Avg", totals)}, '
+            f'Grad Norm: {norm.item():.3f}, Images/s: {speed:.0f}, ETA: {left / max(speed, 1e-9):.0f} s{memory}'
+            + ''.join(f', {name}: {value:.4g}' for name, value in {**settings, **parts}.items())
+        )
+        scalars = {'loss': loss, 'lr': lr, 'grad_norm': norm.item(), 'images_per_second': speed, **settings, **parts}
+        self._scalars('train', scalars, step)
+
+    def epoch(self, state: TrainState, lr: float, totals: Mapping[str, float], seconds: float) -> None:
+        """A finished epoch of training. Where its row cannot be written, `state.unwritten` keeps it.
+
+        Raises:
+            UserError: a full disk.
+        """
+        averages = means(self.task, totals)
+        values = {
+            'lr': lr,
+            **averages,
+            'images': int(totals['images']),
+            'skipped': int(totals['skipped']),
+            'images_per_second': totals['images'] / seconds,
+            'seconds': seconds,
+        }
+        try:
+            self.log.master(
+                f'----- Epoch[{state.epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Lr: {lr:.6f}, time: {seconds:.2f}, '
+                f'Train Loss: {averages["loss"]:.4f}{self._counts("Train", totals)}'
+            )
+            self.record('train', state.epoch, state.step, **values)
+        except UserError:
+            state.unwritten = {'kind': 'train', 'epoch': state.epoch, 'step': state.step, **values}
+            raise
+
+    def _counts(self, prefix: str, sums: Mapping[str, float]) -> str:
+        averages = means(self.task, sums)
+        return ''.join(f', {prefix} {title}: {averages[name]:.4f}' for name, title in self.task.counts.items())
+
+    # ------------------------------------------------------------------------------------------------ files
+    def record(self, kind: str, epoch: int, step: int, **values) -> None:
+        """A row of metrics.jsonl and its VisualDL scalars."""
+        if self.metrics is not None:
+            self.metrics.append({'kind': kind, 'epoch': epoch, 'step': step, **values})
+            self._scalars(f'{kind}_epoch' if kind == 'train' else kind, values, step)
+
+    def pictures(self, pictures: Mapping[str, Image.Image], epoch: int, step: int) -> None:
+        """PNG files in the run's folder, and VisualDL images."""
+        for name, picture in pictures.items():
+            with atomic_write(os.path.join(self.folder, f'{name}_{epoch:04d}.png')) as file:
+                picture.save(file, 'PNG')
+            self.writer.add_image(name, np.asarray(picture), step)
+
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(f'{group}/{name}', float(value), step)

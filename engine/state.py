@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The state of a training run, and how it becomes a checkpoint and comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import paddle
+from paddle import nn
+
+from engine.checkpoint import from_automatic_names, optimizer_state, set_optimizer_state
+from engine.ema import ModelEma
+from engine.statistics import read_totals
+from models.pretrained import load_state
+from tasks import Task
+from utils.weights import FACTS
+
+
+@dataclass
+class TrainState:
+    """Where a run is. All of it goes into checkpoints; everything random is a function of SEED and this.
+
+    Attributes:
+        epoch: finished epochs.
+        step: optimizer steps taken.
+        samples: images of epoch `epoch + 1` that were trained on.
+        validated: whether the validation that was due after `epoch` is done.
+        best: best value of the task's metric so far; None: no evaluation counted yet.
+        best_epoch: its epoch.
+        totals: sums over the unfinished epoch by name.
+        unwritten: row of the finished epoch that metrics.jsonl could not take, on a full disk.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    samples: int = 0
+    validated: bool = True
+    best: float | None = None
+    best_epoch: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+    unwritten: dict | None = None
+
+    def improves(self, value: float, direction: str) -> bool:
+        """Whether `value` is better than `best`; NaN is not."""
+        if math.isnan(value):
+            return False
+        return self.best is None or (value > self.best if direction == 'max' else value < self.best)
+
+
+class Snapshot:
+    """Everything that a checkpoint holds, under PaddleViT's names where it has one.
+
+    Args:
+        config: the resolved tree.
+        model: not wrapped by DataParallel.
+        steps_per_epoch: optimizer steps.
+        global_batch: images per optimizer step over all processes.
+    """
+
+    def __init__(
+        self,
+        config,
+        task: Task,
+        model: nn.Layer,
+        optimizer: paddle.optimizer.Optimizer,
+        scaler: paddle.amp.GradScaler,
+        ema: ModelEma | None,
+        state: TrainState,
+        *,
+        steps_per_epoch: int,
+        global_batch: int,
+        log: Callable[[str], None],
+    ):
+        self.config = config
+        self.task = task
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.ema = ema
+        self.state = state
+        self.steps_per_epoch = steps_per_epoch
+        self.global_batch = global_batch
+        self.log = log
+
+    # ------------------------------------------------------------------------------------------------ writing
+    def state_dict(self) -> dict:
+        """The content of last.pdparams."""
+        progress = asdict(self.state)
+        content = {
+            'model': self.model.state_dict(),
+            'optimizer': optimizer_state(self.optimizer, self.model),
+            'lr_scheduler': {'last_lr': self.optimizer.get_lr()},
+            'amp_grad_scaler': self.scaler.state_dict(),
+            'epoch': progress.pop('epoch'),
+            'step': progress.pop('step'),
+            'sampler': {'samples': progress.pop('samples')},
+            'progress': progress,
+            'rng': {'seed': self.config.SEED},
+            'config': self.config.dump(),
+            **self.metadata(),
+        }
+        if self.ema is not None:
+            content['model_ema'] = self.ema.state_dict()
+        return content
+
+    def metadata(self) -> dict:
+        """What travels with weights beside the arrays."""
+        facts = self.model.facts()
+        return {FACTS: facts} if facts else {}
+
+    # ------------------------------------------------------------------------------------------------ reading
+    def load_state_dict(self, content: dict, path: str) -> None:
+        """Restore a checkpoint of this suite, one of PaddleViT, or flat weights (position from TRAIN.LAST_EPOCH).
+
+        Raises:
+            UserError: the checkpoint does not fit the run.
+        """
+        if 'model' not in content:
+            load_state(self.model, content, f"'{path}'", self.log, replace_head=False)
+            self.state.epoch = self.config.TRAIN.LAST_EPOCH
+            self.log(f'----- Resume: weights only from {path}; epoch {self.state.epoch} by -last_epoch.')
+        else:
+            weights = {**content['model'], FACTS: content.get(FACTS, {})}
+            load_state(self.model, weights, f"'{path}'", self.log, replace_head=False)
+            self._load_progress(content)
+            self._load_optimizer(content.get('optimizer') or {}, ours='progress' in content)
+            if self.scaler.is_enable() and content.get('amp_grad_scaler'):
+                self.scaler.load_state_dict(content['amp_grad_scaler'])
+        if self.ema is not None:
+            averages = content.get('model_ema')
+            if averages is None:
+                self.log('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
+            self.ema.set_state_dict(averages or self.model.state_dict())
+        self.log(f'----- Resume: epoch {self.state.epoch}, step {self.state.step} from {path}')
+
+    def _load_progress(self, content: dict) -> None:
+        state, last_epoch = self.state, self.config.TRAIN.LAST_EPOCH
+        state.epoch = int(content.get('epoch', last_epoch)) or last_epoch
+        if last_epoch not in (0, state.epoch):
+            self.log(f'----- Resume: the checkpoint is of epoch {state.epoch}, so -last_epoch={last_epoch} is ignored.')
+        if 'progress' not in content:  # PaddleViT: whole epochs
+            state.step = state.epoch * self.steps_per_epoch
+            return
+        self.optimizer.set_lr(content['lr_scheduler']['last_lr'])  # for a save that comes before the next step
+        progress = content['progress']
+        state.step, state.samples = content['step'], content['sampler']['samples']
+        state.validated, state.best_epoch = progress['validated'], progress['best_epoch']
+        state.best = _read_best(progress, self.task)
+        state.totals = read_totals(self.task, progress['totals'])
+        state.unwritten = progress.get('unwritten')
+        if state.samples % self.global_batch:
+            state.samples -= state.samples % self.global_batch
+            self.log(
+                f'----- Resume: the checkpoint was written with another global batch; going on after image '
+                f'{state.samples} of epoch {state.epoch + 1}, so a few images are seen again.'
+            )
+        if content['rng']['seed'] != self.config.SEED:
+            self.log(f'----- Resume: SEED was {content["rng"]["seed"]} and is {self.config.SEED} from here on.')
+
+    def _load_optimizer(self, stored: dict, ours: bool) -> None:
+        if not ours:
+            stored = from_automatic_names(stored, self.model)
+        if not stored:
+            self.log('----- Resume: no optimizer state that fits; moments start at zero.')
+            return
+        set_optimizer_state(self.optimizer, self.model, stored)
+
+
+def _read_best(progress: dict, task: Task) -> float | None:
+    """The best value; checkpoints of version 0.1.0 have `best_score`, a loss with a minus sign, -inf for none."""
+    if 'best_score' not in progress:
+        return progress['best']
+    score = progress['best_score']
+    if not math.isfinite(score):
+        return None
+    return score if task.evaluator().best[1] == 'max' else -score

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers that each optimizer step adds up: one small vector, one all-reduce.
+
+Order of the vector: the loss, the task's parts of the loss and its counts, then `CONTROL`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import paddle
+
+from datasets.batch import Batch
+from tasks import Losses, Task
+
+CONTROL = ('images', 'skipped', 'nonfinite', 'stop')
+
+# Checkpoints of version 0.1.0 hold the totals of an epoch as a list in this order.
+_LIST_ORDER = ('loss', 'acc1', *CONTROL)
+
+
+def names_of(task: Task) -> tuple[str, ...]:
+    """Names of the numbers of a step, in the order of the vector."""
+    return ('loss', *task.parts, *task.counts, *CONTROL)
+
+
+class StepSums:
+    """Sums over the micro-batches of one optimizer step on this process; they stay on the device."""
+
+    def __init__(self, task: Task):
+        self.names = names_of(task)
+        self._sums = {name: paddle.zeros([]) for name in self.names[: -len(CONTROL)]}
+        self._images = self._skipped = 0
+
+    def add(self, losses: Losses, batch: Batch) -> None:
+        """Add a micro-batch."""
+        for name, mean in {'loss': losses.total, **losses.parts}.items():
+            self._sums[name] += mean.detach() * len(batch)
+        for name, count in losses.counts.items():
+            self._sums[name] += count
+        self._images += len(batch)
+        self._skipped += batch.skipped
+
+    @property
+    def loss(self) -> paddle.Tensor:
+        """Sum of the loss over the images, 0-D."""
+        return self._sums['loss']
+
+    def vector(self, finite: paddle.Tensor, stopping: bool) -> paddle.Tensor:
+        """[len(names)] float32; `finite` is a 0-D boolean."""
+        images, skipped, stop = paddle.to_tensor([self._images, self._skipped, float(stopping)], 'float32').unbind()
+        return paddle.stack([*self._sums.values(), images, skipped, 1.0 - finite.astype('float32'), stop])
+
+
+def means(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
+    """Loss, parts and counts per image."""
+    images = max(sums['images'], 1)
+    return {name: sums[name] / images for name in names_of(task)[: -len(CONTROL)]}
+
+
+def read_totals(task: Task, stored: Mapping[str, float] | list[float]) -> dict[str, float]:
+    """Totals of an unfinished epoch from a checkpoint, of this version or an older one; missing names are 0."""
+    if not isinstance(stored, Mapping):
+        stored = dict(zip(_LIST_ORDER, stored))
+    return {name: float(stored.get(name, 0.0)) for name in names_of(task)}

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Image classification with label smoothing, mixup and CutMix, and knowledge distillation where a teacher is given.
+
+Label smoothing and soft targets follow timm; distillation follows DeiT (https://arxiv.org/abs/2012.12877).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+
+from datasets.batch import Batch
+from datasets.mixing import Mixup
+from tasks.base import Losses, MeanEvaluator, Prediction, PredictionOptions, Task, register_task
+from tasks.distillation import build_teacher, distillation_loss
+from utils.errors import UserError
+
+# Top-5 of fewer than five classes is top-K.
+TITLES = {'loss': 'Loss', 'acc1': 'Acc@1', 'acc5': 'Acc@5'}
+
+
+@register_task('supervised')
+class ClassificationTask(Task):
+    """Learn one class per image.
+
+    The loss is soft-target cross entropy, mean_b(-sum_k t_k log p_k), where images are mixed, else cross entropy with
+    smoothing s, (1 - s) NLL + s mean_k(-log p_k) (timm). Training accuracy under mixing is against the first label.
+    """
+
+    counts = {'acc1': 'Acc'}
+    teacher: Callable[[Tensor], Tensor] | None = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        train = config.TRAIN
+        self.smoothing = train.SMOOTHING
+        self.distillation = {'kind': train.DISTILLATION_TYPE, 'tau': train.DISTILLATION_TAU}
+        self.alpha = train.DISTILLATION_ALPHA
+        self.mixup: Mixup | None = None
+
+    def attach(self, model: nn.Layer, log: Callable[[str], None], training: bool) -> None:
+        """See `Task`; the number of classes is that of the model."""
+        if not model.num_classes:
+            raise UserError(
+                f'MODEL.TYPE {self.config.MODEL.TYPE} has no classes to learn: set TRAIN.TASK to {self.config.MODEL.TYPE}.'
+            )
+        self.mixup = _mixup(self.config.TRAIN, model.num_classes)
+        if training:
+            self.teacher = build_teacher(self.config, model, log)
+
+    def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
+        """See `Task`; the model returns logits [B, K], or a pair of class and distillation logits."""
+        images, labels, soft_targets = batch.images, batch.targets['label'], None
+        if self.mixup is not None:
+            images, soft_targets = self.mixup(images, labels, rng)
+        outputs = model(images)
+        logits, distilled = outputs if isinstance(outputs, tuple) else (outputs, None)
+        logits = logits.astype('float32')
+        if soft_targets is None:
+            loss = smoothed_cross_entropy(logits, labels, self.smoothing)
+        else:
+            loss = soft_cross_entropy(logits, soft_targets)
+        if self.teacher is not None:
+            imitation = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
+            loss = (1.0 - self.alpha) * loss + self.alpha * imitation
+        return Losses(loss, counts={'acc1': (logits.detach().argmax(-1) == labels).astype('float32').sum()})
+
+    def evaluator(self) -> MeanEvaluator:
+        """Mean cross entropy, top-1 and top-5 accuracy as fractions of 1."""
+        return MeanEvaluator(TITLES, ('acc1', 'max'), classification_sums)
+
+    def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
+        """Number, name (with class names) and probability of each of the most likely classes."""
+        parts = ('class', 'name', 'probability') if options.class_names else ('class', 'probability')
+        topk = min(options.topk, self.config.MODEL.NUM_CLASSES)
+        return tuple(f'{part}{rank}' for rank in range(1, topk + 1) for part in parts)
+
+    def predictions(self, outputs: Tensor, options: PredictionOptions) -> list[Prediction]:
+        """The most likely classes by logits [B, K], and their probabilities (softmax over all classes)."""
+        probabilities = F.softmax(outputs.astype('float32'), axis=-1)
+        values, indices = paddle.topk(probabilities, min(options.topk, probabilities.shape[-1]), axis=-1)
+        return [_prediction(*row, options.class_names) for row in zip(indices.tolist(), values.tolist())]
+
+
+def _prediction(classes: list[int], probabilities: list[float], names: Sequence[str] | None) -> Prediction:
+    entries = [
+        {'class': number, **({'name': names[number]} if names else {}), 'probability': probability}
+        for number, probability in zip(classes, probabilities)
+    ]
+    text = ', '.join(f'{names[k] if names else k} {p:.4f}' for k, p in zip(classes, probabilities))
+    return Prediction({'predictions': entries}, tuple(cell for entry in entries for cell in entry.values()), text)
+
+
+def _mixup(train, num_classes: int) -> Mixup | None:
+    if train.MIXUP_PROB == 0 or not (train.MIXUP_ALPHA > 0 or train.CUTMIX_ALPHA > 0 or train.CUTMIX_MINMAX):
+        return None
+    return Mixup(
+        num_classes=num_classes,
+        mixup_alpha=train.MIXUP_ALPHA,
+        cutmix_alpha=train.CUTMIX_ALPHA,
+        cutmix_minmax=train.CUTMIX_MINMAX,
+        prob=train.MIXUP_PROB,
+        switch_prob=train.MIXUP_SWITCH_PROB,
+        mode=train.MIXUP_MODE,
+        smoothing=train.SMOOTHING,
+    )
+
+
+def classification_sums(batch: Batch, logits: Tensor) -> Tensor:
+    """[sum of cross entropies, top-1 hits, top-5 hits] of logits [B, K], float64."""
+    logits, labels = logits.astype('float32'), batch.targets['label']
+    loss = F.cross_entropy(logits, labels, reduction='sum')
+    _, top = paddle.topk(logits, min(5, logits.shape[-1]), axis=-1)
+    hits = top == labels.unsqueeze(-1)
+    return paddle.stack([x.astype('float64') for x in (loss, hits[:, 0].sum(), hits.sum())])
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """mean_b(-sum_k t_k log p_k) of logits and targets [B, K]."""
+    return -(targets * F.log_softmax(logits, axis=-1)).sum(-1).mean()
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """(1 - s) NLL + s mean_k(-log p_k), averaged over the batch, of logits [B, K] and labels [B]."""
+    if smoothing == 0.0:
+        return F.cross_entropy(logits, labels)
+    log_probabilities = F.log_softmax(logits, axis=-1)
+    nll = -paddle.take_along_axis(log_probabilities, labels.unsqueeze(-1), axis=-1).squeeze(-1)
+    return ((1.0 - smoothing) * nll - smoothing * log_probabilities.mean(-1)).mean()

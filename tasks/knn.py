@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kNN probe: classify validation images by their nearest training images in feature space, without training anything.
+
+The protocol is that of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
+(https://arxiv.org/abs/1805.01978, section 3.4), as DINO uses it (https://arxiv.org/abs/2104.14294).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+
+import datasets
+from datasets.batch import Batch, to_device
+from datasets.subset import evenly_spaced
+from tasks.base import Group, Interrupted, MeanEvaluator
+from utils.errors import UserError
+from utils.runlog import progress
+
+NEIGHBORS = 20
+TEMPERATURE = 0.07  # a neighbor's vote is exp(cosine similarity / this)
+MAX_IMAGES = 100_000  # training images in the feature bank, evenly spaced over the data set
+TITLES = {'knn_acc1': 'kNN Acc@1', 'knn_acc5': 'kNN Acc@5'}
+
+
+class KNNEvaluator(MeanEvaluator):
+    """Encodes the training images at each `reset`, with the transform of the evaluation, then lets them vote.
+
+    Each process encodes its share of them; all processes then have all features. A class without a vote is no answer, so
+    that with few classes the top five may be fewer.
+
+    Args:
+        config: the tree; DATA is read.
+        transform: that of the evaluation.
+    """
+
+    def __init__(self, config, transform):
+        super().__init__(TITLES, ('knn_acc1', 'max'))
+        self.transform = transform
+        self.config = config.clone()
+        self.config.defrost()
+        self.config.DATA.CACHE = 'no'  # leave the memory to the images that are trained on
+        self.config.MODEL.NUM_CLASSES = None  # those of the training images; the validation images may have fewer
+        self._dataset: datasets.Dataset | None = None
+
+    def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
+        """See `Evaluator`."""
+        super().reset(model, group, should_stop)
+        if self._dataset is None:
+            self._dataset = evenly_spaced(datasets.build_dataset(self.config, 'train'), MAX_IMAGES)
+        self._bank, self._classes = self._encode_training_images(model, group, should_stop)
+
+    def sums(self, batch: Batch, features: Tensor) -> Tensor:
+        """[top-1 hits, top-5 hits] of features [B, C]."""
+        votes = vote(features, self._bank, self._classes, self._dataset.num_classes)
+        most, answers = paddle.topk(votes, min(5, votes.shape[-1]), axis=-1)
+        hits = paddle.logical_and(answers == batch.targets['label'].unsqueeze(-1), most > 0)
+        return paddle.stack([hits[:, 0].sum(), hits.sum()]).astype('float64')
+
+    def _encode_training_images(self, model, group: Group, should_stop) -> tuple[Tensor, Tensor]:
+        """Features [N, C] and classes [N] of the training images, the same on every process."""
+        data, size = self.config.DATA, len(self._dataset)
+        indices, features, stopped = [], [], False
+        loader = datasets.build_dataloader(
+            self.config, self._dataset, False, group.rank, group.world_size, self.transform
+        )
+        with loader:
+            for batch in progress(loader.epoch(0), loader.num_batches, 'training features', group.is_main):
+                stopped = should_stop()
+                if stopped:
+                    break
+                if len(batch):
+                    images = to_device(batch, data.IMAGENET_MEAN, data.IMAGENET_STD).images
+                    features.append(extract_features(model, images))
+                    indices.append(paddle.to_tensor(batch.indices))
+        # The stop flag is all-reduced, so that all processes stop together.
+        if group.sum(paddle.to_tensor([float(stopped)])).item():
+            raise Interrupted
+        bank, seen = paddle.zeros([size, model.embed_dim]), paddle.zeros([size])
+        if indices:
+            own = paddle.concat(indices)
+            bank = paddle.scatter(bank, own, paddle.concat(features))
+            seen = paddle.scatter(seen, own, paddle.ones([len(own)]))
+        readable = paddle.nonzero(group.sum(seen)).flatten()
+        if len(readable) == 0:
+            raise UserError(f'none of the training images of {self._dataset.source} could be read.')
+        classes = paddle.to_tensor(self._dataset.labels)
+        return group.sum(bank)[readable], classes[readable]
+
+
+def extract_features(model: nn.Layer, images: Tensor) -> Tensor:
+    """Input of the classifier for images [B, in_chans, H, W]: [B, C] float32 of length 1."""
+    features = model.forward_head(model.forward_features(images), pre_logits=True)
+    return F.normalize(features.astype('float32'), axis=-1)
+
+
+def vote(features: Tensor, bank: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """Votes of the nearest neighbors for each class.
+
+    Args:
+        features: of the images to classify, [B, C], of length 1.
+        bank: of the images that vote, [N, C], of length 1.
+        classes: of the latter, [N] int64.
+        num_classes: K.
+
+    Returns:
+        [B, K].
+    """
+    similarity = paddle.matmul(features, bank, transpose_y=True)
+    similarity, nearest = paddle.topk(similarity, min(NEIGHBORS, len(bank)), axis=-1)
+    one_hot = F.one_hot(paddle.gather(classes, nearest.flatten()), num_classes)
+    weights = paddle.exp(similarity / TEMPERATURE).unsqueeze(-1)
+    return (one_hot.reshape([*nearest.shape, -1]) * weights).sum(1)

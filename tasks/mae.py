@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Masked autoencoding (MAE, https://arxiv.org/abs/2111.06377), optionally with distillation (MAE-Lite, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from PIL import Image
+
+from datasets.batch import Batch
+from models.mae import MaskedAutoencoder, Reconstruction
+from tasks.base import Losses, MeanEvaluator, Task, register_task
+from tasks.distillation import load_mae_teacher
+from tasks.mae_pictures import draw, rebuild
+from utils.errors import UserError
+
+SHOWN = 8  # validation images in the pictures of a reconstruction
+
+
+@register_task('mae')
+class MAETask(Task):
+    """Reconstruct masked patches. Each evaluation masks the same patches of an image: those that (SEED, its index) draws."""
+
+    teacher: MaskedAutoencoder | None = None
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patch_size = config.MODEL.TRANS.PATCH_SIZE
+        distill = config.TRAIN.MAE_DISTILL
+        self.alphas = {'attn': distill.ATTN_ALPHA, 'hidden': distill.HIDDEN_ALPHA}
+        blocks = {'attn': distill.ATTN_IDX, 'hidden': distill.HIDDEN_IDX}
+        self.parts = {name: name for name, compared in blocks.items() if compared}
+
+    def attach(self, model: nn.Layer, log: Callable[[str], None], training: bool) -> None:
+        """See `Task`; distillation adds adapters to the model."""
+        if not isinstance(model, MaskedAutoencoder) or not model.decoder_depth:
+            raise UserError('TRAIN.TASK mae needs MODEL.TYPE mae, with a decoder (MODEL.MAE.DECODER_DEPTH).')
+        if training and self.parts:
+            self.teacher = load_mae_teacher(self.config, model, log)
+
+    def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
+        """See `Task`; the parts are those of the distillation, without their weights."""
+        output = model(batch.images, self._noise(batch.images, [rng] * len(batch)))
+        if self.teacher is None:
+            return Losses(output.loss, {name: paddle.zeros([]) for name in self.parts})
+        parts = self.compare(batch.images, output)
+        return Losses(output.loss + sum(self.alphas[name] * part for name, part in parts.items()), parts)
+
+    def compare(self, images: Tensor, output: Reconstruction) -> dict[str, Tensor]:
+        """Mean squared differences from the teacher, summed over the blocks: `attn` and `hidden`, 0-D."""
+        with paddle.no_grad():
+            _, attn, hidden = self.teacher.observe(images, output.order[:, : output.seen], self.teacher.lessons)
+        pairs = {'attn': zip(output.attn, attn), 'hidden': zip(output.hidden, hidden)}
+        differences = {name: [_difference(*pair) for pair in both] for name, both in pairs.items()}
+        return {name: sum(values) for name, values in differences.items() if values}
+
+    def infer(self, model: nn.Layer, batch: Batch) -> tuple[Tensor, Reconstruction]:
+        """Noise [B, L] that selects the patches, and the reconstruction."""
+        rngs = [np.random.default_rng([self.config.SEED, index]) for index in batch.indices.tolist()]
+        noise = self._noise(batch.images, rngs)
+        return noise, model(batch.images, noise)
+
+    def evaluator(self) -> ReconstructionEvaluator:
+        """See `Task`."""
+        return ReconstructionEvaluator(self.config.DATA)
+
+    def _noise(self, images: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
+        """[B, L], one row from each generator."""
+        patches = images[0, 0].size // self.patch_size**2
+        return paddle.to_tensor(np.stack([rng.random(patches, 'float32') for rng in rngs]))
+
+
+class ReconstructionEvaluator(MeanEvaluator):
+    """The mean loss, and a picture of images of the first batch: originals, visible patches, reconstructions.
+
+    Args:
+        data: DATA of the configuration, of which mean and standard deviation are read.
+    """
+
+    def __init__(self, data):
+        super().__init__({'loss': 'Loss'}, ('loss', 'min'))
+        self._statistics = {'mean': data.IMAGENET_MEAN, 'std': data.IMAGENET_STD}
+        self._shown: tuple[Tensor, Tensor] | None = None
+
+    def sums(self, batch: Batch, outputs: tuple[Tensor, Reconstruction]) -> Tensor:
+        """See `MeanEvaluator`."""
+        noise, reconstruction = outputs
+        if self._shown is None:
+            stride = max(1, len(batch) // SHOWN)  # consecutive images are often of one class
+            self._shown = batch.images[::stride][:SHOWN], noise[::stride][:SHOWN]
+        return (reconstruction.loss.astype('float64') * len(batch)).reshape([1])
+
+    def pictures(self, model: MaskedAutoencoder) -> dict[str, Image.Image]:
+        """See `Evaluator`."""
+        if self._shown is None:
+            return {}
+        was_training = model.training
+        model.eval()
+        rows = rebuild(model, *self._shown, **self._statistics)
+        if was_training:
+            model.train()
+        return {'reconstruction': draw(rows)}
+
+
+def _difference(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(student.astype('float32'), teacher.astype('float32'))
