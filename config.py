@@ -48,7 +48,7 @@ _C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: grey
 _C.DATA.CROP_PCT = Key(0.875, '(0, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
 _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px
 _C.DATA.EVAL_CROP = Key('centre', ('centre', 'squash'))  # evaluation: crop as CROP_PCT says, or resize both sides
-_C.DATA.VIEWS = Key(1, (1, 2))  # views of each training image: 1, or 2 that are augmented differently (MoCo-v3)
+_C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; TRAIN.TASK decides: it need not be set
 _C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both per training image
 _C.DATA.FAST_RESIZE = Key(True)  # training: resize by OpenCV; False: by Pillow, slower, whose pixels differ slightly
 _C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # of images in [0, 1]; 1 channel: the first

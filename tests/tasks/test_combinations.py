@@ -10,8 +10,8 @@ import paddle
 import pytest
 
 from config import get_config
-from engine.objectives import TASKS
 from models import build_model
+from tests.tasks.helpers import attached, batch_of
 from utils.errors import UserError
 from utils.weights import write_pdparams
 
@@ -87,7 +87,7 @@ def test_it_trains_or_is_refused(mixer, reducer, head, teacher):
         key = conflict(mixer, reducer, head, objective)
         if key is None:
             model = model or build_model(config)
-            take_step(model, TASKS['supervised'](config, model, print, training=True))
+            take_step(model, attached(config, model))
         else:
             check_refusal(config, key, model)
     if model is not None:
@@ -96,11 +96,12 @@ def test_it_trains_or_is_refused(mixer, reducer, head, teacher):
 
 def take_step(model, task) -> None:
     model.train()
-    values = task.set_time(model, 1.0)
+    values = task.update_schedules(model, 1.0)
     assert values.get('attn_lambda', 0.5) == 0.5
-    loss, correct = task(model, paddle.to_tensor(IMAGES), paddle.to_tensor([0, 1, 2, 0]), np.random.default_rng(0))
+    batch = batch_of(paddle.to_tensor(IMAGES), paddle.to_tensor([0, 1, 2, 0]))
+    loss, _, counts = task.loss(model, batch, np.random.default_rng(0))
     loss.backward()
-    assert np.isfinite(loss.item()) and 0 <= correct.item() <= 4
+    assert np.isfinite(loss.item()) and 0 <= counts['acc1'].item() <= 4
     for name, parameter in model.named_parameters():
         assert parameter.stop_gradient or np.isfinite(parameter.grad.numpy()).all(), name
     model.clear_gradients()
@@ -108,7 +109,7 @@ def take_step(model, task) -> None:
 
 def check_refusal(config, key: str, model=None) -> None:
     with pytest.raises(UserError) as caught:
-        TASKS['supervised'](config, model or build_model(config), print, training=True)
+        attached(config, model or build_model(config))
     message = str(caught.value)
     assert key in message and message.endswith('.') and '\n' not in message
 
