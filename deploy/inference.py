@@ -14,11 +14,9 @@ from datasets.batch import to_device
 from datasets.dataset import FileStorage, Images
 from datasets.images import UnreadableImage
 from models import build_model
-from models.pretrained import load_pretrained
-from models.state import count_classes
+from models.pretrained import load_pretrained, match_classes, read_weights
 from tasks import Prediction, PredictionOptions, Task, build_task
 from utils.errors import UserError
-from utils.weights import choose_state_dict, read_file, resolve_weights_path
 
 
 class FilePrediction(NamedTuple):
@@ -44,14 +42,11 @@ def load_trained(config, log: Callable[[str], None] = print) -> tuple[Task, padd
         UserError: weights that are missing or do not fit.
     """
     task, model = build_task(config), build_model(config)
-    path = resolve_weights_path(config.MODEL.PRETRAINED)
+    weights = read_weights(config.MODEL.PRETRAINED)
     if config.MODEL.NUM_CLASSES is None:
-        _, arrays = choose_state_dict(read_file(path), prefer_ema=True, source=f"'{path}'")
-        classes = count_classes(model, arrays)
-        if classes:
-            model.reset_classifier(classes)
+        match_classes(model, weights.arrays)
         config.MODEL.NUM_CLASSES = model.num_classes
-    load_pretrained(model, path, log=log, replace_head=False)
+    load_pretrained(model, weights, log=log, replace_head=False)
     task.attach(model, log, training=False)
     model.eval()
     return task, model
@@ -64,16 +59,13 @@ def load_classifier(config, log: Callable[[str], None] = print) -> paddle.nn.Lay
         UserError: it has none.
     """
     model = build_model(config)
-    path = resolve_weights_path(config.MODEL.PRETRAINED)
+    weights = read_weights(config.MODEL.PRETRAINED)
     if config.MODEL.NUM_CLASSES is None:
-        _, arrays = choose_state_dict(read_file(path), prefer_ema=True, source=f"'{path}'")
-        classes = count_classes(model, arrays)
-        if classes:
-            model.reset_classifier(classes)
-    load_pretrained(model, path, log=log, replace_head=False)
+        match_classes(model, weights.arrays)
+    load_pretrained(model, weights, log=log, replace_head=False)
     if not model.num_classes:
         raise UserError(
-            f"'{path}' has no classifier (MODEL.TYPE {config.MODEL.TYPE}, {model.num_classes} classes): train one from it "
+            f'{weights.source} has no classifier (MODEL.TYPE {config.MODEL.TYPE}, {model.num_classes} classes): train one from it '
             'first, by -pretrained.'
         )
     model.eval()

@@ -19,7 +19,7 @@ import paddle
 from utils.errors import UserError
 from utils.files import link_or_copy, writing
 from utils.run_paths import follow_latest
-from utils.weights import read_file, write_pdparams
+from utils.weights import PADDLE, file_format, read_file, write_pdparams
 
 LAST = 'last.pdparams'
 BEST = 'best.pdparams'
@@ -98,6 +98,12 @@ def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
 
 
 def _as_dict(path: str) -> dict:
+    kind = file_format(path)
+    if kind != PADDLE:
+        raise UserError(
+            f"-resume: '{path}' is a {kind} file, which holds no training state of this suite; convert it with "
+            'tools/port_weights.py and start from the result with -pretrained.'
+        )
     content = read_file(path)
     if not isinstance(content, dict):
         raise UserError(f"'{path}' holds a {type(content).__name__}, not a checkpoint.")
@@ -127,6 +133,11 @@ def optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Laye
 
 def _by_name(entries: dict, names: dict[str, str]) -> dict:
     return {names[key]: tensor for key, tensor in entries.items() if key in names}
+
+
+def accumulator_names(optimizer: paddle.optimizer.Optimizer) -> set[str]:
+    """The kinds of state an optimizer may keep, such as `moment1`; `master_weight` of weights in half precision."""
+    return {'master_weight', *(getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str'))}
 
 
 def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer, state: dict[str, dict]) -> None:

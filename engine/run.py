@@ -12,16 +12,17 @@ import paddle
 import datasets
 from engine import distributed
 from engine.checkpoint import read_checkpoint
+from engine.checkpoint_schema import read_parts
 from engine.evaluate import describe_metrics, evaluate
 from engine.run_folder import RunFolder, claim, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
-from models.pretrained import load_pretrained, load_state
+from models.pretrained import Weights, load_pretrained, read_weights
+from models.state import count_classes
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog
-from utils.weights import FACTS
 
 
 def run_config(config) -> None:
@@ -47,10 +48,14 @@ def _run_in(folder: RunFolder, config, context) -> None:
             f'-last_epoch (TRAIN.LAST_EPOCH) is {config.TRAIN.LAST_EPOCH}, but nothing is resumed: name the weights of that '
             'epoch with -resume=FILE, or leave it out.'
         )
+    unset = config.MODEL.NUM_CLASSES is None
     splits = ['val'] if config.EVAL else ['train', 'val']  # the validation images must fit the classes of training
     data = {split: task.dataset(split) for split in splits}
     paddle.seed(config.SEED)  # the same initial weights on every process
     model = build_model(config)
+    weights, notes = _weights_to_evaluate(config) if config.EVAL else (None, [])
+    if weights is not None:
+        _take_classes(config, model, weights, data['val'], unset)
     config.freeze()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(RunLog(None, context.rank)))
@@ -61,8 +66,12 @@ def _run_in(folder: RunFolder, config, context) -> None:
             split: stack.enter_context(build_loader(config, task, dataset, split, context))
             for split, dataset in data.items()
         }
-        run = _evaluate if config.EVAL else _train
-        run(config, task, model, loaders, context, log, folder)
+        if config.EVAL:
+            for note in notes:
+                log.master(note)
+            _evaluate(config, task, model, weights, loaders['val'], context, log, folder)
+        else:
+            _train(config, task, model, loaders, context, log, folder)
 
 
 def build_loader(config, task: Task, dataset, split: str, context: distributed.Context) -> datasets.Loader:
@@ -72,17 +81,42 @@ def build_loader(config, task: Task, dataset, split: str, context: distributed.C
     return datasets.build_dataloader(config, dataset, training, context.rank, context.world_size, transform)
 
 
-def _evaluate(config, task: Task, model, loaders, context, log, folder: RunFolder) -> None:
-    if config.MODEL.RESUME:
-        path, state = read_checkpoint(config.MODEL.RESUME, log.master)
-        weights = {**state.get('model', state), FACTS: state.get(FACTS, {})}
-        load_state(model, weights, f"'{path}'", log.master, replace_head=False)
-    else:
-        load_pretrained(model, config.MODEL.PRETRAINED, log=log.master, replace_head=False)
+def _weights_to_evaluate(config) -> tuple[Weights, list[str]]:
+    """The weights that MODEL.RESUME, else MODEL.PRETRAINED names, and what to log about reading them."""
+    notes: list[str] = []
+    if not config.MODEL.RESUME:
+        return read_weights(config.MODEL.PRETRAINED), notes
+    path, state = read_checkpoint(config.MODEL.RESUME, notes.append)
+    checkpoint = read_parts(state, path)
+    return Weights(path, checkpoint.weights, checkpoint.facts), notes
+
+
+def _take_classes(config, model, weights: Weights, data: datasets.Images, unset: bool) -> None:
+    """Give the model the classes of the weights where MODEL.NUM_CLASSES is unset and the data use only some of them.
+
+    Labels of list files are the numbers of the classifier's outputs. Data that name their classes number those that are
+    there, so fewer classes are other classes.
+    """
+    classes = count_classes(model, weights.arrays)
+    if not classes or not model.num_classes or classes <= model.num_classes:
+        return
+    if data.class_names is not None:
+        raise UserError(
+            f'{weights.source} has a classifier of {classes} classes, but {data.source} has {data.num_classes} classes, '
+            'whose numbers need not be those of the weights: give the images in a list file (DATA.DATASET list) with the '
+            'labels of the training.'
+        )
+    if unset:
+        model.reset_classifier(classes)
+        config.MODEL.NUM_CLASSES = classes
+
+
+def _evaluate(config, task: Task, model, weights: Weights, loader, context, log, folder: RunFolder) -> None:
+    load_pretrained(model, weights, log=log.master, replace_head=False)
     task.attach(model, log.master, training=False)
     evaluator = task.evaluator()
     open_folder(folder, config, context, log)
-    result = evaluate(config, model, loaders['val'], context, log, task, evaluator)
+    result = evaluate(config, model, loader, context, log, task, evaluator)
     log.master(f'----- Validation: {describe_metrics(evaluator, result, "Validation")}, time: {result["seconds"]:.2f}')
     if context.is_main:
         metrics = MetricsFile(os.path.join(folder.path, 'metrics.jsonl'))

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 import paddle
 from paddle import nn
 
-from engine.checkpoint import from_automatic_names, optimizer_state, set_optimizer_state
+from engine.checkpoint import accumulator_names, from_automatic_names, optimizer_state, set_optimizer_state
+from engine.checkpoint_schema import Checkpoint, read_parts
 from engine.ema import ModelEma
 from engine.statistics import read_totals
 from models.pretrained import load_state
@@ -114,38 +115,41 @@ class Snapshot:
     def load_state_dict(self, content: dict, path: str) -> None:
         """Restore a checkpoint of this suite, one of PaddleViT, or flat weights (position from TRAIN.LAST_EPOCH).
 
+        Everything is checked before anything changes.
+
         Raises:
             UserError: the checkpoint does not fit the run.
         """
-        if 'model' not in content:
-            load_state(self.model, content, f"'{path}'", self.log, replace_head=False)
+        checkpoint = read_parts(content, path)
+        checkpoint.check_optimizer(self.model, accumulator_names(self.optimizer), self.config.TRAIN.OPTIMIZER.NAME)
+        average = checkpoint.fit_average(self.model) if self.ema is not None else None
+        weights = {**checkpoint.weights, FACTS: checkpoint.facts}
+        load_state(self.model, weights, checkpoint.source, self.log, replace_head=False)
+        if not checkpoint.complete:
             self.state.epoch = self.config.TRAIN.LAST_EPOCH
             self.log(f'----- Resume: weights only from {path}; epoch {self.state.epoch} by -last_epoch.')
         else:
-            weights = {**content['model'], FACTS: content.get(FACTS, {})}
-            load_state(self.model, weights, f"'{path}'", self.log, replace_head=False)
-            self._load_progress(content)
-            self._load_optimizer(content.get('optimizer') or {}, ours='progress' in content)
-            if self.scaler.is_enable() and content.get('amp_grad_scaler'):
-                self.scaler.load_state_dict(content['amp_grad_scaler'])
+            self._load_progress(checkpoint)
+            self._load_optimizer(checkpoint)
+            if self.scaler.is_enable() and checkpoint.scaler:
+                self.scaler.load_state_dict(checkpoint.scaler)
         if self.ema is not None:
-            averages = content.get('model_ema')
-            if averages is None:
+            if average is None:
                 self.log('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
-            self.ema.set_state_dict(averages or self.model.state_dict())
+            self.ema.set_state_dict(self.model.state_dict() if average is None else average.state)
         self.log(f'----- Resume: epoch {self.state.epoch}, step {self.state.step} from {path}')
 
-    def _load_progress(self, content: dict) -> None:
+    def _load_progress(self, checkpoint: Checkpoint) -> None:
         state, last_epoch = self.state, self.config.TRAIN.LAST_EPOCH
-        state.epoch = int(content.get('epoch', last_epoch)) or last_epoch
+        state.epoch = checkpoint.epoch or last_epoch
         if last_epoch not in (0, state.epoch):
             self.log(f'----- Resume: the checkpoint is of epoch {state.epoch}, so -last_epoch={last_epoch} is ignored.')
-        if 'progress' not in content:  # PaddleViT: whole epochs
+        if not checkpoint.ours:  # PaddleViT: whole epochs
             state.step = state.epoch * self.steps_per_epoch
             return
-        self.optimizer.set_lr(content['lr_scheduler']['last_lr'])  # for a save that comes before the next step
-        progress = content['progress']
-        state.step, state.samples = content['step'], content['sampler']['samples']
+        self.optimizer.set_lr(checkpoint.lr)  # for a save that comes before the next step
+        progress = checkpoint.progress
+        state.step, state.samples = checkpoint.step, checkpoint.samples
         state.validated, state.best_epoch = progress['validated'], progress['best_epoch']
         state.best = _read_best(progress, self.task)
         state.totals = read_totals(self.task, progress['totals'])
@@ -156,16 +160,25 @@ class Snapshot:
                 f'----- Resume: the checkpoint was written with another global batch; going on after image '
                 f'{state.samples} of epoch {state.epoch + 1}, so a few images are seen again.'
             )
-        if content['rng']['seed'] != self.config.SEED:
-            self.log(f'----- Resume: SEED was {content["rng"]["seed"]} and is {self.config.SEED} from here on.')
+        if checkpoint.seed != self.config.SEED:
+            self.log(f'----- Resume: SEED was {checkpoint.seed} and is {self.config.SEED} from here on.')
 
-    def _load_optimizer(self, stored: dict, ours: bool) -> None:
-        if not ours:
-            stored = from_automatic_names(stored, self.model)
+    def _load_optimizer(self, checkpoint: Checkpoint) -> None:
+        stored = checkpoint.optimizer
+        if not checkpoint.ours:
+            stored = from_automatic_names(stored, self.model) or {}
+            stored = {} if stored.keys() - accumulator_names(self.optimizer) else stored
+        elif 'master_weight' in stored and not _in_half_precision(self.model):
+            self.log('----- Resume: master weights are left out, since this run trains in float32.')
+            stored = {kind: entries for kind, entries in stored.items() if kind != 'master_weight'}
         if not stored:
             self.log('----- Resume: no optimizer state that fits; moments start at zero.')
             return
         set_optimizer_state(self.optimizer, self.model, stored)
+
+
+def _in_half_precision(model: nn.Layer) -> bool:
+    return any(parameter.dtype in (paddle.float16, paddle.bfloat16) for parameter in model.parameters())
 
 
 def _read_best(progress: dict, task: Task) -> float | None:

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
-from deploy.exported import Predictor
 from engine import distributed
 from engine.distributed import Context
 from models import build_model
+from models.exported import Predictor
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.processes import die_with_parent

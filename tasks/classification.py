@@ -81,7 +81,12 @@ class ClassificationTask(Task):
 
     def predictions(self, outputs: Tensor, options: PredictionOptions) -> list[Prediction]:
         """The most likely classes by logits [B, K], and their probabilities (softmax over all classes)."""
-        probabilities = F.softmax(outputs.astype('float32'), axis=-1)
+        logits = outputs.astype('float32')
+        if not paddle.isfinite(logits).all():
+            raise UserError(
+                'the model computes NaN or infinite logits: its weights are not usable, or not in this precision.'
+            )
+        probabilities = F.softmax(logits, axis=-1)
         values, indices = paddle.topk(probabilities, min(options.topk, probabilities.shape[-1]), axis=-1)
         return [_prediction(*row, options.class_names) for row in zip(indices.tolist(), values.tolist())]
 

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 
 import paddle
 import paddle.nn.functional as F
 
 from config import get_config
 from models import build_model
+from models.exported import PREPROCESS, PROGRAM, WEIGHTS
 from models.mae import MaskedAutoencoder, check_lessons
 from models.pretrained import load_frozen
 from models.registry import config_file
 from utils.errors import UserError
+
+PROGRAMS = (PROGRAM, '.pdmodel')  # of Paddle 3 and before
 
 
 def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) -> Callable | None:
@@ -44,36 +51,145 @@ def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) 
         raise UserError(
             'distillation needs a teacher: name its weights with TRAIN.TEACHER_MODEL (-teacher_model_path).'
         )
-    teacher = _exported(train.TEACHER_MODEL) if train.TEACHER_CFG is None else _registered(config, log)
+    with teacher_errors(config):
+        teacher, adapt = _exported(config) if train.TEACHER_CFG is None else _registered(config, log)
     teacher.eval()
 
     @paddle.no_grad()
     def answer(images: paddle.Tensor) -> paddle.Tensor:
-        return teacher(images).astype('float32')
+        return teacher(adapt(images)).astype('float32')
 
     data = config.DATA
     classes = answer(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])).shape[-1]
     if classes != config.MODEL.NUM_CLASSES:
-        raise UserError(f'the teacher knows {classes} classes, but the student {config.MODEL.NUM_CLASSES}.')
+        raise UserError(
+            f'the teacher knows {classes} classes, but the student {config.MODEL.NUM_CLASSES}: give a teacher of the same '
+            'classes (TRAIN.TEACHER_MODEL, TRAIN.TEACHER_CFG), or set MODEL.NUM_CLASSES.'
+        )
     return answer
 
 
-def _registered(config, log: Callable[[str], None]) -> paddle.nn.Layer:
-    settings = get_config(config_file(config.TRAIN.TEACHER_CFG), ['MODEL.NUM_CLASSES', config.MODEL.NUM_CLASSES])
-    teacher = build_model(settings)
-    load_frozen(teacher, config.TRAIN.TEACHER_MODEL, log)
-    return teacher
-
-
-def _exported(path: str) -> paddle.nn.Layer:
+@contextlib.contextmanager
+def teacher_errors(config) -> Iterator[None]:
+    """Errors in the block say that they are about the teacher."""
     try:
-        return paddle.jit.load(path)
+        yield
+    except UserError as error:
+        named = config.TRAIN.TEACHER_CFG
+        keys = f" Keys of its model belong to TRAIN.TEACHER_CFG '{named}'." if named and 'MODEL.' in str(error) else ''
+        raise UserError(f'teacher (TRAIN.TEACHER_MODEL): {error}{keys}') from None
+
+
+def teacher_images(config, settings, log: Callable[[str], None]) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """A function from the student's normalized images [B, C, H, W] to those that the teacher was trained on.
+
+    Args:
+        config: of the student.
+        settings: of the teacher.
+
+    Raises:
+        UserError: images of another number of channels.
+    """
+    data, theirs = config.DATA, settings.DATA
+    if theirs.IMAGE_SIZE != data.IMAGE_SIZE:
+        log(f"----- Teacher: built for the student's {data.IMAGE_SIZE} pixels instead of {theirs.IMAGE_SIZE}.")
+    return _renormalized(data, theirs.IMAGE_CHANNELS, theirs.IMAGENET_MEAN, theirs.IMAGENET_STD)
+
+
+def teacher_options(config) -> list:
+    """What the teacher's configuration takes from the student's: the size of the images."""
+    return ['DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE]
+
+
+def _renormalized(data, channels: int, mean, std) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """Maps images normalized by the student's mean and std to another normalization, on the device."""
+    if channels != data.IMAGE_CHANNELS:
+        raise UserError(
+            f'the teacher takes images of {channels} channels, but the student of {data.IMAGE_CHANNELS}; set '
+            'DATA.IMAGE_CHANNELS, or give another teacher.'
+        )
+    ours = [*data.IMAGENET_MEAN[:channels]], [*data.IMAGENET_STD[:channels]]
+    if ours == ([*mean[:channels]], [*std[:channels]]):
+        return lambda images: images
+    pairs = list(zip(*ours, mean, std))
+    scale = paddle.to_tensor([s / t for _, s, _, t in pairs], 'float32').reshape([-1, 1, 1])
+    shift = paddle.to_tensor([(m - n) / t for m, _, n, t in pairs], 'float32').reshape([-1, 1, 1])
+    return lambda images: images.astype('float32') * scale + shift
+
+
+def _registered(config, log: Callable[[str], None]) -> tuple[paddle.nn.Layer, Callable]:
+    """The teacher of TRAIN.TEACHER_CFG, for images of the student's size, and what to do to images before."""
+    path = config_file(config.TRAIN.TEACHER_CFG)
+    adapt = teacher_images(config, get_config(path), log)
+    teacher = build_model(get_config(path, ['MODEL.NUM_CLASSES', config.MODEL.NUM_CLASSES, *teacher_options(config)]))
+    load_frozen(teacher, config.TRAIN.TEACHER_MODEL, log)
+    return teacher, adapt
+
+
+# ---------------------------------------------------------------------------------------------------- exported teachers
+def _exported(config) -> tuple[paddle.nn.Layer, Callable]:
+    """An exported program, and what to do to images before, which is in the file beside it."""
+    path = config.TRAIN.TEACHER_MODEL
+    prefix, program = _find_program(path)
+    try:
+        teacher = _load_program(prefix, program)
     except (ValueError, RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"cannot load the exported teacher '{path}': {reason}. Name a path that tools/export.py wrote, or give the "
             "teacher's configuration with TRAIN.TEACHER_CFG."
         ) from None
+    return teacher, _preprocessing(config, prefix)
+
+
+def _find_program(path: str) -> tuple[str, str]:
+    """(path without suffix, suffix of the program) of what TEACHER_MODEL names: with a suffix, without, or its folder."""
+    path = os.path.expanduser(path)
+    stem = next((path[: -len(end)] for end in (PREPROCESS, *PROGRAMS, WEIGHTS) if path.endswith(end)), path)
+    for prefix in dict.fromkeys([path, stem]):
+        for program in PROGRAMS:
+            if os.path.isfile(prefix + program) and os.path.isfile(prefix + WEIGHTS):
+                return prefix, program
+    folder = path if os.path.isdir(path) else ''
+    names = sorted(name[: -len(WEIGHTS)] for name in os.listdir(folder) if name.endswith(WEIGHTS)) if folder else []
+    if len(names) == 1:
+        return _find_program(os.path.join(path, names[0]))
+    found = f"; '{path}' holds {', '.join(names)}, name one of them" if names else ''
+    raise UserError(
+        f"cannot load the exported teacher '{path}': there is no '{stem}{PROGRAM}' with '{stem}{WEIGHTS}'{found}. Name a "
+        "path that tools/export.py wrote, or give the teacher's configuration with TRAIN.TEACHER_CFG."
+    )
+
+
+def _load_program(prefix: str, program: str) -> paddle.nn.Layer:
+    """Loads the two files by themselves: `paddle.jit.load` takes every file beside them that begins alike for a part."""
+    with tempfile.TemporaryDirectory(prefix='teacher-') as folder:
+        for suffix in (program, WEIGHTS):
+            os.symlink(os.path.abspath(prefix + suffix), os.path.join(folder, f'program{suffix}'))
+        return paddle.jit.load(os.path.join(folder, 'program'))
+
+
+def _preprocessing(config, prefix: str) -> Callable[[paddle.Tensor], paddle.Tensor]:
+    """By PREFIX.preprocess.json, where tools/export.py wrote it; else images stay as they are."""
+    path, data = prefix + PREPROCESS, config.DATA
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        channels = content['input']['shape'][1]
+        size, mean, std = content['image_size'], content['mean'], content['std']
+        given = all(isinstance(value, (int, float)) for value in (size, channels, *mean, *std)) and 0 not in std
+    except FileNotFoundError:
+        return lambda images: images
+    except (OSError, ValueError, LookupError, TypeError):
+        given = False
+    if not given or min(len(mean), len(std)) != channels:
+        raise UserError(f"'{path}' does not describe the images of the teacher; export the teacher again.")
+    if size != data.IMAGE_SIZE:
+        raise UserError(
+            f"the exported teacher '{prefix}' takes images of {size} pixels, but the student of {data.IMAGE_SIZE}; export "
+            f'it with -image_size {data.IMAGE_SIZE}, or set DATA.IMAGE_SIZE to {size}.'
+        )
+    return _renormalized(data, channels, mean, std)
 
 
 def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, tau: float = 1.0) -> paddle.Tensor:
@@ -89,22 +205,29 @@ def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, 
     return (expected.exp() * difference).sum() * (tau * tau / logits.size)
 
 
-def load_mae_teacher(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> MaskedAutoencoder:
-    """The encoder of TRAIN.TEACHER_CFG with the weights TRAIN.TEACHER_MODEL, with the student's lessons to give."""
+def load_mae_teacher(
+    config, student: MaskedAutoencoder, log: Callable[[str], None]
+) -> tuple[MaskedAutoencoder, Callable]:
+    """The encoder of TRAIN.TEACHER_CFG with the weights TRAIN.TEACHER_MODEL, with the student's lessons to give; and
+    a function from the student's images to the teacher's."""
     train = config.TRAIN
     if train.TEACHER_MODEL is None:
         raise UserError(
             'TRAIN.MAE_DISTILL needs the weights of the teacher: set TRAIN.TEACHER_MODEL (-teacher_model_path).'
         )
-    settings = get_config(config_file(train.TEACHER_CFG), ['DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE])
-    settings.defrost()
-    settings.MODEL.MAE.DECODER_DEPTH = 0
-    teacher = build_model(settings)
+    path = config_file(train.TEACHER_CFG)
+    with teacher_errors(config):
+        adapt = teacher_images(config, get_config(path), log)
+        settings = get_config(path, teacher_options(config))
+        settings.defrost()
+        settings.MODEL.MAE.DECODER_DEPTH = 0
+        teacher = build_model(settings)
     if not isinstance(teacher, MaskedAutoencoder) or teacher.patch_size != student.patch_size:
         raise UserError(
             f"the teacher '{train.TEACHER_CFG}' must be a masked autoencoder with patches of {student.patch_size} pixels."
         )
     check_lessons(student.lessons, teacher.depth)
-    load_frozen(teacher, train.TEACHER_MODEL, log)
+    with teacher_errors(config):
+        load_frozen(teacher, train.TEACHER_MODEL, log)
     teacher.lessons = student.lessons
-    return teacher
+    return teacher, adapt

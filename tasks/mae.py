@@ -40,7 +40,7 @@ class MAETask(Task):
         if not isinstance(model, MaskedAutoencoder) or not model.decoder_depth:
             raise UserError('TRAIN.TASK mae needs MODEL.TYPE mae, with a decoder (MODEL.MAE.DECODER_DEPTH).')
         if training and self.parts:
-            self.teacher = load_mae_teacher(self.config, model, log)
+            self.teacher, self.adapt = load_mae_teacher(self.config, model, log)
 
     def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
         """See `Task`; the parts are those of the distillation, without their weights."""
@@ -53,7 +53,8 @@ class MAETask(Task):
     def compare(self, images: Tensor, output: Reconstruction) -> dict[str, Tensor]:
         """Mean squared differences from the teacher, summed over the blocks: `attn` and `hidden`, 0-D."""
         with paddle.no_grad():
-            _, attn, hidden = self.teacher.observe(images, output.order[:, : output.seen], self.teacher.lessons)
+            kept = output.order[:, : output.seen]
+            _, attn, hidden = self.teacher.observe(self.adapt(images), kept, self.teacher.lessons)
         pairs = {'attn': zip(output.attn, attn), 'hidden': zip(output.hidden, hidden)}
         differences = {name: [_difference(*pair) for pair in both] for name, both in pairs.items()}
         return {name: sum(values) for name, values in differences.items() if values}

@@ -18,7 +18,6 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -27,17 +26,17 @@ from dataclasses import replace
 import paddle
 
 from config import flag_parser, get_config, update_config
-from deploy.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from engine import distributed
 from engine.distributed import Context
 from engine.throughput import Subject, peak_memory, time_interleaved
 from models import build_model
+from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from models.profile import profile
 from models.registry import config_file
 from tools._common import processor_name
 from utils.cli import run
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, json_text
 
 WARMUP = 3
 COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>11} {:>10} {:>6}'
@@ -49,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(args.json, 'w') if args.json else contextlib.nullcontext() as file:
         result = benchmark(args)
         if file:
-            json.dump(result, file, indent=2)
+            file.write(json_text(result, indent=2))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

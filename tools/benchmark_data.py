@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import functools
 import io
-import json
 import os
 import tempfile
 import time
@@ -39,7 +38,7 @@ from tools import make_lmdb, make_zip
 from tools._common import processor_name
 from utils.cli import run
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, json_text
 
 SIZE = (500, 375)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     print_tables(result)
     if args.json:
         with atomic_write(args.json, 'w') as file:
-            json.dump(result, file, indent=1)
+            file.write(json_text(result, indent=1))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

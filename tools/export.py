@@ -18,7 +18,6 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -28,14 +27,13 @@ import paddle
 
 from config import flag_parser
 from datasets.transforms import Squash, build_transform
-from deploy.exported import INPUT_NAME, PROGRAM, WEIGHTS, Predictor, save_program
 from deploy.inference import load_classifier
+from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
 from tools._common import trained_config
 from utils.cli import run
 from utils.errors import UserError
-from utils.files import cannot_write
+from utils.files import cannot_write, json_text
 
-PREPROCESS = '.preprocess.json'
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 BATCHES = (1, 3)
 
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         with unfinished_files(folder, name) as prefix:
             difference = export(model, image_shape(config), prefix)
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
-                json.dump(describe(config, model.num_classes), file, indent=2)
+                file.write(json_text(describe(config, model.num_classes), indent=2))
             publish(prefix, os.path.join(folder, name))
     except OSError as error:
         raise cannot_write(args.target, error) from error

@@ -17,7 +17,6 @@ if __name__ == '__main__':
     _bootstrap.start()
 
 import argparse
-import json
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -31,11 +30,11 @@ from yacs.config import CfgNode
 from config import config_file_of, flag_parser, get_config, merge_opts, update_config
 from datasets import Dataset, build_dataloader, build_dataset, resolve_num_classes
 from datasets.batch import to_device
-from deploy.exported import Predictor, cpu_threads, save_program
 from engine import distributed
 from engine.distributed import Context
 from engine.throughput import Call, predictor_call, time_interleaved
 from models import build_model
+from models.exported import Predictor, cpu_threads, save_program
 from models.pretrained import load_pretrained
 from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
@@ -44,7 +43,7 @@ from tools._common import processor_name
 from tools._pareto import Dot, draw, pareto_frontier
 from utils.cli import run
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, json_text
 from utils.runlog import progress
 
 WARMUP = 3
@@ -414,7 +413,7 @@ def write_results(folder: str, facts: dict, candidates, left_out, value: str) ->
         'left_out': [{**asdict(combination), 'reason': reason} for combination, reason in left_out],
     }
     with atomic_write(os.path.join(folder, 'results.json'), 'w') as file:
-        json.dump(content, file, indent=2)
+        file.write(json_text(content, indent=2))
 
 
 def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate, total: int) -> None:

@@ -17,7 +17,6 @@ if __name__ == '__main__':
     _bootstrap.start(alone=False)
 
 import argparse
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from tools._analysis import FLAGS, normalised
 from tools._common import output_prefix, result_files, trained_config
 from utils.cli import run
 from utils.errors import UserError
+from utils.files import json_text
 
 SUFFIXES = ('json', 'png', 'yaml')
 YAML = """\
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
             log(f'{len(steps)}. block {step.chosen}, transfer entropy {step.transfer[step.chosen]:.4f}')
         if context.is_main:
             result = describe(args, config, len(data), branches, steps)
-            json.dump(result, files['json'], indent=2)
+            files['json'].write(json_text(result, indent=2))
             draw(result).savefig(files['png'], format='png', dpi=150)
             files['yaml'].write(recipe(args, config, result))
     log(f'written: {", ".join(f"{args.target}.{suffix}" for suffix in SUFFIXES)}')

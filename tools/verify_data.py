@@ -20,7 +20,6 @@ if __name__ == '__main__':
 import argparse
 import concurrent.futures
 import hashlib
-import json
 import multiprocessing
 import signal
 import sys
@@ -37,7 +36,7 @@ from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
 from utils.cli import exit_status, handle_signals, run
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, json_text
 from utils.processes import die_with_parent
 
 PARTS = ('train', 'val')
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_status(error)
     show(report)
     with atomic_write(args.report, 'w') as file:
-        json.dump(report, file, indent=1)
+        file.write(json_text(report, indent=1))
     print(f'{args.report}: {len(report["problems"])} problems')
     return 1 if report['problems'] else 0
 

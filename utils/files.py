@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
 from utils.errors import UserError
 
@@ -84,6 +86,19 @@ def link_or_copy(source: str, path: str) -> None:
             shutil.copyfileobj(original, copy)
     finally:
         _remove(temporary)  # os.replace leaves it where both are links to one file
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`json.dumps`, in which NaN and infinite numbers, for which JSON has no words, are null."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _remove(path: str) -> None:

@@ -21,7 +21,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import TEXT, atomic_write, writing
+from utils.files import TEXT, atomic_write, json_text, writing
 
 
 class RunLog:
@@ -84,7 +84,7 @@ class MetricsFile:
 
     def append(self, row: dict) -> None:
         with writing(self.path), open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(row) + '\n')
+            file.write(json_text(row) + '\n')
 
     def rewind(self, step: int, validated: bool, trained: bool = True) -> None:
         """Drops rows that a run resumed at optimizer step `step` is about to write again.

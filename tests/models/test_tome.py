@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.exported import Predictor, save_program
+from models.exported import Predictor, save_program
 from models.layers import TokenState, take_tokens
 from models.layers.tome import Matching, match, match_groups, merge_schedule
 from models.port import port_state_dict

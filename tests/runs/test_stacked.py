@@ -8,8 +8,8 @@ import paddle
 import pytest
 
 from config import get_config
-from deploy.exported import Predictor
 from models import build_model
+from models.exported import Predictor
 from models.pretrained import load_pretrained
 from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 

@@ -6,8 +6,8 @@ import paddle
 import pytest
 
 from config import get_config
-from deploy.exported import save_program
 from models import build_model
+from models.exported import save_program
 from tasks.classification import ClassificationTask, smoothed_cross_entropy, soft_cross_entropy
 from tasks.distillation import build_teacher, distillation_loss
 from tests.conftest import assert_close, golden

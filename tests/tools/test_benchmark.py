@@ -13,10 +13,10 @@ import paddle
 import pytest
 
 from config import get_config
-from deploy.exported import Predictor, save_program
 from engine.distributed import Context
 from engine.throughput import Subject, peak_memory, time_interleaved
 from models import build_model
+from models.exported import Predictor, save_program
 from tests.runs.conftest import run
 from tools import benchmark
 from utils.errors import UserError

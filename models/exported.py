@@ -14,6 +14,7 @@ from paddle import inference, nn
 from paddle.static import InputSpec
 
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
+PREPROCESS = '.preprocess.json'  # what to do to an image before, written by tools/export.py
 INPUT_NAME = 'x'
 PRECISIONS = ('fp32', 'bf16')
 GPU_POOL_MB = 256  # what a predictor takes at first; it grows
