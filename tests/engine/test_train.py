@@ -14,6 +14,7 @@ import pytest
 import engine.train
 from config import get_config
 from datasets.batch import to_device
+from engine.checkpoint import to_arrays
 from engine.evaluate import evaluate
 from models import build_model
 from tasks.classification import ClassificationTask
@@ -335,3 +336,25 @@ def test_recompute_changes_nothing(trainer):
     again.fit()
     for name, value in weights(plain).items():
         assert_close(weights(again)[name], value, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ('part', 'words'),
+    [
+        ({'model_ema': {'norm.bias': np.zeros(3, 'float32')}}, 'model_ema does not fit GMLP'),
+        ({'epoch': None}, 'epoch is None'),
+        ({'optimizer': {'velocity': {'norm.bias': np.zeros(16)}}}, "optimizer holds 'velocity'"),
+    ],
+)
+def test_a_broken_part_of_a_checkpoint_changes_nothing(trainer, part, words):
+    run = trainer(TRAIN__MODEL_EMA=True)
+    before = weights(run)
+    state = to_arrays(run.state_dict())
+    state['model'] = {name: array + 1 for name, array in state['model'].items()}
+    with pytest.raises(UserError, match=f"'x': {words}"):
+        run.load_state_dict({**state, **part}, 'x')
+    assert all(np.array_equal(value, before[name]) for name, value in weights(run).items())
+    run.load_state_dict({**state, 'model_ema': {'module': state['model']}}, 'x')
+    for name, value in state['model'].items():
+        np.testing.assert_array_equal(weights(run)[name], value)
+        np.testing.assert_array_equal(run.ema.average[name].numpy(), value)
