@@ -234,3 +234,16 @@ def test_a_file_of_pytorch():
     with np.load(os.path.join(HERE, 'fixtures', 'weights', 'expected.npz')) as expected:
         assert np.array_equal(model[0].weight.numpy(), expected['layers/0.weight'].T)
         assert np.array_equal(model[1]._variance.numpy(), expected['layers/1.running_var'])
+
+
+def test_layer_scale_of_timm():
+    model = VisionTransformer(img_size=32, embed_dim=8, depth=1, num_heads=2, num_classes=3, layer_scale=0.1)
+    arrays = {name: value.numpy() for name, value in model.state_dict().items()}
+    scales = {f'blocks.0.gamma_{i}': np.full(8, i, 'float32') for i in (1, 2)}
+    for i in (1, 2):
+        del arrays[f'blocks.0.gamma_{i}']
+        arrays[f'blocks.0.ls{i}.gamma'] = scales[f'blocks.0.gamma_{i}']
+    linear = {f'{path}.weight' for path, layer in model.named_sublayers() if isinstance(layer, nn.Linear)}
+    arrays = {name: array.T if name in linear else array for name, array in arrays.items()}
+    state = port_state_dict(model, arrays)
+    assert all(np.array_equal(state[name], scale) for name, scale in scales.items())

@@ -11,7 +11,9 @@ import pytest
 
 from models import create_model
 from models.gmlp import GMLP
-from models.pretrained import load_pretrained, load_state
+from models.port import port_state_dict
+from models.pretrained import load_frozen, load_pretrained, load_state
+from models.vision_transformer import VisionTransformer
 from tests.conftest import HERE
 from tests.models.test_port import Toy
 from utils.errors import UserError
@@ -240,3 +242,49 @@ def test_files_of_another_kind(tmp_path, model):
     write_pdparams({'epoch': 3}, str(tmp_path / 'empty.pdparams'))
     with pytest.raises(UserError, match=r"empty\.pdparams' holds no weights.*'epoch' \(int\)"):
         load_pretrained(model, str(tmp_path / 'empty'))
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, 1e300])
+def test_weights_that_are_not_finite_are_refused(tmp_path, model, value):
+    before, state = values(model), random_state(model)
+    state['norm.bias'] = state['norm.bias'].astype('float64')
+    state['norm.bias'][3] = value
+    write_pdparams(state, str(tmp_path / 'w.pdparams'))
+    for load in (load_pretrained, load_frozen):
+        with pytest.raises(UserError, match=r"w\.pdparams' has NaN or infinite values in norm\.bias;"):
+            load(model, str(tmp_path / 'w'))
+    with pytest.raises(UserError, match=r'NaN or infinite values in norm\.bias'):
+        port_state_dict(model, state, own_names=True)
+    assert same(values(model), before)
+
+
+def transformer(**changes) -> VisionTransformer:
+    sizes = {'img_size': 32, 'patch_size': 16, 'embed_dim': 8, 'depth': 1, 'num_heads': 2, 'num_classes': 3}
+    return VisionTransformer(**{**sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ('theirs', 'ours', 'words'),
+    [
+        ({'distilled': True}, {}, 'set MODEL.TRANS.DISTILLED to True'),
+        ({}, {'distilled': True}, 'set MODEL.TRANS.DISTILLED to False'),
+        ({'layer_scale': 0.1}, {}, 'set MODEL.TRANS.LAYER_SCALE to a number'),
+        ({'representation_size': 4}, {}, 'set MODEL.TRANS.REPRESENTATION_SIZE to their size'),
+    ],
+)
+def test_a_part_too_many_or_too_few_names_its_key(theirs, ours, words):
+    state = random_state(transformer(**theirs))
+    for replace_head in (True, False):
+        with pytest.raises(UserError, match=f'; {words}'):
+            load_state(transformer(**ours), state, replace_head=replace_head)
+
+
+def test_facts_of_a_nested_file_are_found(tmp_path):
+    state = random_state(transformer())
+    facts = {'MODEL.TRANS.NUM_HEADS': 4}
+    write_pdparams({'state_dict': {**state, 'Facts@@': facts}}, str(tmp_path / 'w.pdparams'))
+    with pytest.raises(UserError, match='set MODEL.TRANS.NUM_HEADS to 4'):
+        load_pretrained(transformer(), str(tmp_path / 'w'))
+    write_pdparams({**state, 'Facts@@': [1]}, str(tmp_path / 'w.pdparams'))
+    with pytest.raises(UserError, match="holds a list as 'Facts@@'"):
+        load_pretrained(transformer(), str(tmp_path / 'w'))

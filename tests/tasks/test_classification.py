@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives against the original programs."""
 
+import json
+import os
+
 import numpy as np
 import paddle
 import pytest
@@ -147,3 +150,90 @@ def test_an_exported_teacher_teaches(tmp_path):
     assert_close(answer(images).numpy(), teacher(images).numpy(), 1e-5)
     with pytest.raises(UserError, match='the teacher knows 4 classes, but the student 7'):
         build_teacher(configured(TRAIN__TEACHER_MODEL=path, MODEL__NUM_CLASSES=7), build_model(config), print)
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    """A teacher as tools/export.py writes it: program, weights and preprocessing under a dotted name."""
+    teacher = build_model(configured(MODEL__TRANS__DISTILLED=False, TRAIN__DISTILLATION_TYPE='none'))
+    teacher.eval()
+    folder = tmp_path_factory.mktemp('exported')
+    save_program(teacher, [3, 16, 16], str(folder / 'teacher.v2'))
+    description = {'input': {'shape': [None, 3, 16, 16]}, 'image_size': 16, 'mean': [0.5] * 3, 'std': [0.5] * 3}
+    (folder / 'teacher.v2.preprocess.json').write_text(json.dumps(description))
+    return folder, teacher, description
+
+
+@pytest.mark.parametrize(
+    'name', ['teacher.v2', 'teacher.v2.json', 'teacher.v2.pdiparams', 'teacher.v2.preprocess.json', '']
+)
+def test_an_exported_teacher_is_found_beside_its_preprocessing(exported, name):
+    folder, teacher, _ = exported
+    config = configured(TRAIN__TEACHER_MODEL=str(folder / name))
+    images = paddle.randn([2, 3, 16, 16])
+    assert_close(build_teacher(config, build_model(config), print)(images).numpy(), teacher(images).numpy(), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ('change', 'words'),
+    [
+        ({'image_size': 32}, 'takes images of 32 pixels, but the student of 16; export it with -image_size 16'),
+        (
+            {'input': {'shape': [None, 1, 16, 16]}, 'mean': [0], 'std': [1]},
+            'images of 1 channels, but the student of 3',
+        ),
+        ({'std': [0, 1, 1]}, 'does not describe the images of the teacher'),
+        ({'mean': None}, 'does not describe the images of the teacher'),
+    ],
+)
+def test_an_exported_teacher_of_other_images_is_refused(exported, tmp_path, change, words):
+    folder, _, description = exported
+    for suffix in ('.json', '.pdiparams'):
+        os.symlink(folder / f'teacher.v2{suffix}', tmp_path / f't{suffix}')
+    (tmp_path / 't.preprocess.json').write_text(json.dumps({**description, **change}))
+    config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'))
+    with pytest.raises(UserError, match=words):
+        build_teacher(config, build_model(config), print)
+
+
+@pytest.mark.parametrize('kind', ['exported', 'registered'])
+def test_a_teacher_sees_images_in_its_own_normalization(exported, tmp_path, kind):
+    folder, teacher, description = exported
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.4]
+    changes = {}
+    if kind == 'exported':
+        for suffix in ('.json', '.pdiparams'):
+            os.symlink(folder / f'teacher.v2{suffix}', tmp_path / f't{suffix}')
+        (tmp_path / 't.preprocess.json').write_text(json.dumps({**description, 'mean': mean, 'std': std}))
+        path = str(tmp_path / 't')
+    else:
+        settings = configured(MODEL__TRANS__DISTILLED=False, TRAIN__DISTILLATION_TYPE='none')
+        settings.defrost()
+        settings.DATA.IMAGENET_MEAN, settings.DATA.IMAGENET_STD = mean, std
+        (tmp_path / 't.yaml').write_text(settings.dump())
+        path = str(tmp_path / 't.pdparams')
+        write_pdparams(teacher.state_dict(), path)
+        changes['TRAIN__TEACHER_CFG'] = str(tmp_path / 't.yaml')
+    config = configured(TRAIN__TEACHER_MODEL=path, **changes)
+    answer = build_teacher(config, build_model(config), print)
+    pixels = np.random.default_rng(0).random((2, 3, 16, 16)).astype('float32')
+
+    def normalized(mean, std):
+        return paddle.to_tensor((pixels - np.reshape(mean, [3, 1, 1])) / np.reshape(std, [3, 1, 1]), 'float32')
+
+    data = config.DATA
+    theirs = teacher(normalized(mean, std)).numpy()
+    assert_close(answer(normalized(data.IMAGENET_MEAN, data.IMAGENET_STD)).numpy(), theirs, 1e-5)
+
+
+def test_a_teacher_of_other_classes_is_refused_by_the_teachers_keys(tmp_path):
+    settings = configured(MODEL__TRANS__DISTILLED=False, TRAIN__DISTILLATION_TYPE='none', MODEL__NUM_CLASSES=9)
+    (tmp_path / 't.yaml').write_text(settings.dump())
+    state = {name: value.numpy() for name, value in build_model(settings).state_dict().items()}
+    write_pdparams(state, str(tmp_path / 't.pdparams'))
+    config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'), TRAIN__TEACHER_CFG=str(tmp_path / 't.yaml'))
+    with pytest.raises(UserError, match=r'knows 9 classes, but the student 4.*TRAIN\.TEACHER_CFG'):
+        build_teacher(config, build_model(config), print)
+    write_pdparams({**state, 'Facts@@': {'MODEL.TRANS.NUM_HEADS': 77}}, str(tmp_path / 't.pdparams'))
+    with pytest.raises(UserError, match=r'^teacher .*NUM_HEADS to 77.*belong to TRAIN\.TEACHER_CFG'):
+        build_teacher(config, build_model(config), print)

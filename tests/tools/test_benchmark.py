@@ -17,6 +17,7 @@ from engine.distributed import Context
 from engine.throughput import Subject, peak_memory, time_interleaved
 from models import build_model
 from models.exported import Predictor, save_program
+from tests.models.helpers import small_config
 from tests.runs.conftest import run
 from tools import benchmark
 from utils.errors import UserError
@@ -142,6 +143,21 @@ def test_bfloat16(files, tmp_path):
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), 'float32')
     exact, rounded = (Predictor(str(tmp_path / 'net'), precision)(images) for precision in ('fp32', 'bf16'))
     assert 1e-5 < np.abs(rounded - exact).max() / np.abs(exact).max() < 0.05
+
+
+@pytest.mark.skipif(not has_avx512(), reason='oneDNN leaves the program in float32 on processors without AVX-512')
+@pytest.mark.parametrize('name', ['ms_mlp_tiny_patch4_shift5_224', 'lambda_small_024_tome_r22'])
+def test_bfloat16_of_programs_that_shift_and_merge(tmp_path, name):
+    config = small_config(name)
+    model = build_model(config)
+    for block in model.sublayers():
+        if hasattr(block, 'gamma') and isinstance(block.gamma, paddle.Tensor):
+            block.gamma.set_value(paddle.ones_like(block.gamma))
+    shape = [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+    save_program(model, shape, str(tmp_path / 'net'))
+    images = np.random.default_rng(0).standard_normal((2, *shape), 'float32')
+    exact, rounded = (Predictor(str(tmp_path / 'net'), precision)(images) for precision in ('fp32', 'bf16'))
+    assert 1e-5 < np.abs(rounded - exact).max() / np.abs(exact).max() < 0.1
 
 
 def test_bfloat16_needs_instructions_for_it(files, monkeypatch):

@@ -310,6 +310,14 @@ STATE = {'w': W, 'b': B}
         ({'module._layers.w': W, 'module._layers.b': B}, ''),
         ({'model': STATE, 'model_ema': None}, 'model'),
         ({'model': STATE, 'model_ema': {}}, 'model'),
+        ({'_orig_mod.w': W, '_orig_mod.b': B}, ''),
+        ({'module._orig_mod.w': W, 'module._orig_mod.b': B}, ''),
+        ({'module.module.w': W, 'module.module.b': B}, ''),
+        ({'backbone.w': W, 'backbone.b': B}, ''),
+        ({'encoder.model.w': W, 'encoder.model.b': B}, ''),
+        ({'n_averaged': np.array(3), 'module.w': W, 'module.b': B}, ''),
+        ({'model_state_dict': STATE, 'epoch': 1}, 'model_state_dict'),
+        ({'model_ema': {'module': STATE, 'decay': 0.9}}, 'model_ema.module'),
     ],
 )
 def test_wrapped_weights(content, where):
@@ -329,6 +337,9 @@ def test_averaged_weights():
 def test_a_prefix_of_some_names_only_stays():
     state = {'module.w': W, 'head.b': B}
     assert set(find_state_dict(state)) == set(state)
+    assert set(find_state_dict({'blocks.0._orig_mod.w': W, 'b': B})) == {'blocks.0.w', 'b'}  # a compiled part
+    twice = {'_orig_mod.w': W, 'w': B}
+    assert set(find_state_dict(twice)) == set(twice)
 
 
 def test_ambiguous_and_missing_weights():
@@ -459,6 +470,12 @@ def test_paths_that_lead_nowhere(tmp_path):
         resolve_weights_path(str(tmp_path))
     with pytest.raises(UserError, match=r"the folder '.*/nowhere' does not exist"):
         resolve_weights_path(str(tmp_path / 'nowhere' / 'w'))
+    with pytest.raises(UserError, match=r'holds gmlp_s16_224\.pdparams'):
+        resolve_weights_path(str(tmp_path / 'GMLP_S16_224.PDPARAMS'))
+    (tmp_path / 'hub').mkdir()
+    (tmp_path / 'hub' / 'model.safetensors').write_bytes(b'x')
+    with pytest.raises(UserError, match=r'holds model\.safetensors'):
+        resolve_weights_path(str(tmp_path / 'hub'))
     (tmp_path / 'empty').mkdir()
     with pytest.raises(UserError, match=r'holds no \.pdparams file'):
         resolve_weights_path(str(tmp_path / 'empty'))
