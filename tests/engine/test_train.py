@@ -349,12 +349,12 @@ def test_recompute_changes_nothing(trainer):
 def test_a_broken_part_of_a_checkpoint_changes_nothing(trainer, part, words):
     run = trainer(TRAIN__MODEL_EMA=True)
     before = weights(run)
-    state = to_arrays(run.state_dict())
+    state = to_arrays(run.snapshot.state_dict())
     state['model'] = {name: array + 1 for name, array in state['model'].items()}
     with pytest.raises(UserError, match=f"'x': {words}"):
-        run.load_state_dict({**state, **part}, 'x')
+        run.snapshot.load_state_dict({**state, **part}, 'x')
     assert all(np.array_equal(value, before[name]) for name, value in weights(run).items())
-    run.load_state_dict({**state, 'model_ema': {'module': state['model']}}, 'x')
+    run.snapshot.load_state_dict({**state, 'model_ema': {'module': state['model']}}, 'x')
     for name, value in state['model'].items():
         np.testing.assert_array_equal(weights(run)[name], value)
         np.testing.assert_array_equal(run.ema.average[name].numpy(), value)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contrastive pre-training: MAE-Lite's numbers on one process and two, and runs of the loop."""
 
-import dataclasses
 import math
 import os
 
@@ -15,6 +14,7 @@ from engine.learning_rate import lr_schedule
 from engine.optim import parameter_groups
 from models import build_model
 from models.registry import config_file
+from tasks import MeanEvaluator
 from tasks.classification import ClassificationTask
 from tasks.mocov3 import info_nce
 from tests.conftest import assert_close, golden
@@ -149,13 +149,13 @@ def test_the_best_weights_are_those_of_the_last_epoch(images, tmp_path):
     trainer = build_trainer(recipe(DATA__DATA_PATH=images, TRAIN__NUM_EPOCHS=3), str(tmp_path / 'run'))
     falling = {1: 0.9, 2: 0.7, 3: 0.4}
 
-    def sums(model, pixels, labels, indices):
-        return paddle.full([2], falling[trainer.position.epoch] * len(labels), 'float64')
+    def sums(batch, features):
+        return paddle.full([2], falling[trainer.state.epoch] * len(batch), 'float64')
 
-    trainer.task.measure = dataclasses.replace(trainer.task.measure, begin=None, sums=sums)
+    trainer.evaluator = MeanEvaluator(trainer.evaluator.titles, trainer.evaluator.best, sums)
     trainer.fit()
     assert [row['knn_acc1'] for row in rows(trainer, 'val')] == pytest.approx(list(falling.values()))
-    assert (trainer.position.best_epoch, trainer.position.best_score) == (3, pytest.approx(0.4))
+    assert (trainer.state.best_epoch, trainer.state.best) == (3, pytest.approx(0.4))
     best, last = (read_file(os.path.join(trainer.folder, f'{name}.pdparams')) for name in ('best', 'last'))
     for name, value in last['model'].items():
         np.testing.assert_array_equal(best[name], value, err_msg=name)
