@@ -14,7 +14,6 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
-from models.layers import TokenState
 from models.vision_transformer import VisionTransformer
 from utils.errors import UserError
 
@@ -150,25 +149,16 @@ def measure_attention(
 
 
 def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yields the number of each block with attention, and what `AttentionStatistics.add` takes of it; one at a time."""
-    x, state = model.begin(images, trace=True)
-    patches = state.num_body
-    for layer, block in enumerate(model.blocks):
-        source = _patches_in_tokens(state)
-        x, state = block(x, state._replace(observe=(layer,), observed=()))
-        if state.observed:
+    """Yield the number of each block with attention, and the arguments of `AttentionStatistics.add`; one at a time."""
+    source, prefix = None, model.num_prefix
+    for layer, seen in enumerate(model.iter_intermediates(images, want=('attn_logits', 'source'))):
+        if seen.attn_logits is not None:
             places = None
             if source is not None:
-                source = source.astype('float64')
-                places = paddle.matmul(source, square_grid(patches)) / source.sum(-1, keepdim=True)
-            yield layer, state.observed[0].logits, places
-
-
-def _patches_in_tokens(state: TokenState) -> Tensor | None:
-    """Which patches are in each patch token, [b, N, patches] of 0 and 1; None: token i is patch i."""
-    if not state.indices and state.size is None:
-        return None
-    return state.source[:, state.num_prefix :, state.num_prefix :]
+                source = source[:, prefix:, prefix:].astype('float64')
+                places = paddle.matmul(source, square_grid(source.shape[2])) / source.sum(-1, keepdim=True)
+            yield layer, seen.attn_logits, places
+        source = seen.source
 
 
 # ---------------------------------------------------------------------------------------------------- similarity
@@ -272,22 +262,23 @@ def compare_layers(
 
 
 def representations(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:
-    """Yields what each block sees, and the output of the last one, patch by patch: depth + 1 times [b, patches, C].
+    """Yield the normalized input of each block, and the output of the last one, by patch: depth + 1 times [b, patches, C].
 
-    That is the output of `norm1`, of blocks without attention that of `norm2`, and in the end of the model's last norm,
-    which a pooling model applies to the tokens here. Where tokens have become fewer (EViT, ToMe), each patch is
-    represented by the token it is in, and patches that were dropped are 0.
+    That is the output of `norm1`, for blocks without attention that of `norm2`, and at the end that of the model's last
+    norm, which a pooling model applies to the tokens here. Where tokens were reduced (EViT, ToMe), each patch is
+    represented by the token it is in, and dropped patches are 0.
     """
-    x, state = model.begin(images, trace=True)
-    for block in model.blocks:
-        seen = block.norm1(x) if block.attn_weight else block.norm2(block.identity_weight * x)
-        yield _by_patch(seen, state)
-        x, state = block(x, state)
+    source, prefix = None, model.num_prefix
+    for seen in model.iter_intermediates(images, want=('inputs', 'source', 'tokens')):
+        yield _by_patch(seen.inputs, source, prefix)
+        source, last = seen.source, seen.tokens
     norm = model.fc_norm if model.global_pool else model.norm
-    yield _by_patch(norm(x), state)
+    yield _by_patch(norm(last), source, prefix)
 
 
-def _by_patch(tokens: Tensor, state: TokenState) -> Tensor:
-    """[b, num_prefix + N, C] -> [b, patches, C]."""
-    tokens, source = tokens[:, state.num_prefix :], _patches_in_tokens(state)
-    return tokens if source is None else paddle.matmul(source, tokens, transpose_x=True)
+def _by_patch(tokens: Tensor, source: Tensor | None, num_prefix: int) -> Tensor:
+    """[b, num_prefix + N, C] -> [b, patches, C]; `source` as in `BlockIntermediates`."""
+    tokens = tokens[:, num_prefix:]
+    if source is None:
+        return tokens
+    return paddle.matmul(source[:, num_prefix:, num_prefix:], tokens, transpose_x=True)

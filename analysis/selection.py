@@ -126,12 +126,12 @@ def select_layers(
             entropies = {layer: entropy(sums[layer], target, context) for layer in left}
             chosen = max(left, key=entropies.__getitem__)  # of equals the first
             yield Step(base, entropies, chosen)
-            model.blocks[chosen].weigh_attention(0.0, identity=1.0)
+            model.blocks[chosen].set_attn_weight(0.0, identity=1.0)
             left.remove(chosen)
             base = entropies[chosen]
     finally:
         for layer in model.attention_layers():
-            model.blocks[layer].weigh_attention(1.0)
+            model.blocks[layer].set_attn_weight(1.0)
 
 
 @paddle.no_grad()
@@ -141,20 +141,18 @@ def _outputs(model: VisionTransformer, images: Tensor, layers: list[int], target
     Up to a layer the model without it is the whole model: that part is computed once.
     """
     model.eval()
-    x, state = model.begin(images)
-    for layer, block in enumerate(model.blocks):
+    for layer, seen in enumerate(model.iter_intermediates(images, want=('given',))):
         if layer in layers:
-            block.weigh_attention(0.0, identity=1.0)
+            model.blocks[layer].set_attn_weight(0.0, identity=1.0)
             try:
-                yield layer, _output(model, *model.run_blocks(x, state, layer), target)
+                yield layer, _output(model, model.run_blocks(*seen.given, first=layer)[0], target)
             finally:
-                block.weigh_attention(1.0)
-        x, state = block(x, state)
+                model.blocks[layer].set_attn_weight(1.0)
     if whole:
-        yield None, _output(model, *model.run_blocks(x, state, model.depth), target)
+        yield None, _output(model, model.forward_features(images), target)
 
 
-def _output(model: VisionTransformer, tokens: Tensor, _, target: str) -> Tensor:
+def _output(model: VisionTransformer, tokens: Tensor, target: str) -> Tensor:
     output = model.forward_head(tokens, pre_logits=target == FEATURE)
     return output[0] if isinstance(output, tuple) else output  # a distilled model: the class token
 
@@ -169,23 +167,15 @@ def branch_entropies(
         'attn' and 'mlp': block -> sum_c ln(std of channel c).
     """
     model.eval()
-    sums = {'attn': {}, 'mlp': {}}
-    hooks = []
-    for layer, block in enumerate(model.blocks):
-        for name in ('attn', 'mlp') if layer in model.attention_layers() else ('mlp',):
-            statistics = sums[name][layer] = ChannelStatistics()
-
-            def listen(_, __, output, statistics=statistics):
-                tokens = output[0] if isinstance(output, tuple) else output
-                statistics.add(tokens.flatten(0, 1))
-
-            hooks.append(getattr(block, name).register_forward_post_hook(listen))
-    try:
-        for images in batches:
-            model.forward_features(images)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    sums = {
+        'attn': {layer: ChannelStatistics() for layer in model.attention_layers()},
+        'mlp': {layer: ChannelStatistics() for layer in range(model.depth)},
+    }
+    for images in batches:
+        for layer, seen in enumerate(model.iter_intermediates(images, want=('attn_out', 'mlp_out'))):
+            for name, output in (('attn', seen.attn_out), ('mlp', seen.mlp_out)):
+                if layer in sums[name]:
+                    sums[name][layer].add(output.flatten(0, 1))
     return {
         name: {layer: entropy(statistics, FEATURE, context) for layer, statistics in layers.items()}
         for name, layers in sums.items()

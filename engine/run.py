@@ -137,9 +137,9 @@ def _train(config, task: Task, model, loaders, context, log, folder: RunFolder) 
     resume = _resumed(config, folder)
     if resume and not config.MODEL.RESUME:
         log.master(f"----- The run '{config.TAG}' exists and is continued.")
+    task.attach(model, log.master, training=True)  # may add parameters to the model
     if config.MODEL.PRETRAINED and not resume:
         start_from_weights(config, model, log.master)
-    task.attach(model, log.master, training=True)
     trainer = Trainer(config, model, task, loaders['train'], loaders['val'], context, log, folder.path)
     if resume:
         path, state = read_checkpoint(resume, log.master)

@@ -136,6 +136,7 @@ class Subject:
     def training_call(self, batch_size: int, context: Context) -> Call:
         """Builds the model, with random weights, and returns forward and backward pass of TRAIN.TASK, without a teacher."""
         model, autocast = self._layers(context)
+        model.set_grad_checkpointing(self.config.TRAIN.RECOMPUTE)
         config = self.config.clone()
         config.defrost()
         config.MODEL.NUM_CLASSES = model.num_classes

@@ -58,6 +58,7 @@ class Trainer:
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
         self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
         self.lr = lr_schedule(config, self.global_batch)
+        model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
         self.optimizer = build_optimizer(config, model)
         self.amp = config.AMP and context.on_gpu
         self.scaler = paddle.amp.GradScaler(enable=self.amp and config.AMP_DTYPE == 'float16')

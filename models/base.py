@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from paddle import Tensor, nn
 
+from models.layers import Intermediates
+
 
 class Start(NamedTuple):
     """How a training starts from the weights of another kind of model. The classifier is not mentioned.
@@ -37,21 +39,38 @@ class Classifier(nn.Layer):
     # Parts that a configuration adds: pattern of their names, key, its value where only a file or only the model has them.
     optional_parts: Sequence[tuple[str, str, str, str]] = ()
     decays_all: bool = False  # weight decay acts on biases, norms and tokens too, as a published training had it
+    grad_checkpointing: bool = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the blocks in the backward pass instead of keeping their activations, which saves memory."""
+        self.grad_checkpointing = enable
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalised images [B, in_chans, H, W] -> logits [B, K]."""
+        """Normalized images [B, in_chans, H, W] -> logits [B, K]."""
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor):
-        """Normalised images -> what `forward_head` takes."""
+        """Normalized images -> what `forward_head` takes."""
         raise NotImplementedError
 
     def forward_head(self, x) -> Tensor:
         """Features -> logits [B, K]."""
         raise NotImplementedError
 
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('tokens',)
+    ) -> Intermediates:
+        """`forward_features` and intermediate results of blocks, or of the stages of a pyramid.
+
+        Args:
+            x: normalized images [B, in_chans, H, W].
+            indices: numbers of the blocks, from 0; None: all.
+            want: names of `BlockIntermediates` to return of each.
+        """
+        raise NotImplementedError
+
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a fresh one for `num_classes`; 0 leaves the pooled features."""
+        """Replace the classifier by a newly initialized one for `num_classes`; 0: return the pooled features."""
         raise NotImplementedError
 
     def head_names(self) -> tuple[str, ...]:
@@ -78,7 +97,7 @@ class Classifier(nn.Layer):
 
     @property
     def leaves_parameters_out(self) -> bool:
-        """Whether some training passes leave trainable parameters without a gradient."""
+        """True if a training step may leave parameters without gradients (DataParallel: `find_unused_parameters`)."""
         return False
 
     def unused_weights(self, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:

@@ -8,14 +8,25 @@ gate norm has another epsilon than the rest), the parameter names PaddleViT's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.base import Classifier
-from models.layers import DropPath, PatchEmbed, drop_path_rates, lecun_normal_, run_block, xavier_uniform_
+from models.layers import (
+    BlockIntermediates,
+    DropPath,
+    Intermediates,
+    PatchEmbed,
+    drop_path_rates,
+    lecun_normal_,
+    requested,
+    run_block,
+    tokens_to_maps,
+    xavier_uniform_,
+)
 from models.registry import register_model
 from utils.errors import UserError
 
@@ -103,7 +114,6 @@ class GMLP(Classifier):
         drop_path_rate: stochastic depth.
         drop_path_ramp: let the rate grow linearly over the depth instead of being the same everywhere.
         head_bias: initial bias of the classifier; -log(K) starts a sigmoid loss at equal odds.
-        recompute: save memory in training by computing the blocks again in the backward pass.
     """
 
     blocks_name = 'mixer_layers'
@@ -123,13 +133,11 @@ class GMLP(Classifier):
         drop_path_rate: float = 0.1,
         drop_path_ramp: bool = False,
         head_bias: float = 0.0,
-        recompute: bool = False,
     ):
         super().__init__()
         self.embed_dim = embed_dim
         self.depth = depth
         self.head_bias = head_bias
-        self.recompute = recompute
         self.patch_embed = PatchEmbed(
             img_size, patch_size, in_chans, embed_dim, norm_eps=NORM_EPS if stem_norm else None, proj='patch_embed'
         )
@@ -144,7 +152,7 @@ class GMLP(Classifier):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a fresh one, whose logits are all equal; 0 leaves the pooled features."""
+        """Replace the classifier by a new one, whose logits are all equal; 0: return the pooled features."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         if num_classes:
@@ -152,10 +160,10 @@ class GMLP(Classifier):
             initializer.Constant(self.head_bias)(self.head.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, img_size, img_size] -> normalised tokens [B, N, C]."""
+        """[B, in_chans, img_size, img_size] -> normalized tokens [B, N, C]."""
         x = self.patch_embed(x)
         for block in self.mixer_layers:
-            x = run_block(block, x, again=self.recompute)
+            x = run_block(block, x, checkpoint=self.grad_checkpointing)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -163,17 +171,18 @@ class GMLP(Classifier):
         x = x.mean(1)
         return x if pre_logits else self.head(self.head_drop(x))
 
-    def forward_intermediates(self, x: Tensor, indices: Sequence[int], norm: bool = False) -> list[Tensor]:
-        """Feature maps [B, C, S / P, S / P] after the blocks `indices` (from 0), with the final norm if `norm`."""
-        maps = []
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('tokens',)
+    ) -> Intermediates:
+        """See `Classifier`; offers 'tokens' [B, N, C] and 'maps' [B, C, S / P, S / P]."""
+        want, seen = requested(want, indices, self.depth, ('tokens', 'maps')), {}
         x = self.patch_embed(x)
         for i, block in enumerate(self.mixer_layers):
-            x = run_block(block, x, again=self.recompute)
-            if i in indices:
-                tokens = self.norm(x) if norm else x
-                grid = [self.patch_embed.grid_size] * 2
-                maps.append(tokens.transpose([0, 2, 1]).reshape([0, self.embed_dim, *grid]))
-        return maps
+            x = run_block(block, x, checkpoint=self.grad_checkpointing)
+            if i in want:
+                maps = tokens_to_maps(x, (self.patch_embed.grid_size,) * 2) if 'maps' in want[i] else None
+                seen[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
+        return Intermediates(self.norm(x), seen)
 
     @staticmethod
     def upstream_name(name: str) -> str | None:
@@ -189,7 +198,7 @@ class GMLP(Classifier):
 
 @register_model('gmlp', 'GatedMLP')
 def build_gmlp(config) -> GMLP:
-    """Builds gMLP from a configuration."""
+    """Build gMLP from a configuration."""
     mixer = config.MODEL.MIXER
     return GMLP(
         img_size=config.DATA.IMAGE_SIZE,
@@ -203,5 +212,4 @@ def build_gmlp(config) -> GMLP:
         proj_drop_rate=config.MODEL.DROPOUT,
         drop_path_rate=config.MODEL.DROPPATH,
         drop_path_ramp=config.MODEL.DROPPATH_RAMP,
-        recompute=config.TRAIN.RECOMPUTE,
     )

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked autoencoders: "Masked Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377.
 
-The Vision Transformer of this suite sees a quarter of the patches; a small one rebuilds the pixels of the others. For
-light encoders, as in "A Closer Look at Self-Supervised Lightweight Vision Transformers" (MAE-Lite),
+The Vision Transformer of this suite encodes the visible quarter of the patches; a small decoder reconstructs the pixels of
+the masked ones. For light encoders, as in "A Closer Look at Self-Supervised Lightweight Vision Transformers" (MAE-Lite),
 https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,20 +16,22 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from config import get_config
 from models.layers import (
     NORM_EPS,
+    Attention,
     Block,
+    Intermediates,
     TokenState,
     computed_table,
     fix_,
+    requested,
     resize_position_table,
     run_block,
     sincos_position_table,
     take_tokens,
     xavier_uniform_,
 )
-from models.registry import config_file, register_model
+from models.registry import register_model
 from models.vision_transformer import VisionTransformer, pretraining_options
 from utils.errors import UserError
 
@@ -37,16 +39,15 @@ TARGET_EPS = 1e-6
 
 
 class Reconstruction(NamedTuple):
-    """What a pass of the autoencoder returns.
+    """Output of the autoencoder.
 
     Attributes:
-        loss: mean over the removed patches of the squared error, 0-D float32.
-        pred: rebuilt patches [B, L, P * P * in_chans]; normalised ones where the model was trained on those.
-        mask: 1 where a patch was removed, 0 where it was seen, [B, L], rows of patches from top to bottom.
-        order: the patches in the order of their noise, [B, L] int64; the first `seen` ones were seen.
-        seen: their number.
-        attn: scores of the attentions to compare with a teacher's, each [B, teacher's H, 1 + V, 1 + V].
-        hidden: tokens to compare with a teacher's, each [B, 1 + V, teacher's C].
+        loss: mean squared error over the masked patches, 0-D float32.
+        pred: reconstructed patches [B, L, P * P * in_chans]; normalized ones where the model was trained on those.
+        mask: 1 where a patch is masked, 0 where it is visible, [B, L], rows of patches from top to bottom.
+        order: the patches in the order of their noise, [B, L] int64; the first `seen` ones are visible.
+        seen: number of visible patches.
+        encoder: output and intermediates of the encoder.
     """
 
     loss: Tensor
@@ -54,41 +55,20 @@ class Reconstruction(NamedTuple):
     mask: Tensor
     order: Tensor
     seen: int
-    attn: tuple[Tensor, ...] = ()
-    hidden: tuple[Tensor, ...] = ()
-
-
-class Lessons(NamedTuple):
-    """What a student compares with its teacher (MAE-Lite, section 5).
-
-    Attributes:
-        attn: blocks, counted from 1, whose scores before the softmax are compared.
-        hidden: blocks, counted from 0, whose normalised input is compared; the depth stands for the encoder's output.
-        num_heads: the teacher's, for adapters to it; None: there are none.
-        embed_dim: likewise.
-    """
-
-    attn: tuple[int, ...] = ()
-    hidden: tuple[int, ...] = ()
-    num_heads: int | None = None
-    embed_dim: int | None = None
-
-
-NO_LESSONS = Lessons()
+    encoder: Intermediates
 
 
 class MaskedAutoencoder(VisionTransformer):
     """A Vision Transformer without classifier, and a decoder.
 
-    Both position tables are fixed sines and cosines: part of the state, but not trained.
+    Both position embeddings are fixed (sines and cosines): part of the state dict, but not trained.
 
     Args:
         decoder_embed_dim: channels of the decoder.
-        decoder_depth: its blocks; 0: there is no decoder, and the model can only `encode`.
-        decoder_num_heads: heads of its attentions.
-        mask_ratio: share of the patches to remove.
-        norm_pix_loss: rebuild patches that are normalised by their own mean and variance.
-        lessons: what `forward` returns for a comparison with a teacher.
+        decoder_depth: blocks of the decoder; 0: no decoder, so that the model can only `encode`.
+        decoder_num_heads: heads per attention of the decoder.
+        mask_ratio: share of the patches to mask.
+        norm_pix_loss: reconstruct patches that are normalized by their own mean and variance.
         encoder: further arguments of `VisionTransformer`.
     """
 
@@ -102,7 +82,6 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_num_heads: int = 16,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
-        lessons: Lessons = NO_LESSONS,
         **encoder,
     ):
         super().__init__(num_classes=0, **{'drop_path_rate': 0.0, **encoder})
@@ -111,7 +90,7 @@ class MaskedAutoencoder(VisionTransformer):
         seen = num_visible(self.patch_embed.num_patches, mask_ratio)
         if not 1 <= seen < self.patch_embed.num_patches:
             raise UserError(
-                f'a mask ratio of {mask_ratio} (MODEL.MAE.MASK_RATIO) leaves no patch to see or to rebuild.'
+                f'a mask ratio of {mask_ratio} (MODEL.MAE.MASK_RATIO) leaves no patch visible, or none masked.'
             )
         fix_(self.pos_embed, sincos_position_table(self.embed_dim, self.patch_embed.grid_size, self.num_prefix))
         initializer.Normal(std=0.02)(self.cls_token)
@@ -122,20 +101,6 @@ class MaskedAutoencoder(VisionTransformer):
         conv = self.patch_embed.conv.weight
         initializer.XavierUniform(fan_in=conv[0].size, fan_out=self.embed_dim)(conv)
         self.apply(lambda layer: xavier_uniform_(layer) if isinstance(layer, nn.Linear) else None)
-        self._add_adapters(lessons)
-
-    def _add_adapters(self, lessons: Lessons) -> None:
-        check_lessons(lessons, self.depth)
-        self.lessons = lessons
-        self.attn_adapter, self.hidden_adapter = nn.Layer(), nn.Layer()
-        for block in lessons.attn if lessons.num_heads else ():
-            conv = nn.Conv2D(self.num_heads, lessons.num_heads, 1, bias_attr=False)
-            _uniform(conv.weight, self.num_heads)
-            self.attn_adapter.add_sublayer(f'adapter{block - 1}', conv)
-        for block in lessons.hidden if lessons.embed_dim else ():
-            linear = nn.Linear(self.embed_dim, lessons.embed_dim, bias_attr=False)
-            _uniform(linear.weight, self.embed_dim)
-            self.hidden_adapter.add_sublayer(f'adapter{block}', linear)
 
     def _add_decoder(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
         if dim % num_heads:
@@ -148,59 +113,53 @@ class MaskedAutoencoder(VisionTransformer):
         self.mask_token = self.create_parameter([1, 1, dim], default_initializer=initializer.Normal(std=0.02))
         self.decoder_pos_embed = self.create_parameter(table.shape)
         fix_(self.decoder_pos_embed, table)
-        self.decoder_blocks = nn.LayerList(Block(dim, num_heads, mlp_ratio) for _ in range(self.decoder_depth))
+        self.decoder_blocks = nn.LayerList(
+            Block(dim, Attention(dim, num_heads), mlp_ratio=mlp_ratio) for _ in range(self.decoder_depth)
+        )
         self.decoder_norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
         pixels = self.patch_embed.conv.weight[0].size
         self.decoder_pred = nn.Linear(dim, pixels)
 
     # ------------------------------------------------------------------------------------------------ forward
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Reconstruction:
-        """Removes patches and rebuilds them.
+    def forward(
+        self, x: Tensor, noise: Tensor | None = None, indices: Sequence[int] = (), want: Collection[str] = ()
+    ) -> Reconstruction:
+        """Mask patches and reconstruct them.
 
         Args:
-            x: normalised images [B, in_chans, H, W], sides divisible by the patch size.
-            noise: [B, L] numbers; the patches with the smallest are seen. None: uniform random ones.
+            x: normalized images [B, in_chans, H, W], sides divisible by the patch size.
+            noise: [B, L] numbers; the patches with the smallest are visible. None: uniform random ones.
+            indices, want: intermediates of the encoder, as in `forward_intermediates`.
         """
-        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        grid = self._grid(x)
         noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
         order = paddle.argsort(noise, axis=-1)
         seen = num_visible(order.shape[1], self.mask_ratio)
         restore = paddle.argsort(order, axis=-1)
         mask = (restore >= seen).astype('float32')
-        latent, attn, hidden = self.observe(x, order[:, :seen], self.lessons)
-        if self.lessons.num_heads:
-            attn = [
-                getattr(self.attn_adapter, f'adapter{block - 1}')(logits)
-                for block, logits in zip(self.lessons.attn, attn)
-            ]
-        if self.lessons.embed_dim:
-            hidden = [
-                getattr(self.hidden_adapter, f'adapter{block}')(tokens)
-                for block, tokens in zip(self.lessons.hidden, hidden)
-            ]
-        pred = self.decode(latent, restore, grid)
-        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, seen, tuple(attn), tuple(hidden))
+        encoder = self.encode_intermediates(x, order[:, :seen], indices, want)
+        pred = self.decode(encoder.features, restore, grid)
+        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, seen, encoder)
 
     def encode(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalised tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""
-        return self.observe(x, kept, NO_LESSONS)[0]
+        """Images [B, in_chans, H, W] -> normalized tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""
+        return self.encode_intermediates(x, kept).features
 
-    def observe(self, x: Tensor, kept: Tensor, lessons: Lessons) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """`encode`, and of `lessons` the scores [B, H, 1 + V, 1 + V] and the tokens [B, 1 + V, C]."""
+    def encode_intermediates(
+        self, x: Tensor, kept: Tensor, indices: Sequence[int] = (), want: Collection[str] = ()
+    ) -> Intermediates:
+        """`encode`, with intermediates of blocks as in `forward_intermediates`."""
+        want = requested(want, indices, self.depth)
         x = self.embed(x)
         x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], kept)], axis=1)
-        blocks = sorted({*(block - 1 for block in lessons.attn), *lessons.hidden} - {self.depth})
-        x, state = self._mix(self.blocks, x, blocks)
-        x, observed = self.norm(x), dict(zip(blocks, state.observed))
-        attn = [observed[block - 1].logits for block in lessons.attn]
-        return x, attn, [x if block == self.depth else observed[block].hidden for block in lessons.hidden]
+        return self._collect(*self._begin_tokens(x), want)
 
     def decode(self, latent: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens of `encode` -> patches [B, L, P * P * in_chans] from top to bottom.
 
         Args:
             latent: [B, 1 + V, C].
-            restore: place of each patch in the order of the noise, [B, L] int64.
+            restore: position of each patch in the order of the noise, [B, L] int64.
             grid: (rows, columns) of patches.
         """
         # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
@@ -210,37 +169,33 @@ class MaskedAutoencoder(VisionTransformer):
         body = take_tokens(paddle.concat([body, removed], axis=1), restore)
         old = (self.patch_embed.grid_size,) * 2
         table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
-        x, _ = self._mix(self.decoder_blocks, paddle.concat([prefix, body], axis=1) + table)
+        x = paddle.concat([prefix, body], axis=1) + table
+        state = TokenState(self.num_prefix, body.shape[1])
+        for block in self.decoder_blocks:
+            x, state = run_block(block, x, state, checkpoint=self.grad_checkpointing)
         return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix :]
 
-    def _mix(self, blocks: Iterable[Block], x: Tensor, observe: Collection[int] = ()) -> tuple[Tensor, TokenState]:
-        nothing = [None] * self.depth
-        state = TokenState(self.num_prefix, x.shape[1] - self.num_prefix, nothing, nothing, observe=observe)
-        for block in blocks:
-            x, state = run_block(block, x, state, again=self.recompute)
-        return x, state
-
     def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Squared error per pixel of images x [B, in_chans, H, W], averaged over the removed patches."""
+        """Squared error per pixel of images x [B, in_chans, H, W], averaged over the masked patches."""
         target = patchify(x.astype('float32'), self.patch_size)
         if self.norm_pix_loss:
-            target, _, _ = normalise_patches(target)
+            target, _, _ = normalize_patches(target)
         error = paddle.square(pred.astype('float32') - target).mean(-1)
         return (error * mask).sum() / mask.sum()
 
     def paint(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
-        """Pictures of a pass: what was seen, the rest being 0, and that completed by what was rebuilt.
+        """Images of a pass: the visible patches, masked ones being 0, and those completed by the reconstruction.
 
         Args:
             x: the images of the pass, [B, in_chans, H, W].
 
         Returns:
-            Two batches like x. Normalised patches get the mean and the variance of the true ones.
+            Two batches like x. Normalized patches get the mean and the variance of the true ones.
         """
-        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        grid = self._grid(x)
         patches, pred = patchify(x, self.patch_size), output.pred.astype('float32')
         if self.norm_pix_loss:
-            _, mean, std = normalise_patches(patches)
+            _, mean, std = normalize_patches(patches)
             pred = pred * std + mean
         mask = output.mask.unsqueeze(-1)
         seen = patches * (1 - mask)
@@ -267,27 +222,15 @@ class MaskedAutoencoder(VisionTransformer):
         if not self.decoder_depth:
             unused.update({name: 'the model has no decoder' for name in arrays if name.startswith(DECODER_PARTS)})
         adapters = [name for name in arrays if name.startswith(ADAPTERS) and name not in ours]
-        return {**unused, **dict.fromkeys(adapters, 'the model does not learn from a teacher')}
+        return {**unused, **dict.fromkeys(adapters, 'the model has no adapter to a teacher')}
 
 
 ADAPTERS = ('attn_adapter.', 'hidden_adapter.')
 DECODER_PARTS = ('decoder_', 'mask_token')
 
 
-def _uniform(parameter: Tensor, fan_in: int) -> None:
-    initializer.Uniform(-(fan_in**-0.5), fan_in**-0.5)(parameter)
-
-
-def check_lessons(lessons: Lessons, depth: int) -> None:
-    """Raises UserError where a network of `depth` blocks lacks a block that is to be compared."""
-    for key, first, blocks in (('ATTN_IDX', 1, lessons.attn), ('HIDDEN_IDX', 0, lessons.hidden)):
-        for block in blocks:
-            if not first <= block <= depth:
-                raise UserError(f'TRAIN.MAE_DISTILL.{key} names {block}, but must be {first} to {depth}.')
-
-
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """Patches that are seen, rounded down as upstream does: 9 of 100 at ratio 0.9, whose 1 - ratio is below 0.1."""
+    """Number of visible patches, rounded down as upstream does: 9 of 100 at ratio 0.9, whose 1 - ratio is below 0.1."""
     return int(num_patches * (1 - mask_ratio))
 
 
@@ -305,7 +248,7 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
     return x.transpose([0, 5, 1, 3, 2, 4]).flatten(4).flatten(2, 3)
 
 
-def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Patches [B, L, D] with mean 0 and (unbiased) variance 1, and that mean and deviation [B, L, 1]."""
     mean = patches.mean(-1, keepdim=True)
     std = paddle.sqrt(patches.var(-1, keepdim=True) + TARGET_EPS)
@@ -314,32 +257,13 @@ def normalise_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @register_model('mae')
 def build_mae(config) -> MaskedAutoencoder:
-    """Builds a masked autoencoder from a configuration."""
+    """Build a masked autoencoder from a configuration."""
     mae = config.MODEL.MAE
     return MaskedAutoencoder(
-        lessons=_lessons(config),
         decoder_embed_dim=mae.DECODER_EMBED_DIM,
         decoder_depth=mae.DECODER_DEPTH,
         decoder_num_heads=mae.DECODER_NUM_HEADS,
         mask_ratio=mae.MASK_RATIO,
         norm_pix_loss=mae.NORM_PIX_LOSS,
         **pretraining_options(config),
-    )
-
-
-def _lessons(config) -> Lessons:
-    """What TRAIN.MAE_DISTILL asks for; adapters where it wants them, or where the teacher's sizes differ."""
-    trans, lessons = config.MODEL.TRANS, config.TRAIN.MAE_DISTILL
-    if not (lessons.ATTN_IDX or lessons.HIDDEN_IDX):
-        return NO_LESSONS
-    if config.TRAIN.TEACHER_CFG is None:
-        raise UserError('TRAIN.MAE_DISTILL needs a teacher: set TRAIN.TEACHER_CFG, such as to mae_base_patch16_224.')
-    teacher = get_config(config_file(config.TRAIN.TEACHER_CFG)).MODEL.TRANS
-    heads = lessons.ATTN_ADAPTER or teacher.NUM_HEADS != trans.NUM_HEADS
-    width = lessons.HIDDEN_ADAPTER or teacher.EMBED_DIM != trans.EMBED_DIM
-    return Lessons(
-        attn=tuple(lessons.ATTN_IDX),
-        hidden=tuple(lessons.HIDDEN_IDX),
-        num_heads=teacher.NUM_HEADS if heads else None,
-        embed_dim=teacher.EMBED_DIM if width else None,
     )

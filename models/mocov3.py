@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """MoCo-v3: "An Empirical Study of Training Self-Supervised Vision Transformers", https://arxiv.org/abs/2104.02057.
 
-Two views of an image shall have similar features, and views of other images others. One view passes the encoder that is
-trained, the other one a moving average of it. For light encoders, as in "A Closer Look at Self-Supervised Lightweight
+Symmetric InfoNCE between two augmented views: the trained encoder predicts the projection of the other view by a momentum
+encoder, a moving average of its weights. For light encoders, as in "A Closer Look at Self-Supervised Lightweight
 Vision Transformers" (MAE-Lite), https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,20 +17,20 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.base import Classifier
-from models.layers import SyncBatchNorm, computed_table, fix_, moco_position_table, xavier_uniform_
+from models.layers import Intermediates, SyncBatchNorm, computed_table, fix_, moco_position_table, xavier_uniform_
 from models.registry import register_model
 from models.vision_transformer import VisionTransformer, pretraining_options
 from utils.errors import UserError
 
 
 class Contrast(NamedTuple):
-    """What a pass of two views returns, each [B, dim], not normalised.
+    """Output for two views, each [B, dim], not normalized.
 
     Attributes:
         q1: prediction from view 1, to be compared with `k2`.
         q2: prediction from view 2, to be compared with `k1`.
         k1: projection of view 1 by the momentum encoder, without gradient.
-        k2: projection of view 2, likewise.
+        k2: projection of view 2 by the momentum encoder, without gradient.
     """
 
     q1: Tensor
@@ -39,15 +40,15 @@ class Contrast(NamedTuple):
 
 
 class MoCoV3(Classifier):
-    """A Vision Transformer with a projector, a momentum copy of both, and a predictor.
+    """A Vision Transformer with a projector, a momentum encoder, and a predictor.
 
-    Positions are fixed sines and cosines: part of the state, but not trained. The momentum encoder is part of the state,
-    but never trained by gradients.
+    The position embedding is fixed (sines and cosines): part of the state dict, but not trained. The momentum encoder is
+    part of the state dict, but gets no gradients.
 
     Args:
         dim: channels of the projections and predictions.
         mlp_dim: hidden channels of projector and predictor.
-        freeze_patch: leave the patch embedding as it was drawn, for stability.
+        freeze_patch: do not train the patch embedding, for stability.
         encoder: arguments of `VisionTransformer`.
     """
 
@@ -57,7 +58,7 @@ class MoCoV3(Classifier):
     def __init__(self, dim: int = 256, mlp_dim: int = 4096, freeze_patch: bool = False, **encoder):
         super().__init__()
         self.base_encoder = _encoder(dim, mlp_dim, **encoder)
-        self.momentum_encoder = _encoder(dim, mlp_dim, **{**encoder, 'recompute': False})
+        self.momentum_encoder = _encoder(dim, mlp_dim, **encoder)
         self.predictor = _perceptron(2, dim, mlp_dim, dim)
         for average, parameter in self._pairs():
             average.set_value(parameter)
@@ -71,8 +72,12 @@ class MoCoV3(Classifier):
     def _pairs(self):
         return zip(self.momentum_encoder.parameters(), self.base_encoder.parameters())
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """See `Classifier`; the momentum encoder has no backward pass."""
+        self.base_encoder.set_grad_checkpointing(enable)
+
     def set_momentum(self, momentum: float) -> None:
-        """The next training pass of views begins with average <- momentum * average + (1 - momentum) * parameter."""
+        """Let the next training pass start with average <- momentum * average + (1 - momentum) * parameter."""
         self._due = momentum
 
     # ------------------------------------------------------------------------------------------------ forward
@@ -80,7 +85,7 @@ class MoCoV3(Classifier):
         """Compares views, or projects images.
 
         Args:
-            x: normalised views [B, 2, in_chans, H, W], or images [B, in_chans, H, W].
+            x: normalized views [B, 2, in_chans, H, W], or images [B, in_chans, H, W].
 
         Returns:
             A `Contrast` of views; projections [B, dim] by the trained encoder of images.
@@ -88,7 +93,7 @@ class MoCoV3(Classifier):
         if x.ndim == 4:
             return super().forward(x)
         view1, view2 = x.unbind(1)
-        q1 = self.predictor(self.base_encoder(view1))  # one after the other: statistics of batches are of one view
+        q1 = self.predictor(self.base_encoder(view1))  # one after the other: batch statistics are of one view
         q2 = self.predictor(self.base_encoder(view2))
         with paddle.no_grad():
             if self.training and self._due is not None:
@@ -103,8 +108,14 @@ class MoCoV3(Classifier):
             average.add_(parameter * (1 - momentum))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalised tokens [B, 1 + N, C] of the trained encoder."""
+        """Images [B, in_chans, H, W] -> normalized tokens [B, 1 + N, C] of the trained encoder."""
         return self.base_encoder.forward_features(x)
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('tokens',)
+    ) -> Intermediates:
+        """Those of the trained encoder."""
+        return self.base_encoder.forward_intermediates(x, indices, want)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens -> projections [B, dim]; with `pre_logits` the class token [B, C]."""
@@ -112,7 +123,7 @@ class MoCoV3(Classifier):
 
     # ------------------------------------------------------------------------------------------------ weights
     def reset_classifier(self, num_classes: int) -> None:
-        """There is none, nor can there be."""
+        """Raise UserError for any number of classes: there is no classifier."""
         if num_classes:
             raise UserError('MODEL.TYPE mocov3 takes no classifier: start a MODEL.TYPE vit from its weights.')
 
@@ -131,7 +142,7 @@ class MoCoV3(Classifier):
 
 
 def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
-    """A Vision Transformer with MoCo-v3's start, whose classifier is the projector."""
+    """A Vision Transformer with MoCo-v3's initialization, whose head is the projector."""
     vit = VisionTransformer(num_classes=0, **{'drop_path_rate': 0.0, **options})
     grid = (vit.patch_embed.grid_size,) * 2
     fix_(vit.pos_embed, moco_position_table(vit.embed_dim, grid, vit.num_prefix))
@@ -162,6 +173,6 @@ def _perceptron(depth: int, channels: int, hidden: int, out: int) -> nn.Sequenti
 
 @register_model('mocov3')
 def build_mocov3(config) -> MoCoV3:
-    """Builds MoCo-v3 from a configuration."""
+    """Build MoCo-v3 from a configuration."""
     moco = config.MODEL.MOCO
     return MoCoV3(dim=moco.DIM, mlp_dim=moco.MLP_DIM, freeze_patch=moco.FREEZE_PATCH, **pretraining_options(config))

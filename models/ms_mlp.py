@@ -10,7 +10,7 @@ own size, once along the width and once along the height. Numbers and parameter 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import paddle
@@ -19,7 +19,16 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.base import Classifier
-from models.layers import DropPath, drop_path_rates, run_block, torch_conv_, trunc_normal_
+from models.layers import (
+    BlockIntermediates,
+    DropPath,
+    Intermediates,
+    drop_path_rates,
+    requested,
+    run_block,
+    torch_conv_,
+    trunc_normal_,
+)
 from models.registry import register_model
 from utils.errors import UserError
 
@@ -146,7 +155,7 @@ def _depthwise_convs(group_dims: Sequence[int], mix_size: Sequence[int]) -> nn.L
 
 # ---------------------------------------------------------------------------------------------------- pyramid
 class PatchProjection(nn.Layer):
-    """Maps each patch linearly, then normalises it. Rows and columns that do not fill a patch are left out.
+    """Maps each patch linearly, then normalizes it. Rows and columns that do not fill a patch are left out.
 
     Args:
         in_dim: channels of the input.
@@ -175,10 +184,18 @@ class Stage(nn.Layer):
         self.blocks = nn.LayerList(blocks)
         self.downsample = None if last else PatchProjection(dim, 2 * dim, 2)
 
-    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+    def forward(self, x: Tensor, checkpoint: bool = False) -> Tensor:
         """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], at the end [B, H, W, C]."""
+        return self.project(self.run_blocks(x, checkpoint))
+
+    def run_blocks(self, x: Tensor, checkpoint: bool = False) -> Tensor:
+        """[B, H, W, C] -> [B, H, W, C]; `checkpoint`: gradient checkpointing."""
         for block in self.blocks:
-            x = run_block(block, x, again=recompute)
+            x = run_block(block, x, checkpoint=checkpoint)
+        return x
+
+    def project(self, x: Tensor) -> Tensor:
+        """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], at the end [B, H, W, C]."""
         return x if self.downsample is None else self.downsample(x.transpose([0, 3, 1, 2]))
 
 
@@ -198,7 +215,6 @@ class MSMLP(Classifier):
         drop_rate: dropout after the patch embedding.
         drop_path_rate: stochastic depth.
         drop_path_ramp: let its rate grow linearly over the depth instead of being the same everywhere.
-        recompute: save memory in training by computing the blocks again in the backward pass.
     """
 
     def __init__(
@@ -215,7 +231,6 @@ class MSMLP(Classifier):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
         drop_path_ramp: bool = False,
-        recompute: bool = False,
     ):
         super().__init__()
         _check_groups(depths, shift_dist, mix_size)
@@ -223,7 +238,6 @@ class MSMLP(Classifier):
         self.depth = sum(depths)
         self.min_size = patch_size * 2 ** (len(depths) - 1)
         self.num_features = embed_dim * 2 ** (len(depths) - 1)
-        self.recompute = recompute
         self.patch_embed = PatchProjection(in_chans, embed_dim, patch_size, patch_norm)
         self.pos_drop = nn.Dropout(drop_rate)
         rates = iter(drop_path_rates(drop_path_rate, self.depth, drop_path_ramp))
@@ -237,7 +251,7 @@ class MSMLP(Classifier):
         self.apply(_init_linear)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifier by a fresh one; 0 leaves the pooled features."""
+        """Replace the classifier by a newly initialized one; 0: return the pooled features."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         _init_linear(self.head)
@@ -251,16 +265,33 @@ class MSMLP(Classifier):
             )
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> maps of the last stage [B, h, w, C], not normalised."""
-        if paddle.in_dynamic_mode():  # an export may leave the size open
-            self.check_size(x.shape[2], x.shape[3])
-        x = self.pos_drop(self.patch_embed(x))
+        """[B, in_chans, H, W] -> maps of the last stage [B, h, w, C], not normalized."""
+        x = self._embed(x)
         for stage in self.layers:
-            x = stage(x, self.recompute)
+            x = stage(x, self.grad_checkpointing)
         return x
 
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('maps',)
+    ) -> Intermediates:
+        """See `Classifier`, by stage; offers 'maps' [B, C, h, w], the output of the last block of a stage."""
+        want, seen = requested(want, indices, len(self.depths), ('maps',)), {}
+        x = self._embed(x)
+        for i, stage in enumerate(self.layers):
+            x = stage.run_blocks(x, self.grad_checkpointing)
+            if i in want:
+                seen[i] = BlockIntermediates(maps=x.transpose([0, 3, 1, 2]))
+            x = stage.project(x)
+        return Intermediates(x, seen)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """[B, in_chans, H, W] -> [B, h, w, embed_dim]."""
+        if paddle.in_dynamic_mode():  # an export may leave the size open
+            self.check_size(x.shape[2], x.shape[3])
+        return self.pos_drop(self.patch_embed(x))
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Maps [B, h, w, C] -> logits [B, K], or with `pre_logits` their normalised mean [B, C]."""
+        """Maps [B, h, w, C] -> logits [B, K], or with `pre_logits` their normalized mean [B, C]."""
         x = self.norm(x.mean([1, 2]))
         return x if pre_logits else self.head(x)
 
@@ -304,7 +335,7 @@ def _init_linear(layer: nn.Layer) -> None:
 
 @register_model('ms_mlp')
 def build_ms_mlp(config) -> MSMLP:
-    """Builds MS-MLP from a configuration."""
+    """Build MS-MLP from a configuration."""
     msmlp = config.MODEL.MSMLP
     model = MSMLP(
         patch_size=msmlp.PATCH_SIZE,
@@ -319,7 +350,6 @@ def build_ms_mlp(config) -> MSMLP:
         drop_rate=config.MODEL.DROPOUT,
         drop_path_rate=config.MODEL.DROPPATH,
         drop_path_ramp=config.MODEL.DROPPATH_RAMP,
-        recompute=config.TRAIN.RECOMPUTE,
     )
     model.check_size(config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
     return model

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import os
+from collections.abc import Callable
 
 from paddle import nn
 from yacs.config import CfgNode
@@ -15,37 +17,58 @@ from utils.errors import UserError
 from utils.registry import Registry
 
 MODELS = Registry('MODEL.TYPE')
-register_model = MODELS.register
 
 CONFIG_DIR = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'configs')
 DEFAULT_CLASSES = 1000
 
+Builder = Callable[[CfgNode], nn.Layer]
+
+
+def register_model(name: str, *aliases: str) -> Callable[[Builder], Builder]:
+    """Decorator that registers a builder under `name` and `aliases`, values of MODEL.TYPE.
+
+    The builder, called directly too, gets a configuration with 1000 classes where MODEL.NUM_CLASSES is None.
+    """
+
+    def decorate(builder: Builder) -> Builder:
+        @functools.wraps(builder)
+        def build(config: CfgNode) -> nn.Layer:
+            return builder(_with_classes(config))
+
+        return MODELS.register(name, *aliases)(build)
+
+    return decorate
+
+
+def _with_classes(config: CfgNode) -> CfgNode:
+    if config.MODEL.NUM_CLASSES is not None:
+        return config
+    config = config.clone()
+    config.defrost()
+    config.MODEL.NUM_CLASSES = DEFAULT_CLASSES
+    config.freeze()
+    return config
+
 
 def build_model(config: CfgNode) -> nn.Layer:
-    """Builds the freshly initialised model that `config` describes; 1000 classes where MODEL.NUM_CLASSES is None.
+    """Build the model that `config` describes, with initial weights; 1000 classes where MODEL.NUM_CLASSES is None.
 
     Raises:
         UserError: an unknown MODEL.TYPE, or sizes that do not fit together.
     """
-    builder = MODELS[config.MODEL.TYPE]
-    if config.MODEL.NUM_CLASSES is None:
-        config = config.clone()
-        config.defrost()
-        config.MODEL.NUM_CLASSES = DEFAULT_CLASSES
-        config.freeze()
-    return builder(config)
+    return MODELS[config.MODEL.TYPE](config)
 
 
 def create_model(
     name: str, num_classes: int | None = None, pretrained: str | None = None, opts: list | None = None
 ) -> nn.Layer:
-    """Builds a model by the name of its configuration.
+    """Build a model by the name of its configuration.
 
     Args:
         name: a name of `list_models()`, or the path of a YAML file.
         num_classes: outputs of the classifier; None: what the configuration says, else 1000.
-        pretrained: a .pdparams file to load. The classifier is initialised anew, and a message says so, where its
-            number of classes differs.
+        pretrained: a .pdparams file to load. The classifier is re-initialized, and a message says so, where its number
+            of classes differs.
         opts: alternating keys and values that win over the configuration, such as `['DATA.IMAGE_SIZE', 384]`.
     """
     opts = list(opts or [])

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformer, once: DeiT, EViT, the ViTs of MAE-Lite and those without some attention are settings of it.
+"""The Vision Transformer, once: each paper is a part that its blocks are given.
 
 ViT: https://arxiv.org/abs/2010.11929, DeiT: https://arxiv.org/abs/2012.12877, EViT: https://arxiv.org/abs/2202.07800,
-MAE-Lite: https://arxiv.org/abs/2205.14443, removed attention: https://arxiv.org/abs/2404.05657, ToMe:
+MAE-Lite: https://arxiv.org/abs/2205.14443, attention removal: https://arxiv.org/abs/2404.05657, ToMe:
 https://arxiv.org/abs/2210.09461. Parameter names and numbers are those of timm 0.4.12, on which the published weights
 of all of them rest, so that their checkpoints port without renaming.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import paddle
@@ -18,19 +17,28 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from config import get_config
-from models.attention_removal import RemovableAttention
-from models.base import Start
+from models.base import Classifier, Start
 from models.fine_tuning import OPTIONAL_PARTS, published_name, start_transformer
 from models.layers import (
     NORM_EPS,
+    AttentionRemoval,
     Block,
-    EViTReducer,
+    BlockIntermediates,
+    EViTSpec,
+    Intermediates,
+    MixerSpec,
     PatchEmbed,
+    RelativeAttention,
     RelativePositionBias,
+    RemovalSpec,
     TokenState,
     ToMeReducer,
+    ToMeSpec,
+    build_mixer,
+    check_keep_rates,
     drop_path_rates,
-    merge_schedule,
+    per_block,
+    requested,
     resize_position_table,
     resize_relative_table,
     run_block,
@@ -40,43 +48,37 @@ from models.layers import (
 from models.registry import register_model
 from utils.errors import UserError
 
+POSITIONS = ('absolute', 'shared_relative')
+PLAIN_ATTENTION, NO_REMOVAL = MixerSpec(), RemovalSpec()
+ALL_TOKENS = (EViTSpec(),)  # reduces only where a pass names `tokens`
 
-class VisionTransformer(RemovableAttention):
+
+class VisionTransformer(Classifier):
     """Vision Transformer image classifier.
 
     Args:
-        img_size: side of the image that the position table is for, pixels; other sizes interpolate the table.
+        img_size: side of the image that the position embedding is for, pixels; other sizes interpolate it.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
         num_classes: K; 0: features are returned.
         embed_dim: channels C of a token.
         depth: number of blocks.
         num_heads: heads per attention.
-        mlp_ratio: hidden channels of the perceptrons / C.
-        qkv_bias: biases of query, key and value.
-        drop_rate: dropout after the positions and in the blocks.
-        attn_drop_rate: dropout of the attention weights.
-        head_drop_rate: dropout of what the classifiers see.
-        drop_path_rate: stochastic depth.
-        drop_path_ramp: let its rate grow linearly over the depth instead of being the same everywhere.
+        mlp_ratio: hidden channels of the MLPs / C.
+        mixer: token mixer of all blocks, or one per block.
+        reducers: token reducers of the blocks with attention, run in this order.
+        removal: blocks whose attention is removed or decays.
+        positions: 'absolute': add a learned position embedding to the tokens; 'shared_relative': add one relative position
+            bias to the attention logits of all blocks (the mixer 'relative' has one per block). Relative positions are
+            for `img_size`, and for blocks that keep all tokens.
+        drop_rate: dropout after the position embedding and in the blocks.
+        head_drop_rate: dropout before the classifiers.
+        drop_path_rate: stochastic depth: the rate of the last block, growing linearly over the depth, or one per block.
         distilled: second classifier for a teacher's labels. In training the pair of logits is returned, in evaluation
-            their mean. It reads a distillation token of its own (DeiT), or with `global_pool` the class token
-            (MAE-Lite).
-        global_pool: classify the mean of the patch tokens, which is normalised after pooling, not the class token.
-        representation_size: channels of a linear layer with tanh before the classifier; None: there is none.
-        keep_rate: EViT, share of the patch tokens each block keeps: one number, or one per block.
-        fuse_token: EViT, fuse the tokens not kept into one.
-        prune_layers: blocks whose attention fades as `set_attn_lambda` says, see attention_removal.py.
-        done_layers: blocks whose attention has faded, and whose dead weights are kept.
-        removed_layers: blocks built without attention.
-        frozen_stages: train neither the embedding nor the blocks 0 to this one, which stay in evaluation mode; -1: all
-            is trained.
-        recompute: save memory in training by computing the blocks again in the backward pass.
-        absolute_positions: add a learned table to the tokens.
-        relative_positions: add learned biases to the attention: 'block', of each block its own; 'shared', of all the
-            same; or both. They are for `img_size`, and for blocks that keep all tokens.
-        key_bias: biases of the keys too (False: BEiT).
-        layer_scale: initial factor of the channels of each residual branch; None: there are no such factors.
+            their mean. It reads a distillation token (DeiT), or with `global_pool` the class token (MAE-Lite).
+        global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
+        representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
+        layer_scale: initial LayerScale value of each residual branch; None: no LayerScale.
         rescaled_init: divide the last layer of each branch by sqrt(2 (number of the block, from 1)) and multiply the
             classifiers by 0.001 (BEiT).
     """
@@ -94,79 +96,80 @@ class VisionTransformer(RemovableAttention):
         depth: int = 12,
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        mixer: MixerSpec | Sequence[MixerSpec] = PLAIN_ATTENTION,
+        reducers: Sequence[EViTSpec | ToMeSpec] = ALL_TOKENS,
+        removal: RemovalSpec = NO_REMOVAL,
+        positions: Collection[str] = ('absolute',),
         drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
         head_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.1,
-        drop_path_ramp: bool = False,
+        drop_path_rate: float | Sequence[float] = 0.1,
         distilled: bool = False,
         global_pool: bool = False,
         representation_size: int | None = None,
-        keep_rate: float | Sequence[float] = 1.0,
-        fuse_token: bool = False,
-        prune_layers: Sequence[int] = (),
-        done_layers: Sequence[int] = (),
-        removed_layers: Sequence[int] = (),
-        frozen_stages: int = -1,
-        recompute: bool = False,
-        absolute_positions: bool = True,
-        relative_positions: Collection[str] = (),
-        key_bias: bool = True,
         layer_scale: float | None = None,
         rescaled_init: bool = False,
     ):
         super().__init__()
         if embed_dim % num_heads:
             raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
+        unknown = sorted(set(positions) - set(POSITIONS))
+        if unknown:
+            raise UserError(f"there are no positions '{unknown[0]}'; choose from {', '.join(POSITIONS)}.")
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
-        self.distilled, self.global_pool = distilled, global_pool
-        self.recompute, self.rescaled_init = recompute, rescaled_init
-        self.absolute_positions, self.relative_positions = absolute_positions, frozenset(relative_positions)
+        self.distilled, self.global_pool, self.rescaled_init = distilled, global_pool, rescaled_init
         self.keep_rate: float | None = None
+        self.frozen: list[nn.Layer] = []
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, any_size=True)
         torch_conv_(self.patch_embed.conv)
-        self._add_tokens()
+        self._add_tokens('absolute' in positions)
         self.pos_drop = nn.Dropout(drop_rate)
-        self.plan_removal(prune_layers, done_layers, removed_layers)
-        staying = self.attention_layers()
-        keep_rates = _per_block('keep_rate', keep_rate, depth)
-        unknown = self.relative_positions - {'block', 'shared'}
-        if unknown:
-            raise UserError(f"'{min(unknown)}' is no kind of relative positions (MODEL.TRANS.REL_POS): block, shared.")
+        self.removal = AttentionRemoval(removal, depth)
         grid = (self.patch_embed.grid_size,) * 2
-        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared' in self.relative_positions else None
-        if self.relative_positions and (self.num_prefix != 1 or any(rate < 1 for rate in keep_rates)):
-            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token.')
-        block = functools.partial(
-            Block,
-            embed_dim,
-            num_heads,
-            mlp_ratio,
-            qkv_bias,
-            drop_rate,
-            attn_drop_rate,
-            key_bias=key_bias,
-            bias_grid=grid if 'block' in self.relative_positions else None,
-            layer_scale=layer_scale,
-        )
+        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared_relative' in positions else None
+        mixers = [mixer] * depth if isinstance(mixer, MixerSpec) else per_block('mixer', mixer, depth)
+        plans = [spec.build(depth, self.removal.kept_layers) for spec in reducers]
+        ramp = isinstance(drop_path_rate, (int, float))
+        rates = drop_path_rates(drop_path_rate, depth) if ramp else per_block('drop_path_rate', drop_path_rate, depth)
         self.blocks = nn.LayerList(
-            block(
-                drop_path_rate=drop_path,
-                attention=i not in self.removed_layers,
-                reducer=EViTReducer(i, keep_rates[i], fuse_token) if i in staying else None,
+            Block(
+                embed_dim,
+                self._build_mixer(i, mixers[i], drop_rate),
+                [plan[i] for plan in plans if i in plan],
+                mlp_ratio,
+                drop_rate,
+                rates[i],
+                layer_scale,
             )
-            for i, drop_path in enumerate(drop_path_rates(drop_path_rate, depth, drop_path_ramp))
+            for i in range(depth)
         )
-        self.start_fading()
+        self._check_relative()
+        self.removal.attach(self)
         self._add_head(num_classes, representation_size)
         self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(_init_linear)
         if rescaled_init:
             self._rescale()
-        self._freeze(frozen_stages)
 
-    def _add_tokens(self) -> None:
+    def _build_mixer(self, layer: int, spec: MixerSpec, drop_rate: float) -> nn.Layer | None:
+        if layer in self.removal.removed_layers:
+            return None
+        return build_mixer(spec, self.embed_dim, self.num_heads, (self.patch_embed.grid_size,) * 2, drop_rate)
+
+    def _check_relative(self) -> None:
+        """Relative positions need every patch token in its place, in every block."""
+        mixers = [block.attn for block in self.blocks]
+        self.relative = self.rel_pos_bias is not None or any(isinstance(mixer, RelativeAttention) for mixer in mixers)
+        if not self.relative:
+            return
+        reducers = [reducer for block in self.blocks for reducer in block.reducers]
+        if any(isinstance(reducer, ToMeReducer) for reducer in reducers):
+            raise UserError(
+                'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them.'
+            )
+        if self.num_prefix != 1 or any(reducer.keep_rate < 1 for reducer in reducers):
+            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token.')
+
+    def _add_tokens(self, absolute: bool) -> None:
         token_init = initializer.TruncatedNormal(std=0.02)
         dim = self.embed_dim
         self.cls_token = self.create_parameter([1, 1, dim], default_initializer=token_init)
@@ -176,7 +179,7 @@ class VisionTransformer(RemovableAttention):
         self.num_prefix = 1 if self.dist_token is None else 2
         rows = self.num_prefix + self.patch_embed.num_patches
         self.pos_embed = None
-        if self.absolute_positions:
+        if absolute:
             self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
 
     def _add_head(self, num_classes: int, representation_size: int | None) -> None:
@@ -204,43 +207,62 @@ class VisionTransformer(RemovableAttention):
         trunc_normal_(self.patch_embed.conv.weight)
         initializer.Constant(0.0)(self.patch_embed.conv.bias)
         for number, block in enumerate(self.blocks, 1):
-            if number - 1 not in self.removed_layers:
+            if block.attn is not None:
                 _multiply(block.attn.proj.weight, (2.0 * number) ** -0.5)
             _multiply(block.mlp.fc2.weight, (2.0 * number) ** -0.5)
         for head in (self.head, self.head_dist) if self.distilled else (self.head,):
             if self.num_classes:
                 _multiply(head.weight, 0.001)
 
+    # ------------------------------------------------------------------------------------------------ settings
     def set_keep_rate(self, rate: float | None) -> None:
-        """Keep rate of the following passes in all blocks that reduce; None: each block's own."""
+        """Set the EViT keep rate of the following passes in all blocks that reduce; None: each block's own."""
         self.keep_rate = rate
 
-    def merge_tokens(self, r: int | Sequence[float], start: int = 0, prop_attn: bool = True) -> None:
-        """Merges similar tokens (ToMe) in the following passes.
+    def set_attn_lambda(self, value: float) -> None:
+        """Set λ of the blocks in `removal.prune_layers` for the following passes; see `AttentionRemoval`."""
+        self.removal.set_lambda(self, value)
 
-        Blocks that keep their attention are counted from 0, and those from number `start` on merge. In a block that
-        EViT reduces too, EViT comes first.
+    def attention_layers(self) -> list[int]:
+        """Blocks that keep their attention."""
+        return list(self.removal.kept_layers)
+
+    @property
+    def leaves_parameters_out(self) -> bool:
+        """See `Classifier`: at λ = 0 the attention of decaying blocks gets no gradient."""
+        return bool(self.removal.prune_layers)
+
+    def set_state_dict(self, state_dict: Mapping, *args, **kwargs):
+        """Paddle's method; λ becomes what the state dict says."""
+        result = super().set_state_dict(state_dict, *args, **kwargs)
+        self.removal.restore_lambda(self)
+        return result
+
+    set_dict = load_dict = set_state_dict
+
+    def merge_tokens(self, r: int | Sequence[float], start: int = 0, prop_attn: bool = True) -> None:
+        """Merge similar tokens (ToMe) in the following passes, after the other reducers of each block.
 
         Args:
-            r: number of tokens to merge: one for all blocks; a list, or a tuple (r, inflect), see `merge_schedule`. Of
-                the schedule for all blocks, the blocks that merge take one number after the other. 0: none merge.
+            r: number of tokens to merge: one for all blocks; a list, or a tuple (r, inflect), see `merge_schedule`. 0: no
+                block merges.
+            start: first block that merges, counted from 0 among the blocks with attention.
             prop_attn: proportional attention.
         """
-        for block in self.blocks:
-            block.merger = None
-        schedule = merge_schedule(r, self.depth)
-        if any(schedule) and self.relative_positions:
+        merging = ToMeSpec(r, start, prop_attn).build(self.depth, self.removal.kept_layers)
+        if merging and self.relative:
             raise UserError(
                 'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them.'
             )
-        if any(schedule):
-            for layer, number in zip(self.attention_layers()[start:], schedule):
-                self.blocks[layer].merger = ToMeReducer(number, prop_attn)
+        for layer, block in enumerate(self.blocks):
+            others = [reducer for reducer in block.reducers if not isinstance(reducer, ToMeReducer)]
+            block.reducers = nn.LayerList([*others, *([merging[layer]] if layer in merging else [])])
 
-    def _freeze(self, stages: int) -> None:
-        if stages >= self.depth:
-            raise UserError(f'cannot freeze block {stages} (FROZEN_STAGES): there are blocks 0 to {self.depth - 1}.')
-        self.frozen = [self.patch_embed, self.pos_drop, *self.blocks[: stages + 1]] if stages >= 0 else []
+    def freeze_stages(self, last: int) -> None:
+        """Train neither the embedding nor the blocks 0 to `last`, which stay in evaluation mode; -1: train all."""
+        if last >= self.depth:
+            raise UserError(f'cannot freeze block {last} (FROZEN_STAGES): there are blocks 0 to {self.depth - 1}.')
+        self.frozen = [self.patch_embed, self.pos_drop, *self.blocks[: last + 1]] if last >= 0 else []
         parameters = [p for layer in self.frozen for p in layer.parameters()]
         if self.frozen:
             parameters += [p for p in (self.cls_token, self.dist_token, self.pos_embed) if p is not None]
@@ -248,7 +270,7 @@ class VisionTransformer(RemovableAttention):
             parameter.stop_gradient = True
 
     def train(self) -> None:
-        """Training mode, but for the frozen stages."""
+        """Set training mode, except for the frozen stages."""
         super().train()
         for layer in self.frozen:
             layer.eval()
@@ -264,7 +286,7 @@ class VisionTransformer(RemovableAttention):
         """Classifies images.
 
         Args:
-            x: normalised images [B, in_chans, H, W], sides divisible by the patch size.
+            x: normalized images [B, in_chans, H, W], sides divisible by the patch size.
             keep_rate: EViT, rate for this pass, one number or one per block; None: as `set_keep_rate` says. Blocks
                 built with rate 1 ignore it.
             tokens: EViT, number of patch tokens to keep instead, one number or one per block with None allowed.
@@ -279,7 +301,7 @@ class VisionTransformer(RemovableAttention):
         return (logits, list(state.indices)) if get_idx else logits
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalised unless they are pooled first."""
+        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalized unless they are pooled first."""
         return self.forward_tokens(x)[0]
 
     def forward_tokens(
@@ -288,50 +310,86 @@ class VisionTransformer(RemovableAttention):
         keep_rate: float | Sequence[float | None] | None = None,
         tokens: int | Sequence[int | None] | None = None,
         trace: bool = False,
-        observe: Collection[int] = (),
     ) -> tuple[Tensor, TokenState]:
-        """`forward_features` and what became of the tokens; arguments as in `forward`.
+        """`forward_features` and the state of the tokens; arguments as in `forward`.
 
-        With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones. What the attention
-        of the blocks `observe` saw and thought is in `TokenState.observed`.
+        With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones.
         """
-        return self.run_blocks(*self.begin(x, keep_rate, tokens, trace, observe))
+        return self.run_blocks(*self._begin(x, keep_rate, tokens, trace))
 
-    def begin(
-        self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False, observe: Collection[int] = ()
-    ) -> tuple[Tensor, TokenState]:
-        """What the first block takes; arguments as in `forward_tokens`."""
-        keep_rate = self.keep_rate if keep_rate is None else keep_rate
-        x = self.embed(x)
-        state = TokenState(
-            num_prefix=self.num_prefix,
-            num_body=x.shape[1] - self.num_prefix,
-            keep_rates=_per_block('keep_rate', keep_rate, self.depth),
-            tokens=_per_block('tokens', tokens, self.depth),
-            source=paddle.eye(x.shape[1]).expand([x.shape[0], -1, -1]) if trace else None,
-            bias=None if self.rel_pos_bias is None else self.rel_pos_bias(),
-            observe=observe,
-        )
-        return x, state
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Sequence[int] | None = None,
+        want: Collection[str] = ('tokens',),
+        keep_rate: float | Sequence[float | None] | None = None,
+        tokens: int | Sequence[int | None] | None = None,
+    ) -> Intermediates:
+        """`forward_features` and intermediate results of blocks.
+
+        Args:
+            x, keep_rate, tokens: as in `forward`.
+            indices: numbers of the blocks, from 0; None: all.
+            want: names of `BlockIntermediates` to return of each.
+        """
+        want = requested(want, indices, self.depth)
+        return self._collect(*self._begin(x, keep_rate, tokens, _traces(want)), want)
+
+    def iter_intermediates(self, x: Tensor, want: Collection[str] = ('tokens',)) -> Iterator[BlockIntermediates]:
+        """Yield what `forward_intermediates` returns of each block as soon as the block has run, to save memory."""
+        want = requested(want, None, self.depth)
+        x, state = self._begin(x, trace=_traces(want))
+        for block in self.blocks:
+            x, state = block(x, state._replace(want=want, recorded=()))
+            yield state.recorded[0]
 
     def run_blocks(self, x: Tensor, state: TokenState, first: int = 0) -> tuple[Tensor, TokenState]:
-        """What block `first` takes -> what `forward_tokens` returns."""
+        """Run the blocks from `first` on, which takes `x` and `state`, and return what `forward_tokens` returns."""
         for block in self.blocks[first:]:
-            x, state = run_block(block, x, state, again=self.recompute)
+            x, state = run_block(block, x, state, checkpoint=self.grad_checkpointing)
         if not self.global_pool:
             return self.norm(x), state
-        if state.size is not None:  # so that pooling averages over the tokens as they were before merging
+        if state.size is not None:  # so that pooling averages over the tokens before merging
             x = x * (state.size / state.size[:, self.num_prefix :].mean(1, keepdim=True))
         return x, state
 
+    def _begin(self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False) -> tuple[Tensor, TokenState]:
+        """What the first block takes; arguments as in `forward_tokens`."""
+        grid = self._grid(x)
+        return self._begin_tokens(self.embed(x), grid, keep_rate, tokens, trace)
+
+    def _begin_tokens(self, x: Tensor, grid=None, keep_rate=None, tokens=None, trace: bool = False):
+        """`_begin` from embedded tokens [B, num_prefix + N, C]; `grid` as in `TokenState`."""
+        if self.relative and tokens is not None:
+            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens.')
+        keep_rates = per_block('keep_rate', self.keep_rate if keep_rate is None else keep_rate, self.depth)
+        check_keep_rates(keep_rates)
+        return x, TokenState(
+            num_prefix=self.num_prefix,
+            num_body=x.shape[1] - self.num_prefix,
+            keep_rates=keep_rates,
+            tokens=per_block('tokens', tokens, self.depth),
+            source=paddle.eye(x.shape[1]).expand([x.shape[0], -1, -1]) if trace else None,
+            grid=grid,
+            bias=None if self.rel_pos_bias is None else self.rel_pos_bias(),
+        )
+
+    def _collect(self, x: Tensor, state: TokenState, want: Mapping[int, Collection[str]]) -> Intermediates:
+        x, state = self.run_blocks(x, state._replace(want=want))
+        return Intermediates(x, dict(zip(sorted(want), state.recorded)), state)
+
+    def _grid(self, x: Tensor) -> tuple[int, int]:
+        """(rows, columns) of the patches of images [B, in_chans, H, W]."""
+        return x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size
+
     def embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
-        grid = (x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size)
+        grid = self._grid(x)
         # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
         x = self.patch_embed(x).astype(self.cls_token.dtype)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = [token.expand([x.shape[0], -1, -1]) for token in prefix]
-        if self.relative_positions and grid != (self.patch_embed.grid_size,) * 2:
+        if self.relative and grid != (self.patch_embed.grid_size,) * 2:
             raise UserError(
                 f'relative positions are for images of {self.patch_embed.img_size} pixels; set DATA.IMAGE_SIZE to the '
                 'size of the data (the model is then built for it).'
@@ -345,7 +403,7 @@ class VisionTransformer(RemovableAttention):
     def forward_head(self, x: Tensor, pre_logits: bool = False):
         """Tokens of `forward_features` -> logits [B, K]; distilled in training: both logits.
 
-        With `pre_logits`, what the classifiers see is returned instead: [B, C], or a pair when distilled.
+        With `pre_logits`, return the input of the classifiers instead: [B, C], or a pair when distilled.
         """
         features = self._pool(x)
         if pre_logits:
@@ -377,6 +435,10 @@ class VisionTransformer(RemovableAttention):
     def facts(self) -> dict:
         """The number of heads: weights of another compute something else in the same shapes."""
         return {'MODEL.TRANS.NUM_HEADS': self.num_heads}
+
+    def unused_weights(self, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
+        """See `AttentionRemoval`."""
+        return self.removal.unused_weights(arrays, source)
 
     def starting_from(self, names: Collection[str]) -> Start:
         """Fine-tuning after a pre-training, or with another pooling. Of MoCo-v3 the encoder that was trained is taken."""
@@ -418,32 +480,32 @@ def _multiply(parameter: Tensor, factor: float) -> None:
     parameter.set_value(parameter * factor)
 
 
-def _per_block(name: str, value, depth: int) -> list:
-    """One value per block; a single one is repeated."""
-    values = [value] * depth if value is None or isinstance(value, (int, float)) else list(value)
-    if len(values) != depth:
-        raise UserError(f'{name} has {len(values)} values for {depth} blocks.')
-    if name == 'keep_rate' and any(v is not None and not 0 < v <= 1 for v in values):
-        raise UserError(f'keep_rate is {value}, but must lie in (0, 1].')
-    return values
+def _traces(want: Mapping[int, Collection[str]]) -> bool:
+    return any('source' in names for names in want.values())
 
 
-# What MODEL.TRANS says of plain blocks, under the names of the arguments.
+# ---------------------------------------------------------------------------------------------------- builder
+# What MODEL.TRANS says of plain blocks.
 _PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS')
 
 
 def _plain_options(config) -> dict:
-    """Arguments of `VisionTransformer` that say the sizes of plain blocks."""
+    """Arguments of `VisionTransformer` that give the sizes of plain blocks."""
+    trans = config.MODEL.TRANS
     return {
         'img_size': config.DATA.IMAGE_SIZE,
         'in_chans': config.DATA.IMAGE_CHANNELS,
-        'recompute': config.TRAIN.RECOMPUTE,
-        **{key.lower(): config.MODEL.TRANS[key] for key in _PLAIN},
+        'patch_size': trans.PATCH_SIZE,
+        'embed_dim': trans.EMBED_DIM,
+        'depth': trans.DEPTH,
+        'num_heads': trans.NUM_HEADS,
+        'mlp_ratio': trans.MLP_RATIO,
+        'mixer': MixerSpec(qkv_bias=trans.QKV_BIAS),
     }
 
 
 def pretraining_options(config) -> dict:
-    """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropping."""
+    """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropout."""
     model, trans = config.MODEL, config.MODEL.TRANS
     fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
     if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
@@ -462,39 +524,54 @@ def pretraining_options(config) -> dict:
 
 @register_model('vit', 'deit', 'evit')
 def build_vit(config) -> VisionTransformer:
-    """Builds a Vision Transformer from a configuration."""
-    model, trans, evit = config.MODEL, config.MODEL.TRANS, config.MODEL.EVIT
-    removal, tome = config.MODEL.LAMBDA, config.MODEL.TOME
-    outside = [i for i in evit.DROP_LOC if not 0 <= i < trans.DEPTH] if evit.KEEP_RATE < 1 else []
-    if outside:
-        raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {trans.DEPTH - 1}.')
-    leaving = (*removal.PRUNE_LAYERS, *removal.DONE_LAYERS)
-    clash = sorted({*leaving} & {*evit.DROP_LOC}) if evit.KEEP_RATE < 1 else []
-    if clash:
-        raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
+    """Build a Vision Transformer from a configuration."""
+    model, trans = config.MODEL, config.MODEL.TRANS
+    options = {**_plain_options(config), 'mixer': _mixer(model)}
     vit = VisionTransformer(
-        **_plain_options(config),
+        **options,
         num_classes=model.NUM_CLASSES,
+        reducers=_reducers(model),
+        removal=_removal(model.LAMBDA),
+        positions=['absolute'] * trans.ABS_POS + ['shared_relative'] * ('shared' in trans.REL_POS),
         drop_rate=model.DROPOUT,
-        attn_drop_rate=model.ATTENTION_DROPOUT,
         head_drop_rate=model.HEAD_DROPOUT,
-        drop_path_rate=model.DROPPATH,
-        drop_path_ramp=model.DROPPATH_RAMP,
+        drop_path_rate=drop_path_rates(model.DROPPATH, trans.DEPTH, model.DROPPATH_RAMP),
         distilled=trans.DISTILLED,
         global_pool=trans.GLOBAL_POOL,
         representation_size=trans.REPRESENTATION_SIZE,
-        keep_rate=[evit.KEEP_RATE if i in evit.DROP_LOC else 1.0 for i in range(trans.DEPTH)],
-        fuse_token=evit.FUSE_TOKEN,
-        prune_layers=() if removal.REMOVED else removal.PRUNE_LAYERS,
-        done_layers=() if removal.REMOVED else removal.DONE_LAYERS,
-        removed_layers=leaving if removal.REMOVED else (),
-        frozen_stages=trans.FROZEN_STAGES,
-        absolute_positions=trans.ABS_POS,
-        relative_positions=trans.REL_POS,
-        key_bias=trans.KEY_BIAS,
         layer_scale=trans.LAYER_SCALE,
         rescaled_init=trans.RESCALED_INIT,
     )
-    schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
-    vit.merge_tokens(schedule, tome.START_IDX, tome.PROP_ATTN)
+    vit.freeze_stages(trans.FROZEN_STAGES)
     return vit
+
+
+def _mixer(model) -> MixerSpec:
+    trans = model.TRANS
+    unknown = sorted(set(trans.REL_POS) - {'block', 'shared'})
+    if unknown:
+        raise UserError(f"'{unknown[0]}' is no kind of relative positions (MODEL.TRANS.REL_POS): block, shared.")
+    name = 'relative' if 'block' in trans.REL_POS else 'attention'
+    return MixerSpec(name, trans.QKV_BIAS, trans.KEY_BIAS, model.ATTENTION_DROPOUT)
+
+
+def _reducers(model) -> list[EViTSpec | ToMeSpec]:
+    """EViT comes before ToMe in a block that has both."""
+    evit, tome, depth = model.EVIT, model.TOME, model.TRANS.DEPTH
+    if evit.KEEP_RATE < 1:
+        outside = [layer for layer in evit.DROP_LOC if not 0 <= layer < depth]
+        if outside:
+            raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {depth - 1}.')
+        clash = sorted({*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS} & {*evit.DROP_LOC})
+        if clash:
+            raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
+    rates = [evit.KEEP_RATE if layer in evit.DROP_LOC else 1.0 for layer in range(depth)]
+    schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
+    return [EViTSpec(rates, evit.FUSE_TOKEN), ToMeSpec(schedule, tome.START_IDX, tome.PROP_ATTN)]
+
+
+def _removal(removal) -> RemovalSpec:
+    """MODEL.LAMBDA; with REMOVED, all its blocks are built without attention."""
+    if removal.REMOVED:
+        return RemovalSpec(removed_layers=(*removal.PRUNE_LAYERS, *removal.DONE_LAYERS))
+    return RemovalSpec(removal.PRUNE_LAYERS, removal.DONE_LAYERS)

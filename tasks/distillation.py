@@ -15,7 +15,6 @@ import paddle.nn.functional as F
 from config import get_config
 from models import build_model
 from models.exported import PREPROCESS, PROGRAM, WEIGHTS
-from models.mae import MaskedAutoencoder, check_lessons
 from models.pretrained import load_frozen
 from models.registry import config_file
 from utils.errors import UserError
@@ -121,9 +120,17 @@ def _registered(config, log: Callable[[str], None]) -> tuple[paddle.nn.Layer, Ca
     """The teacher of TRAIN.TEACHER_CFG, for images of the student's size, and what to do to images before."""
     path = config_file(config.TRAIN.TEACHER_CFG)
     adapt = teacher_images(config, get_config(path), log)
-    teacher = build_model(get_config(path, ['MODEL.NUM_CLASSES', config.MODEL.NUM_CLASSES, *teacher_options(config)]))
-    load_frozen(teacher, config.TRAIN.TEACHER_MODEL, log)
-    return teacher, adapt
+    settings = get_config(path, ['MODEL.NUM_CLASSES', config.MODEL.NUM_CLASSES, *teacher_options(config)])
+    return frozen_model(settings, config.TRAIN.TEACHER_MODEL, log), adapt
+
+
+def frozen_model(settings, weights: str, log: Callable[[str], None]) -> paddle.nn.Layer:
+    """The model that a configuration describes, with frozen weights. No random number of the run is drawn for it."""
+    state = paddle.get_rng_state()
+    model = build_model(settings)
+    paddle.set_rng_state(state)
+    load_frozen(model, weights, log)
+    return model
 
 
 # ---------------------------------------------------------------------------------------------------- exported teachers
@@ -203,31 +210,3 @@ def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, 
     expected = F.log_softmax(teacher / tau, axis=-1)
     difference = expected - F.log_softmax(logits / tau, axis=-1)
     return (expected.exp() * difference).sum() * (tau * tau / logits.size)
-
-
-def load_mae_teacher(
-    config, student: MaskedAutoencoder, log: Callable[[str], None]
-) -> tuple[MaskedAutoencoder, Callable]:
-    """The encoder of TRAIN.TEACHER_CFG with the weights TRAIN.TEACHER_MODEL, with the student's lessons to give; and
-    a function from the student's images to the teacher's."""
-    train = config.TRAIN
-    if train.TEACHER_MODEL is None:
-        raise UserError(
-            'TRAIN.MAE_DISTILL needs the weights of the teacher: set TRAIN.TEACHER_MODEL (-teacher_model_path).'
-        )
-    path = config_file(train.TEACHER_CFG)
-    with teacher_errors(config):
-        adapt = teacher_images(config, get_config(path), log)
-        settings = get_config(path, teacher_options(config))
-        settings.defrost()
-        settings.MODEL.MAE.DECODER_DEPTH = 0
-        teacher = build_model(settings)
-    if not isinstance(teacher, MaskedAutoencoder) or teacher.patch_size != student.patch_size:
-        raise UserError(
-            f"the teacher '{train.TEACHER_CFG}' must be a masked autoencoder with patches of {student.patch_size} pixels."
-        )
-    check_lessons(student.lessons, teacher.depth)
-    with teacher_errors(config):
-        load_frozen(teacher, train.TEACHER_MODEL, log)
-    teacher.lessons = student.lessons
-    return teacher, adapt

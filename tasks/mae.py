@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import Tensor, nn
 from PIL import Image
 
 from datasets.batch import Batch
 from models.mae import MaskedAutoencoder, Reconstruction
 from tasks.base import Losses, MeanEvaluator, Task, register_task
-from tasks.distillation import load_mae_teacher
+from tasks.mae_distillation import MaeDistillation, build_distillation
 from tasks.mae_pictures import draw, rebuild
 from utils.errors import UserError
 
@@ -25,7 +24,7 @@ SHOWN = 8  # validation images in the pictures of a reconstruction
 class MAETask(Task):
     """Reconstruct masked patches. Each evaluation masks the same patches of an image: those that (SEED, its index) draws."""
 
-    teacher: MaskedAutoencoder | None = None
+    distillation: MaeDistillation | None = None
 
     def __init__(self, config):
         super().__init__(config)
@@ -39,25 +38,17 @@ class MAETask(Task):
         """See `Task`; distillation adds adapters to the model."""
         if not isinstance(model, MaskedAutoencoder) or not model.decoder_depth:
             raise UserError('TRAIN.TASK mae needs MODEL.TYPE mae, with a decoder (MODEL.MAE.DECODER_DEPTH).')
-        if training and self.parts:
-            self.teacher, self.adapt = load_mae_teacher(self.config, model, log)
+        if training:
+            self.distillation = build_distillation(self.config, model, log)
 
     def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
         """See `Task`; the parts are those of the distillation, without their weights."""
-        output = model(batch.images, self._noise(batch.images, [rng] * len(batch)))
-        if self.teacher is None:
+        request = self.distillation.request if self.distillation else {}
+        output = model(batch.images, self._noise(batch.images, [rng] * len(batch)), **request)
+        if self.distillation is None:
             return Losses(output.loss, {name: paddle.zeros([]) for name in self.parts})
-        parts = self.compare(batch.images, output)
+        parts = self.distillation.losses(batch.images, output)
         return Losses(output.loss + sum(self.alphas[name] * part for name, part in parts.items()), parts)
-
-    def compare(self, images: Tensor, output: Reconstruction) -> dict[str, Tensor]:
-        """Mean squared differences from the teacher, summed over the blocks: `attn` and `hidden`, 0-D."""
-        with paddle.no_grad():
-            kept = output.order[:, : output.seen]
-            _, attn, hidden = self.teacher.observe(self.adapt(images), kept, self.teacher.lessons)
-        pairs = {'attn': zip(output.attn, attn), 'hidden': zip(output.hidden, hidden)}
-        differences = {name: [_difference(*pair) for pair in both] for name, both in pairs.items()}
-        return {name: sum(values) for name, values in differences.items() if values}
 
     def infer(self, model: nn.Layer, batch: Batch) -> tuple[Tensor, Reconstruction]:
         """Noise [B, L] that selects the patches, and the reconstruction."""
@@ -105,7 +96,3 @@ class ReconstructionEvaluator(MeanEvaluator):
         if was_training:
             model.train()
         return {'reconstruction': draw(rows)}
-
-
-def _difference(student: Tensor, teacher: Tensor) -> Tensor:
-    return F.mse_loss(student.astype('float32'), teacher.astype('float32'))

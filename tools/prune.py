@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     difference = compare(trained, small, shape)
     write_pdparams({**small.state_dict(), FACTS: small.facts()}, args.target)
     before, after = (profile(model, [1, *shape]) for model in (trained, small))
-    print(f'attention removed from blocks {", ".join(map(str, small.removed_layers))}')
+    print(f'attention removed from blocks {", ".join(map(str, small.removal.removed_layers))}')
     print(f'parameters: {before.params:,} -> {after.params:,}')
     print(f'multiply-accumulates: {before.macs:,} -> {after.macs:,}')
     print(f'largest relative difference of a logit: {difference:.1e}')
@@ -75,7 +75,7 @@ def load_trained(config) -> VisionTransformer:
     model = load_classifier(config)
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but attention is removed from Vision Transformers.')
-    for layer in model.prune_layers:
+    for layer in model.removal.prune_layers:
         weight = model.blocks[layer].attn_weight
         if weight:
             raise UserError(

@@ -162,34 +162,27 @@ class Reduction(NamedTuple):
 
 
 def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Reduction]:
-    """Runs a model on an image [H, W, C] uint8 and tells what each block that reduced the tokens did.
+    """Run a model on an image [H, W, C] uint8 and return what each block that reduced the tokens did.
 
     Raises:
         UserError: no block did.
     """
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, whose tokens all stay; give the -cfg of an EViT.')
-    blocks, sources = [], []
     with paddle.no_grad():
-        x, state = model.begin(single_batch(image, config), trace=True)
-        prefix, num_patches = state.num_prefix, state.num_body
-        for number, block in enumerate(model.blocks):
-            before = state
-            x, state = block(x, state)
-            # EViT that fuses one token into one leaves as many as there were.
-            if len(state.indices) > len(before.indices) or state.num_body < before.num_body:
-                blocks.append(number)
-                sources.append(state.source[0, prefix:, prefix:].numpy())
+        seen = model.forward_intermediates(single_batch(image, config), want=('source',))
+    blocks = {number: block for number, block in seen.blocks.items() if block.reduced}
     if not blocks:
         raise UserError(
             f"no block of '{config.MODEL.NAME}' reduces its tokens; give the -cfg of an EViT, or end the command "
             'with -opts MODEL.EVIT.KEEP_RATE 0.7 or with -opts MODEL.TOME.R 8.'
         )
-    if any(block.merger is not None for block in model.blocks):
-        return [Reduction(block, merged_holders(source), merged=True) for block, source in zip(blocks, sources)]
-    fuse = any(model.blocks[number].reducer.fuse for number in blocks)
-    stages = trace_tokens([places[0].numpy() for places in state.indices], num_patches, fuse)
-    return [Reduction(block, stage.holders) for block, stage in zip(blocks, stages)]
+    sources = [block.source[0, model.num_prefix :, model.num_prefix :].numpy() for block in blocks.values()]
+    if seen.state.size is not None:
+        return [Reduction(number, merged_holders(source), merged=True) for number, source in zip(blocks, sources)]
+    kept = [places[0].numpy() for places in seen.state.indices]
+    stages = trace_tokens(kept, sources[0].shape[1], fuse=config.MODEL.EVIT.FUSE_TOKEN)
+    return [Reduction(number, stage.holders) for number, stage in zip(blocks, stages)]
 
 
 # ---------------------------------------------------------------------------------------------------- drawing

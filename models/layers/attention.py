@@ -13,7 +13,7 @@ from models.layers.relative_position import add_relative_positions, relative_bia
 
 
 class AttentionMaps(NamedTuple):
-    """What happened inside an attention.
+    """Intermediate results of an attention layer.
 
     Attributes:
         logits: scaled scores before the softmax, [B, H, N, N].
@@ -36,7 +36,6 @@ class Attention(nn.Layer):
         attn_drop_rate: dropout of the attention weights.
         proj_drop_rate: dropout of the output.
         key_bias: False: of the biases of `qkv_bias`, only those of query and value, as `q_bias` and `v_bias` (BEiT).
-        bias_grid: (rows, columns) of patches for a relative position bias of its own; None: there is none.
     """
 
     def __init__(
@@ -47,7 +46,6 @@ class Attention(nn.Layer):
         attn_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         key_bias: bool = True,
-        bias_grid: tuple[int, int] | None = None,
     ):
         super().__init__()
         self.num_heads = num_heads
@@ -60,9 +58,6 @@ class Attention(nn.Layer):
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop_rate)
-        self.has_table = bias_grid is not None
-        if self.has_table:
-            add_relative_positions(self, bias_grid, num_heads)
 
     def forward(
         self,
@@ -71,21 +66,22 @@ class Attention(nn.Layer):
         need_keys: bool = False,
         key_bias: Tensor | None = None,
         bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, AttentionMaps]:
-        """Mixes tokens.
+        """Mixes tokens. Every mixer has this signature.
 
         Args:
             x: [B, N, C].
             need_maps: return logits and weights, which a fused kernel does not have.
             need_keys: return the keys.
             key_bias: added to the logits, [B, 1, 1, N].
-            bias: likewise, [H, N, N].
+            bias: added to the logits, [H, N, N].
+            grid: (rows, columns) of the patches, for mixers that need it; None: the tokens form no grid.
 
         Returns:
-            [B, N, C], and of the maps those that were asked for.
+            [B, N, C], and those of the maps that are needed.
         """
-        biases = [key_bias, bias, relative_bias(self) if self.has_table else None]
-        biases = [bias for bias in biases if bias is not None]
+        biases = [bias for bias in (key_bias, bias, self.own_bias()) if bias is not None]
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
         if not need_maps and not biases and _fused_kernel(x):
@@ -100,12 +96,33 @@ class Attention(nn.Layer):
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
 
+    def own_bias(self) -> Tensor | None:
+        """A bias of the layer's own that is added to the logits, [H, N, N]; None: nothing."""
+        return None
+
     def _project(self, x: Tensor) -> Tensor:
         """[B, N, C] -> queries, keys and values side by side, [B, N, 3 * C]."""
         x = self.qkv(x)
         if self.q_bias is None:
             return x
         return x + paddle.concat([self.q_bias, paddle.zeros_like(self.q_bias), self.v_bias]).astype(x.dtype)
+
+
+class RelativeAttention(Attention):
+    """Attention with a relative position bias of its own (BEiT), for all patches of one grid and a class token.
+
+    Args:
+        grid: (rows, columns) of patches.
+        options: arguments of `Attention`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], **options):
+        super().__init__(dim, num_heads, **options)
+        add_relative_positions(self, grid, num_heads)
+
+    def own_bias(self) -> Tensor:
+        """See `Attention`."""
+        return relative_bias(self)
 
 
 def _fused_kernel(x: Tensor) -> bool:

@@ -1,109 +1,135 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block of the Vision Transformer (https://arxiv.org/abs/2010.11929), with all that plugs into it."""
+"""The block of the Vision Transformer (https://arxiv.org/abs/2010.11929), which is given its mixer and its reducers."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.layers.attention import Attention
+from models.layers.attention import AttentionMaps
 from models.layers.drop_path import DropPath
+from models.layers.intermediates import Recorder, tokens_to_maps
 from models.layers.mlp import Mlp
-from models.layers.token_reduction import EViTReducer, Observed, TokenState
-from models.layers.tome import ToMeReducer
+from models.layers.tokens import TokenReducer, TokenState
 
 NORM_EPS = 1e-6
 
 
 class Block(nn.Layer):
-    """Pre-norm Transformer block: mix the tokens, reduce their number, then a perceptron on each.
+    """Pre-norm Transformer block: mix the tokens, reduce their number, then an MLP on each.
 
     Args:
         dim: channels C.
-        num_heads: heads of the attention.
-        mlp_ratio: hidden channels of the perceptron / C.
-        qkv_bias: biases of query, key and value.
-        drop_rate: dropout of the projections.
-        attn_drop_rate: dropout of the attention weights.
+        mixer: token mixer with the signature of `Attention`; None: the block has none and doubles its input instead.
+        reducers: token reducers between mixer and MLP, run in order.
+        mlp_ratio: hidden channels of the MLP / C.
+        drop_rate: dropout of the MLP.
         drop_path_rate: stochastic depth of both branches.
-        attention: False: the block is built without one and doubles its input instead.
-        reducer: called between the two branches; None: all tokens stay.
-        key_bias: see `Attention`.
-        bias_grid: likewise.
-        layer_scale: initial factor of each channel of both branches (CaiT); None: there are no such factors.
+        layer_scale: initial LayerScale value of both branches (CaiT); None: no LayerScale.
 
     Attributes:
-        merger: called after the reducer; None: no tokens are merged.
+        attn_weight: λ, see `set_attn_weight`.
     """
 
     def __init__(
         self,
         dim: int,
-        num_heads: int,
+        mixer: nn.Layer | None,
+        reducers: Sequence[TokenReducer] = (),
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
         drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        attention: bool = True,
-        reducer: EViTReducer | None = None,
-        key_bias: bool = True,
-        bias_grid: tuple[int, int] | None = None,
         layer_scale: float | None = None,
     ):
         super().__init__()
-        if attention:
+        self.norm1 = self.attn = self.gamma_1 = self.gamma_2 = None
+        if mixer is not None:
             self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
-            self.attn = Attention(dim, num_heads, qkv_bias, attn_drop_rate, drop_rate, key_bias, bias_grid)
+            self.attn = mixer
         self.norm2 = nn.LayerNorm(dim, epsilon=NORM_EPS)
         self.mlp = Mlp(dim, int(mlp_ratio * dim), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
-        self.gamma_1 = self.gamma_2 = None
         if layer_scale is not None:
-            if attention:
+            if mixer is not None:
                 self.gamma_1 = self.create_parameter([dim], default_initializer=initializer.Constant(layer_scale))
             self.gamma_2 = self.create_parameter([dim], default_initializer=initializer.Constant(layer_scale))
-        self.reducer = reducer
-        self.merger: ToMeReducer | None = None
-        self.weigh_attention(1.0)
+        self.reducers = nn.LayerList(reducers)
+        self.set_attn_weight(0.0 if mixer is None else 1.0)
 
-    def weigh_attention(self, weight: float, identity: float | None = None) -> None:
-        """The following passes compute identity * x + weight * attention(x), identity being 2 - weight (arXiv 2404.05657).
+    def set_attn_weight(self, weight: float, identity: float | None = None) -> None:
+        """Let the following passes compute identity * x + weight * attention(x) (arXiv 2404.05657).
 
-        With weight 0 the attention is not computed, and no tokens are reduced.
+        With weight 0 attention is not computed, and no tokens are reduced.
+
+        Args:
+            weight: λ.
+            identity: factor of the input; None: 2 - weight.
         """
         self.attn_weight = weight
         self.identity_weight = 2.0 - weight if identity is None else identity
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """[B, N, C] -> [B, N', C] and the state that the next block starts from."""
+        want = state.want.get(len(state.counts))
+        before, record = state, Recorder(want or ())
+        if record.wants('given'):
+            record.keep('given', (x, before._replace(want={}, recorded=())))
         if self.attn_weight:
-            x, state = self._attend(x, state)
+            x, state = self._mix(x, state, record)
+            hidden = self.norm2(x)
         else:
             x = self.identity_weight * x
-        x = x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
-        return x, state._replace(counts=(*state.counts, state.num_body), keys=None)
-
-    def _attend(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        reduces = self.reducer is not None and self.reducer.acts(state)
-        merges = self.merger is not None
-        observed = len(state.counts) in state.observe
-        key_bias = self.merger.key_bias(state) if merges else None
-        seen = self.norm1(x)
-        mixed, maps = self.attn(
-            seen, need_maps=reduces or observed, need_keys=merges, key_bias=key_bias, bias=state.bias
-        )
-        if observed:
-            state = state._replace(observed=(*state.observed, Observed(seen, maps.logits)))
-        mixed = self.drop_path(_scaled(mixed, self.gamma_1))
-        x = x + mixed if self.attn_weight == 1 else self.identity_weight * x + self.attn_weight * mixed
-        if reduces:
-            x, state = self.reducer(x, maps, state._replace(keys=maps.keys))
-        elif merges:
-            state = state._replace(keys=maps.keys)
-        if merges and self.merger.acts(state):
-            x, state = self.merger(x, state)
+            hidden = record.keep('inputs', self.norm2(x))
+        hidden = record.keep('mlp_out', self.mlp(hidden))
+        x = x + self.drop_path(_scaled(hidden, self.gamma_2))
+        state = state._replace(counts=(*state.counts, state.num_body), keys=None, class_attention=None)
+        if want is not None:
+            state = state._replace(recorded=(*state.recorded, _finish(record, x, before, state)))
         return x, state
+
+    def _mix(self, x: Tensor, state: TokenState, record: Recorder) -> tuple[Tensor, TokenState]:
+        selects = any(reducer.needs_class_attention(state) for reducer in self.reducers)
+        mixed, maps = self.attn(
+            record.keep('inputs', self.norm1(x)),
+            need_maps=selects or record.wants('attn_logits', 'attn'),
+            need_keys=any(reducer.needs_keys for reducer in self.reducers),
+            key_bias=self._key_bias(state),
+            bias=state.bias,
+            grid=state.grid,
+        )
+        record.keep('attn_logits', maps.logits)
+        record.keep('attn', maps.weights)
+        mixed = self.drop_path(_scaled(record.keep('attn_out', mixed), self.gamma_1))
+        x = x + mixed if self.attn_weight == 1 else self.identity_weight * x + self.attn_weight * mixed
+        return self._reduce(x, maps, state, selects)
+
+    def _key_bias(self, state: TokenState) -> Tensor | None:
+        """Bias of the logits for each key, [B, 1, 1, N], of the reducer that has one."""
+        biases = [reducer.key_bias(state) for reducer in self.reducers]
+        return next((bias for bias in biases if bias is not None), None)
+
+    def _reduce(self, x: Tensor, maps: AttentionMaps, state: TokenState, selects: bool) -> tuple[Tensor, TokenState]:
+        attention = maps.weights[:, :, 0].mean(1) if selects else None
+        state = state._replace(keys=maps.keys, class_attention=attention)
+        for reducer in self.reducers:
+            if reducer.acts(state):
+                x, state = reducer(x, state)
+        return x, state
+
+
+def _finish(record: Recorder, x: Tensor, before: TokenState, state: TokenState):
+    """What was asked for, with the output `x` of the block and the states before and after it."""
+    record.keep('tokens', x)
+    if record.wants('maps'):
+        record.keep('maps', tokens_to_maps(x, state.grid, state.num_prefix))
+    if record.wants('source'):
+        record.values['source'] = state.source if state.is_reduced else None
+        # EViT that fuses a single token leaves as many tokens as there were.
+        fewer = state.num_body < before.num_body
+        record.values['reduced'] = fewer or len(state.indices) > len(before.indices)
+    return record.result()
 
 
 def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ from paddle import nn
 
 
 class DropPath(nn.Layer):
-    """Zeroes a residual branch for whole samples and scales the kept ones by 1 / (1 - rate); identity in evaluation."""
+    """Set a residual branch to 0 for whole samples and scale the kept ones by 1 / (1 - rate); identity in evaluation."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
@@ -28,7 +28,7 @@ class DropPath(nn.Layer):
         return f'rate={self.rate}'
 
 
-def drop_path_rates(rate: float, depth: int, ramp: bool) -> list[float]:
+def drop_path_rates(rate: float, depth: int, ramp: bool = True) -> list[float]:
     """Rate of each block: `rate` everywhere, or growing linearly from 0 in the first block to `rate` in the last."""
     if not ramp:
         return [rate] * depth

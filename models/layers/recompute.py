@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation checkpointing (https://arxiv.org/abs/1604.06174): memory for time."""
+"""Gradient checkpointing (https://arxiv.org/abs/1604.06174): less memory for more time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from paddle import nn
 from paddle.distributed.fleet.utils import recompute
 
 
-def run_block(block: nn.Layer, *inputs, again: bool):
-    """`block(*inputs)`; with `again`, training keeps the inputs only and computes the block again in the backward pass."""
-    if again and block.training:
+def run_block(block: nn.Layer, *inputs, checkpoint: bool):
+    """`block(*inputs)`. With `checkpoint`, training keeps only the inputs and recomputes the block in the backward pass."""
+    if checkpoint and block.training:
         return recompute(block, *inputs, use_reentrant=False)
     return block(*inputs)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token merging, ToMe: https://arxiv.org/abs/2210.09461. Similar tokens become one, and a size says how many they were.
+"""Token merging, ToMe: https://arxiv.org/abs/2210.09461. Similar tokens become one, whose size is their number.
 
 Written from the paper's description.
 """
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import paddle
-from paddle import Tensor, nn
+from paddle import Tensor
 
-from models.layers.token_reduction import TokenState, take_tokens
+from models.layers.tokens import TokenReducer, TokenState, take_tokens
 from utils.errors import UserError
 
 
@@ -197,13 +197,38 @@ def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
     return values
 
 
-class ToMeReducer(nn.Layer):
-    """Merges r tokens by the likeness of their keys, between the attention and the perceptron of a block.
+@dataclass(frozen=True)
+class ToMeSpec:
+    """ToMe in blocks with attention.
+
+    Attributes:
+        r: number of tokens to merge, see `merge_schedule`. The blocks that merge take one number after the other from the
+            schedule of all blocks. All 0: no block merges.
+        start: first block that merges, counted from 0 among the blocks with attention.
+        prop_attn: proportional attention.
+    """
+
+    r: int | Sequence[float] = 0
+    start: int = 0
+    prop_attn: bool = True
+
+    def build(self, depth: int, layers: Sequence[int]) -> dict[int, ToMeReducer]:
+        """Reducer of each block that merges, of `layers`, the blocks with attention."""
+        schedule = merge_schedule(self.r, depth)
+        if not any(schedule):
+            return {}
+        return {layer: ToMeReducer(r, self.prop_attn) for layer, r in zip(layers[self.start :], schedule)}
+
+
+class ToMeReducer(TokenReducer):
+    """Merges the r pairs of tokens whose keys are most similar.
 
     Args:
-        r: number of tokens to merge; 0: none, but the attention still knows their sizes.
-        prop_attn: proportional attention, a token weighs as much as the tokens it stands for (equation 1).
+        r: number of tokens to merge; 0: none, but attention stays proportional.
+        prop_attn: proportional attention: add log(token size) to the attention logits (equation 1).
     """
+
+    needs_keys = True
 
     def __init__(self, r: int, prop_attn: bool = True):
         super().__init__()
@@ -211,24 +236,31 @@ class ToMeReducer(nn.Layer):
         self.prop_attn = prop_attn
 
     def key_bias(self, state: TokenState) -> Tensor | None:
-        """What the attention adds to its logits, [B, 1, 1, N]; None: nothing, no token stands for several yet."""
+        """See `TokenReducer`; None while no token stands for several."""
         if not self.prop_attn or state.size is None:
             return None
         # log(size), in a form that Paddle 3.3's inference programs do not compute in the place of `size`
         return (state.size - 1.0).log1p().squeeze(-1).unsqueeze([1, 2])
 
     def acts(self, state: TokenState) -> bool:
-        """Whether tokens are merged in this pass."""
+        """See `TokenReducer`."""
         return num_merged(state.num_prefix + state.num_body, self.r, state.num_prefix) > 0
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """[B, N, C] -> [B, N', C], by the keys in the state."""
-        # In half precision rounding would make tokens alike that are not.
+        """See `TokenReducer`."""
+        # In half precision rounding would make different tokens equal.
         with paddle.amp.auto_cast(enable=False):
             matching = match(state.keys, self.r, state.num_prefix >= 1, state.num_prefix >= 2)
             x, size = matching.merge_weighted(x, state.size)
-        source = None if state.source is None else matching.merge_source(state.source)
-        return x, state._replace(num_body=x.shape[1] - state.num_prefix, size=size, source=source)
+        source, attention = state.source, state.class_attention
+        return x, state._replace(
+            num_body=x.shape[1] - state.num_prefix,
+            size=size,
+            source=None if source is None else matching.merge_source(source),
+            class_attention=None if attention is None else matching.merge(attention.unsqueeze(-1)).squeeze(-1),
+            keys=None,
+            grid=None,
+        )
 
     def extra_repr(self) -> str:
         return f'r={self.r}, prop_attn={self.prop_attn}'

@@ -20,6 +20,7 @@ from analysis.attention import (
 from models.port import port_state_dict
 from models.vision_transformer import VisionTransformer
 from tests.conftest import golden
+from tests.models.helpers import vision_transformer
 from tests.models.test_vision_transformer import tiny
 from utils.errors import UserError
 
@@ -166,7 +167,7 @@ def test_cka_that_cannot_be_estimated():
 
 # ---------------------------------------------------------------------------------------------------- models
 def upstream(number: int) -> VisionTransformer:
-    model = VisionTransformer(num_classes=3, **PIPELINE.meta[f'model{number}'])
+    model = vision_transformer(num_classes=3, **PIPELINE.meta[f'model{number}'])
     model.set_state_dict(port_state_dict(model, PIPELINE.group(f'sd/model{number}')))
     model.eval()
     return model
@@ -184,8 +185,8 @@ def test_the_originals_pipeline():
                 close(layer[0, :4], PIPELINE[f'out/rep{number}_{i}_slice'], 2e-4)
             features = model.forward_head(model.forward_features(batches[0]), pre_logits=True)
             close(features, PIPELINE[f'out/feat{number}'], 2e-4)
-        observed = first.forward_tokens(batches[0], observe=[0])[1].observed[0]
-    close(observed.logits[0, :, :3], PIPELINE['out/logits_layer1_sample0_rows'], 2e-4)
+        seen = first.forward_intermediates(batches[0], [0], ['attn_logits'])
+    close(seen.blocks[0].attn_logits[0, :, :3], PIPELINE['out/logits_layer1_sample0_rows'], 2e-4)
 
     measured = measure_attention(first, batches)
     close(measured['entropy'], PIPELINE['out/entropy'], 1e-4)

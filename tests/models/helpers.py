@@ -6,7 +6,9 @@ import paddle
 from paddle import nn
 
 from config import get_config
+from models.layers import EViTSpec, MixerSpec, RemovalSpec, drop_path_rates
 from models.registry import config_file
+from models.vision_transformer import VisionTransformer
 
 
 def linear_weights(layer: nn.Layer) -> set[str]:
@@ -33,6 +35,36 @@ def load(layer: nn.Layer, arrays: dict) -> nn.Layer:
     assert {name: list(a.shape) for name, a in arrays.items()} == shapes
     layer.set_state_dict({name: paddle.to_tensor(a) for name, a in arrays.items()})
     return layer
+
+
+def vision_transformer(
+    keep_rate=1.0,
+    fuse_token: bool = False,
+    prune_layers=(),
+    done_layers=(),
+    removed_layers=(),
+    qkv_bias: bool = True,
+    key_bias: bool = True,
+    attn_drop_rate: float = 0.0,
+    relative_positions=(),
+    absolute_positions: bool = True,
+    drop_path_ramp: bool = True,
+    depth: int = 12,
+    drop_path_rate: float = 0.0,
+    **options,
+) -> VisionTransformer:
+    """A model from the flat arguments of the original programs, as the reference files list them."""
+    positions = {'absolute': absolute_positions, 'shared_relative': 'shared' in relative_positions}
+    mixer = 'relative' if 'block' in relative_positions else 'attention'
+    return VisionTransformer(
+        depth=depth,
+        mixer=MixerSpec(mixer, qkv_bias, key_bias, attn_drop_rate),
+        reducers=[EViTSpec(keep_rate, fuse_token)],
+        removal=RemovalSpec(prune_layers, done_layers, removed_layers),
+        positions=[name for name, used in positions.items() if used],
+        drop_path_rate=drop_path_rates(drop_path_rate, depth, drop_path_ramp),
+        **options,
+    )
 
 
 # Options that shrink an architecture until a test of it takes no time, by MODEL.TYPE.
@@ -73,9 +105,10 @@ def images(config, batch: int = 2) -> paddle.Tensor:
 
 
 def check_recompute(model: nn.Layer, x: paddle.Tensor) -> None:
-    """Loss and gradients must be the same to the last bit with blocks computed again in the backward pass."""
+    """Loss and gradients must be the same to the last bit with gradient checkpointing."""
     results = []
-    for model.recompute in (False, True):
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
         paddle.seed(1)
         loss = model(x).square().mean()
         loss.backward()

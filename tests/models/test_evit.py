@@ -9,10 +9,11 @@ import paddle.nn.functional as F
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paddle import nn
 
-from models.layers import EViTReducer, TokenState
+from models.layers import Attention, Block, EViTReducer, TokenState
 from models.profile import profile
-from models.vision_transformer import Block, VisionTransformer
+from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load, to_ours
 from tests.models.test_vision_transformer import build, tiny
@@ -47,7 +48,7 @@ def test_models(name, mode):
 @pytest.mark.parametrize('mode', ['fuse', 'drop'])
 def test_block(mode):
     g = golden('evit-block')
-    block = Block(24, 3, reducer=EViTReducer(0, 0.5, fuse=mode == 'fuse'))
+    block = Block(24, Attention(24, 3), [EViTReducer(0, 0.5, fuse=mode == 'fuse')])
     load(block, g.group('sd'))
     block.eval()
     x = paddle.to_tensor(g['in/x'])
@@ -109,8 +110,8 @@ def test_indices_on_request():
 
 def test_equal_scores_keep_the_order_of_the_image():
     reducer = EViTReducer(0, 0.5)
-    maps = type('Maps', (), {'weights': paddle.full([1, 2, 7, 7], 1 / 7)})
-    y, state = reducer(paddle.arange(7.0).reshape([1, 7, 1]), maps, TokenState(1, 6, [None], [None]))
+    state = TokenState(1, 6, class_attention=paddle.full([1, 7], 1 / 7))
+    y, state = reducer(paddle.arange(7.0).reshape([1, 7, 1]), state)
     assert state.indices[0].tolist() == [[0, 1, 2]]
     assert y.flatten().tolist() == [0, 1, 2, 3]
 
@@ -183,6 +184,6 @@ def test_cost(row, zero_weights):
     dim, heads, size, classes, rate, fuse, *drop_loc, params, macs, _ = row
     model = _dense(dim, heads, size, classes)
     for i, block in enumerate(model.blocks):
-        block.reducer = EViTReducer(i, rate / 1000 if i in drop_loc else 1.0, bool(fuse))
+        block.reducers = nn.LayerList([EViTReducer(i, rate / 1000 if i in drop_loc else 1.0, bool(fuse))])
     cost = profile(model, [1, 3, size, size])
     assert (cost.params, cost.macs) == (params, macs)

@@ -8,9 +8,8 @@ import pytest
 from models.mae import MaskedAutoencoder
 from models.port import port_state_dict
 from models.pretrained import load_pretrained, load_state
-from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
-from tests.models.helpers import to_ours
+from tests.models.helpers import to_ours, vision_transformer
 from utils.errors import UserError
 from utils.weights import FACTS, find_state_dict, write_pdparams
 
@@ -48,12 +47,12 @@ def test_mae_lites_checkpoints(case):
         stored[key] = weights.get(name, np.zeros([4, 4, 1, 1], 'float32'))
     classes = weights['head.bias'].shape[0] if source == 'ftm' else None
     if source == 'ftm':
-        pretrained = VisionTransformer(**{**g.meta['vit'], 'num_classes': classes})
+        pretrained = vision_transformer(**{**g.meta['vit'], 'num_classes': classes})
     else:
         pretrained = MaskedAutoencoder(**g.meta['mae'])
     ported = port_state_dict(pretrained, find_state_dict({'model': stored, 'start_epoch': 400}))
 
-    vit, lines = begin(VisionTransformer(**g.meta['vit']), g, 'vit'), []
+    vit, lines = begin(vision_transformer(**g.meta['vit']), g, 'vit'), []
     load_state(vit, ported, log=lines.append)
     assert_close(vit(paddle.to_tensor(g['in/x'])), g[f'out/{case}_logits'], 1e-5)
     missing = {name.removeprefix('model.') for name in facts['missing']}
@@ -68,17 +67,17 @@ def test_mae_lites_checkpoints(case):
 def test_the_class_token_keeps_the_encoders_norm():
     mae = MaskedAutoencoder(**TINY, **DECODER)
     mae.norm.weight.set_value(paddle.full([24], 3.0))
-    vit = VisionTransformer(**TINY, num_classes=5)
+    vit = vision_transformer(**TINY, num_classes=5)
     load_state(vit, arrays(mae))
     assert (vit.norm.weight == 3).all()
 
 
 def test_a_classifier_is_not_evaluated_on_pre_trained_weights():
-    vit = VisionTransformer(**TINY, num_classes=5, global_pool=True)
+    vit = vision_transformer(**TINY, num_classes=5, global_pool=True)
     with pytest.raises(UserError, match='no classifier'):
         load_state(vit, arrays(MaskedAutoencoder(**TINY, **DECODER)), replace_head=False)
     with pytest.raises(UserError, match='fc_norm'):
-        load_state(vit, arrays(VisionTransformer(**TINY, num_classes=5)), replace_head=False)
+        load_state(vit, arrays(vision_transformer(**TINY, num_classes=5)), replace_head=False)
 
 
 @pytest.mark.parametrize('heads', [3, 6])
@@ -86,7 +85,7 @@ def test_the_number_of_heads_travels_with_the_weights(tmp_path, heads):
     mae = MaskedAutoencoder(**TINY, **DECODER)
     path = str(tmp_path / 'mae.pdparams')
     write_pdparams({**arrays(mae), FACTS: mae.facts()}, path)
-    vit = VisionTransformer(**{**TINY, 'num_heads': heads}, num_classes=5, global_pool=True)
+    vit = vision_transformer(**{**TINY, 'num_heads': heads}, num_classes=5, global_pool=True)
     before = arrays(vit)
     if heads == 3:
         load_pretrained(vit, path)
@@ -98,10 +97,10 @@ def test_the_number_of_heads_travels_with_the_weights(tmp_path, heads):
 
 
 def test_paddle_reads_weights_with_facts(tmp_path):
-    vit = VisionTransformer(**TINY, num_classes=5)
+    vit = vision_transformer(**TINY, num_classes=5)
     path = str(tmp_path / 'vit.pdparams')
     write_pdparams({**arrays(vit), FACTS: vit.facts()}, path)
-    other = VisionTransformer(**TINY, num_classes=5)
+    other = vision_transformer(**TINY, num_classes=5)
     other.set_state_dict(paddle.load(path))
     for name, value in arrays(vit).items():
         np.testing.assert_array_equal(arrays(other)[name], value)

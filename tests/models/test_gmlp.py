@@ -50,12 +50,13 @@ def test_intermediates():
     g = golden('gmlp-fwd_a')
     model = load(build(g.meta['ctor']), g.group('sd'))
     x = paddle.to_tensor(g['in/x'])
-    first, last = model.forward_intermediates(x, [0, 2])
-    assert_close(first.flatten(2).transpose([0, 2, 1]), g['out/block0'])
-    assert_close(last.flatten(2).transpose([0, 2, 1]), g['out/block2'])
-    (normalised,) = model.forward_intermediates(x, [2], norm=True)
-    assert normalised.shape == [2, 32, 4, 4]
-    assert_close(normalised.flatten(2).transpose([0, 2, 1]), g['out/norm'])
+    seen = model.forward_intermediates(x, [0, 2], ['tokens', 'maps'])
+    assert list(seen.blocks) == [0, 2]
+    for i, block in seen.blocks.items():
+        assert_close(block.tokens, g[f'out/block{i}'])
+        assert block.maps.shape == [2, 32, 4, 4]
+        np.testing.assert_array_equal(block.maps.flatten(2).transpose([0, 2, 1]), block.tokens)
+    assert_close(seen.features, g['out/norm'])
 
 
 def test_spatial_gating_unit_and_its_gradients():

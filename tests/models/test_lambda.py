@@ -7,10 +7,11 @@ import paddle.nn.functional as F
 import pytest
 
 from models import create_model
-from models.layers import TokenState
+from models.layers import Attention, Block, TokenState
+from models.layers.intermediates import Recorder
 from models.port import port_state_dict, port_with_report
 from models.pretrained import load_state
-from models.vision_transformer import Block, VisionTransformer
+from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load, small_config, to_ours
 from tests.models.test_vision_transformer import build, tiny
@@ -87,7 +88,8 @@ def test_removed_attention():
 @pytest.mark.parametrize('recompute', [False, True])
 def test_gradients(flavour, recompute):
     g = golden(f'lambda_vit-train_grad_{flavour}')
-    model = fading(g, recompute=recompute)
+    model = fading(g)
+    model.set_grad_checkpointing(recompute)
     model.train()
     for weight in g['in/lambdas'].tolist():
         model.clear_gradients(set_to_zero=False)
@@ -107,7 +109,7 @@ def test_gradients(flavour, recompute):
                 np.testing.assert_allclose(gradients[name], value, 1e-3, 1e-4 * largest, err_msg=name)
         skipped = {name for name, p in parameters.items() if p.grad is None and not p.stop_gradient}
         assert bool(skipped) == (weight == 0) and model.leaves_parameters_out
-        assert len(skipped) in (0, 6 * len(model.prune_layers))
+        assert len(skipped) in (0, 6 * len(model.removal.prune_layers))
 
 
 def test_stochastic_depth_of_both_flavours():
@@ -122,13 +124,14 @@ def test_stochastic_depth_of_both_flavours():
 
 def test_the_kept_part_of_the_input_is_never_dropped():
     """With all branches dropped, (2 - λ) x is left."""
-    block = Block(8, 2, drop_path_rate=0.999)
+    block = Block(8, Attention(8, 2), drop_path_rate=0.999)
     block.train()
     x = paddle.randn([4, 3, 8])
     paddle.seed(0)
     for weight in (1.0, 0.25, 0.0):
-        block.weigh_attention(weight)
-        y = block._attend(x, TokenState(1, x.shape[1] - 1, (), ()))[0] if weight else block.identity_weight * x
+        block.set_attn_weight(weight)
+        state = TokenState(1, x.shape[1] - 1)
+        y = block._mix(x, state, Recorder(()))[0] if weight else block.identity_weight * x
         np.testing.assert_allclose(y, (2 - weight) * x)
 
 
@@ -249,7 +252,9 @@ def test_mistakes():
 # ---------------------------------------------------------------------------------------------------- frozen stages
 @pytest.mark.parametrize('recompute', [False, True])
 def test_frozen_stages(recompute):
-    model = tiny(frozen_stages=1, drop_rate=0.5, drop_path_rate=0.5, recompute=recompute)
+    model = tiny(drop_rate=0.5, drop_path_rate=0.5)
+    model.freeze_stages(1)
+    model.set_grad_checkpointing(recompute)
     for _ in range(2):
         model.train()
         frozen = {name for name, layer in model.named_sublayers() if not layer.training}
@@ -283,7 +288,7 @@ def test_configuration():
     options = ['MODEL.LAMBDA.PRUNE_LAYERS', (1, 3), 'MODEL.LAMBDA.DONE_LAYERS', (0,)]
     from models import build_model
 
-    trained = build_model(small_config('deit_tiny_patch16_224', *options))
+    trained = build_model(small_config('deit_tiny_patch16_224', *options)).removal
     assert (trained.prune_layers, trained.done_layers, trained.removed_layers) == ((1, 3), (0,), ())
-    small = build_model(small_config('deit_tiny_patch16_224', *options, 'MODEL.LAMBDA.REMOVED', True))
+    small = build_model(small_config('deit_tiny_patch16_224', *options, 'MODEL.LAMBDA.REMOVED', True)).removal
     assert (small.prune_layers, small.done_layers, small.removed_layers) == ((), (), (0, 1, 3))

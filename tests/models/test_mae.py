@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.layers import sincos_position_table, take_tokens
+from models.layers import MixerSpec, sincos_position_table, take_tokens
 from models.mae import MaskedAutoencoder, num_visible, patchify, unpatchify
 from tests.conftest import assert_close, golden
 from tests.models.helpers import linear_weights, load
@@ -155,7 +155,7 @@ def test_the_encoder_alone():
     assert set(full.state_dict()) - set(model.state_dict()) == set(
         model.unused_weights({name: value.numpy() for name, value in full.state_dict().items()}, 'x')
     )
-    assert tiny(qkv_bias=False)(paddle.randn([1, 3, 32, 32])).pred.shape == [1, 16, 192]
+    assert tiny(mixer=MixerSpec(qkv_bias=False))(paddle.randn([1, 3, 32, 32])).pred.shape == [1, 16, 192]
     assert model.encode(paddle.randn([2, 3, 32, 32]), paddle.to_tensor([[3, 1], [0, 2]])).shape == [2, 3, 24]
 
 

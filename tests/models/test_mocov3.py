@@ -13,9 +13,8 @@ from models.layers import SyncBatchNorm, moco_position_table, sincos_position_ta
 from models.mocov3 import MoCoV3
 from models.port import port_with_report
 from models.pretrained import load_state
-from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
-from tests.models.helpers import images, small_config
+from tests.models.helpers import images, small_config, vision_transformer
 from utils.errors import UserError
 from utils.weights import FACTS, find_state_dict
 
@@ -174,7 +173,8 @@ def test_keys_have_no_gradient_and_queries_have():
 
 def test_recompute_changes_nothing():
     paddle.seed(0)
-    plain, again = tiny(), tiny(recompute=True)
+    plain, again = tiny(), tiny()
+    again.set_grad_checkpointing()
     again.set_state_dict(plain.state_dict())
     views = paddle.randn([4, 2, 3, 32, 32])
     for model in (plain, again):
@@ -227,7 +227,7 @@ def test_mae_lites_checkpoints_start_a_classifier(pooled, parallel):
     ported, _ = port_with_report(moco, find_state_dict({'model': stored, 'start_epoch': 3}))
     assert set(ported) == set(moco.state_dict())
 
-    vit, lines = VisionTransformer(**sizes, num_classes=5, global_pool=pooled), []
+    vit, lines = vision_transformer(**sizes, num_classes=5, global_pool=pooled), []
     before = arrays(vit)
     load_state(vit, ported, log=lines.append)
     after = arrays(vit)
@@ -248,7 +248,7 @@ def test_upstream_files_become_an_encoder_too():
     moco = of_golden(g)
     config = g.meta['config']
     sizes = {name: config[name] for name in ('img_size', 'embed_dim', 'depth', 'num_heads')}
-    vit = VisionTransformer(**sizes, num_classes=0)
+    vit = vision_transformer(**sizes, num_classes=0)
     state, report = port_with_report(
         vit, find_state_dict({'state_dict': {f'module.{n}': a for n, a in g.group('sd').items()}})
     )
@@ -263,11 +263,11 @@ def test_upstream_files_become_an_encoder_too():
 
 def test_the_number_of_heads_must_be_that_of_the_pre_training():
     moco = tiny()
-    vit = VisionTransformer(**{**TINY, 'num_heads': 6}, num_classes=5)
+    vit = vision_transformer(**{**TINY, 'num_heads': 6}, num_classes=5)
     with pytest.raises(UserError, match='trained with MODEL.TRANS.NUM_HEADS 3, but the model has 6'):
         load_state(vit, {**arrays(moco), FACTS: moco.facts()})
 
 
 def test_a_classifier_is_not_evaluated_on_pre_trained_weights():
     with pytest.raises(UserError, match='no classifier'):
-        load_state(VisionTransformer(**TINY, num_classes=5), arrays(tiny()), replace_head=False)
+        load_state(vision_transformer(**TINY, num_classes=5), arrays(tiny()), replace_head=False)

@@ -15,6 +15,7 @@ from models.gmlp import GMLP
 from models.port import port_state_dict, port_with_report
 from models.vision_transformer import VisionTransformer
 from tests.conftest import HERE, assert_close, golden
+from tests.models.helpers import vision_transformer
 from utils.errors import UserError
 from utils.weights import find_state_dict, read_file
 
@@ -125,7 +126,7 @@ def test_two_names_for_one_parameter():
 def test_positions_follow_the_image_size(size):
     reference = golden('evit-deit')
     sizes = {key: value for key, value in reference.meta['ctor'].items() if key != 'ln_eps'}
-    model = VisionTransformer(**{**sizes, 'img_size': size})
+    model = vision_transformer(**{**sizes, 'img_size': size})
     model.eval()
     state, report = port_with_report(model, find_state_dict({'model': reference.group('sd')}))
     suffix = '' if size == 64 else str(size)

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from config import get_config
+from engine.mae_distillation import adapt_student
 from models import build_model, create_model, list_models, register_model
 from models.profile import profile
-from models.registry import config_file
+from models.registry import MODELS, config_file
 from models.zoo import PUBLISHED
 from tests.conftest import HERE, ROOT
 from tests.models.helpers import images, small_config
@@ -62,11 +63,21 @@ def spans(numbers: list) -> str:
     return f'[{text[1:]}]'
 
 
+def trained_model(config):
+    """The model of a configuration as it is trained: with the adapters of a distillation."""
+    model = build_model(config)
+    if config.TRAIN.TASK == 'mae':
+        adapt_student(config, model)
+    return model
+
+
 def write_snapshot(names: list[str]) -> None:
     """Run by `python -m tests.models.test_registry [NAME...]` after a deliberate change of names or shapes."""
     with open(SNAPSHOT, encoding='utf-8') as file:
         old = json.load(file)
-    new = {name: listing(create_model(name)) if name in names else old[name] for name in NAMES}
+    new = {
+        name: listing(trained_model(get_config(config_file(name)))) if name in names else old[name] for name in NAMES
+    }
     with open(SNAPSHOT, 'w', encoding='utf-8') as file:
         file.write('{\n' + ',\n'.join(f'{json.dumps(name)}: {json.dumps(new[name])}' for name in NAMES) + '\n}\n')
 
@@ -74,7 +85,7 @@ def write_snapshot(names: list[str]) -> None:
 @pytest.mark.parametrize('name', NAMES)
 def test_full_size(name, zero_weights):
     config = get_config(config_file(name))
-    model = build_model(config)
+    model = trained_model(config)
     with open(SNAPSHOT, encoding='utf-8') as file:
         expected = json.load(file).get(name)
     assert listing(model) == expected, 'if this was meant: python -m tests.models.test_registry'
@@ -217,6 +228,19 @@ def test_the_callers_configuration_is_left_alone():
     config = small_config('gmlp_digits', 'MODEL.NUM_CLASSES', None)
     assert build_model(config).num_classes == 1000
     assert config.MODEL.NUM_CLASSES is None
+
+
+@pytest.mark.parametrize('name', ['gmlp_digits', 'deit_tiny_patch16_224', 'ms_mlp_tiny_patch4_shift5_224'])
+def test_a_builder_called_directly_builds_the_same(name):
+    config = small_config(name, 'MODEL.NUM_CLASSES', None)
+    models = []
+    for build in (build_model, MODELS[config.MODEL.TYPE]):
+        paddle.seed(1)
+        models.append(build(config).state_dict())
+    for (name, value), (other, same) in zip(*map(dict.items, models)):
+        assert name == other
+        np.testing.assert_array_equal(value, same)
+    assert models[0]['head.bias'].shape == [1000]
 
 
 def test_a_name_is_registered_once():

@@ -12,7 +12,7 @@ from models.port import port_state_dict
 from models.pretrained import load_state
 from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
-from tests.models.helpers import load
+from tests.models.helpers import load, vision_transformer
 from tests.models.test_fine_tuning import DECODER, TINY, arrays, begin, named
 from utils.errors import UserError
 
@@ -24,7 +24,7 @@ def build(ctor: dict, **changes) -> VisionTransformer:
     ctor = dict(ctor)
     ctor.pop('norm_eps', None)
     kinds = {'block': ctor.pop('use_rel_pos_bias', False), 'shared': ctor.pop('use_shared_rel_pos_bias', False)}
-    return VisionTransformer(
+    return vision_transformer(
         absolute_positions=ctor.pop('use_abs_pos_emb'),
         relative_positions=[kind for kind, used in kinds.items() if used],
         layer_scale=ctor.pop('init_values'),
@@ -58,13 +58,12 @@ def test_forward(name):
     model.eval()
     x = paddle.to_tensor(g['in/x'])
     assert_close(model(x), g['out/logits'])
-    tokens, state = model.forward_tokens(x, observe=(0, 1))
-    assert_close(model.forward_head(tokens, pre_logits=True), g['out/features'])
-    first, last = state.observed
-    assert_close(first.hidden, g['out/hidden_first'])
-    assert_close(last.logits, g['out/attn_last'])
+    seen = model.forward_intermediates(x, (0, 1), ('inputs', 'attn_logits'))
+    assert_close(model.forward_head(seen.features, pre_logits=True), g['out/features'])
+    assert_close(seen.blocks[0].inputs, g['out/hidden_first'])
+    assert_close(seen.blocks[1].attn_logits, g['out/attn_last'])
     if not model.global_pool:
-        assert_close(tokens, g['out/hidden_last'])
+        assert_close(seen.features, g['out/hidden_last'])
 
 
 def test_mae_weights_start_the_fine_tuning():
@@ -80,9 +79,9 @@ def test_mae_weights_start_the_fine_tuning():
 
 def test_initialisation():
     paddle.seed(0)
-    plain = VisionTransformer(**TINY, num_classes=50)
+    plain = vision_transformer(**TINY, num_classes=50)
     paddle.seed(0)
-    model = VisionTransformer(**TINY, num_classes=50, relative_positions=('block', 'shared'), **BEIT)
+    model = vision_transformer(**TINY, num_classes=50, relative_positions=('block', 'shared'), **BEIT)
     for number, block in enumerate(model.blocks, 1):
         for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
             assert weight.std().item() == pytest.approx(0.02 / (2 * number) ** 0.5, rel=0.15)
@@ -96,14 +95,14 @@ def test_initialisation():
 
 
 def test_gradients_reach_every_part():
-    model = VisionTransformer(**TINY, num_classes=5, relative_positions=('block', 'shared'), global_pool=True, **BEIT)
+    model = vision_transformer(**TINY, num_classes=5, relative_positions=('block', 'shared'), global_pool=True, **BEIT)
     model(paddle.randn([2, 3, 32, 32])).square().sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
 def test_tables_follow_the_image_size():
-    small = VisionTransformer(**TINY, num_classes=5, relative_positions=('block',))
-    large = VisionTransformer(**{**TINY, 'img_size': 64}, num_classes=5, relative_positions=('block',))
+    small = vision_transformer(**TINY, num_classes=5, relative_positions=('block',))
+    large = vision_transformer(**{**TINY, 'img_size': 64}, num_classes=5, relative_positions=('block',))
     load_state(large, arrays(small))
     table = np.arange(52 * 3, dtype='float32').reshape(52, 3)
     table[:49] = 2.0
@@ -116,18 +115,18 @@ def test_tables_follow_the_image_size():
 def test_mistakes():
     relative = {**TINY, 'relative_positions': ('block',)}
     with pytest.raises(UserError, match='DATA.IMAGE_SIZE'):
-        VisionTransformer(**relative)(paddle.randn([1, 3, 64, 64]))
+        vision_transformer(**relative)(paddle.randn([1, 3, 64, 64]))
     with pytest.raises(UserError, match='REL_POS'):
-        VisionTransformer(**relative, keep_rate=0.5)
+        vision_transformer(**relative, keep_rate=0.5)
     with pytest.raises(UserError, match='MODEL.TOME merges'):
-        VisionTransformer(**relative).merge_tokens(2)
+        vision_transformer(**relative).merge_tokens(2)
     with pytest.raises(UserError, match="'blok'.*MODEL.TRANS.REL_POS"):
         create_model('deit_tiny_patch16_224', opts=['MODEL.TRANS.REL_POS', ('blok',)])
 
 
 def test_the_class_token_pools_too():
     mae = MaskedAutoencoder(**TINY, **DECODER)
-    model = VisionTransformer(**TINY, num_classes=5, absolute_positions=False, relative_positions=('shared',), **BEIT)
+    model = vision_transformer(**TINY, num_classes=5, absolute_positions=False, relative_positions=('shared',), **BEIT)
     load_state(model, arrays(mae))
     assert 'pos_embed' not in model.state_dict()
     np.testing.assert_array_equal(model.norm.weight, mae.norm.weight)

@@ -16,7 +16,7 @@ from models.port import port_state_dict
 from models.profile import profile
 from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
-from tests.models.helpers import load
+from tests.models.helpers import load, vision_transformer
 from tests.models.test_vision_transformer import build, tiny
 from utils.errors import UserError
 
@@ -204,7 +204,8 @@ def test_gradients_recompute_and_types():
     model = tiny(drop_path_rate=0.2)
     model.merge_tokens(3)
     results = []
-    for model.recompute in (False, True):
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
         paddle.seed(1)
         model(x).square().mean().backward()
         results.append([parameter.grad.numpy() for parameter in model.parameters()])
@@ -243,7 +244,7 @@ def test_keys_of_reduced_tokens_are_those_that_are_merged():
     model.eval()
     x = model.embed(paddle.randn([2, 3, 32, 32]))
     block = model.blocks[0]
-    state = TokenState(1, 16, [None] * 3, [None] * 3)
+    state = TokenState(1, 16)
     _, maps = block.attn(block.norm1(x), need_maps=True, need_keys=True)
     after, after_state = block(x, state)
     kept = after_state.indices[0]
@@ -289,7 +290,7 @@ SIZES = {'tiny': (192, 3), 'small': (384, 6), 'base': (768, 12)}
 @functools.lru_cache(maxsize=1)
 def sized(arch: str, *removed: int) -> VisionTransformer:
     dim, heads = SIZES[arch.split('_')[1]]
-    return VisionTransformer(embed_dim=dim, num_heads=heads, removed_layers=removed)
+    return vision_transformer(embed_dim=dim, num_heads=heads, removed_layers=removed)
 
 
 @pytest.mark.parametrize('row', range(len(PROFILE.meta['rows'])))
@@ -300,7 +301,7 @@ def test_cost(row, zero_weights):
     cost = profile(model)
     assert (cost.params, cost.macs) == (expected['params'], expected['macs'])
     assert cost.matching == expected['tome_score_macs']
-    narrow = VisionTransformer(embed_dim=8, num_heads=1, removed_layers=expected['removed'])  # as many tokens
+    narrow = vision_transformer(embed_dim=8, num_heads=1, removed_layers=expected['removed'])  # as many tokens
     narrow.merge_tokens(expected['r'], expected['start_idx'])
     counts = narrow.forward_tokens(paddle.randn([1, 3, 224, 224]))[1].counts
     assert [1 + count for count in counts] == PROFILE['out/tokens_after_block'][row].tolist()

@@ -9,18 +9,18 @@ from models import create_model
 from models.layers import resize_position_table
 from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
-from tests.models.helpers import check_recompute, load
+from tests.models.helpers import check_recompute, load, vision_transformer
 from utils.errors import UserError
 
 
 def build(ctor: dict, **changes) -> VisionTransformer:
     ctor = {name: value for name, value in ctor.items() if name not in ('ln_eps', 'norm_eps')}
-    return VisionTransformer(**{**ctor, **changes})
+    return vision_transformer(**{**ctor, **changes})
 
 
 def tiny(**changes) -> VisionTransformer:
     sizes = {'img_size': 32, 'patch_size': 8, 'num_classes': 5, 'embed_dim': 24, 'depth': 3, 'num_heads': 3}
-    return VisionTransformer(**{**sizes, **changes})
+    return vision_transformer(**{**sizes, **changes})
 
 
 def test_deit():
@@ -128,7 +128,7 @@ def test_representation_layer():
 
 def test_initialisation():
     paddle.seed(0)
-    model = VisionTransformer(embed_dim=192, depth=2, num_heads=3)
+    model = vision_transformer(embed_dim=192, depth=2, num_heads=3)
     for name, parameter in model.named_parameters():
         values = parameter.numpy()
         if name.startswith('patch_embed'):

@@ -31,6 +31,7 @@ def build_trainer(config, folder: str, task: Task | None = None, model=None) -> 
     if model is None:
         paddle.seed(config.SEED)
         model = build_model(config)
+    config.defrost()  # the data set the number of classes
     task = build_task(config) if task is None else task
     task.attach(model, print, training=True)
     loaders = [build_loader(config, task, task.dataset(split), split, ALONE) for split in ('train', 'val')]

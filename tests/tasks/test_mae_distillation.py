@@ -9,9 +9,10 @@ import pytest
 
 from config import get_config
 from models import build_model
-from models.mae import Lessons, MaskedAutoencoder
+from models.mae import MaskedAutoencoder
 from models.port import port_state_dict
 from tasks.mae import MAETask
+from tasks.mae_distillation import Compared, MaeDistillation, add_adapters
 from tests.conftest import assert_close, golden
 from tests.models.helpers import linear_weights, load
 from tests.tasks.helpers import attached, batch_of, build_trainer
@@ -26,16 +27,12 @@ def test_losses_and_gradients(name):
     meta, arrays = g.meta, g.group('sd')
     heads = meta['use_attn_adapter'] or meta['student']['num_heads'] != meta['teacher']['num_heads']
     width = meta['use_hidden_adapter'] or meta['student']['embed_dim'] != meta['teacher']['embed_dim']
-    lessons = Lessons(
-        attn=tuple(meta['attn_idx']), hidden=tuple(meta['hidden_idx']),
-        num_heads=meta['teacher']['num_heads'] if heads else None,
-        embed_dim=meta['teacher']['embed_dim'] if width else None,
-    )  # fmt: skip
-    student = MaskedAutoencoder(**meta['student'], mask_ratio=meta['mask_ratio'], norm_pix_loss=True, lessons=lessons)
+    compared = Compared(tuple(meta['attn_idx']), tuple(meta['hidden_idx']))
+    student = MaskedAutoencoder(**meta['student'], mask_ratio=meta['mask_ratio'], norm_pix_loss=True)
+    sizes = meta['teacher']['num_heads'] if heads else None, meta['teacher']['embed_dim'] if width else None
+    add_adapters(student, compared, *sizes)
     load(student, {name: array for name, array in arrays.items() if not name.startswith('tch_model.')})
-    teacher = MaskedAutoencoder(
-        **{**meta['teacher'], 'decoder_depth': 0}, lessons=lessons._replace(num_heads=None, embed_dim=None)
-    )
+    teacher = MaskedAutoencoder(**{**meta['teacher'], 'decoder_depth': 0})
     theirs = {name[len('tch_model.') :]: array for name, array in arrays.items() if name.startswith('tch_model.')}
     state = port_state_dict(teacher, theirs)
     teacher.set_state_dict({name: paddle.to_tensor(array) for name, array in state.items()})
@@ -45,11 +42,11 @@ def test_losses_and_gradients(name):
         TRAIN__MAE_DISTILL__ATTN_ALPHA=meta['attn_alpha'], TRAIN__MAE_DISTILL__HIDDEN_ALPHA=meta['hidden_alpha'],
         TRAIN__MAE_DISTILL__ATTN_IDX=meta['attn_idx'], TRAIN__MAE_DISTILL__HIDDEN_IDX=meta['hidden_idx'],
     ))  # fmt: skip
-    task.teacher = teacher
+    task.distillation = MaeDistillation(student, teacher, compared)
     images, noise = paddle.to_tensor(g['in/imgs']), paddle.to_tensor(g['in/noise'])
     task._noise = lambda *_: noise
-    output = student(images, noise)
-    for block, logits in zip(meta['attn_idx'], output.attn):
+    output = student(images, noise, **task.distillation.request)
+    for block, logits in zip(meta['attn_idx'], task.distillation.adapted(output.encoder)['attn']):
         assert_close(logits, g[f'out/adapted_attn{block}'])
     losses = task.loss(student, batch_of(images), np.random.default_rng(0))
     loss = losses.total
@@ -83,10 +80,10 @@ def test_a_run(tmp_path, images):
     config = taught(tmp_path, images, REPORT_FREQ=1)
     trainer = build_trainer(config, str(tmp_path / 'run'))
     before = trainer.model.attn_adapter.adapter1.weight.numpy()
-    teacher = {name: value.numpy() for name, value in trainer.task.teacher.state_dict().items()}
+    teacher = {name: value.numpy() for name, value in trainer.task.distillation.teacher.state_dict().items()}
     trainer.fit()
     assert not np.array_equal(trainer.model.attn_adapter.adapter1.weight, before)
-    for name, value in trainer.task.teacher.state_dict().items():
+    for name, value in trainer.task.distillation.teacher.state_dict().items():
         np.testing.assert_array_equal(value, teacher[name])
     saved = read_file(os.path.join(trainer.folder, 'last.pdparams'))['model']
     assert saved['attn_adapter.adapter1.weight'].shape == (4, 3, 1, 1)
@@ -106,9 +103,9 @@ def test_a_published_file_may_be_the_teacher(tmp_path, images):
     np.savez(tmp_path / 'published.npz', **arrays)
     config = taught(tmp_path, images, TRAIN__TEACHER_MODEL=str(tmp_path / 'published.npz'))
     task = attached(config, build_model(config))
-    for name, value in task.teacher.state_dict().items():
+    for name, value in task.distillation.teacher.state_dict().items():
         np.testing.assert_array_equal(value, state[name])
-    assert all(parameter.stop_gradient for parameter in task.teacher.parameters())
+    assert all(parameter.stop_gradient for parameter in task.distillation.teacher.parameters())
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from PIL import Image
 from config import get_config
 from engine.distributed import Context
 from models import build_model
+from models.layers import ToMeReducer
 from models.profile import profile
 from tests.runs.conftest import run
 from tools import plan
@@ -175,7 +176,8 @@ def test_the_given_models_own_values_are_the_default(tiny):
     found, _ = candidates(tiny, '-keep_rates=0.5,0.75', '-opts', *opts)
     assert [c.combination for c in found] == [plan.Combination((3,), rate, None) for rate in (0.5, 0.75)]
     assert found[1].config.MODEL.LAMBDA.REMOVED
-    assert [block.merger.r for block in found[1].model.blocks if block.merger] == [2, 1, 0]
+    reducers = [reducer for block in found[1].model.blocks for reducer in block.reducers]
+    assert [reducer.r for reducer in reducers if isinstance(reducer, ToMeReducer)] == [2, 1, 0]
 
 
 def test_mistakes(tiny, tmp_path):

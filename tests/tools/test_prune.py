@@ -92,7 +92,7 @@ def test_models_that_disagree_are_not_written(trained, monkeypatch):
 
     def spoilt(*arguments):
         model = build(*arguments)
-        model.blocks[0].weigh_attention(0.0, identity=1.0)  # y = x instead of 2x
+        model.blocks[0].set_attn_weight(0.0, identity=1.0)  # y = x instead of 2x
         return model
 
     monkeypatch.setattr(prune, 'without_attention', spoilt)

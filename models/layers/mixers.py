@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Token mixers by name. A block is given its mixer, or none where attention is removed.
+
+A mixer is a layer with the signature of `Attention.forward`. A new one registers a function that builds it:
+
+>>> @register_mixer('mine')
+... def mine(spec, dim, num_heads, grid, drop_rate) -> nn.Layer: ...
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from paddle import nn
+
+from models.layers.attention import Attention, RelativeAttention
+from utils.registry import Registry
+
+MIXERS = Registry('token mixer')
+register_mixer = MIXERS.register
+
+
+@dataclass(frozen=True)
+class MixerSpec:
+    """Plain description of a token mixer.
+
+    Attributes:
+        name: of the registry.
+        qkv_bias, key_bias: see `Attention`.
+        drop_rate: dropout of the attention weights.
+    """
+
+    name: str = 'attention'
+    qkv_bias: bool = True
+    key_bias: bool = True
+    drop_rate: float = 0.0
+
+
+def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float = 0.0) -> nn.Layer:
+    """The mixer that `spec` describes.
+
+    Args:
+        dim: channels C.
+        num_heads: heads of attention.
+        grid: (rows, columns) of patches that the model is built for.
+        drop_rate: dropout of the output.
+    """
+    return MIXERS[spec.name](spec, dim, num_heads, grid, drop_rate)
+
+
+@register_mixer('attention')
+def _attention(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float) -> Attention:
+    return Attention(dim, num_heads, **_options(spec, drop_rate))
+
+
+@register_mixer('relative')
+def _relative(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float) -> RelativeAttention:
+    """Attention with a relative position bias of each block."""
+    return RelativeAttention(dim, num_heads, grid, **_options(spec, drop_rate))
+
+
+def _options(spec: MixerSpec, drop_rate: float) -> dict:
+    return {
+        'qkv_bias': spec.qkv_bias,
+        'key_bias': spec.key_bias,
+        'attn_drop_rate': spec.drop_rate,
+        'proj_drop_rate': drop_rate,
+    }
