@@ -23,12 +23,12 @@ from yacs.config import CfgNode as CN
 from utils.cli import run
 from utils.errors import UserError
 from utils.run_paths import check_run_name, follow_latest
-from utils.schema import Key, Schema, Section, shown
+from utils.schema import Key, Owners, Schema, Section, shown
 
 # Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, VIT + MAE + MOCOV3
-SUPERVISED, TAUGHT = ('supervised',), ('supervised', 'mae')
+SUPERVISED, TAUGHT, TASKS = ('supervised',), ('supervised', 'mae'), ('supervised', 'mae', 'mocov3')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -242,7 +242,7 @@ _RENAMED = {
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED)
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + MAE + MOCOV3, TASKS))
 
 
 # ---------------------------------------------------------------------------------------------------- reading

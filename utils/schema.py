@@ -214,13 +214,14 @@ class Schema:
     Args:
         root: the section of all keys.
         renamed: other spellings of keys; None: the key is accepted and has no effect.
+        known: all models and tasks that the owners of keys account for; others may read any key.
     """
 
-    def __init__(self, root: Section, renamed: Mapping[str, str | None]):
+    def __init__(self, root: Section, renamed: Mapping[str, str | None], known: Owners):
         self.keys = {name: key for name, key, _ in root.walk()}
         self.owners = {name: owners for name, _, owners in root.walk()}
         self.renamed = renamed
-        self.known = Owners(*({name for owner in field for name in owner} for field in zip(*self.owners.values())))
+        self.known = known
         names = (*self.keys, *renamed)
         self.sections = {name[:i] for name in names for i, letter in enumerate(name) if letter == '.'}
 
@@ -342,7 +343,6 @@ class Schema:
         return all(self._acts_for(owners, selected, field) for field in range(len(SELECTORS)))
 
     def _acts_for(self, owners: Owners, selected: Owners, field: int) -> bool:
-        """True too for models and tasks that own no key: they may read any."""
         return not owners[field] or selected[field] in owners[field] or selected[field] not in self.known[field]
 
     # ------------------------------------------------------------------------------------------------ YAML

@@ -145,7 +145,7 @@ def test_frozen_parameters_are_in_no_group():
 
 def test_clipping_leaves_small_gradients_and_reports_the_norm():
     parameter = Named({'w': np.zeros((2, 2), 'float32')}).parameters()[0]
-    for limit, expected in ((None, 5.0), (10.0, 5.0), (1.0, 1.0)):
+    for limit, expected in ((None, 5.0), (0.0, 5.0), (10.0, 5.0), (1.0, 1.0)):
         parameter.grad = paddle.to_tensor([[3.0, 0.0], [0.0, 4.0]])
         assert clip_gradients([parameter], limit).item() == pytest.approx(5.0)
         assert paddle.linalg.norm(parameter.grad).item() == pytest.approx(expected, rel=1e-5)

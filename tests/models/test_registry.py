@@ -13,12 +13,12 @@ import paddle.nn.functional as F
 import pytest
 import yaml
 
-from config import get_config
-from engine.mae_distillation import adapt_student
+from config import SCHEMA, get_config
 from models import build_model, create_model, list_models, register_model
 from models.profile import profile
 from models.registry import MODELS, config_file
 from models.zoo import PUBLISHED
+from tasks.mae_distillation import adapt_student
 from tests.conftest import HERE, ROOT
 from tests.models.helpers import images, small_config
 from utils.errors import UserError
@@ -241,6 +241,10 @@ def test_a_builder_called_directly_builds_the_same(name):
         assert name == other
         np.testing.assert_array_equal(value, same)
     assert models[0]['head.bias'].shape == [1000]
+
+
+def test_owners_of_keys_are_architectures_with_all_their_spellings():
+    assert set(SCHEMA.known.models) == set(MODELS._aliases)
 
 
 def test_a_name_is_registered_once():

@@ -8,9 +8,10 @@ import numpy as np
 import paddle
 import pytest
 
-from config import get_config
+from config import SCHEMA, get_config
 from models import build_model
 from models.exported import save_program
+from tasks import TASKS
 from tasks.classification import ClassificationTask, smoothed_cross_entropy, soft_cross_entropy
 from tasks.distillation import build_teacher, distillation_loss
 from tests.conftest import assert_close, golden
@@ -237,3 +238,7 @@ def test_a_teacher_of_other_classes_is_refused_by_the_teachers_keys(tmp_path):
     write_pdparams({**state, 'Facts@@': {'MODEL.TRANS.NUM_HEADS': 77}}, str(tmp_path / 't.pdparams'))
     with pytest.raises(UserError, match=r'^teacher .*NUM_HEADS to 77.*belong to TRAIN\.TEACHER_CFG'):
         build_teacher(config, build_model(config), print)
+
+
+def test_owners_of_keys_are_tasks():
+    assert set(SCHEMA.known.tasks) == set(TASKS)
