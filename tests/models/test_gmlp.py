@@ -21,13 +21,12 @@ from utils.errors import UserError
 
 def build(ctor: dict) -> GMLP:
     ctor = dict(ctor)
-    return GMLP(depth=ctor.pop('num_blocks'), **ctor)
+    return GMLP(depth=ctor.pop('num_blocks'), **{'drop_path_rate': 0.0, **ctor})
 
 
 def tiny(**changes) -> GMLP:
-    return GMLP(
-        **{'img_size': 32, 'patch_size': 8, 'num_classes': 5, 'embed_dim': 16, 'depth': 3, 'mlp_ratio': 4.0, **changes}
-    )
+    sizes = {'img_size': 32, 'patch_size': 8, 'num_classes': 5, 'embed_dim': 16, 'depth': 3, 'mlp_ratio': 4.0}
+    return GMLP(**{'drop_path_rate': 0.0, **sizes, **changes})
 
 
 @pytest.mark.parametrize('name', ['fwd_a', 'fwd_b', 'fwd_eps'])

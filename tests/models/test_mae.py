@@ -15,12 +15,13 @@ from utils.errors import UserError
 
 
 def build(ctor: dict, **changes) -> MaskedAutoencoder:
-    return MaskedAutoencoder(**{**{name: value for name, value in ctor.items() if name != 'norm_eps'}, **changes})
+    ctor = {'norm_pix_loss': False, **{name: value for name, value in ctor.items() if name != 'norm_eps'}}
+    return MaskedAutoencoder(**{**ctor, **changes})
 
 
 def tiny(**changes) -> MaskedAutoencoder:
     sizes = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 2, 'num_heads': 3}
-    decoder = {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}
+    decoder = {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2, 'norm_pix_loss': False}
     return MaskedAutoencoder(**{**sizes, **decoder, **changes})
 
 

@@ -197,8 +197,8 @@ def test_the_contract_of_all_models():
     assert model.num_classes == 0
     with pytest.raises(UserError, match='start a MODEL.TYPE vit from its weights'):
         model.reset_classifier(10)
-    with pytest.raises(UserError, match='MODEL.TYPE mocov3 takes no MODEL.EVIT'):
-        build_model(small_config('mocov3_tiny_patch16_224', 'MODEL.TOME.R', 2))
+    with pytest.raises(UserError, match='MODEL.TOME.R is 2, but has no effect for MODEL.TYPE mocov3'):
+        small_config('mocov3_tiny_patch16_224', 'MODEL.TOME.R', 2)
 
 
 def test_other_image_sizes():

@@ -27,15 +27,18 @@ def name_of(variant: str) -> str:
     return f'ms_mlp_{variant}_patch4_shift5_224'
 
 
+ORIGINAL = {'drop_path_rate': 0.0, 'drop_path_ramp': True}  # defaults of the original program
+
+
 def build(kwargs: dict) -> MSMLP:
     """From upstream's arguments: its image size is only checked, its number of groups is that of the distances."""
     kwargs = {key: value for key, value in kwargs.items() if key not in ('img_size', 'shift_size')}
-    return MSMLP(**kwargs)
+    return MSMLP(**{**ORIGINAL, **kwargs})
 
 
 def toy(**changes) -> MSMLP:
     groups = {'shift_dist': [-1, 0, 2], 'mix_size': [[1, 3, 5], [3, 1, 7]]}
-    return MSMLP(**{'num_classes': 5, 'embed_dim': 8, 'depths': [1, 2], **groups, **changes})
+    return MSMLP(**{**ORIGINAL, 'num_classes': 5, 'embed_dim': 8, 'depths': [1, 2], **groups, **changes})
 
 
 def to_nchw(x: paddle.Tensor) -> np.ndarray:

@@ -120,7 +120,7 @@ def test_mistakes():
         vision_transformer(**relative, keep_rate=0.5)
     with pytest.raises(UserError, match='MODEL.TOME merges'):
         vision_transformer(**relative).merge_tokens(2)
-    with pytest.raises(UserError, match="'blok'.*MODEL.TRANS.REL_POS"):
+    with pytest.raises(UserError, match=r"MODEL.TRANS.REL_POS is \('blok',\), but must be .* one of: block, shared"):
         create_model('deit_tiny_patch16_224', opts=['MODEL.TRANS.REL_POS', ('blok',)])
 
 
