@@ -101,6 +101,9 @@ BROKEN = {
         'optimizer': {'moment1': {'bias': np.array([0, np.nan, 0], 'float32')}}
     },
     'lr_scheduler is 3': {'lr_scheduler': 3},
+    r'lr_scheduler\.last_lr is missing': {'lr_scheduler': {}},
+    r'lr_scheduler\.last_lr is nan': {'lr_scheduler': {'last_lr': float('nan')}},
+    r'progress\.unwritten is 3': progress(unwritten=3),
     r'config is an array of shape \[2, 3\]': {'config': WEIGHTS['weight']},
     'amp_grad_scaler is True': {'amp_grad_scaler': True},
     r'amp_grad_scaler\.scale is missing': {'amp_grad_scaler': {'incr_ratio': 2.0}},
