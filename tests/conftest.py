@@ -7,6 +7,7 @@ import os
 os.environ.setdefault('FLAGS_use_stride_kernel', '0')
 os.environ.setdefault('FLAGS_paddle_num_threads', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('GLOG_minloglevel', '2')
 
 import numpy as np
 import pytest

@@ -31,6 +31,9 @@ _MALLOC = {
     'MALLOC_TOP_PAD_': '67108864',
 }
 
+# Warnings that matter to those who work on Paddle: of compiling, and of exporting a program.
+_REMARKS = ('No ccache found', "Tensor do not have 'place' interface")
+
 # What launchers set for each process, and what may be left over from one.
 _RANK, _SIZE = 'PADDLE_TRAINER_ID', 'PADDLE_TRAINERS_NUM'
 _ENDPOINT, _ENDPOINTS = 'PADDLE_CURRENT_ENDPOINT', 'PADDLE_TRAINER_ENDPOINTS'
@@ -188,8 +191,9 @@ def import_paddle() -> None:
         UserError: it is too old.
     """
     ensure_home()
-    warnings.filterwarnings('ignore', message='No ccache found')  # matters to those who compile
-    os.environ.setdefault('GLOG_minloglevel', '1')  # warnings and worse
+    for remark in _REMARKS:
+        warnings.filterwarnings('ignore', message=remark)
+    os.environ.setdefault('GLOG_minloglevel', '2')  # of Paddle's C++: errors
     remarks = io.StringIO()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)

@@ -13,6 +13,7 @@ from config import get_arguments, get_config, update_config
 from engine.run import run_config
 from tests.conftest import ROOT
 from tests.runs.conftest import environment, finish, metrics, run, start
+from utils.environment import _LAUNCHER
 from utils.errors import UserError
 
 
@@ -66,7 +67,8 @@ def test_the_two_scripts_on_a_machine_without_gpu(clone, tmp_path):
 
 def test_log_lines_and_metrics_rows(recipe, tmp_path):
     """Log parsers of PaddleViT's users match these lines."""
-    run('main_single_gpu.py', f'-cfg={recipe}', '-tag=log', '-opts', 'TRAIN.NUM_EPOCHS', '1')
+    _, err = run('main_single_gpu.py', f'-cfg={recipe}', '-tag=log', '-opts', 'TRAIN.NUM_EPOCHS', '1')
+    assert err == ''
     folder = tmp_path / 'out' / 'log'
     text = (folder / 'log.txt').read_text()
     for pattern in (
@@ -127,8 +129,16 @@ def test_amp_says_what_it_does_on_a_cpu(recipe):
     assert 'mixed precision needs a GPU: training in float32' in out
 
 
-def test_throughput(recipe):
-    out, _ = run('main_single_gpu.py', f'-cfg={recipe}', '-throughput', '-num_classes=3')
+def test_throughput_beside_variables_of_another_job(recipe):
+    left_over = {
+        'PADDLE_TRAINERS_NUM': '2', 'PADDLE_TRAINER_ID': '0', 'PADDLE_CURRENT_ENDPOINT': '127.0.0.1:6170',
+        'PADDLE_TRAINER_ENDPOINTS': '127.0.0.1:6170,127.0.0.1:6171', 'FLAGS_selected_gpus': '3',
+    }  # fmt: skip
+    out, err = run('main_single_gpu.py', f'-cfg={recipe}', '-throughput', '-num_classes=3', **left_over)
+    assert (
+        err
+        == f'note: {", ".join(name for name in _LAUNCHER if name in left_over)} are left over from another job and ignored.\n'
+    )
     assert re.search(r'throughput: \d+\.\d images/s at batch 8', out)
 
 
@@ -152,6 +162,7 @@ def test_a_mistake_is_one_sentence_and_status_2(script, tmp_path):
         (['-eval'], '-eval needs weights: give -pretrained'),
         (['-pretrained=gone'], 'gone.pdparams'),
         (['-resume=gone'], "-resume: there is neither 'gone'"),
+        (['-last_epoch=3'], '-last_epoch (TRAIN.LAST_EPOCH) is 3, but nothing is resumed'),
         (['-num_classes=2'], 'MODEL.NUM_CLASSES is 2, but'),
         (['-image_size=18'], '18'),
         (['-opts', 'MODEL.TYPE', 'gmpl'], "unknown MODEL.TYPE 'gmpl'. Did you mean 'gmlp'"),

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 import subprocess
 import sys
 
@@ -16,6 +18,16 @@ from utils.errors import UserError
 
 def mistake():
     raise UserError("there is no 'x'.")
+
+
+@pytest.fixture(autouse=True)
+def _no_traces(monkeypatch):
+    """`run` is made for processes that end with it."""
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    handlers = {number: signal.getsignal(number) for number in cli.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def ended(main) -> int | None:
@@ -80,6 +92,12 @@ def test_output_to_a_full_disk(program):
     )
 
 
+def test_a_latch_of_another_job_hides_nothing(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv('LEANVIT_FIRST_ERROR', str(tmp_path / 'gone' / 'latch'))
+    assert ended(mistake) == 2
+    assert capsys.readouterr().err == "error: there is no 'x'.\n"
+
+
 def test_a_reader_that_left_is_no_error():
     program = "from utils.cli import run\nrun(lambda: [print('line ' * 100) for _ in range(10000)] and None)"
     child = subprocess.Popen([sys.executable, '-c', program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -87,3 +105,62 @@ def test_a_reader_that_left_is_no_error():
     child.stdout.close()
     assert child.stderr.read() == b''
     assert child.wait(timeout=60) == 1
+
+
+def test_a_missing_package_is_named_and_how_to_install_it(capsys):
+    assert ended(lambda: importlib.import_module('gone.module')) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the Python package 'gone' is missing in ")
+    assert 'make train' in error and 'pip install -r ' in error and error.count('\n') == 1
+
+
+def test_a_missing_module_of_the_repository_is_a_programming_error(capsys):
+    assert ended(lambda: importlib.import_module('utils.gone')) == 1
+    assert capsys.readouterr().err.startswith('Traceback')
+
+
+@pytest.mark.parametrize('number', cli.SIGNALS)
+def test_a_signal_ends_with_its_status_after_cleaning_up(number):
+    program = """
+import os, sys
+from utils.cli import run
+def main():
+    try:
+        os.kill(os.getpid(), int(sys.argv[1]))
+    finally:
+        print('cleaned up')
+run(main)
+"""
+    assert started('-c', program, str(int(number))) == (128 + number, 'cleaned up\n', '')
+
+
+def test_a_signal_in_an_import_that_swallows_it_ends_at_once(tmp_path):
+    (tmp_path / 'greedy.py').write_text(
+        'import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    pass\n'
+    )
+    program = "from utils.cli import run\nrun(lambda: print('begun', flush=True) or __import__('greedy'))"
+    assert started('-c', program, PYTHONPATH=str(tmp_path)) == (143, 'begun\n', '')
+
+
+def test_nohup_keeps_its_promise():
+    program = """
+import os, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+from utils.cli import run
+run(lambda: os.kill(os.getpid(), signal.SIGHUP))
+"""
+    assert started('-c', program) == (0, '', '')
+
+
+def test_an_old_python_is_one_sentence():
+    program = 'import sys\nsys.version_info = (3, 8, 18)\nfrom utils.cli import run\nrun(None)'
+    status, out, err = started('-c', program)
+    assert (status, out) == (2, '')
+    assert err == f'error: this is Python 3.8.18 ({sys.executable}), but LeanViT needs 3.9 or newer.\n'
+
+
+def started(*argv, **variables) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, *argv], cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
