@@ -14,6 +14,11 @@ Keys are PaddleViT's where PaddleViT has the key; its YAML files load unchanged,
 
 from __future__ import annotations
 
+if __name__ == '__main__':
+    from utils.cli import begin
+
+    begin()
+
 import argparse
 import os
 from collections.abc import Callable, Collection

@@ -32,9 +32,10 @@ def test_without_packages_one_sentence_names_the_first(script):
     assert err.startswith("error: the Python package '") and 'make train' in err
 
 
-def test_the_table_of_models_without_packages():
-    status, _, err = start('-S', '-m', 'models', cwd=ROOT)
-    assert (status, err.count('\n')) == (2, 1) and "the Python package 'paddle' is missing" in err
+@pytest.mark.parametrize('module', ['models', 'config'])
+def test_modules_without_packages(module):
+    status, _, err = start('-S', '-m', module, cwd=ROOT)
+    assert (status, err.count('\n')) == (2, 1) and "error: the Python package '" in err
 
 
 def test_a_linked_tool_runs_anywhere(tmp_path):
@@ -53,6 +54,7 @@ def test_a_linked_tool_runs_anywhere(tmp_path):
         ('yacs', [os.path.join(ROOT, 'main_multi_gpu.py')]),
         ('paddle', [os.path.join(ROOT, 'tools', 'predict.py')]),
         ('paddle', ['-m', 'models']),
+        ('yacs', ['-m', 'config']),
     ],
 )
 def test_a_signal_while_packages_are_imported_is_silent(tmp_path, number, package, command):
@@ -86,7 +88,7 @@ def test_the_evaluation_script_says_where_it_looked(tmp_path):
     (tmp_path / 'output' / 'latest').mkdir(parents=True)
     (tmp_path / 'output' / 'latest' / 'config.yaml').touch()
     last = scripted('sh', script, cwd=tmp_path)[1].splitlines()[-1]
-    assert last.endswith('-eval -cfg=output/latest/config.yaml -pretrained=output/latest')
+    assert last.endswith('-eval -pretrained=output/latest')
 
 
 def scripted(*command, cwd, **variables) -> tuple[int, str, str]:
