@@ -74,11 +74,10 @@ class LabelMap:
     ignored: int = 255
 
     def placed(self, placement: Placement) -> LabelMap:
-        """Nearest neighbor: pixel i of n comes from pixel floor(i * box / n) of the box (OpenCV's INTER_NEAREST)."""
+        """Resized by nearest neighbor."""
         left, top, right, bottom = (int(edge) for edge in placement.box)
         width, height = placement.size
-        columns = left + np.arange(width) * (right - left) // width
-        rows = top + np.arange(height) * (bottom - top) // height
+        columns, rows = left + nearest(right - left, width), top + nearest(bottom - top, height)
         if placement.mirrored:
             columns = columns[::-1]
         inside = [(index >= 0) & (index < side) for index, side in zip((rows, columns), self.pixels.shape)]
@@ -89,6 +88,11 @@ class LabelMap:
     def array(self) -> np.ndarray:
         """[H, W] uint8."""
         return self.pixels
+
+
+def nearest(old: int, new: int) -> np.ndarray:
+    """Index of the source pixel of each of `new` pixels, floor(i * old / new), rounded as OpenCV's INTER_NEAREST rounds."""
+    return np.minimum(np.floor(np.arange(new) * (1.0 / (new / old))).astype(int), old - 1)
 
 
 @dataclass(frozen=True)

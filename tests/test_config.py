@@ -417,7 +417,7 @@ def test_every_key_is_one_explained_line():
 def sources(*left_out):
     """Path -> text of the code, but for config.py."""
     texts = {}
-    for folder in ('models', 'datasets', 'engine', 'tools', '.'):
+    for folder in ('models', 'datasets', 'tasks', 'analysis', 'deploy', 'engine', 'tools', '.'):
         for path in glob.glob(os.path.join(ROOT, folder, '**' if folder != '.' else '', '*.py'), recursive=True):
             if os.path.relpath(path, ROOT) not in ('config.py', *left_out):
                 with open(path, encoding='utf-8') as file:

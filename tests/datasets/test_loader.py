@@ -21,7 +21,7 @@ from datasets.images import UnreadableImage
 from datasets.loader import Loader
 from datasets.samplers import EvalSampler, RepeatedSampler, TrainSampler
 from datasets.subset import first_images
-from datasets.transforms import build_transform
+from datasets.transforms import build_transform, two_view_transform
 from datasets.workers import WorkerError
 from tests.conftest import ROOT
 from tools import make_lmdb, make_zip
@@ -276,7 +276,7 @@ def test_what_a_step_cannot_do_is_skipped(list_data, make_config, bad):
 
     for keys in ({}, {'DATA__BAD_IMAGE': 'skip'}):
         loader = make_loader(make_config(list_data(4), **keys), training=False)
-        loader._maker.transform = type('', (), {'__call__': staticmethod(step), 'shape': (16, 16, 3)})()
+        loader._maker.transform.steps = [step]
         if keys:
             (batch,) = loader.epoch(0)
             assert (batch.indices.tolist(), batch.skipped) == ([0, 1, 3], 1)
@@ -315,7 +315,7 @@ PLAIN = {
 @pytest.mark.parametrize('rotate', [False, True])
 @pytest.mark.parametrize('storage', ['folder', 'list', 'zip', 'lmdb', 'cache', 'subset'])
 @pytest.mark.parametrize(
-    ('training', 'keys'), [(False, {}), (True, {}), (True, {'DATA__FAST_RESIZE': False}), (True, {'DATA__VIEWS': 2})]
+    ('training', 'keys'), [(False, {}), (True, {}), (True, {'DATA__FAST_RESIZE': False}), ('views', {})]
 )
 def test_exif_rotate(turned, make_config, training, keys, storage, rotate):
     """The same batches as from turned files, wherever they lie; without the key as from files that are not turned."""
@@ -326,11 +326,12 @@ def test_exif_rotate(turned, make_config, training, keys, storage, rotate):
     dataset = build_dataset(config, 'train' if training else 'val')
     if storage == 'subset':
         dataset = first_images(dataset, 1)
-    (batch,) = build_dataloader(config, dataset, training).epoch(0)
+    transform = two_view_transform(config) if training == 'views' else build_transform(config, training)
+    (batch,) = build_dataloader(config, dataset, bool(training), transform=transform).epoch(0)
     upright = image.transpose(Image.Transpose.ROTATE_270) if rotate else image
     for pixels, index in zip(batch.images, batch.indices):
         rng = np.random.default_rng([config.SEED, 0, int(index), 0])
-        difference = np.abs(pixels.astype(int) - build_transform(config, training)(upright, rng))
+        difference = np.abs(pixels.astype(int) - transform.image(upright, rng))
         assert difference.mean() < (6 if index == 0 else 1e-9)  # the first one is a JPEG file
 
 

@@ -37,9 +37,7 @@ def test_resizing_a_map_is_opencvs_nearest(height, width, new_height, new_width)
     pixels = np.random.default_rng(0).integers(0, 250, (height, width), dtype=np.uint8)
     actual = LabelMap(pixels).placed(Placement((0, 0, width, height), (new_width, new_height))).array()
     expected = cv2.resize(pixels, (new_width, new_height), interpolation=cv2.INTER_NEAREST)
-    assert actual.shape == expected.shape
-    if height <= new_height * 16 and width <= new_width * 16:
-        np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(actual, expected)
 
 
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(1, 20), st.integers(1, 20), st.integers(1, 4), st.booleans())
