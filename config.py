@@ -359,6 +359,8 @@ def merge_opts(config: CN, opts: list) -> None:
     if len(opts) % 2:
         raise UserError(f"-opts takes pairs of KEY VALUE, but '{opts[-1]}' has no partner.")
     for key, value in zip(opts[::2], opts[1::2]):
+        if key == 'BASE':
+            raise UserError('-opts: BASE has an effect in YAML files only; name the file with -cfg.')
         SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
 
 

@@ -390,6 +390,8 @@ def test_opts_need_pairs_and_known_keys():
         get_config(opts=['SAVE', 'x', 'AMP'])
     with pytest.raises(UserError, match="unknown key 'SAVES'. Did you mean 'SAVE'"):
         get_config(opts=['SAVES', 'x'])
+    with pytest.raises(UserError, match='BASE has an effect in YAML files only'):
+        get_config(opts=['BASE', 'x.yaml'])
 
 
 @given(st.floats(1e-8, 1e3), st.integers(1, 10**6), st.booleans())

@@ -200,7 +200,7 @@ def test_a_frozen_patch_embedding_rests(images, tmp_path):
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'DATA__VIEWS': 1}, 'set DATA.VIEWS to 2'),
+        ({'DATA__VIEWS': 1}, 'remove DATA.VIEWS or set it to 2'),
         ({'AMP': True, 'AMP_LEVEL': 'O2'}, 'needs AMP_LEVEL O1'),
     ],
 )
