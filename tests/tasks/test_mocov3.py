@@ -219,5 +219,5 @@ def test_classes_are_not_learnt_by_it():
     config = recipe(TRAIN__TASK='supervised')
     with pytest.raises(UserError, match='MODEL.TYPE mocov3 has no classes'):
         attached(config, build_model(config))
-    with pytest.raises(UserError, match='TRAIN.TASK supervised trains on 1 .*: set DATA.VIEWS to 1'):
-        ClassificationTask(config)
+    with pytest.raises(UserError, match='TRAIN.TASK supervised trains on 1 .*: remove DATA.VIEWS or set it to 1'):
+        ClassificationTask(recipe(TRAIN__TASK='supervised', DATA__VIEWS=2))
