@@ -125,7 +125,7 @@ def check_round_trip(model, config) -> None:
     assert other(x).shape == [4, 3]
 
 
-@pytest.mark.parametrize(('mixer', 'reducer'), itertools.product(('removed', 'fading'), ('evit', 'evit_tome')))
+@pytest.mark.parametrize(('mixer', 'reducer'), list(itertools.product(('removed', 'fading'), ('evit', 'evit_tome'))))
 def test_tokens_are_not_dropped_where_attention_is_removed(mixer, reducer):
     config = settings(MIXERS[mixer], REDUCERS[reducer], **{'MODEL.EVIT.DROP_LOC': (0,)})
     check_refusal(config, 'MODEL.LAMBDA')
