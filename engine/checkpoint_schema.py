@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from paddle import nn
 
-from models.state import LISTED, REBUILT_SUFFIXES, Fitted, check_finite, fit_state
+from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, check_finite, match_state
 from utils.errors import UserError
-from utils.weights import choose_state_dict, find_facts
+from utils.weights import choose_state_dict, find_metadata
 
 TOTALS = 6  # sums over the unfinished epoch
 FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in any version
@@ -30,7 +30,7 @@ class Checkpoint:
     Attributes:
         path: the file.
         weights: name -> array.
-        facts: see `utils.weights.FACTS`.
+        metadata: see `utils.weights.METADATA`.
         average: averaged weights; None: there are none.
         complete: it holds a training state, not weights alone.
         ours: it was written by this suite, so that position, optimizer names and seed are known.
@@ -46,7 +46,7 @@ class Checkpoint:
 
     path: str
     weights: dict[str, np.ndarray]
-    facts: dict = field(default_factory=dict)
+    metadata: dict = field(default_factory=dict)
     average: dict[str, np.ndarray] | None = None
     complete: bool = False
     ours: bool = False
@@ -64,12 +64,12 @@ class Checkpoint:
         """What errors call it."""
         return f"'{self.path}'"
 
-    def fit_average(self, model: nn.Layer) -> Fitted | None:
+    def fit_average(self, model: nn.Layer) -> MatchResult | None:
         """The averaged weights in the model's shapes. Raises UserError where they do not fit."""
         if self.average is None:
             return None
         arrays = {name: array for name, array in self.average.items() if not name.endswith(REBUILT_SUFFIXES)}
-        return fit_state(model, arrays, f'{self.source}: model_ema')
+        return match_state(model, arrays, f'{self.source}: model_ema')
 
     def check_optimizer(self, model: nn.Layer, kinds: Collection[str], name: str) -> None:
         """Raises UserError where the optimizer state of this suite does not fit model and optimizer.
@@ -110,7 +110,7 @@ def read_parts(content: dict, path: str) -> Checkpoint:
     source = f"'{path}'"
     if 'model' not in content:
         where, weights = choose_state_dict(content, source=source)
-        return Checkpoint(path, weights, find_facts(content, where, source))
+        return Checkpoint(path, weights, find_metadata(content, where, source))
     part = _Parts(content, source)
     scheduler = part.get('lr_scheduler', dict, {}, optional='progress' not in content)
     part.get('config', (str, dict), optional=True)
@@ -122,7 +122,7 @@ def read_parts(content: dict, path: str) -> Checkpoint:
     return Checkpoint(
         path,
         weights,
-        find_facts(content, where, source),
+        find_metadata(content, where, source),
         average=_average(content, source),
         complete=True,
         ours=ours,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import paddle
 
-from models.state import STATISTICS_SUFFIXES
+from models.weights.match import STATISTICS_SUFFIXES
 
 
 class ModelEma:

@@ -18,8 +18,7 @@ from engine.run_folder import RunFolder, claim, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
-from models.pretrained import Weights, load_pretrained, read_weights
-from models.state import count_classes
+from models.weights.load import Weights, load_pretrained, read_weights
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog
@@ -88,7 +87,7 @@ def _weights_to_evaluate(config) -> tuple[Weights, list[str]]:
         return read_weights(config.MODEL.PRETRAINED), notes
     path, state = read_checkpoint(config.MODEL.RESUME, notes.append)
     checkpoint = read_parts(state, path)
-    return Weights(path, checkpoint.weights, checkpoint.facts), notes
+    return Weights(path, checkpoint.weights, checkpoint.metadata), notes
 
 
 def _take_classes(config, model, weights: Weights, data: datasets.Images, unset: bool) -> None:
@@ -97,7 +96,7 @@ def _take_classes(config, model, weights: Weights, data: datasets.Images, unset:
     Labels of list files are the numbers of the classifier's outputs. Data that name their classes number those that are
     there, so fewer classes are other classes.
     """
-    classes = count_classes(model, weights.arrays)
+    classes = model.weight_rules.count_classes(weights.arrays)
     if not classes or not model.num_classes or classes <= model.num_classes:
         return
     if data.class_names is not None:

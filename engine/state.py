@@ -14,9 +14,9 @@ from engine.checkpoint import accumulator_names, from_automatic_names, optimizer
 from engine.checkpoint_schema import Checkpoint, read_parts
 from engine.ema import ModelEma
 from engine.statistics import read_totals
-from models.pretrained import load_state
+from models.weights.load import load_state
 from tasks import Task
-from utils.weights import FACTS
+from utils.weights import METADATA
 
 
 @dataclass
@@ -108,8 +108,8 @@ class Snapshot:
 
     def metadata(self) -> dict:
         """What travels with weights beside the arrays."""
-        facts = self.model.facts()
-        return {FACTS: facts} if facts else {}
+        metadata = self.model.weight_rules.metadata(self.model)
+        return {METADATA: metadata} if metadata else {}
 
     # ------------------------------------------------------------------------------------------------ reading
     def load_state_dict(self, content: dict, path: str) -> None:
@@ -123,7 +123,7 @@ class Snapshot:
         checkpoint = read_parts(content, path)
         checkpoint.check_optimizer(self.model, accumulator_names(self.optimizer), self.config.TRAIN.OPTIMIZER.NAME)
         average = checkpoint.fit_average(self.model) if self.ema is not None else None
-        weights = {**checkpoint.weights, FACTS: checkpoint.facts}
+        weights = {**checkpoint.weights, METADATA: checkpoint.metadata}
         load_state(self.model, weights, checkpoint.source, self.log, replace_head=False)
         if not checkpoint.complete:
             self.state.epoch = self.config.TRAIN.LAST_EPOCH

@@ -3,41 +3,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
 
-import numpy as np
 from paddle import Tensor, nn
 
 from models.layers import Intermediates
-
-
-class Start(NamedTuple):
-    """How a training starts from the weights of another kind of model. The classifier is not mentioned.
-
-    Attributes:
-        called: name in the file -> name in the model; where it is missing they are equal.
-        unused: name in the file that is not taken -> reason.
-        anew: name in the model that begins anew -> reason.
-    """
-
-    called: Mapping[str, str] = MappingProxyType({})
-    unused: Mapping[str, str] = MappingProxyType({})
-    anew: Mapping[str, str] = MappingProxyType({})
+from models.weights.rules import WeightRules
 
 
 class Classifier(nn.Layer):
     """A stem, a stack of blocks and a head.
 
-    Subclasses set `num_classes`, `depth` and `head`, implement `forward_features` and `forward_head`, and name their
-    parts below, which is all that layer-wise learning rates, fine-tuning and weight conversion need to know.
+    Subclasses set `num_classes`, `depth` and `head`, and implement `forward_features` and `forward_head`. Layer-wise learning
+    rates, fine-tuning and weight conversion rest on the attributes below.
     """
 
     stem_names: tuple[str, ...] = ('patch_embed',)
     blocks_name: str = 'blocks'
-    # Parts that a configuration adds: pattern of their names, key, its value where only a file or only the model has them.
-    optional_parts: Sequence[tuple[str, str, str, str]] = ()
+    weight_rules = WeightRules()
     decays_all: bool = False  # weight decay acts on biases, norms and tokens too, as a published training had it
     grad_checkpointing: bool = False
 
@@ -73,10 +56,6 @@ class Classifier(nn.Layer):
         """Replace the classifier by a newly initialized one for `num_classes`; 0: return the pooled features."""
         raise NotImplementedError
 
-    def head_names(self) -> tuple[str, ...]:
-        """Prefixes of the classifier's parameters: those that depend on the number of classes."""
-        return ('head.',)
-
     def no_weight_decay(self) -> set[str]:
         """Names of parameters of two or more dimensions that weight decay leaves alone."""
         return set()
@@ -99,24 +78,3 @@ class Classifier(nn.Layer):
     def leaves_parameters_out(self) -> bool:
         """True if a training step may leave parameters without gradients (DataParallel: `find_unused_parameters`)."""
         return False
-
-    def unused_weights(self, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
-        """Arrays of a file, by the model's names, that it has no use for: name -> reason.
-
-        Raises:
-            UserError: the arrays contradict the model.
-        """
-        return {}
-
-    def facts(self) -> dict:
-        """Configuration keys and values that shapes do not tell; they travel with the weights and are compared."""
-        return {}
-
-    def starting_from(self, names: Collection[str]) -> Start:
-        """How a training starts from the weights of another kind of model, of whose arrays the `names` are given."""
-        return Start()
-
-    @staticmethod
-    def upstream_name(name: str) -> str | None:
-        """Our name of a parameter of the published PyTorch weights; None: it is known and not used here."""
-        return name

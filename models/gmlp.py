@@ -28,6 +28,7 @@ from models.layers import (
     xavier_uniform_,
 )
 from models.registry import register_model
+from models.weights.rules import WeightRules
 from utils.errors import UserError
 
 NORM_EPS = 1e-6
@@ -97,6 +98,21 @@ class SpatialGatingBlock(nn.Layer):
         return x + self.drop_path(self.mlp_channels(self.norm(x)))
 
 
+class GmlpWeights(WeightRules):
+    """timm's `stem.` and `blocks.` are PaddleViT's `patch_embed.` and `mixer_layers.`."""
+
+    def rename(self, name: str) -> str | None:
+        """See `WeightRules`."""
+        for theirs, ours in (
+            ('stem.proj.', 'patch_embed.patch_embed.'),
+            ('stem.', 'patch_embed.'),
+            ('blocks.', 'mixer_layers.'),
+        ):
+            if name.startswith(theirs):
+                return ours + name[len(theirs) :]
+        return name
+
+
 class GMLP(Classifier):
     """gMLP image classifier. The image size is fixed by the weights, since the gates map tokens to tokens.
 
@@ -117,6 +133,7 @@ class GMLP(Classifier):
     """
 
     blocks_name = 'mixer_layers'
+    weight_rules = GmlpWeights()
 
     def __init__(
         self,
@@ -183,17 +200,6 @@ class GMLP(Classifier):
                 maps = tokens_to_maps(x, (self.patch_embed.grid_size,) * 2) if 'maps' in want[i] else None
                 seen[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
         return Intermediates(self.norm(x), seen)
-
-    @staticmethod
-    def upstream_name(name: str) -> str | None:
-        """timm's `stem.` and `blocks.` are PaddleViT's `patch_embed.` and `mixer_layers.`."""
-        if name.startswith('stem.proj.'):
-            return 'patch_embed.patch_embed.' + name[len('stem.proj.') :]
-        if name.startswith('stem.'):
-            return 'patch_embed.' + name[len('stem.') :]
-        if name.startswith('blocks.'):
-            return 'mixer_layers.' + name[len('blocks.') :]
-        return name
 
 
 @register_model('gmlp', 'GatedMLP')

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,8 +31,10 @@ from models.layers import (
     take_tokens,
     xavier_uniform_,
 )
+from models.options import pretraining_options
 from models.registry import register_model
-from models.vision_transformer import VisionTransformer, pretraining_options
+from models.vision_transformer import VisionTransformer
+from models.weights.transformer import ADAPTER_PARTS, DECODER_PARTS, TransformerWeights
 from utils.errors import UserError
 
 TARGET_EPS = 1e-6
@@ -58,6 +60,32 @@ class Reconstruction(NamedTuple):
     encoder: Intermediates
 
 
+class MaeWeights(TransformerWeights):
+    """Rules of masked autoencoders."""
+
+    optional_parts = ()
+
+    def metadata(self, model) -> dict:
+        """Both numbers of heads."""
+        metadata = super().metadata(model)
+        if model.decoder_depth:
+            metadata['MODEL.MAE.DECODER_NUM_HEADS'] = model.decoder_blocks[0].attn.num_heads
+        return metadata
+
+    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+        """Position embeddings of another resolution are computed, not interpolated."""
+        fixed = {'pos_embed': model.pos_embed, 'decoder_pos_embed': getattr(model, 'decoder_pos_embed', None)}.get(name)
+        return array if fixed is None else computed_table(fixed, array)
+
+    def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
+        """The decoder, and the adapters of a distillation, where the model has none."""
+        unused, ours = super().unused(model, arrays, source), set(model.state_dict())
+        if not model.decoder_depth:
+            unused.update({name: 'the model has no decoder' for name in arrays if name.startswith(DECODER_PARTS)})
+        adapters = [name for name in arrays if name.startswith(ADAPTER_PARTS) and name not in ours]
+        return {**unused, **dict.fromkeys(adapters, 'the model has no adapter to a teacher')}
+
+
 class MaskedAutoencoder(VisionTransformer):
     """A Vision Transformer without classifier, and a decoder.
 
@@ -73,7 +101,7 @@ class MaskedAutoencoder(VisionTransformer):
     """
 
     stem_names = (*VisionTransformer.stem_names, 'mask_token')
-    optional_parts = ()
+    weight_rules = MaeWeights()
 
     def __init__(
         self,
@@ -201,32 +229,9 @@ class MaskedAutoencoder(VisionTransformer):
         seen = patches * (1 - mask)
         return unpatchify(seen, self.patch_size, grid), unpatchify(seen + pred * mask, self.patch_size, grid)
 
-    # ------------------------------------------------------------------------------------------------ weights
     def no_weight_decay(self) -> set[str]:
         """Nothing: in pre-training the tokens are decayed, and the positions are not trained."""
         return set()
-
-    def facts(self) -> dict:
-        """Both numbers of heads."""
-        decoder = {'MODEL.MAE.DECODER_NUM_HEADS': self.decoder_blocks[0].attn.num_heads} if self.decoder_depth else {}
-        return {**super().facts(), **decoder}
-
-    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Tables of another resolution are computed, not interpolated."""
-        fixed = {'pos_embed': self.pos_embed, 'decoder_pos_embed': getattr(self, 'decoder_pos_embed', None)}.get(name)
-        return array if fixed is None else computed_table(fixed, array)
-
-    def unused_weights(self, arrays, source: str) -> dict[str, str]:
-        """The decoder and the adapters of a distillation, where the model has none."""
-        unused, ours = super().unused_weights(arrays, source), set(self.state_dict())
-        if not self.decoder_depth:
-            unused.update({name: 'the model has no decoder' for name in arrays if name.startswith(DECODER_PARTS)})
-        adapters = [name for name in arrays if name.startswith(ADAPTERS) and name not in ours]
-        return {**unused, **dict.fromkeys(adapters, 'the model has no adapter to a teacher')}
-
-
-ADAPTERS = ('attn_adapter.', 'hidden_adapter.')
-DECODER_PARTS = ('decoder_', 'mask_token')
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -18,8 +18,10 @@ from paddle.nn import initializer
 
 from models.base import Classifier
 from models.layers import Intermediates, SyncBatchNorm, computed_table, fix_, moco_position_table, xavier_uniform_
+from models.options import pretraining_options
 from models.registry import register_model
-from models.vision_transformer import VisionTransformer, pretraining_options
+from models.vision_transformer import VisionTransformer
+from models.weights.rules import WeightRules
 from utils.errors import UserError
 
 
@@ -39,6 +41,18 @@ class Contrast(NamedTuple):
     k2: Tensor
 
 
+class MoCoWeights(WeightRules):
+    """Rules of MoCo-v3."""
+
+    def metadata(self, model) -> dict:
+        """The number of heads."""
+        return model.base_encoder.weight_rules.metadata(model.base_encoder)
+
+    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+        """Position embeddings of another resolution are computed, not interpolated."""
+        return computed_table(model.base_encoder.pos_embed, array) if name.endswith('encoder.pos_embed') else array
+
+
 class MoCoV3(Classifier):
     """A Vision Transformer with a projector, a momentum encoder, and a predictor.
 
@@ -54,6 +68,7 @@ class MoCoV3(Classifier):
 
     num_classes = 0
     decays_all = True
+    weight_rules = MoCoWeights()
 
     def __init__(self, dim: int = 256, mlp_dim: int = 4096, freeze_patch: bool = False, **encoder):
         super().__init__()
@@ -121,7 +136,6 @@ class MoCoV3(Classifier):
         """Tokens -> projections [B, dim]; with `pre_logits` the class token [B, C]."""
         return self.base_encoder.forward_head(x, pre_logits)
 
-    # ------------------------------------------------------------------------------------------------ weights
     def reset_classifier(self, num_classes: int) -> None:
         """Raise UserError for any number of classes: there is no classifier."""
         if num_classes:
@@ -131,14 +145,6 @@ class MoCoV3(Classifier):
         """That of the encoder; the last one for all that is not in it."""
         part, _, rest = name.partition('.')
         return self.base_encoder.layer_id(rest) if part == 'base_encoder' else self.num_layers
-
-    def facts(self) -> dict:
-        """The number of heads."""
-        return self.base_encoder.facts()
-
-    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Tables of another resolution are computed, not interpolated."""
-        return computed_table(self.base_encoder.pos_embed, array) if name.endswith('encoder.pos_embed') else array
 
 
 def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:

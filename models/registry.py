@@ -76,7 +76,7 @@ def create_model(
         opts += ['MODEL.NUM_CLASSES', num_classes]
     model = build_model(get_config(config_file(name), opts))
     if pretrained is not None:
-        from models.pretrained import load_pretrained
+        from models.weights.load import load_pretrained
 
         load_pretrained(model, pretrained)
     return model

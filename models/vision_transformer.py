@@ -11,14 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from config import get_config
-from models.base import Classifier, Start
-from models.fine_tuning import OPTIONAL_PARTS, published_name, start_transformer
+from models.base import Classifier
 from models.layers import (
     NORM_EPS,
     AttentionRemoval,
@@ -40,12 +37,13 @@ from models.layers import (
     per_block,
     requested,
     resize_position_table,
-    resize_relative_table,
     run_block,
     torch_conv_,
     trunc_normal_,
 )
+from models.options import mixer_spec, plain_options, reducer_specs, removal_spec
 from models.registry import register_model
+from models.weights.transformer import TransformerWeights
 from utils.errors import UserError
 
 POSITIONS = ('absolute', 'shared_relative')
@@ -73,7 +71,7 @@ class VisionTransformer(Classifier):
             for `img_size`, and for blocks that keep all tokens.
         drop_rate: dropout after the position embedding and in the blocks.
         head_drop_rate: dropout before the classifiers.
-        drop_path_rate: stochastic depth: the rate of the last block, growing linearly over the depth, or one per block.
+        drop_path_rate: stochastic depth: one rate for all blocks, or one per block, see `drop_path_rates`.
         distilled: second classifier for a teacher's labels. In training the pair of logits is returned, in evaluation
             their mean. It reads a distillation token (DeiT), or with `global_pool` the class token (MAE-Lite).
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
@@ -84,7 +82,7 @@ class VisionTransformer(Classifier):
     """
 
     stem_names = ('cls_token', 'dist_token', 'pos_embed', 'patch_embed')
-    optional_parts = OPTIONAL_PARTS
+    weight_rules = TransformerWeights()
 
     def __init__(
         self,
@@ -128,8 +126,7 @@ class VisionTransformer(Classifier):
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared_relative' in positions else None
         mixers = [mixer] * depth if isinstance(mixer, MixerSpec) else per_block('mixer', mixer, depth)
         plans = [spec.build(depth, self.removal.kept_layers) for spec in reducers]
-        ramp = isinstance(drop_path_rate, (int, float))
-        rates = drop_path_rates(drop_path_rate, depth) if ramp else per_block('drop_path_rate', drop_path_rate, depth)
+        rates = per_block('drop_path_rate', drop_path_rate, depth)
         self.blocks = nn.LayerList(
             Block(
                 embed_dim,
@@ -423,50 +420,9 @@ class VisionTransformer(Classifier):
             features = (x[:, 0], x[:, 1]) if self.distilled else (x[:, 0],)
         return features if self.pre_logits is None else (self.pre_logits(features[0]),)
 
-    # ------------------------------------------------------------------------------------------------ weights
-    def head_names(self) -> tuple[str, ...]:
-        """Prefixes of the classifiers' parameters."""
-        return ('head.', 'head_dist.')
-
     def no_weight_decay(self) -> set[str]:
-        """Tokens and positions."""
+        """Tokens and position embedding."""
         return {'cls_token', 'dist_token', 'pos_embed'}
-
-    def facts(self) -> dict:
-        """The number of heads: weights of another compute something else in the same shapes."""
-        return {'MODEL.TRANS.NUM_HEADS': self.num_heads}
-
-    def unused_weights(self, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
-        """See `AttentionRemoval`."""
-        return self.removal.unused_weights(arrays, source)
-
-    def starting_from(self, names: Collection[str]) -> Start:
-        """Fine-tuning after a pre-training, or with another pooling. Of MoCo-v3 the encoder that was trained is taken."""
-        return start_transformer(set(self.state_dict()), names)
-
-    @staticmethod
-    def upstream_name(name: str) -> str | None:
-        """MAE-Lite's checkpoints hold the whole training: the model under `model.`, with teacher and average.
-
-        MoCo-v3's hold the model under `base_encoder.`, whose head is a projector, with a momentum copy and a predictor.
-        timm names LayerScale in another way.
-        """
-        if name.startswith(('tch_model.', 'ema_model.', 'momentum_encoder.', 'base_encoder.head.', 'predictor.')):
-            return None
-        return published_name(name.removeprefix('model.').removeprefix('base_encoder.'))
-
-    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
-        """A position table of another resolution, interpolated to this model's; any other array as it is."""
-        if name.endswith('relative_position_bias_table') and array.ndim == 2:
-            return resize_relative_table(array, (self.patch_embed.grid_size,) * 2)
-        if name != 'pos_embed' or array.ndim != 3:
-            return array
-        side = round(max(array.shape[1] - self.num_prefix, 0) ** 0.5)
-        if side**2 + self.num_prefix != array.shape[1]:
-            return array
-        new = (self.patch_embed.grid_size,) * 2
-        table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
-        return resize_position_table(table, (side, side), new, self.num_prefix).numpy()
 
 
 def _init_linear(layer: nn.Layer) -> None:
@@ -485,54 +441,17 @@ def _traces(want: Mapping[int, Collection[str]]) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- builder
-# What MODEL.TRANS says of plain blocks.
-_PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS')
-
-
-def _plain_options(config) -> dict:
-    """Arguments of `VisionTransformer` that give the sizes of plain blocks."""
-    trans = config.MODEL.TRANS
-    return {
-        'img_size': config.DATA.IMAGE_SIZE,
-        'in_chans': config.DATA.IMAGE_CHANNELS,
-        'patch_size': trans.PATCH_SIZE,
-        'embed_dim': trans.EMBED_DIM,
-        'depth': trans.DEPTH,
-        'num_heads': trans.NUM_HEADS,
-        'mlp_ratio': trans.MLP_RATIO,
-        'mixer': MixerSpec(qkv_bias=trans.QKV_BIAS),
-    }
-
-
-def pretraining_options(config) -> dict:
-    """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropout."""
-    model, trans = config.MODEL, config.MODEL.TRANS
-    fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
-    if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
-        raise UserError(
-            f'MODEL.TYPE {model.TYPE} takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.'
-        )
-    plain = get_config().MODEL.TRANS
-    other = sorted(key for key in trans if key not in _PLAIN and trans[key] != plain[key])
-    if other:
-        raise UserError(
-            f'MODEL.TYPE {model.TYPE} takes no MODEL.TRANS.{other[0]}: leave it at {plain[other[0]]}; plain blocks are '
-            'pre-trained.'
-        )
-    return _plain_options(config)
-
-
 @register_model('vit', 'deit', 'evit')
 def build_vit(config) -> VisionTransformer:
     """Build a Vision Transformer from a configuration."""
     model, trans = config.MODEL, config.MODEL.TRANS
-    options = {**_plain_options(config), 'mixer': _mixer(model)}
+    positions = {'absolute': trans.ABS_POS, 'shared_relative': 'shared' in trans.REL_POS}
     vit = VisionTransformer(
-        **options,
+        **{**plain_options(config), 'mixer': mixer_spec(model)},
         num_classes=model.NUM_CLASSES,
-        reducers=_reducers(model),
-        removal=_removal(model.LAMBDA),
-        positions=['absolute'] * trans.ABS_POS + ['shared_relative'] * ('shared' in trans.REL_POS),
+        reducers=reducer_specs(model),
+        removal=removal_spec(model.LAMBDA),
+        positions=[name for name, used in positions.items() if used],
         drop_rate=model.DROPOUT,
         head_drop_rate=model.HEAD_DROPOUT,
         drop_path_rate=drop_path_rates(model.DROPPATH, trans.DEPTH, model.DROPPATH_RAMP),
@@ -544,34 +463,3 @@ def build_vit(config) -> VisionTransformer:
     )
     vit.freeze_stages(trans.FROZEN_STAGES)
     return vit
-
-
-def _mixer(model) -> MixerSpec:
-    trans = model.TRANS
-    unknown = sorted(set(trans.REL_POS) - {'block', 'shared'})
-    if unknown:
-        raise UserError(f"'{unknown[0]}' is no kind of relative positions (MODEL.TRANS.REL_POS): block, shared.")
-    name = 'relative' if 'block' in trans.REL_POS else 'attention'
-    return MixerSpec(name, trans.QKV_BIAS, trans.KEY_BIAS, model.ATTENTION_DROPOUT)
-
-
-def _reducers(model) -> list[EViTSpec | ToMeSpec]:
-    """EViT comes before ToMe in a block that has both."""
-    evit, tome, depth = model.EVIT, model.TOME, model.TRANS.DEPTH
-    if evit.KEEP_RATE < 1:
-        outside = [layer for layer in evit.DROP_LOC if not 0 <= layer < depth]
-        if outside:
-            raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {depth - 1}.')
-        clash = sorted({*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS} & {*evit.DROP_LOC})
-        if clash:
-            raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
-    rates = [evit.KEEP_RATE if layer in evit.DROP_LOC else 1.0 for layer in range(depth)]
-    schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
-    return [EViTSpec(rates, evit.FUSE_TOKEN), ToMeSpec(schedule, tome.START_IDX, tome.PROP_ATTN)]
-
-
-def _removal(removal) -> RemovalSpec:
-    """MODEL.LAMBDA; with REMOVED, all its blocks are built without attention."""
-    if removal.REMOVED:
-        return RemovalSpec(removed_layers=(*removal.PRUNE_LAYERS, *removal.DONE_LAYERS))
-    return RemovalSpec(removal.PRUNE_LAYERS, removal.DONE_LAYERS)

@@ -15,8 +15,8 @@ import paddle.nn.functional as F
 from config import get_config
 from models import build_model
 from models.exported import PREPROCESS, PROGRAM, WEIGHTS
-from models.pretrained import load_frozen
 from models.registry import config_file
+from models.weights.load import load_frozen
 from utils.errors import UserError
 
 PROGRAMS = (PROGRAM, '.pdmodel')  # of Paddle 3 and before

@@ -15,8 +15,8 @@ from datasets import Dataset, Loader, build_dataset
 from datasets.batch import to_device
 from datasets.subset import first_images, random_subset
 from models import build_model
-from models.pretrained import load_pretrained
 from models.vision_transformer import VisionTransformer
+from models.weights.load import load_pretrained
 from tools._common import output_prefix
 from utils.errors import UserError
 from utils.runlog import progress

@@ -35,9 +35,9 @@ from engine.distributed import Context
 from engine.throughput import Call, predictor_call, time_interleaved
 from models import build_model
 from models.exported import Predictor, cpu_threads, save_program
-from models.pretrained import load_pretrained
 from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
+from models.weights.load import load_pretrained
 from tasks import build_task
 from tools._common import processor_name
 from tools._pareto import Dot, draw, pareto_frontier

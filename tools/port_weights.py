@@ -18,9 +18,9 @@ import argparse
 
 from config import get_config
 from models import build_model
-from models.port import port_with_report
+from models.weights.convert import port_with_report
 from utils import cli
-from utils.weights import FACTS, PADDLE, SUFFIX, choose_state_dict, file_format, read_file, write_pdparams
+from utils.weights import METADATA, PADDLE, SUFFIX, choose_state_dict, file_format, read_file, write_pdparams
 
 
 def main() -> None:
@@ -35,8 +35,8 @@ def main() -> None:
     state, report = port_with_report(model, arrays, own_names=kind == PADDLE, source=name)
     print(report)
     output = args.output if args.output.endswith(SUFFIX) else args.output + SUFFIX
-    facts = model.facts()
-    write_pdparams({**state, FACTS: facts} if facts else state, output)
+    metadata = model.weight_rules.metadata(model)
+    write_pdparams({**state, METADATA: metadata} if metadata else state, output)
     print(f'written: {output}')
 
 

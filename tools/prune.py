@@ -24,13 +24,13 @@ import paddle
 from config import flag_parser
 from deploy.inference import load_classifier
 from models import build_model
-from models.pretrained import load_state
 from models.profile import profile
 from models.vision_transformer import VisionTransformer
+from models.weights.load import load_state
 from tools._common import trained_config
 from utils.cli import run
 from utils.errors import UserError
-from utils.weights import FACTS, SUFFIX, write_pdparams
+from utils.weights import METADATA, SUFFIX, write_pdparams
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 IMAGES = 4
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     small = without_attention(config, trained)
     shape = [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
     difference = compare(trained, small, shape)
-    write_pdparams({**small.state_dict(), FACTS: small.facts()}, args.target)
+    write_pdparams({**small.state_dict(), METADATA: small.weight_rules.metadata(small)}, args.target)
     before, after = (profile(model, [1, *shape]) for model in (trained, small))
     print(f'attention removed from blocks {", ".join(map(str, small.removal.removed_layers))}')
     print(f'parameters: {before.params:,} -> {after.params:,}')

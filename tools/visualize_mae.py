@@ -25,7 +25,7 @@ from config import flag_parser
 from engine import distributed
 from models import build_model
 from models.mae import MaskedAutoencoder
-from models.pretrained import load_pretrained
+from models.weights.load import load_pretrained
 from tasks.mae_pictures import draw, rebuild
 from tools._common import find_images, trained_config
 from tools._pictures import readable, single_batch

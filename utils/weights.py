@@ -32,9 +32,8 @@ SAFETENSORS, NPZ = 'safetensors', 'npz'
 
 WEIGHT_KEYS = ('state_dict', 'model', 'net', 'module', 'model_state_dict', 'params', 'weights')
 EMA_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'params_ema', 'ema')
-FACTS = (
-    'Facts@@'  # what shapes do not tell, such as the number of heads: configuration key -> value, beside the weights
-)
+# Key of what shapes do not show, such as the number of heads: configuration key -> value, beside the weights.
+METADATA = 'Facts@@'
 WRAPPER_PREFIXES = ('module.', '_layers.', 'model.', 'backbone.', 'encoder.')
 COMPILED = '_orig_mod.'  # torch.compile: before the names of what was compiled, also inside a name
 COUNTER = 'n_averaged'  # torch.optim.swa_utils.AveragedModel: beside the averaged weights
@@ -181,7 +180,7 @@ def state_dicts(content: Any, where: str = '', depth: int = 4) -> dict[str, dict
     """Every state dict (name -> array) of a checkpoint, by the key it stands under; '' where the file itself is one."""
     if not isinstance(content, dict) or not depth:
         return {}
-    content = {key: value for key, value in content.items() if key != FACTS}
+    content = {key: value for key, value in content.items() if key != METADATA}
     if content and all(_is_weight(name, value) for name, value in content.items()):
         return {where: _without_prefix({name: np.asarray(array) for name, array in content.items()})}
     found = {}
@@ -238,14 +237,16 @@ def choose_state_dict(
     return next(iter(chosen.items()))
 
 
-def find_facts(content: Any, where: str, source: str) -> dict:
-    """The FACTS beside the state dict under the key `where` of a checkpoint, or beside what holds it."""
+def find_metadata(content: Any, where: str, source: str) -> dict:
+    """The METADATA beside the state dict under the key `where` of a checkpoint, or beside what holds it."""
     for key in ['', *filter(None, where.split('.'))]:
         content = content[key] if key else content
-        if content.get(FACTS) is not None:
-            if not isinstance(content[FACTS], dict):
-                raise UserError(f"{source} holds a {type(content[FACTS]).__name__} as '{FACTS}', which must be a dict.")
-            return content[FACTS]
+        if content.get(METADATA) is not None:
+            if not isinstance(content[METADATA], dict):
+                raise UserError(
+                    f"{source} holds a {type(content[METADATA]).__name__} as '{METADATA}', which must be a dict."
+                )
+            return content[METADATA]
     return {}
 
 

@@ -17,8 +17,8 @@ from analysis.attention import (
     measure_attention,
     representations,
 )
-from models.port import port_state_dict
 from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict
 from tests.conftest import golden
 from tests.models.helpers import vision_transformer
 from tests.models.test_vision_transformer import tiny

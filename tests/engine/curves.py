@@ -19,7 +19,7 @@ from config import get_arguments, get_config, update_config
 from engine.run import run_config
 from models import build_model
 from tests.conftest import HERE
-from utils.weights import FACTS, write_pdparams
+from utils.weights import METADATA, write_pdparams
 
 GOLDENS = os.path.join(HERE, 'goldens')
 ELSEWHERE = 1e-5  # relative tolerance where another CPU or another Paddle recorded the numbers
@@ -131,7 +131,7 @@ def _random_model(options: dict, prefix: str) -> tuple[str, str]:
         file.write(config.dump())
     paddle.seed(1)
     model = build_model(config)
-    write_pdparams({**model.state_dict(), FACTS: model.facts()}, weights)
+    write_pdparams({**model.state_dict(), METADATA: model.weight_rules.metadata(model)}, weights)
     return cfg, weights
 
 

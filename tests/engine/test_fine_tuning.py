@@ -20,7 +20,7 @@ from tests.conftest import assert_close, golden
 from tests.models.helpers import linear_weights, load, small_config
 from tests.models.test_relative_position import build as build_rpe
 from tests.tasks.test_mae import without_keys
-from utils.weights import FACTS, write_pdparams
+from utils.weights import METADATA, write_pdparams
 
 RECIPES = {
     'ft': 'vit_tiny_patch16_224_mae_finetune',
@@ -47,7 +47,7 @@ def test_a_classifier_of_as_many_classes(tmp_path, fresh):
     config.defrost()
     config.MODEL.FRESH_HEAD = fresh
     given, model = build_model(config), build_model(config)
-    write_pdparams({**given.state_dict(), FACTS: given.facts()}, path)
+    write_pdparams({**given.state_dict(), METADATA: given.weight_rules.metadata(given)}, path)
     start_from_weights(config, model, print)
     for name, value in model.state_dict().items():
         assert np.array_equal(value, given.state_dict()[name]) == (not (fresh and name == 'head.weight')), name

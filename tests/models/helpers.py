@@ -9,6 +9,7 @@ from config import get_config
 from models.layers import EViTSpec, MixerSpec, RemovalSpec, drop_path_rates
 from models.registry import config_file
 from models.vision_transformer import VisionTransformer
+from models.weights.rules import rules_of
 
 
 def linear_weights(layer: nn.Layer) -> set[str]:
@@ -21,8 +22,8 @@ def linear_weights(layer: nn.Layer) -> set[str]:
 
 
 def to_ours(layer: nn.Layer, arrays: dict) -> dict:
-    """Renames with the layer's `upstream_name`, where it has one, and transposes the weights of linear layers."""
-    rename = getattr(layer, 'upstream_name', lambda name: name)
+    """Rename with the layer's `weight_rules`, where it has some, and transpose the weights of linear layers."""
+    rename = rules_of(layer).rename
     arrays = {rename(name): array for name, array in arrays.items()}
     transposed = linear_weights(layer)
     return {name: array.T if name in transposed else array for name, array in arrays.items()}

@@ -6,12 +6,12 @@ import paddle
 import pytest
 
 from models.mae import MaskedAutoencoder
-from models.port import port_state_dict
-from models.pretrained import load_pretrained, load_state
+from models.weights.convert import port_state_dict
+from models.weights.load import load_pretrained, load_state
 from tests.conftest import assert_close, golden
 from tests.models.helpers import to_ours, vision_transformer
 from utils.errors import UserError
-from utils.weights import FACTS, find_state_dict, write_pdparams
+from utils.weights import METADATA, find_state_dict, write_pdparams
 
 TINY = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 2, 'num_heads': 3}
 DECODER = {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}
@@ -57,11 +57,13 @@ def test_mae_lites_checkpoints(case):
     assert_close(vit(paddle.to_tensor(g['in/x'])), g[f'out/{case}_logits'], 1e-5)
     missing = {name.removeprefix('model.') for name in facts['missing']}
     report = '\n'.join(lines)
-    assert 'which starts anew' in report
-    assert ('fc_norm.weight' in missing) == ('start anew, the file normalises before pooling: fc_norm.bias' in report)
+    assert 'which is re-initialized' in report
+    assert ('fc_norm.weight' in missing) == (
+        'keep their initial values, the file normalizes before pooling: fc_norm.bias' in report
+    )
     if source == 'mae':
         assert '40 arrays of the state dict are used' in report
-        assert '34 arrays of the state dict are left out' in report
+        assert '34 arrays of the state dict are not used' in report
 
 
 def test_the_class_token_keeps_the_encoders_norm():
@@ -84,7 +86,7 @@ def test_a_classifier_is_not_evaluated_on_pre_trained_weights():
 def test_the_number_of_heads_travels_with_the_weights(tmp_path, heads):
     mae = MaskedAutoencoder(**TINY, **DECODER)
     path = str(tmp_path / 'mae.pdparams')
-    write_pdparams({**arrays(mae), FACTS: mae.facts()}, path)
+    write_pdparams({**arrays(mae), METADATA: mae.weight_rules.metadata(mae)}, path)
     vit = vision_transformer(**{**TINY, 'num_heads': heads}, num_classes=5, global_pool=True)
     before = arrays(vit)
     if heads == 3:
@@ -99,7 +101,7 @@ def test_the_number_of_heads_travels_with_the_weights(tmp_path, heads):
 def test_paddle_reads_weights_with_facts(tmp_path):
     vit = vision_transformer(**TINY, num_classes=5)
     path = str(tmp_path / 'vit.pdparams')
-    write_pdparams({**arrays(vit), FACTS: vit.facts()}, path)
+    write_pdparams({**arrays(vit), METADATA: vit.weight_rules.metadata(vit)}, path)
     other = vision_transformer(**TINY, num_classes=5)
     other.set_state_dict(paddle.load(path))
     for name, value in arrays(vit).items():

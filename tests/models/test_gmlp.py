@@ -120,7 +120,7 @@ def test_initialisation():
         group = '.'.join('*' if part.isdigit() else part for part in name.split('.'))
         groups.setdefault(group, []).append(parameter.numpy().ravel())
     for name, (mean, std, low, high) in golden('gmlp-init').group('out').items():
-        values = np.concatenate(groups.pop(GMLP.upstream_name(name)))
+        values = np.concatenate(groups.pop(GMLP.weight_rules.rename(name)))
         np.testing.assert_allclose([values.min(), values.max()], [low, high], rtol=0.2, atol=1e-6, err_msg=name)
         if values.size > 10000:
             assert values.std() == pytest.approx(std, rel=0.03), name
@@ -178,7 +178,7 @@ def test_names_and_shapes():
     assert {e['paddle']: e['paddle_shape'] for e in listing['entries']} == {
         name: list(value.shape) for name, value in model.state_dict().items()
     }
-    assert all(GMLP.upstream_name(e['timm']) == e['paddle'] for e in listing['entries'])
+    assert all(GMLP.weight_rules.rename(e['timm']) == e['paddle'] for e in listing['entries'])
 
 
 @pytest.mark.parametrize(

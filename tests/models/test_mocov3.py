@@ -11,12 +11,12 @@ from paddle import nn
 from models import build_model
 from models.layers import SyncBatchNorm, moco_position_table, sincos_position_table
 from models.mocov3 import MoCoV3
-from models.port import port_with_report
-from models.pretrained import load_state
+from models.weights.convert import port_with_report
+from models.weights.load import load_state
 from tests.conftest import assert_close, golden
 from tests.models.helpers import images, small_config, vision_transformer
 from utils.errors import UserError
-from utils.weights import FACTS, find_state_dict
+from utils.weights import METADATA, find_state_dict
 
 TINY = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 2, 'num_heads': 3}
 
@@ -265,7 +265,7 @@ def test_the_number_of_heads_must_be_that_of_the_pre_training():
     moco = tiny()
     vit = vision_transformer(**{**TINY, 'num_heads': 6}, num_classes=5)
     with pytest.raises(UserError, match='trained with MODEL.TRANS.NUM_HEADS 3, but the model has 6'):
-        load_state(vit, {**arrays(moco), FACTS: moco.facts()})
+        load_state(vit, {**arrays(moco), METADATA: moco.weight_rules.metadata(moco)})
 
 
 def test_a_classifier_is_not_evaluated_on_pre_trained_weights():

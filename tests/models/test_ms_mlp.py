@@ -14,9 +14,9 @@ from engine.learning_rate import lr_scale, lr_schedule
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
 from models import build_model, create_model
 from models.ms_mlp import MSMLP, MixShiftBlock, shifted_conv, shifted_conv_as_products, split_channels
-from models.port import port_with_report
 from models.profile import profile
 from models.registry import config_file
+from models.weights.convert import port_with_report
 from tests.conftest import assert_close, golden
 from tests.models.helpers import check_recompute, load, to_ours
 from utils.errors import UserError

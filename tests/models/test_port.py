@@ -12,8 +12,9 @@ from paddle import nn
 
 from models.base import Classifier
 from models.gmlp import GMLP
-from models.port import port_state_dict, port_with_report
 from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict, port_with_report
+from models.weights.rules import WeightRules
 from tests.conftest import HERE, assert_close, golden
 from tests.models.helpers import vision_transformer
 from utils.errors import UserError
@@ -131,14 +132,24 @@ def test_positions_follow_the_image_size(size):
     state, report = port_with_report(model, find_state_dict({'model': reference.group('sd')}))
     suffix = '' if size == 64 else str(size)
     if suffix:
-        assert list(report.fitted.resized) == ['pos_embed']
+        assert list(report.matched.resized) == ['pos_embed']
         assert_close(state['pos_embed'], reference[f'out/pos_embed{suffix}'])
     assert_close(logits(model, state, reference[f'in/x{suffix}']), reference[f'out/logits{suffix}'])
 
 
 # ---------------------------------------------------------------------------------------------------- other layers
+class ToyWeights(WeightRules):
+    def rename(self, name: str) -> str | None:
+        return None if name.startswith('decoder.') else name
+
+    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+        return np.repeat(array, model.pos_embed.shape[1] // array.shape[1], axis=1) if name == 'pos_embed' else array
+
+
 class Toy(Classifier):
     """One of each kind of parameter and buffer."""
+
+    weight_rules = ToyWeights()
 
     def __init__(self, grid: int = 4):
         super().__init__()
@@ -150,13 +161,6 @@ class Toy(Classifier):
         self.register_buffer('index', paddle.arange(grid))
         self.register_buffer('attn_relative_position_index', paddle.arange(3))
         self.head = nn.Linear(8, 8)
-
-    @staticmethod
-    def upstream_name(name: str) -> str | None:
-        return None if name.startswith('decoder.') else name
-
-    def resize_positions(self, name: str, array: np.ndarray) -> np.ndarray:
-        return np.repeat(array, self.pos_embed.shape[1] // array.shape[1], axis=1) if name == 'pos_embed' else array
 
 
 def toy_arrays() -> dict[str, np.ndarray]:
@@ -194,13 +198,13 @@ def test_the_report_tells_what_was_dropped_resized_and_built():
     state, report = port_with_report(model, arrays)
     assert report.dropped == {
         'bn.num_batches_tracked': 'a counter, which Paddle does not keep',
-        'decoder.weight': 'Toy has no use for it',
+        'decoder.weight': 'Toy does not use it',
         'blocks.0.relative_position_index': 'an index table, which the model builds itself',
     }
-    assert report.fitted.resized == {'pos_embed': ((1, 4, 8), (1, 8, 8))}
-    assert report.fitted.kept == ['index', 'attn_relative_position_index']
+    assert report.matched.resized == {'pos_embed': ((1, 4, 8), (1, 8, 8))}
+    assert report.matched.kept == ['index', 'attn_relative_position_index']
     text = str(report)
-    assert 'dropped decoder.weight: Toy has no use for it' in text
+    assert 'dropped decoder.weight: Toy does not use it' in text
     assert 'resized pos_embed: [1, 4, 8] -> [1, 8, 8]' in text
     assert text.startswith('11 arrays used, ')
     assert np.array_equal(state['pos_embed'], np.repeat(arrays['pos_embed'], 2, axis=1))
@@ -223,13 +227,7 @@ def test_precision_is_the_models(dtype):
 
 
 def test_a_file_of_pytorch():
-    class Stack(nn.Sequential):
-        upstream_name = staticmethod(Classifier.upstream_name)
-
-        def head_names(self):
-            return ('none.',)
-
-    model = Stack(nn.Linear(3, 4), nn.BatchNorm1D(4))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1D(4))
     checkpoint = read_file(os.path.join(HERE, 'fixtures', 'weights', 'checkpoint.pth'))
     model.set_state_dict(port_state_dict(model, checkpoint['layers']))
     with np.load(os.path.join(HERE, 'fixtures', 'weights', 'expected.npz')) as expected:

@@ -11,9 +11,9 @@ import pytest
 
 from models import create_model
 from models.gmlp import GMLP
-from models.port import port_state_dict
-from models.pretrained import load_frozen, load_pretrained, load_state
 from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict
+from models.weights.load import load_frozen, load_pretrained, load_state
 from tests.conftest import HERE
 from tests.models.test_port import Toy
 from utils.errors import UserError
@@ -104,7 +104,7 @@ def test_create_model(tmp_path, capsys):
     assert 'Load model state from' in capsys.readouterr().out
     with_new_head = values(create_model('gmlp_digits', num_classes=3, pretrained=str(tmp_path / 'w')))
     assert (
-        'a classifier of 10 classes and the model a classifier of 3 classes, which starts anew'
+        'a classifier of 10 classes and the model a classifier of 3 classes, which is re-initialized'
         in capsys.readouterr().out
     )
     assert all(np.array_equal(with_new_head[name], state[name]) for name in state if not name.startswith('head.'))
@@ -168,7 +168,7 @@ def test_a_classifier_of_another_size_starts_anew(tmp_path, lines):
     assert all(np.array_equal(after[n], before[n] if n.startswith('head.') else state[n]) for n in after)
     assert lines[1] == (
         f"----- Pretrained: '{tmp_path}/w.pdparams' has a classifier of 10 classes and the model a classifier of "
-        '3 classes, which starts anew'
+        '3 classes, which is re-initialized'
     )
 
 
@@ -182,7 +182,7 @@ def test_models_and_files_without_classifier(lines):
     assert np.array_equal(values(model)['norm.weight'], features['norm.weight'])
     assert lines == [
         '----- Pretrained: the state dict has a classifier of 10 classes and the model no classifier',
-        '----- Pretrained: the state dict has no classifier and the model a classifier of 10 classes, which starts anew',
+        '----- Pretrained: the state dict has no classifier and the model a classifier of 10 classes, which is re-initialized',
     ]
 
 

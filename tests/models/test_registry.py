@@ -162,15 +162,15 @@ def test_contract(name):
     assert {model.layer_id(n) for n in state} == set(range(model.num_layers + 1))
     assert model.no_weight_decay() <= set(state) | {'dist_token'}
 
-    body = {n: value.numpy() for n, value in state.items() if not n.startswith(model.head_names())}
+    body = {n: value.numpy() for n, value in state.items() if not n.startswith(model.weight_rules.head)}
     model.reset_classifier(7)
     assert model(x).shape == [2, 7]
     after = model.state_dict()
-    assert {n for n in after if n.startswith(model.head_names())} == set(state) - set(body)
+    assert {n for n in after if n.startswith(model.weight_rules.head)} == set(state) - set(body)
     for n, value in body.items():
         np.testing.assert_array_equal(after[n], value)
     model.reset_classifier(0)
-    assert not any(n.startswith(model.head_names()) for n in model.state_dict())
+    assert not any(n.startswith(model.weight_rules.head) for n in model.state_dict())
     pooled = model.forward_head(model.forward_features(x), pre_logits=True)
     pooled = (pooled[0] + pooled[1]) / 2 if isinstance(pooled, tuple) else pooled
     np.testing.assert_array_equal(model(x), pooled)

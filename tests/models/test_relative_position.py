@@ -8,9 +8,9 @@ import pytest
 from models import create_model
 from models.layers import RelativePositionBias, relative_position_index, resize_relative_table
 from models.mae import MaskedAutoencoder
-from models.port import port_state_dict
-from models.pretrained import load_state
 from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict
+from models.weights.load import load_state
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load, vision_transformer
 from tests.models.test_fine_tuning import DECODER, TINY, arrays, begin, named

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from models.exported import Predictor, save_program
 from models.layers import TokenState, take_tokens
 from models.layers.tome import Matching, match, match_groups, merge_schedule
-from models.port import port_state_dict
 from models.profile import profile
 from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load, vision_transformer
 from tests.models.test_vision_transformer import build, tiny

@@ -53,7 +53,7 @@ def test_other_image_sizes_interpolate_the_positions(size):
 
     larger = build(g.meta['ctor'], img_size=size)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
-    state['pos_embed'] = larger.resize_positions('pos_embed', state['pos_embed'])
+    state['pos_embed'] = larger.weight_rules.resize(larger, 'pos_embed', state['pos_embed'])
     larger.set_state_dict(state)
     larger.eval()
     assert_close(larger(paddle.to_tensor(g[f'in/x{size}'])), logits, 1e-6)
@@ -69,10 +69,10 @@ def test_position_tables():
 def test_only_position_tables_are_resized():
     model = tiny()
     other = np.ones([1, 5, 24], 'float32')
-    assert model.resize_positions('cls_token', other) is other
-    assert model.resize_positions('pos_embed', other).shape == (1, 17, 24)
+    assert model.weight_rules.resize(model, 'cls_token', other) is other
+    assert model.weight_rules.resize(model, 'pos_embed', other).shape == (1, 17, 24)
     not_square = np.ones([1, 7, 24], 'float32')
-    assert model.resize_positions('pos_embed', not_square) is not_square
+    assert model.weight_rules.resize(model, 'pos_embed', not_square) is not_square
 
 
 def test_wide_images():
@@ -160,7 +160,7 @@ def test_parameter_groups():
     assert ids['blocks.0.attn.qkv.weight'] == 1
     assert {ids[name] for name in ('norm.weight', 'head.bias', 'head_dist.weight')} == {model.num_layers} == {4}
     assert model.no_weight_decay() <= set(model.state_dict())
-    heads = {name for name in model.state_dict() if name.startswith(model.head_names())}
+    heads = {name for name in model.state_dict() if name.startswith(model.weight_rules.head)}
     assert heads == {'head.weight', 'head.bias', 'head_dist.weight', 'head_dist.bias'}
 
 

@@ -10,7 +10,7 @@ import pytest
 from config import get_config
 from models import build_model
 from models.exported import Predictor
-from models.pretrained import load_pretrained
+from models.weights.load import load_pretrained
 from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 
 STACKED = """

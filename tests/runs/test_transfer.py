@@ -62,7 +62,7 @@ def test_from_one_to_another(flowers, pets, tmp_path):
     assert metrics(tmp_path / 'out' / 'flowers102')[-1]['images'] == 5
     assert state(tmp_path / 'out' / 'flowers102')['model']['head.weight'].shape == (24, 102)
     log = transfer('pets', tmp_path, f'-pretrained={tmp_path / "out" / "flowers102"}')
-    assert 'a classifier of 102 classes and the model a classifier of 37 classes, which starts anew' in log
+    assert 'a classifier of 102 classes and the model a classifier of 37 classes, which is re-initialized' in log
     assert metrics(tmp_path / 'out' / 'pets')[-1]['images'] == 4
     assert state(tmp_path / 'out' / 'pets')['model']['head.weight'].shape == (24, 37)
 

@@ -10,7 +10,7 @@ import pytest
 from config import get_config
 from models import build_model
 from models.mae import MaskedAutoencoder
-from models.port import port_state_dict
+from models.weights.convert import port_state_dict
 from tasks.mae import MAETask
 from tasks.mae_distillation import Compared, MaeDistillation, add_adapters
 from tests.conftest import assert_close, golden

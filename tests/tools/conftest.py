@@ -94,7 +94,7 @@ def evaluated_logits(trained: SimpleNamespace) -> np.ndarray:
     """Logits [N, K] of the validation images, computed by the evaluation's own parts."""
     from datasets import build_dataloader, build_dataset
     from datasets.batch import to_device
-    from models.pretrained import load_pretrained
+    from models.weights.load import load_pretrained
 
     config = get_config(trained.cfg, ['MODEL.NUM_CLASSES', CLASSES, 'DATA.NUM_WORKERS', 0])
     model = build_model(config)

@@ -9,7 +9,7 @@ import pytest
 
 from config import get_config
 from models import build_model
-from models.pretrained import load_pretrained
+from models.weights.load import load_pretrained
 from tests.models.helpers import small_config
 from tools import prune
 from utils.errors import UserError

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fits named arrays to a model, strictly: Paddle's `set_state_dict` lets missing, left-over and misshapen ones pass."""
+"""Match named arrays to a model, strictly: Paddle's `set_state_dict` accepts missing, unknown and misshapen ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from paddle import Tensor, nn
 
+from models.weights.rules import WeightRules, rules_of
 from utils import bfloat16
 from utils.errors import UserError
 
@@ -22,14 +23,14 @@ STATISTICS_SUFFIXES = ('._mean', '._variance')
 
 
 @dataclass
-class Fitted:
-    """What `fit_state` made.
+class MatchResult:
+    """What `match_state` returns.
 
     Attributes:
         state: for `set_state_dict`, in the model's shapes and types.
         resized: name -> (shape in the file, shape in the model) of interpolated tables.
         kept: names of buffers that the file lacks and the model has built itself.
-        unused: name -> why the model has no use for it, by its hook `unused_weights`.
+        unused: name -> why the model does not use it.
     """
 
     state: dict[str, np.ndarray] = field(default_factory=dict)
@@ -38,17 +39,16 @@ class Fitted:
     unused: dict[str, str] = field(default_factory=dict)
 
 
-def fit_state(
+def match_state(
     model: nn.Layer,
     arrays: Mapping[str, np.ndarray],
     source: str,
     optional: Iterable[str] = (),
     original_names: Mapping[str, str] | None = None,
-) -> Fitted:
-    """Brings arrays under the model's names into its shapes and types.
+) -> MatchResult:
+    """Bring arrays under the model's names into its shapes and types.
 
-    Numbers change their precision only; positional tables of another resolution are interpolated by the model's hook
-    `resize_positions(name, array) -> array`, where it has one.
+    Values change their precision only, except position embeddings of another resolution; see `WeightRules.resize`.
 
     Args:
         model: offers names, shapes and types; it is not changed.
@@ -63,10 +63,10 @@ def fit_state(
     """
     targets, original_names = model.state_dict(), original_names or {}
     parameters = {name for name, _ in model.named_parameters()}
-    fitted, missing, different = Fitted(), {}, []
-    if hasattr(model, 'unused_weights'):
-        fitted.unused = model.unused_weights(arrays, source)
-        arrays = {name: array for name, array in arrays.items() if name not in fitted.unused}
+    result, missing, different = MatchResult(), {}, []
+    rules = rules_of(model)
+    result.unused = rules.unused(model, arrays, source)
+    arrays = {name: array for name, array in arrays.items() if name not in result.unused}
     for name, target in targets.items():
         if name in arrays:
             array = _cast(arrays[name], target)
@@ -74,16 +74,16 @@ def fit_state(
                 different.append(f'{name} {arrays[name].dtype} instead of {_type_name(target)}')
                 continue
             shape, wanted = array.shape, tuple(target.shape)
-            if shape != wanted and hasattr(model, 'resize_positions'):
-                array = model.resize_positions(name, array)
+            if shape != wanted:
+                array = rules.resize(model, name, array)
             if array.shape != wanted:
                 different.append(f'{name} {list(shape)} instead of {list(wanted)}')
                 continue
             if shape != wanted:
-                fitted.resized[name] = (shape, wanted)
-            fitted.state[name] = array
+                result.resized[name] = (shape, wanted)
+            result.state[name] = array
         elif name not in parameters and not name.endswith(STATISTICS_SUFFIXES):
-            fitted.kept.append(name)
+            result.kept.append(name)
         elif name not in optional:
             missing[name] = f'{name} {list(target.shape)}'
     unknown = {n: f'{original_names.get(n, n)} {list(a.shape)}' for n, a in arrays.items() if n not in targets}
@@ -93,10 +93,10 @@ def fit_state(
         _listing(different, 'of another shape or type'),
     ]
     if any(trouble):
-        found = [*filter(None, trouble), *_remedies(model, unknown, missing)]
+        found = [*filter(None, trouble), *_remedies(rules, unknown, missing)]
         raise UserError(f'{source} does not fit {type(model).__name__}: {"; ".join(found)}.')
-    check_finite({original_names.get(name, name): array for name, array in fitted.state.items()}, source)
-    return fitted
+    check_finite({original_names.get(name, name): array for name, array in result.state.items()}, source)
+    return result
 
 
 def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
@@ -110,21 +110,14 @@ def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
         )
 
 
-def _remedies(model: nn.Layer, unknown: Iterable[str], missing: Iterable[str]) -> list[str]:
-    """What to change in the configuration, by the model's table `optional_parts`."""
+def _remedies(rules: WeightRules, unknown: Iterable[str], missing: Iterable[str]) -> list[str]:
+    """What to change in the configuration, by the table `WeightRules.optional_parts`."""
     found = {}
     for names, column in ((unknown, 0), (missing, 1)):
-        for pattern, key, *values in getattr(model, 'optional_parts', ()):
+        for pattern, key, *values in rules.optional_parts:
             if any(re.fullmatch(pattern, name) for name in names):
                 found[key] = f'set {key} to {values[column]}'
     return list(found.values())
-
-
-def count_classes(model: nn.Layer, state: Mapping) -> int | None:
-    """Number of classes of the classifier in a state dict; 0 without one, None where its parts disagree."""
-    shapes = [tuple(value.shape) for name, value in state.items() if name.startswith(model.head_names())]
-    counts = {shape[-1] for shape in shapes if shape}
-    return counts.pop() if len(counts) == 1 else None if counts else 0
 
 
 def _cast(array: np.ndarray, target: Tensor) -> np.ndarray | None:

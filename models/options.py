@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of Vision Transformers, read from a configuration."""
+
+from __future__ import annotations
+
+from config import get_config
+from models.layers import EViTSpec, MixerSpec, RemovalSpec, ToMeSpec
+from utils.errors import UserError
+
+# What MODEL.TRANS says of plain blocks.
+_PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS')
+
+
+def plain_options(config) -> dict:
+    """Arguments of `VisionTransformer` that give the sizes of plain blocks."""
+    trans = config.MODEL.TRANS
+    return {
+        'img_size': config.DATA.IMAGE_SIZE,
+        'in_chans': config.DATA.IMAGE_CHANNELS,
+        'patch_size': trans.PATCH_SIZE,
+        'embed_dim': trans.EMBED_DIM,
+        'depth': trans.DEPTH,
+        'num_heads': trans.NUM_HEADS,
+        'mlp_ratio': trans.MLP_RATIO,
+        'mixer': MixerSpec(qkv_bias=trans.QKV_BIAS),
+    }
+
+
+def pretraining_options(config) -> dict:
+    """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropout."""
+    model, trans = config.MODEL, config.MODEL.TRANS
+    fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
+    if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
+        raise UserError(
+            f'MODEL.TYPE {model.TYPE} takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.'
+        )
+    plain = get_config().MODEL.TRANS
+    other = sorted(key for key in trans if key not in _PLAIN and trans[key] != plain[key])
+    if other:
+        raise UserError(
+            f'MODEL.TYPE {model.TYPE} takes no MODEL.TRANS.{other[0]}: leave it at {plain[other[0]]}; plain blocks are '
+            'pre-trained.'
+        )
+    return plain_options(config)
+
+
+def mixer_spec(model) -> MixerSpec:
+    """The mixer that MODEL.TRANS describes."""
+    trans = model.TRANS
+    unknown = sorted(set(trans.REL_POS) - {'block', 'shared'})
+    if unknown:
+        raise UserError(f"'{unknown[0]}' is no kind of relative positions (MODEL.TRANS.REL_POS): block, shared.")
+    name = 'relative' if 'block' in trans.REL_POS else 'attention'
+    return MixerSpec(name, trans.QKV_BIAS, trans.KEY_BIAS, model.ATTENTION_DROPOUT)
+
+
+def reducer_specs(model) -> list[EViTSpec | ToMeSpec]:
+    """The reducers of MODEL.EVIT, which a pass may ask for in any block, and MODEL.TOME, in this order."""
+    evit, tome, depth = model.EVIT, model.TOME, model.TRANS.DEPTH
+    rate: float | list[float] = 1.0
+    if evit.KEEP_RATE < 1:
+        outside = [layer for layer in evit.DROP_LOC if not 0 <= layer < depth]
+        if outside:
+            raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {depth - 1}.')
+        clash = sorted({*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS} & {*evit.DROP_LOC})
+        if clash:
+            raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
+        rate = [evit.KEEP_RATE if layer in evit.DROP_LOC else 1.0 for layer in range(depth)]
+    reducers: list[EViTSpec | ToMeSpec] = [EViTSpec(rate, evit.FUSE_TOKEN)]
+    if tome.R or tome.SCHEDULE is not None:
+        schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
+        reducers.append(ToMeSpec(schedule, tome.START_IDX, tome.PROP_ATTN))
+    return reducers
+
+
+def removal_spec(removal) -> RemovalSpec:
+    """MODEL.LAMBDA; with REMOVED, all its blocks are built without attention."""
+    if removal.REMOVED:
+        return RemovalSpec(removed_layers=(*removal.PRUNE_LAYERS, *removal.DONE_LAYERS))
+    return RemovalSpec(removal.PRUNE_LAYERS, removal.DONE_LAYERS)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load weights into a model: all of them, or all but a classifier of another number of classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from models.weights.convert import port_state_dict, rename_arrays
+from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, match_state
+from models.weights.rules import Start, rules_of
+from utils.errors import UserError
+from utils.weights import (
+    EMA_KEYS,
+    METADATA,
+    PADDLE,
+    choose_state_dict,
+    file_format,
+    find_metadata,
+    read_file,
+    resolve_weights_path,
+)
+
+
+class Weights(NamedTuple):
+    """What a weight file holds.
+
+    Attributes:
+        path: the file.
+        arrays: name -> array, in names and layouts of its kind.
+        metadata: see `utils.weights.METADATA`.
+        averaged: they are averaged weights.
+        kind: PADDLE or another kind of `file_format`.
+    """
+
+    path: str
+    arrays: dict[str, np.ndarray]
+    metadata: dict
+    averaged: bool = False
+    kind: str = PADDLE
+
+    @property
+    def source(self) -> str:
+        """What errors and the log call it."""
+        return f"'{self.path}'"
+
+
+def read_weights(path: str) -> Weights:
+    """Read a .pdparams file: flat weights, or a checkpoint, of which averaged weights are preferred (PaddleViT's rule).
+
+    Args:
+        path: the file, with or without .pdparams, or a run folder.
+
+    Raises:
+        UserError: no such file, or a damaged or foreign one.
+    """
+    weights = _read_any(path, prefer_ema=True)
+    if weights.kind != PADDLE:
+        raise foreign_weights(weights.path, weights.kind)
+    return weights
+
+
+def foreign_weights(path: str, kind: str) -> UserError:
+    """The error about a weight file that must be converted first."""
+    return UserError(
+        f"'{path}' is a {kind} file; convert it first: "
+        f'python tools/port_weights.py -cfg CFG -source {path} -output X.pdparams'
+    )
+
+
+def _read_any(path: str, prefer_ema: bool) -> Weights:
+    path = resolve_weights_path(path)
+    kind, content = file_format(path), read_file(path)
+    where, arrays = choose_state_dict(content, prefer_ema or kind == PADDLE, source=f"'{path}'")
+    averaged = bool(set(where.split('.')) & set(EMA_KEYS))
+    return Weights(path, arrays, find_metadata(content, where, f"'{path}'"), averaged, kind)
+
+
+def load_pretrained(
+    model: nn.Layer, path: str | Weights, log: Callable[[str], None] = print, replace_head: bool = True
+) -> None:
+    """Load a weight file into a model, see `read_weights`.
+
+    Args:
+        model: not wrapped by DataParallel.
+        path: the file, with or without .pdparams, or a run folder; or what `read_weights` returned.
+        log: called with each line of the report.
+        replace_head: training starts: keep the initial classifier where the file's has another number of classes, and
+            what `WeightRules.start` names; False: those are errors, as for an evaluation.
+
+    Raises:
+        UserError: see `read_weights`; or weights that do not fit; the model is then unchanged.
+    """
+    weights = path if isinstance(path, Weights) else read_weights(path)
+    averaged = ' (averaged weights, model_ema)' if weights.averaged else ''
+    log(f'----- Pretrained: Load model state from {weights.path}{averaged}')
+    load_state(model, {**weights.arrays, METADATA: weights.metadata}, weights.source, log, replace_head)
+
+
+def load_frozen(model: nn.Layer, path: str, log: Callable[[str], None] = print) -> None:
+    """Load a teacher and freeze it: all its weights from a .pdparams file or run folder, or from a published file, which is
+    converted on the way; evaluation mode, no gradients. Its classifier becomes that of the file. Raises as
+    `load_pretrained` does."""
+    weights = _read_any(path, prefer_ema=False)
+    if weights.kind == PADDLE:
+        match_classes(model, weights.arrays)
+        load_pretrained(model, weights, log=log, replace_head=False)
+    else:
+        match_classes(model, rename_arrays(model, weights.arrays, source=weights.source))
+        arrays = port_state_dict(model, weights.arrays, source=weights.source)
+        load_state(model, arrays, weights.source, log, replace_head=False)
+        log(f'----- Pretrained: {weights.source} is converted and loaded')
+    model.eval()
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+
+
+def match_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> None:
+    """Give the classifier as many classes as that of the weights, where both have one."""
+    classes = rules_of(model).count_classes(arrays)
+    if classes and model.num_classes and classes != model.num_classes:
+        model.reset_classifier(classes)
+
+
+def load_state(
+    model: nn.Layer,
+    arrays: Mapping[str, np.ndarray],
+    source: str = 'the state dict',
+    log: Callable[[str], None] = print,
+    replace_head: bool = True,
+) -> None:
+    """Set all weights of a model from arrays under its own names; see `load_pretrained`.
+
+    Everything is checked before the first weight changes.
+    """
+    rules, targets = rules_of(model), model.state_dict()
+    _check_metadata(rules.metadata(model), arrays.get(METADATA, {}), source)
+    arrays = {name: array for name, array in arrays.items() if not name.endswith((*REBUILT_SUFFIXES, METADATA))}
+    ours, theirs = rules.count_classes(targets), rules.count_classes(arrays)
+    replaced = ours != theirs and None not in (ours, theirs)
+    if replaced and not replace_head:
+        remedy = f'set MODEL.NUM_CLASSES to {theirs}' if theirs else 'give weights that were trained with one'
+        raise UserError(f'{source} has {_classifier(theirs)}, but the model {_classifier(ours)}; {remedy}.')
+    head = [name for name in targets if replaced and rules.is_head(name)]
+    arrays = {name: array for name, array in arrays.items() if not (replaced and rules.is_head(name))}
+    start = rules.start(model, arrays) if replace_head else Start()
+    arrays = {start.renamed.get(name, name): array for name, array in arrays.items() if name not in start.unused}
+    result = match_state(model, arrays, source, optional=[*head, *start.initial])
+    result.unused.update(start.unused)
+    if ours != theirs:
+        ending = ', which is re-initialized' if head else ''
+        log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{ending}')
+    for line in _report(result, start, targets, source):
+        log(f'----- Pretrained: {line}')
+    values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in result.state.items()}
+    model.set_state_dict({**targets, **values})
+
+
+def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tensor], source: str) -> Iterator[str]:
+    """What differs between file and model, in lines for the log."""
+    if start.unused or start.initial:
+        yield f'{len(result.state)} arrays of {source} are used'
+    for reason in dict.fromkeys(start.initial.values()):
+        names = [name for name in start.initial if start.initial[name] == reason]
+        yield f'{len(names)} arrays of the model keep their initial values, {reason}: {", ".join(names[:LISTED])}'
+    if result.unused:
+        reasons = '; '.join(dict.fromkeys(result.unused.values()))
+        yield f'{len(result.unused)} arrays of {source} are not used: {reasons}'
+    for name in result.kept:
+        if targets[name].is_floating_point():
+            yield f'{source} has no {name}; the model keeps {targets[name].tolist()}'
+    for name, (old, new) in result.resized.items():
+        yield f'{name} interpolated from {list(old)} to {list(new)}'
+
+
+def _check_metadata(ours: Mapping, theirs: Mapping, source: str) -> None:
+    for key in ours:
+        if theirs.get(key, ours[key]) != ours[key]:
+            raise UserError(
+                f'{source} was trained with {key} {theirs[key]}, but the model has {ours[key]}, which shapes do not show; '
+                f'set {key} to {theirs[key]}.'
+            )
+
+
+def _classifier(classes: int) -> str:
+    return f'a classifier of {classes} classes' if classes else 'no classifier'

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of Vision Transformers: names of timm, MAE-Lite and MoCo-v3, other resolutions, and starts of fine-tuning."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import paddle
+
+from models.layers import resize_position_table, resize_relative_table
+from models.weights.rules import Start, WeightRules
+
+# Where the files of a pre-training keep the encoder: MAE-Lite, MoCo-v3. MoCo-v3's has a projector as its head.
+MAE_ENCODER, MOCO_ENCODER = 'model.', 'base_encoder.'
+# Other parts of these files: of the training itself, of MAE's decoder, of MAE-Lite's distillation.
+TRAINING_PARTS = ('tch_model.', 'ema_model.', 'momentum_encoder.', f'{MOCO_ENCODER}head.', 'predictor.')
+DECODER_PARTS = ('mask_token', 'decoder_')
+ADAPTER_PARTS = ('attn_adapter.', 'hidden_adapter.')
+
+# Parts of a file that a model without them does not use when training starts from it, and parts of a model that keep
+# their initial values where the file lacks them.
+_UNUSED = (
+    (r'norm\..*', 'the model normalizes after pooling'),
+    (r'blocks\.\d+\.attn\.qkv\.bias', 'the model has separate biases of query and value'),
+    (r'pos_embed', 'the model has no absolute position embedding'),
+)
+_INITIAL = (
+    (r'(fc_norm|dist_norm)\..*', 'the file normalizes before pooling'),
+    (r'.*\.(q_bias|v_bias)', 'the file has no separate biases of query and value'),
+    (r'.*\.(gamma_1|gamma_2)', 'the file has no LayerScale'),
+    (r'.*relative_position_bias_table', 'the file has no relative positions'),
+)
+_LAYER_SCALE = re.compile(r'\.ls([12])\.gamma$')  # of timm and DINOv2
+
+
+class TransformerWeights(WeightRules):
+    """Rules of the Vision Transformer."""
+
+    head = ('head.', 'head_dist.')
+    optional_parts = (
+        (r'dist_token|dist_norm\..*|head_dist\..*', 'MODEL.TRANS.DISTILLED', 'True', 'False'),
+        (r'pre_logits\..*', 'MODEL.TRANS.REPRESENTATION_SIZE', 'their size', 'None'),
+        (r'fc_norm\..*', 'MODEL.TRANS.GLOBAL_POOL', 'True', 'False'),
+        (r'blocks\.\d+\.gamma_[12]', 'MODEL.TRANS.LAYER_SCALE', 'a number', 'None'),
+        (r'blocks\..*relative_position_bias_table', 'MODEL.TRANS.REL_POS', "('block',)", '()'),
+        (r'rel_pos_bias\..*', 'MODEL.TRANS.REL_POS', "('shared',)", '()'),
+        (r'blocks\.\d+\.attn\.[qv]_bias', 'MODEL.TRANS.KEY_BIAS', 'False', 'True'),
+        (r'pos_embed', 'MODEL.TRANS.ABS_POS', 'True', 'False'),
+    )
+
+    def rename(self, name: str) -> str | None:
+        """Take the encoder out of the files of MAE-Lite and MoCo-v3, and LayerScale from timm's name."""
+        if name.startswith(TRAINING_PARTS):
+            return None
+        return _LAYER_SCALE.sub(r'.gamma_\1', name.removeprefix(MAE_ENCODER).removeprefix(MOCO_ENCODER))
+
+    def metadata(self, model) -> dict:
+        """The number of heads: with another number, the same shapes compute something else."""
+        return {'MODEL.TRANS.NUM_HEADS': model.num_heads}
+
+    def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
+        """See `AttentionRemoval`."""
+        return model.removal.unused_weights(arrays, source)
+
+    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+        """Interpolate absolute and relative position embeddings."""
+        grid = (model.patch_embed.grid_size,) * 2
+        if name.endswith('relative_position_bias_table') and array.ndim == 2:
+            return resize_relative_table(array, grid)
+        if name != 'pos_embed' or array.ndim != 3:
+            return array
+        side = round(max(array.shape[1] - model.num_prefix, 0) ** 0.5)
+        if side**2 + model.num_prefix != array.shape[1]:
+            return array
+        table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
+        return resize_position_table(table, (side, side), grid, model.num_prefix).numpy()
+
+    def start(self, model, names: Collection[str]) -> Start:
+        """Fine-tune after pre-training by MAE or MoCo-v3, whose trained encoder is used, or with another pooling."""
+        ours = set(model.state_dict())
+        renamed = {name: _in_encoder(name) for name in names}
+        unused = {name: _reason(_UNUSED, wanted) for name, wanted in renamed.items() if wanted not in ours}
+        pretraining = (*TRAINING_PARTS, *DECODER_PARTS, *ADAPTER_PARTS)
+        for name in unused:
+            if renamed[name].startswith(pretraining):
+                unused[name] = 'they serve the pre-training only'
+        missing = sorted(ours.difference(renamed.values()))
+        initial = {name: _reason(_INITIAL, name) for name in missing}
+        return Start(
+            renamed, *({name: reason for name, reason in part.items() if reason} for part in (unused, initial))
+        )
+
+
+def _in_encoder(name: str) -> str:
+    return name if name.startswith(TRAINING_PARTS) else name.removeprefix(MOCO_ENCODER)
+
+
+def _reason(table, name: str) -> str | None:
+    return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
