@@ -108,11 +108,7 @@ class VisionTransformer(Classifier):
         rescaled_init: bool = False,
     ):
         super().__init__()
-        if embed_dim % num_heads:
-            raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
-        unknown = sorted(set(positions) - set(POSITIONS))
-        if unknown:
-            raise UserError(f"there are no positions '{unknown[0]}'; choose from {', '.join(POSITIONS)}.")
+        _check(embed_dim, num_heads, positions)
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
         self.distilled, self.global_pool, self.rescaled_init = distilled, global_pool, rescaled_init
         self.keep_rate: float | None = None
@@ -127,15 +123,14 @@ class VisionTransformer(Classifier):
         mixers = [mixer] * depth if isinstance(mixer, MixerSpec) else per_block('mixer', mixer, depth)
         plans = [spec.build(depth, self.removal.kept_layers) for spec in reducers]
         rates = per_block('drop_path_rate', drop_path_rate, depth)
+        options = {'mlp_ratio': mlp_ratio, 'drop_rate': drop_rate, 'layer_scale': layer_scale}
         self.blocks = nn.LayerList(
             Block(
                 embed_dim,
                 self._build_mixer(i, mixers[i], drop_rate),
                 [plan[i] for plan in plans if i in plan],
-                mlp_ratio,
-                drop_rate,
-                rates[i],
-                layer_scale,
+                drop_path_rate=rates[i],
+                **options,
             )
             for i in range(depth)
         )
@@ -358,7 +353,7 @@ class VisionTransformer(Classifier):
     def _begin_tokens(self, x: Tensor, grid=None, keep_rate=None, tokens=None, trace: bool = False):
         """`_begin` from embedded tokens [B, num_prefix + N, C]; `grid` as in `TokenState`."""
         if self.relative and tokens is not None:
-            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens.')
+            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens; leave `tokens` at None.')
         keep_rates = per_block('keep_rate', self.keep_rate if keep_rate is None else keep_rate, self.depth)
         check_keep_rates(keep_rates)
         return x, TokenState(
@@ -423,6 +418,14 @@ class VisionTransformer(Classifier):
     def no_weight_decay(self) -> set[str]:
         """Tokens and position embedding."""
         return {'cls_token', 'dist_token', 'pos_embed'}
+
+
+def _check(embed_dim: int, num_heads: int, positions: Collection[str]) -> None:
+    if embed_dim % num_heads:
+        raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
+    unknown = sorted(set(positions) - set(POSITIONS))
+    if unknown:
+        raise UserError(f"there are no positions '{unknown[0]}'; choose from {', '.join(POSITIONS)}.")
 
 
 def _init_linear(layer: nn.Layer) -> None:

@@ -20,7 +20,7 @@ class BlockIntermediates(NamedTuple):
         attn_logits: attention logits before the softmax, [B, H, N, N].
         attn: attention weights after softmax and dropout, [B, H, N, N].
         attn_out: output of the mixer, before LayerScale and stochastic depth, [B, N, C].
-        mlp_out: output of the MLP, likewise, [B, N', C].
+        mlp_out: output of the MLP, before LayerScale and stochastic depth, [B, N', C].
         source: which of the first tokens are in each token of the output, [B, N', N0] of 0 and 1; None while no token
             was dropped, fused or merged.
         reduced: with `source`: whether this block reduced the tokens.

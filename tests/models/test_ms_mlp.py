@@ -374,6 +374,20 @@ def test_recompute_changes_nothing():
 
 
 # ---------------------------------------------------------------------------------------------------- uses and mistakes
+def test_intermediates():
+    """Maps of a stage are those before its projection."""
+    model, x = toy(), paddle.randn([2, 3, 16, 24])
+    model.eval()
+    seen = model.forward_intermediates(x)
+    np.testing.assert_array_equal(seen.features, model.forward_features(x))
+    assert [maps.maps.shape for maps in seen.blocks.values()] == [[2, 8, 4, 6], [2, 16, 2, 3]]
+    np.testing.assert_array_equal(to_nchw(seen.features), seen.blocks[1].maps)
+    first = model.layers[0].blocks[0](model.patch_embed(x))
+    np.testing.assert_array_equal(to_nchw(first), seen.blocks[0].maps)
+    with pytest.raises(ValueError, match="no intermediates 'tokens'; choose from maps"):
+        model.forward_intermediates(x, want=['tokens'])
+
+
 def test_export_for_any_size(tmp_path):
     g = golden('ms_mlp-fwd_odd')
     model = load(build(g.meta['kwargs']), g.group('sd'))

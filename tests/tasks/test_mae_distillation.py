@@ -11,8 +11,9 @@ from config import get_config
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.weights.convert import port_state_dict
+from models.weights.load import load_pretrained
 from tasks.mae import MAETask
-from tasks.mae_distillation import Compared, MaeDistillation, add_adapters
+from tasks.mae_distillation import Compared, MaeDistillation, adapt_student, add_adapters
 from tests.conftest import assert_close, golden
 from tests.models.helpers import linear_weights, load
 from tests.tasks.helpers import attached, batch_of, build_trainer
@@ -92,6 +93,21 @@ def test_a_run(tmp_path, images):
     }  # fmt: skip
     with open(os.path.join(trainer.folder, 'log.txt'), encoding='utf-8') as file:
         assert ', attn: ' in file.read()
+
+
+def test_adapters_are_loaded_with_the_weights(tmp_path, images):
+    """A run that starts from the weights of a distillation starts from its adapters too; other models do not use them."""
+    config, lines = taught(tmp_path, images), []
+    weights = build_model(config)
+    adapt_student(config, weights)
+    write_pdparams(weights.state_dict(), str(tmp_path / 'run.pdparams'))
+    student = build_model(config)
+    TASKS['mae'](config, student, print, training=True)
+    load_pretrained(student, str(tmp_path / 'run.pdparams'), log=lines.append)
+    for name, value in weights.state_dict().items():
+        np.testing.assert_array_equal(student.state_dict()[name], value)
+    load_pretrained(build_model(config), str(tmp_path / 'run.pdparams'), log=lines.append)
+    assert '3 arrays' in lines[-1] and 'are not used' in lines[-1]
 
 
 def test_a_published_file_may_be_the_teacher(tmp_path, images):
