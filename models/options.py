@@ -47,9 +47,6 @@ def pretraining_options(config) -> dict:
 def mixer_spec(model) -> MixerSpec:
     """The mixer that MODEL.TRANS describes."""
     trans = model.TRANS
-    unknown = sorted(set(trans.REL_POS) - {'block', 'shared'})
-    if unknown:
-        raise UserError(f"'{unknown[0]}' is no kind of relative positions (MODEL.TRANS.REL_POS): block, shared.")
     name = 'relative' if 'block' in trans.REL_POS else 'attention'
     return MixerSpec(name, trans.QKV_BIAS, trans.KEY_BIAS, model.ATTENTION_DROPOUT)
 

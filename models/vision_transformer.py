@@ -21,6 +21,7 @@ from models.layers import (
     AttentionRemoval,
     Block,
     BlockIntermediates,
+    EViTReducer,
     EViTSpec,
     Intermediates,
     MixerSpec,
@@ -158,7 +159,8 @@ class VisionTransformer(Classifier):
             raise UserError(
                 'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them.'
             )
-        if self.num_prefix != 1 or any(reducer.keep_rate < 1 for reducer in reducers):
+        drops = any(isinstance(reducer, EViTReducer) and reducer.keep_rate < 1 for reducer in reducers)
+        if self.num_prefix != 1 or drops:
             raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token.')
 
     def _add_tokens(self, absolute: bool) -> None:
@@ -186,7 +188,7 @@ class VisionTransformer(Classifier):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replaces the classifiers by fresh ones; 0 leaves the features."""
+        """Replace the classifiers by newly initialized ones; 0: return the features."""
         self.num_classes = num_classes
         for name in ['head', 'head_dist'][: 1 + self.distilled]:
             head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
