@@ -102,7 +102,7 @@ def test_adapters_are_loaded_with_the_weights(tmp_path, images):
     adapt_student(config, weights)
     write_pdparams(weights.state_dict(), str(tmp_path / 'run.pdparams'))
     student = build_model(config)
-    TASKS['mae'](config, student, print, training=True)
+    attached(config, student)
     load_pretrained(student, str(tmp_path / 'run.pdparams'), log=lines.append)
     for name, value in weights.state_dict().items():
         np.testing.assert_array_equal(student.state_dict()[name], value)
