@@ -253,7 +253,8 @@ class Schema:
         for name, value, where in values:
             self.set(config, name, value, where)
         if len(values) > len(self.keys) / 2:  # a run's config.yaml records all keys, without effect or not
-            config.origins.update({name: Origin(where, EXEMPT) for name, _, where in values})
+            places = {self.renamed.get(name, name): where for name, _, where in values}
+            config.origins.update({name: Origin(where, EXEMPT) for name, where in places.items() if name in self.keys})
         self.end_layer(config)
 
     def set(self, config: CfgNode, name: str, value, where: str) -> None:
