@@ -59,7 +59,9 @@ def means(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def read_totals(task: Task, stored: Mapping[str, float] | list[float]) -> dict[str, float]:
-    """Totals of an unfinished epoch from a checkpoint, of this version or an older one; missing names are 0."""
+    """Totals of an unfinished epoch from a checkpoint, of this version or an older one; empty before its first step."""
     if not isinstance(stored, Mapping):
         stored = dict(zip(_LIST_ORDER, stored))
+    if not any(stored.values()):
+        return {}
     return {name: float(stored.get(name, 0.0)) for name in names_of(task)}
