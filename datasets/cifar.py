@@ -12,7 +12,7 @@ from datasets.dataset import Dataset
 from datasets.folder import data_path
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.pickles import PickleReader
+from utils.formats.pickles import PickleReader
 
 
 @register_dataset('cifar10')

@@ -18,8 +18,8 @@ import paddle
 
 from utils.errors import UserError
 from utils.files import link_or_copy, writing
+from utils.formats import PADDLE, file_format, read_file, write_pdparams
 from utils.run_paths import follow_latest
-from utils.weights import PADDLE, file_format, read_file, write_pdparams
 
 LAST = 'last.pdparams'
 BEST = 'best.pdparams'

@@ -20,7 +20,8 @@ from config import get_config
 from models import build_model
 from models.weights.convert import port_with_report
 from utils import cli
-from utils.weights import METADATA, PADDLE, SUFFIX, choose_state_dict, file_format, read_file, write_pdparams
+from utils.formats import PADDLE, file_format, read_file, write_pdparams
+from utils.weights import METADATA, SUFFIX, choose_state_dict
 
 
 def main() -> None:

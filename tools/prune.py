@@ -30,7 +30,8 @@ from models.weights.load import load_state
 from tools._common import trained_config
 from utils.cli import run
 from utils.errors import UserError
-from utils.weights import METADATA, SUFFIX, write_pdparams
+from utils.formats import write_pdparams
+from utils.weights import METADATA, SUFFIX
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 IMAGES = 4

@@ -14,16 +14,8 @@ from models.weights.convert import port_state_dict, rename_arrays
 from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, match_state
 from models.weights.rules import Start, rules_of
 from utils.errors import UserError
-from utils.weights import (
-    EMA_KEYS,
-    METADATA,
-    PADDLE,
-    choose_state_dict,
-    file_format,
-    find_metadata,
-    read_file,
-    resolve_weights_path,
-)
+from utils.formats import PADDLE, file_format, read_file
+from utils.weights import EMA_KEYS, METADATA, choose_state_dict, find_metadata, resolve_weights_path
 
 
 class Weights(NamedTuple):

@@ -11,8 +11,8 @@ import numpy as np
 from paddle import Tensor, nn
 
 from models.weights.rules import WeightRules, rules_of
-from utils import bfloat16
 from utils.errors import UserError
+from utils.formats import bfloat16
 
 LISTED = 8  # names an error shows per kind of trouble
 

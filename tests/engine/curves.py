@@ -19,7 +19,8 @@ from config import get_arguments, get_config, update_config
 from engine.run import run_config
 from models import build_model
 from tests.conftest import HERE
-from utils.weights import METADATA, write_pdparams
+from utils.formats import write_pdparams
+from utils.weights import METADATA
 
 GOLDENS = os.path.join(HERE, 'goldens')
 ELSEWHERE = 1e-5  # relative tolerance where another CPU or another Paddle recorded the numbers

@@ -25,7 +25,7 @@ from engine.checkpoint import (
 )
 from tests.conftest import ROOT
 from utils.errors import UserError
-from utils.weights import read_file
+from utils.formats import read_file
 
 
 def network(layers_before: int) -> nn.Layer:
@@ -149,7 +149,7 @@ def test_killed_while_saving_leaves_the_old_or_the_new_file(tmp_path):
         import itertools, sys
         sys.path.insert(0, {ROOT!r})
         import numpy as np
-        from utils.weights import write_pdparams
+        from utils.formats import write_pdparams
         for number in itertools.count():
             write_pdparams({{'number': number, 'w': np.full(300000, number)}}, sys.argv[1])
         """

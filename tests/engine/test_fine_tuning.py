@@ -20,7 +20,8 @@ from tests.conftest import assert_close, golden
 from tests.models.helpers import linear_weights, load, small_config
 from tests.models.test_relative_position import build as build_rpe
 from tests.tasks.test_mae import without_keys
-from utils.weights import METADATA, write_pdparams
+from utils.formats import write_pdparams
+from utils.weights import METADATA
 
 RECIPES = {
     'ft': 'vit_tiny_patch16_224_mae_finetune',

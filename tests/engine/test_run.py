@@ -13,7 +13,7 @@ from config import get_config
 from engine.run import run_config
 from models import build_model
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 SMALL = {
     'DATA.IMAGE_SIZE': 16, 'DATA.NUM_WORKERS': 0, 'DATA.BATCH_SIZE': 4, 'DATA.BATCH_SIZE_EVAL': 4, 'EVAL': True,

@@ -22,7 +22,7 @@ from tests.conftest import assert_close
 from tests.tasks.helpers import build_trainer, rows
 from utils.errors import UserError
 from utils.files import writing
-from utils.weights import read_file
+from utils.formats import read_file
 
 # Nothing random but the order of the images: steps can be compared between recipes.
 PLAIN = {

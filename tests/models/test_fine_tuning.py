@@ -11,7 +11,8 @@ from models.weights.load import load_pretrained, load_state
 from tests.conftest import assert_close, golden
 from tests.models.helpers import to_ours, vision_transformer
 from utils.errors import UserError
-from utils.weights import METADATA, find_state_dict, write_pdparams
+from utils.formats import write_pdparams
+from utils.weights import METADATA, find_state_dict
 
 TINY = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 2, 'num_heads': 3}
 DECODER = {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}

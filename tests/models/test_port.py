@@ -18,7 +18,8 @@ from models.weights.rules import WeightRules
 from tests.conftest import HERE, assert_close, golden
 from tests.models.helpers import vision_transformer
 from utils.errors import UserError
-from utils.weights import find_state_dict, read_file
+from utils.formats import read_file
+from utils.weights import find_state_dict
 
 
 def gmlp(name: str, **changes) -> tuple[GMLP, dict, dict]:

@@ -17,7 +17,7 @@ from models.weights.load import load_frozen, load_pretrained, load_state
 from tests.conftest import HERE
 from tests.models.test_port import Toy
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 SIZES = {'img_size': 32, 'patch_size': 16, 'embed_dim': 8, 'depth': 2, 'num_classes': 10}
 

@@ -17,8 +17,8 @@ from tasks.distillation import build_teacher, distillation_loss
 from tests.conftest import assert_close, golden
 from tests.tasks.helpers import attached, batch_of
 from utils.errors import UserError
+from utils.formats import write_pdparams
 from utils.schedules import keep_rate
-from utils.weights import write_pdparams
 
 STUDENT = {
     'MODEL.TYPE': 'deit', 'MODEL.NUM_CLASSES': 4, 'DATA.IMAGE_SIZE': 16, 'MODEL.TRANS.PATCH_SIZE': 8,

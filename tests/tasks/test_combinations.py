@@ -13,7 +13,7 @@ from config import get_config
 from models import build_model
 from tests.tasks.helpers import attached, batch_of
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 TINY = {
     'DATA.IMAGE_SIZE': 16, 'MODEL.TYPE': 'vit', 'MODEL.NUM_CLASSES': 3, 'MODEL.TRANS.PATCH_SIZE': 4,

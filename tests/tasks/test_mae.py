@@ -20,8 +20,8 @@ from tests.conftest import golden
 from tests.models.helpers import linear_weights, load, small_config
 from tests.tasks.helpers import ALONE, attached, build_trainer, rows
 from utils.errors import UserError
+from utils.formats import read_file
 from utils.runlog import RunLog
-from utils.weights import read_file
 
 SMALL = {
     'DATA.DATASET': 'folder', 'DATA.IMAGE_SIZE': 16, 'DATA.BATCH_SIZE': 8, 'DATA.NUM_WORKERS': 0, 'DATA.CROP': 'resized',

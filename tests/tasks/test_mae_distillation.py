@@ -19,7 +19,7 @@ from tests.models.helpers import linear_weights, load
 from tests.tasks.helpers import attached, batch_of, build_trainer
 from tests.tasks.test_mae import recipe
 from utils.errors import UserError
-from utils.weights import read_file, write_pdparams
+from utils.formats import read_file, write_pdparams
 
 
 @pytest.mark.parametrize('name', ['attn', 'mixed', 'noadapter'])

@@ -23,8 +23,8 @@ from tests.models.test_mocov3 import of_golden
 from tests.runs.conftest import run
 from tests.tasks.helpers import attached, batch_of, build_trainer, rows
 from utils.errors import UserError
+from utils.formats import read_file
 from utils.schedules import encoder_momentum
-from utils.weights import read_file
 
 SMALL = {
     'DATA.DATASET': 'folder', 'DATA.IMAGE_SIZE': 16, 'DATA.BATCH_SIZE': 8, 'DATA.NUM_WORKERS': 0, 'DATA.CROP': 'resized',

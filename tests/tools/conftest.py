@@ -14,7 +14,7 @@ from PIL import Image
 from config import get_config
 from models import build_model
 from tests.models.helpers import small_config
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 CLASSES = 7
 CONFIG = """

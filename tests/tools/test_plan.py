@@ -24,7 +24,7 @@ from tools import plan
 from tools._common import processor_name
 from tools._pareto import pareto_frontier
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 CONFIG = """
 DATA: {{DATASET: folder, DATA_PATH: '{data}', IMAGE_SIZE: 32, CROP_PCT: 1.0, NUM_WORKERS: 0}}

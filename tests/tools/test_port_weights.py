@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from config import get_config
 from models import build_model
 from tests.conftest import ROOT, assert_close, golden
-from tests.utils.helpers import torch_file
+from tests.utils.formats.helpers import torch_file
 from tools import port_weights
 from utils import cli
 

@@ -20,7 +20,7 @@ from tests.runs.conftest import run
 from tests.tools.conftest import CLASSES, evaluated_logits, random_state
 from tools import predict
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 
 def flags(trained) -> list[str]:

@@ -13,7 +13,7 @@ from models.weights.load import load_pretrained
 from tests.models.helpers import small_config
 from tools import prune
 from utils.errors import UserError
-from utils.weights import read_file, write_pdparams
+from utils.formats import read_file, write_pdparams
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 from tools._pictures import single_batch
 from tools.visualize_mae import main
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 CONFIG = """
 DATA: {{IMAGE_SIZE: 32, CROP_PCT: 1.0, CROP: resized, IMAGE_CHANNELS: {channels}}}

@@ -35,7 +35,7 @@ from tools.visualize_tokens import (
     trace_tokens,
 )
 from utils.errors import UserError
-from utils.weights import write_pdparams
+from utils.formats import write_pdparams
 
 CONFIG = """
 DATA: {{IMAGE_SIZE: 32, CROP_PCT: 1.0, CROP: resized}}

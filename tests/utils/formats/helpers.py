@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pickles and PyTorch archives written by hand, opcode by opcode, since PyTorch is not needed to run the tests."""
+"""Weight files written byte by byte; PyTorch is not needed to run the tests."""
 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import struct
 import zipfile
 
 import numpy as np
 
+W, B = np.arange(6, dtype='float32').reshape(2, 3), np.array([0.5, -1.5, 2.5], 'float32')
+
 STORAGE = {'0': struct.pack('<4f', 0, 1, 2, 3)}
+
+
+def write(path, data: bytes) -> str:
+    path.write_bytes(data)
+    return str(path)
+
+
+def safetensors_file(header, data: bytes = b'', length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, 'little') + text + data
+
+
+def entry(begin: int, end: int, shape=(1,), dtype='F32') -> dict:
+    return {'dtype': dtype, 'shape': shape, 'data_offsets': [begin, end]}
 
 
 def ops(value) -> bytes:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.utils.helpers import ops
-from utils.pickles import PickleReader, RefusedError
+from tests.utils.formats.helpers import ops
+from utils.formats.pickles import PickleReader, RefusedError
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

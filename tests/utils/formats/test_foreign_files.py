@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import HERE
 from utils.errors import UserError
-from utils.weights import file_format, read_file
+from utils.formats import file_format, read_file
 
 
 def zip_of(**members) -> bytes:

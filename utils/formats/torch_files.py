@@ -17,8 +17,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from utils import bfloat16
-from utils.pickles import KNOWN, Inert, PickleReader, RefusedError
+from utils.formats import bfloat16
+from utils.formats.pickles import KNOWN, Inert, PickleReader, RefusedError, mapped
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 BFLOAT16 = 'bfloat16'
@@ -156,8 +156,14 @@ def is_object(name: str) -> bool:
     return name == 'data.pkl' or (name.endswith('/data.pkl') and name.count('/') == 1)
 
 
-def read_legacy(stream: IO[bytes], size: int) -> Any:
-    """The object in a file of `torch.save` before PyTorch 1.6: pickles in a row, then the storages one by one."""
+def read_legacy(file: IO[bytes], size: int) -> Any:
+    """The object in a file of `torch.save` before PyTorch 1.6; `size`: of the file, bytes."""
+    with mapped(file) as stream:
+        return _legacy_object(stream, size)
+
+
+def _legacy_object(stream: IO[bytes], size: int) -> Any:
+    """The same of an open stream: pickles in a row, then the storages one by one."""
     plain = PickleReader()
     magic, _, _ = plain.load(stream), plain.load(stream), plain.load(stream)  # the second and third: protocol, machine
     if magic != LEGACY_MAGIC:

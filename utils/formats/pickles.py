@@ -11,6 +11,7 @@ a file is ever imported, called or assigned to.
 from __future__ import annotations
 
 import math
+import mmap
 import pickletools
 from collections.abc import Callable, Mapping
 from typing import IO, Any
@@ -20,6 +21,11 @@ import numpy as np
 
 class RefusedError(ValueError):
     """The file asks for something that is not data: its text says what, as the end of a sentence."""
+
+
+def mapped(file: IO[bytes]) -> mmap.mmap:
+    """The whole file as a stream, of which a read never asks for more memory than there is left in the file."""
+    return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class DType:

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import HERE
-from tests.utils.helpers import archive, ops, tensor
-from utils import torch_files
+from tests.utils.formats.helpers import archive, ops, tensor
 from utils.errors import UserError
-from utils.weights import read_file
+from utils.formats import read_file, torch_files
 
 FOLDER = os.path.join(HERE, 'fixtures', 'weights')
 CHECKPOINTS = ('checkpoint.pth', 'checkpoint_legacy.pth.tar', 'checkpoint_protocol4.pt')

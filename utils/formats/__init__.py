@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight files: every format users bring, read without running anything in them, and the one format written."""
+
+from utils.formats.paddle_files import write_pdparams
+from utils.formats.readers import NPZ, OLD_TORCH, PADDLE, SAFETENSORS, TORCH, file_format, read_file
+
+__all__ = [
+    'NPZ',
+    'OLD_TORCH',
+    'PADDLE',
+    'SAFETENSORS',
+    'TORCH',
+    'file_format',
+    'read_file',
+    'write_pdparams',
+]

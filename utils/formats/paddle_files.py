@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of `paddle.save` (.pdparams, .pdopt), read and written without Paddle."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from typing import IO, Any
+
+import numpy as np
+
+from utils.files import atomic_write
+from utils.formats.pickles import PickleReader, mapped
+
+
+def read(file: IO[bytes], size: int) -> Any:
+    """The content of a file of `paddle.save`; `size`: of the file, bytes."""
+    with mapped(file) as stream:
+        content = PickleReader().load(stream)
+    if isinstance(content, dict):
+        content.pop('StructuredToParameterName@@', None)  # automatic names, which mean nothing in another process
+        _join_slices(content)
+    return _without_names(content, {})
+
+
+def _join_slices(state: dict) -> None:
+    """Protocols 2 and 3 cut arrays beyond 1 GiB into several entries."""
+    for name, parts in state.pop('UnpackBigParamInfor@@', {}).items():
+        state[name] = np.concatenate([state[part] for part in parts['slices']]).reshape(parts['OriginShape'])
+        for part in parts['slices']:
+            del state[part]
+
+
+def _without_names(value: Any, seen: dict[int, Any]) -> Any:
+    """Inside nested objects Paddle writes a tensor as (automatic name, array). `seen`: containers already visited."""
+    if id(value) in seen or not isinstance(value, (dict, list, tuple)):
+        return seen.get(id(value), value)
+    if isinstance(value, tuple):
+        named = len(value) == 2 and isinstance(value[0], str) and isinstance(value[1], np.ndarray)
+        seen[id(value)] = value[1] if named else tuple([_without_names(item, seen) for item in value])
+        return seen[id(value)]
+    seen[id(value)] = value
+    for key in list(value) if isinstance(value, dict) else range(len(value)):
+        value[key] = _without_names(value[key], seen)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+def write_pdparams(state: dict, path: str) -> None:
+    """Writes a (nested) dict of arrays, numbers, text and lists, so that `paddle.load` and `read_file` take it.
+
+    The file is complete or not there at all. Paddle tensors are stored as arrays.
+
+    Raises:
+        TypeError: something that `read_file` would refuse; nothing is written.
+        UserError: a full or read-only disk.
+    """
+    plain = _plain(state, os.path.basename(path))
+    with atomic_write(path) as file:
+        pickle.dump(plain, file, protocol=4)
+
+
+def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (str, bytes, bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {key: _plain(item, f'{where}: {key}') for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_plain(item, where) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if hasattr(value, '__array__'):
+        array = np.asarray(value, order='C')
+        if array.dtype.kind in 'biufc':
+            return array
+    raise TypeError(f'{where} is a {type(value).__name__}, which is not stored')

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads a weight file of any format as plain data; the content decides which format it is."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Callable
+from typing import IO, Any
+
+from utils.errors import UserError
+from utils.formats import array_files, paddle_files, torch_files
+from utils.formats.foreign_files import foreign_kind
+from utils.formats.pickles import RefusedError
+
+PADDLE, TORCH, OLD_TORCH = 'PaddlePaddle', 'PyTorch', 'PyTorch (before 1.6)'
+SAFETENSORS, NPZ = 'safetensors', 'npz'
+
+
+def read_file(path: str) -> Any:
+    """Reads a weight file or checkpoint as plain data: containers, numbers, text and numpy arrays.
+
+    The content decides what it is: .pdparams/.pdopt of Paddle, what torch.save wrote (any version, PyTorch is not
+    needed), .safetensors, or .npz. bfloat16 becomes float32, but stays uint16 bits in Paddle's files, as Paddle has it.
+
+    Raises:
+        UserError: a file that cannot be read, is damaged, or asks for more than data; the text names it.
+    """
+    with _errors_of(path), open(path, 'rb') as file:
+        return _READERS[_format_of(file, path)](file, os.path.getsize(path))
+
+
+def file_format(path: str) -> str:
+    """PADDLE, TORCH, OLD_TORCH, SAFETENSORS or NPZ: what the content says. Raises UserError as `read_file` does."""
+    with _errors_of(path), open(path, 'rb') as file:
+        return _format_of(file, path)
+
+
+def _format_of(file: IO[bytes], path: str) -> str:
+    foreign = foreign_kind(file, path)
+    if foreign:
+        raise UserError(f"'{path}' is damaged, cut short, or not a weight file: it is {foreign[0]}; {foreign[1]}.")
+    file.seek(0)
+    head, size = file.read(64), os.path.getsize(path)
+    if head.startswith(b'PK'):
+        with zipfile.ZipFile(file) as archive:
+            return TORCH if any(map(torch_files.is_object, archive.namelist())) else NPZ
+    if str(path).endswith('.safetensors') or (head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= size):
+        return SAFETENSORS
+    return OLD_TORCH if torch_files.LEGACY_MAGIC.to_bytes(10, 'little') in head[:32] else PADDLE
+
+
+@contextlib.contextmanager
+def _errors_of(path: str):
+    """Turns what can go wrong with the file into one sentence; a damaged file can fail in any way whatever."""
+    try:
+        yield
+    except UserError:
+        raise
+    except RefusedError as error:
+        raise UserError(f"'{path}' is refused: {_one_line(error)}.") from None
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror or error}.") from None
+    except Exception as error:
+        raise UserError(f"'{path}' is damaged, cut short, or not a weight file: {_one_line(error)}.") from None
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, which may quote the file: short, and without the power to move a terminal's cursor."""
+    text = ' '.join(str(error).split())[:160].rstrip('.')
+    return ''.join(c if c.isprintable() else '?' for c in text) or type(error).__name__
+
+
+_READERS: dict[str, Callable[[IO[bytes], int], Any]] = {
+    PADDLE: paddle_files.read,
+    TORCH: torch_files.read_archive,
+    OLD_TORCH: torch_files.read_legacy,
+    SAFETENSORS: array_files.read_safetensors,
+    NPZ: array_files.read_npz,
+}
