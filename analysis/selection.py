@@ -15,8 +15,8 @@ import numpy as np
 import paddle
 from paddle import Tensor
 
-from engine.distributed import Context
 from models.vision_transformer import VisionTransformer
+from tasks import Group
 from utils.errors import UserError
 
 HEAD, FEATURE = TARGETS = ('head', 'feature')
@@ -47,7 +47,7 @@ class ChannelStatistics:
         self.deviations = self.deviations + deviations + difference.square() * (self.count * count / total)
         self.count = total
 
-    def std(self, context: Context, ddof: int = 0) -> np.ndarray:
+    def std(self, context: Group, ddof: int = 0) -> np.ndarray:
         """Standard deviation of each channel over the samples of all processes, [C]; each must have some.
 
         Raises:
@@ -61,7 +61,7 @@ class ChannelStatistics:
         return (context.sum(deviations) / (count - ddof)).sqrt().numpy()
 
 
-def entropy(statistics: ChannelStatistics, target: str, context: Context) -> float:
+def entropy(statistics: ChannelStatistics, target: str, context: Group) -> float:
     """Entropy of an output, but for its constants. A channel that never changes counts as the smallest number there is.
 
     head: sum_k log2(std of logit k), over n - 1. feature: sum_c ln(std of channel c), over n.
@@ -94,7 +94,7 @@ def select_layers(
     model: VisionTransformer,
     batches: Callable[[int], Iterable[Tensor]],
     number: int,
-    context: Context,
+    context: Group,
     target: str = HEAD,
 ) -> Iterator[Step]:
     """Chooses attention layers to remove, greedily; each choice is yielded when it is made.
@@ -159,7 +159,7 @@ def _output(model: VisionTransformer, tokens: Tensor, target: str) -> Tensor:
 
 @paddle.no_grad()
 def branch_entropies(
-    model: VisionTransformer, batches: Iterable[Tensor], context: Context
+    model: VisionTransformer, batches: Iterable[Tensor], context: Group
 ) -> dict[str, dict[int, float]]:
     """Entropy of what each branch adds to its block, all tokens of all images being samples.
 

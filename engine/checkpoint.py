@@ -16,6 +16,7 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 
+from engine.paddle_private import accumulators, create_accumulators
 from utils.errors import UserError
 from utils.files import link_or_copy, writing
 from utils.formats import PADDLE, file_format, read_file, write_pdparams
@@ -124,20 +125,11 @@ def optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Laye
     Paddle keys them by automatic names such as `linear_3.w_0`, which count the layers that the process built before.
     """
     names = {parameter.name: name for name, parameter in model.named_parameters()}
-    state = {kind: _by_name(entries, names) for kind, entries in optimizer._accumulators.items()}
-    master = getattr(optimizer, '_master_weights', None)
-    if master:
-        state['master_weight'] = _by_name(master, names)
-    return state
+    return {kind: _by_name(entries, names) for kind, entries in accumulators(optimizer).items()}
 
 
 def _by_name(entries: dict, names: dict[str, str]) -> dict:
     return {names[key]: tensor for key, tensor in entries.items() if key in names}
-
-
-def accumulator_names(optimizer: paddle.optimizer.Optimizer) -> set[str]:
-    """The kinds of state an optimizer may keep, such as `moment1`; `master_weight` of weights in half precision."""
-    return {'master_weight', *(getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str'))}
 
 
 def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer, state: dict[str, dict]) -> None:
@@ -147,14 +139,10 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
     unknown = sorted(known - set(names.values()))
     if unknown:
         raise UserError(f"the checkpoint's optimiser state names parameters the model lacks: {', '.join(unknown[:8])}.")
-    block = paddle.static.default_main_program().global_block()
-    for group in optimizer._param_groups:
-        stored = [parameter for parameter in group['params'] if names[parameter.name] in known]
-        optimizer._create_accumulators(block, {**group, 'params': stored})
+    create_accumulators(optimizer, lambda parameter: names[parameter.name] in known)
+    present = accumulators(optimizer)
     for kind, entries in state.items():
-        targets = _by_name(
-            optimizer._master_weights if kind == 'master_weight' else optimizer._accumulators[kind], names
-        )
+        targets = _by_name(present.get(kind, {}), names)
         if not entries.keys() <= targets.keys():
             raise UserError(
                 f"the checkpoint's optimizer state holds {kind}, which {type(optimizer).__name__} does not have here; set "

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 import paddle
 
+from engine.paddle_private import ScaledMomentum
 from utils.errors import UserError
 from utils.registry import Registry
 
@@ -76,7 +77,7 @@ def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
     )
 
 
-class LARS(paddle.optimizer.Momentum):
+class LARS(ScaledMomentum):
     """Momentum whose steps follow the norm of each weight (https://arxiv.org/abs/1708.03888), as MoCo-v3 has it.
 
     Of a tensor w of two or more dimensions, g <- g + decay * w, then g <- g * trust * |w| / |g| where both norms are above 0.
@@ -85,15 +86,12 @@ class LARS(paddle.optimizer.Momentum):
 
     trust = 0.001
 
-    def _append_optimize_op(self, block, param_and_grad):
-        parameter, gradient = param_and_grad['params']
-        if parameter.ndim > 1:
-            gradient = self._scaled(parameter, gradient, param_and_grad['lars_weight_decay'])
-        return super()._append_optimize_op(block, {**param_and_grad, 'params': (parameter, gradient)})
-
-    def _scaled(self, parameter: paddle.Tensor, gradient: paddle.Tensor, decay: float) -> paddle.Tensor:
-        weight = self._master_weights.get(parameter.name, parameter).astype('float32')
-        step = gradient.astype('float32') + decay * weight
+    def scaled(self, weight: paddle.Tensor, gradient: paddle.Tensor, group: dict) -> paddle.Tensor:
+        """See `ScaledMomentum`."""
+        if weight.ndim < 2:
+            return gradient
+        weight = weight.astype('float32')
+        step = gradient.astype('float32') + group['lars_weight_decay'] * weight
         size, length = (paddle.sqrt(paddle.square(tensor).sum()) for tensor in (weight, step))
         both = paddle.logical_and(size > 0, length > 0)
         factor = paddle.where(both, self.trust * size / length, paddle.ones([]))

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, field
 import paddle
 from paddle import nn
 
-from engine.checkpoint import accumulator_names, from_automatic_names, optimizer_state, set_optimizer_state
+from engine.checkpoint import from_automatic_names, optimizer_state, set_optimizer_state
 from engine.checkpoint_schema import Checkpoint, read_parts
 from engine.ema import ModelEma
+from engine.paddle_private import MASTER_WEIGHT, accumulator_names
 from engine.statistics import read_totals
 from models.weights.load import load_state
 from tasks import Task
@@ -168,9 +169,9 @@ class Snapshot:
         if not checkpoint.ours:
             stored = from_automatic_names(stored, self.model) or {}
             stored = {} if stored.keys() - accumulator_names(self.optimizer) else stored
-        elif 'master_weight' in stored and not _in_half_precision(self.model):
+        elif MASTER_WEIGHT in stored and not _in_half_precision(self.model):
             self.log('----- Resume: master weights are left out, since this run trains in float32.')
-            stored = {kind: entries for kind, entries in stored.items() if kind != 'master_weight'}
+            stored = {kind: entries for kind, entries in stored.items() if kind != MASTER_WEIGHT}
         if not stored:
             self.log('----- Resume: no optimizer state that fits; moments start at zero.')
             return

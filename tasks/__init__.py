@@ -7,6 +7,7 @@ import pkgutil
 from tasks.base import (
     TASKS,
     Evaluator,
+    Group,
     Interrupted,
     Losses,
     MeanEvaluator,
@@ -20,6 +21,7 @@ from tasks.base import (
 __all__ = [
     'TASKS',
     'Evaluator',
+    'Group',
     'Interrupted',
     'Losses',
     'MeanEvaluator',

@@ -286,9 +286,8 @@ def build(config: CfgNode, combination: Combination, pool: dict[str, paddle.Tens
 def share_weights(model: paddle.nn.Layer, pool: dict[str, paddle.Tensor]) -> None:
     """Puts the parameters of `pool` in the place of the model's, so that many models need the memory of one."""
     for prefix, layer in model.named_sublayers(include_self=True):
-        for name, parameter in layer._parameters.items():
-            if parameter is not None:
-                layer._parameters[name] = pool.setdefault(f'{prefix}.{name}', parameter)
+        for name, parameter in list(layer.named_parameters(include_sublayers=False)):
+            setattr(layer, name, pool.setdefault(f'{prefix}.{name}', parameter))
 
 
 # ---------------------------------------------------------------------------------------------------- measuring

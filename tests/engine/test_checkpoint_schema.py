@@ -9,8 +9,9 @@ import numpy as np
 import paddle
 import pytest
 
-from engine.checkpoint import accumulator_names, read_checkpoint
+from engine.checkpoint import read_checkpoint
 from engine.checkpoint_schema import read_parts
+from engine.paddle_private import accumulator_names
 from tests.conftest import HERE
 from utils.errors import UserError
 
