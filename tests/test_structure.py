@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the code base: imports point downwards, nothing is executed from data, files say their licence."""
+"""The shape of the code base: imports point downwards, functions are short, nothing is executed from data."""
 
 import ast
+import functools
 import glob
+import graphlib
 import os
+import re
 
 import pytest
 
@@ -15,8 +18,8 @@ LAYERS = {
     'models': 2,
     'datasets': 2,
     'tasks': 3,
-    'analysis': 3,
-    'deploy': 3,
+    'analysis': 4,  # analysis, deploy and engine do not import one another
+    'deploy': 4,
     'engine': 4,
     'tools': 5,
     'main_single_gpu': 5,
@@ -33,9 +36,17 @@ WITHOUT_PADDLE = ('config.py', 'utils/', 'datasets/')
 WITH_PADDLE = ('datasets/batch.py', 'datasets/mixing.py')
 
 
-def tree(path):
+MAX_FUNCTION, MAX_FILE = 60, 500  # lines
+
+
+def read(path):
     with open(os.path.join(ROOT, path), encoding='utf-8') as file:
-        return ast.parse(file.read())
+        return file.read()
+
+
+@functools.cache
+def tree(path):
+    return ast.parse(read(path))
 
 
 def imported(path):
@@ -73,11 +84,116 @@ def test_nothing_is_executed_from_data(path):
 
 @pytest.mark.parametrize('path', SOURCES)
 def test_files_say_licence_and_purpose(path):
-    with open(os.path.join(ROOT, path), encoding='utf-8') as file:
-        text = file.read()
+    text = read(path)
     lines = [line for line in text.splitlines() if not line.startswith('#!')]
     assert not text or lines[0] == '# SPDX-License-Identifier: Apache-2.0'
     assert not text or ast.get_docstring(ast.parse(text)) or path.endswith('__init__.py')
+
+
+def functions(path):
+    """(function, its lines) of a file, methods and nested functions included."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize('path', SOURCES)
+def test_functions_and_files_are_short(path):
+    assert len(read(path).splitlines()) <= MAX_FILE
+    long = {node.name: lines for node, lines in functions(path) if lines > MAX_FUNCTION}
+    assert not long
+
+
+# ---------------------------------------------------------------------------------------------------- modules
+def module_of(path):
+    """`a/b.py` -> 'a.b', and `a/__init__.py` -> 'a'."""
+    return path[: -len('.py')].replace(os.sep, '.').removesuffix('.__init__')
+
+
+def modules_imported(path):
+    """Modules of this repository that are imported while a file is."""
+    for node in module_level(tree(path)):
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f'{node.module}.{name}' for name in names)]
+        yield from MODULES & set(names)
+
+
+def module_level(node):
+    """Import statements outside of functions."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield child
+        elif not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield from module_level(child)
+
+
+MODULES = {module_of(path) for path in SOURCES}
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {module_of(path): set(modules_imported(path)) - {module_of(path)} for path in SOURCES}
+    for module, needed in graph.items():  # a/__init__.py may import `a.b`, which may be imported with `a`
+        needed -= {package for package in needed if module.startswith(f'{package}.')}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(' -> '.join(error.args[1]))
+
+
+# ---------------------------------------------------------------------------------------------------- tasks
+TASK_MODULES = {name for name in MODULES if name.startswith('tasks.')} - {'tasks.base'}
+KNOW_NO_TASK = [
+    path
+    for path in SOURCES
+    if path.startswith(('engine/', 'deploy/')) or path in ('tools/predict.py', 'tools/export.py', 'tools/benchmark.py')
+]
+
+
+@pytest.mark.parametrize('path', KNOW_NO_TASK)
+def test_the_loop_and_the_tools_know_no_task(path):
+    """They read neither TRAIN.TASK nor the module of a task."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.ImportFrom):
+            assert not TASK_MODULES & {node.module, *(f'{node.module}.{alias.name}' for alias in node.names)}
+        if isinstance(node, ast.Import):
+            assert not TASK_MODULES & {alias.name for alias in node.names}
+        assert not (isinstance(node, ast.Attribute) and node.attr == 'TASK'), f'{path}:{node.lineno}'
+
+
+# ---------------------------------------------------------------------------------------------------- Paddle
+PRIVATE = {
+    *('_accumulators', '_master_weights', '_param_groups', '_create_accumulators', '_append_optimize_op'),
+    *('_parameters', '_sub_layers', '_buffers', '_parameter_list', '_inplace_version'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('path', [path for path in SOURCES if path != os.path.join('engine', 'paddle_private.py')])
+def test_private_api_of_paddle_stands_in_one_file(path):
+    for node in ast.walk(tree(path)):
+        names = []
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in PRIVATE, f'{path}:{node.lineno}'
+            names = [ast.unparse(node)]
+        elif isinstance(node, ast.FunctionDef):
+            assert node.name not in PRIVATE, f'{path}:{node.lineno}'
+        elif isinstance(node, ast.ImportFrom):
+            names = [f'{node.module}.{alias.name}' for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        assert not any(map(is_private, names)), f'{path}:{node.lineno}'
+
+
+def is_private(dotted):
+    """Whether a dotted name is one of Paddle, but none of its public API."""
+    return re.fullmatch(r'paddle(\.\w+)*?\.(_(?!_)\w+|base|fluid|framework)(\.\w+)*', dotted) is not None
+
+
+def test_private_names_are_recognized():
+    assert all(map(is_private, ('paddle.base.core', 'paddle._C_ops', 'paddle.nn.layer._x', 'paddle.framework.core.y')))
+    assert not any(
+        map(is_private, ('paddle.nn.Layer', 'paddle.__version__', 'paddle', 'paddles._x', 'paddle.f(a._b).c'))
+    )
 
 
 def test_goldens_stay_small():
