@@ -17,7 +17,7 @@ from datasets.subset import first_images, random_subset
 from models import build_model
 from models.vision_transformer import VisionTransformer
 from models.weights.load import load_pretrained
-from tools._common import output_prefix
+from tools._output import add_output_prefix
 from utils.errors import UserError
 from utils.runlog import progress
 
@@ -33,10 +33,7 @@ def analysis_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument(
         '-shuffle', action='store_true', help='draw them from all of it by SEED, instead of taking the first ones'
     )
-    parser.add_argument(
-        '-output', dest='target', type=output_prefix, required=True, metavar='DIR/NAME',
-        help='files to write, without their suffixes',
-    )  # fmt: skip
+    add_output_prefix(parser, '.json', '.png')
     return parser
 
 

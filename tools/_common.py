@@ -42,13 +42,6 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def output_prefix(text: str) -> str:
-    """Path of files to write without their suffixes; what `-output DIR/NAME` means to argparse."""
-    if os.path.isdir(text) or not os.path.basename(text):
-        raise UserError(f"-output is the folder '{text}'; add a name for the files in it.")
-    return text
-
-
 @contextlib.contextmanager
 def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
     """Opens `PREFIX.SUFFIX` for each suffix, of which png is binary; the files appear when the block ends well.

@@ -12,6 +12,7 @@ from config import get_config
 from datasets import Dataset, build_dataset
 from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
+from tools._output import add_output_folder
 from utils.errors import UserError
 
 
@@ -21,12 +22,12 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add('-data_path', metavar='DIR', required=True, help='folder that holds the data, see docs/data.md')
-    add('-output', metavar='DIR', help='folder to write to (default: -data_path)')
+    add_output_folder(parser, 'to write to (default: -data_path)')
     add('-dataset', default='imagenet2012', metavar='NAME', help='any data set of image files (default: imagenet2012)')
     add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='parts to write (default: both)')
     add('-force', action='store_true', help='overwrite existing files')
     args = parser.parse_args(argv)
-    args.output = args.output or args.data_path
+    args.folder = args.folder or args.data_path
     return args
 
 

@@ -34,6 +34,7 @@ from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_pro
 from models.profile import profile
 from models.registry import config_file
 from tools._common import processor_name
+from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '-training', action='store_true', help='a training step instead, with and without TRAIN.RECOMPUTE'
     )
-    parser.add_argument('-json', metavar='FILE', help='write the results there too')
+    add_output_file(parser, flag='-json', dest='json', what='file to write the results to, too')
     parser.set_defaults(batch_size=8)
     args = parser.parse_args(argv)
     if args.rounds < 1:

@@ -36,6 +36,7 @@ from datasets.batch import to_device
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
 from tools._common import processor_name
+from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
@@ -86,7 +87,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add('-workers', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='numbers of workers (default: 0 1 2)')
     add('-image_size', type=int, default=224, metavar='N', help='side of the input in pixels (default: 224)')
     add('-batch_size', type=int, default=32, metavar='N', help='images per batch (default: 32)')
-    add('-json', metavar='FILE', help='write the results there too')
+    add_output_file(parser, flag='-json', dest='json', what='file to write the results to, too')
     args = parser.parse_args(argv)
     for name in ('images', 'rounds', 'image_size', 'batch_size'):
         if getattr(args, name) < 1:

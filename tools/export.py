@@ -30,6 +30,7 @@ from datasets.transforms import Squash, build_transform
 from deploy.inference import load_classifier
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
 from tools._common import trained_config
+from tools._output import add_output_prefix
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import cannot_write, json_text
@@ -59,13 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser('Export a trained classifier as an inference program.', ('-cfg', '-pretrained', '-image_size'))
-    parser.add_argument(
-        '-output', dest='target', required=True, metavar='DIR/NAME', help='files to write, without their suffixes'
-    )
-    args = parser.parse_args(argv)
-    if os.path.isdir(args.target) or not os.path.basename(args.target):
-        raise UserError(f"-output is the folder '{args.target}'; add a name for the files in it.")
-    return args
+    add_output_prefix(parser, PROGRAM, WEIGHTS, PREPROCESS)
+    return parser.parse_args(argv)
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ _FIRST_SIZE = 1 << 30  # of the map; it grows with the data
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(__doc__, argv)
-    targets = {split: os.path.join(args.output, f'{split}.lmdb') for split in args.split}
+    targets = {split: os.path.join(args.folder, f'{split}.lmdb') for split in args.split}
     refuse_existing(targets.values(), args)
     try:
         for split, target in targets.items():

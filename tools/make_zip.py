@@ -37,7 +37,7 @@ _DATE = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal images make equal
 
 def main(argv: list[str] | None = None) -> int | None:
     args = parse(__doc__, argv)
-    targets = {split: zip_paths(args.output, split) for split in args.split}
+    targets = {split: zip_paths(args.folder, split) for split in args.split}
     refuse_existing((path for paths in targets.values() for path in paths), args)
     try:
         for split, (archive, listing) in targets.items():

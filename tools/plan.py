@@ -40,6 +40,7 @@ from models.vision_transformer import VisionTransformer
 from models.weights.load import load_pretrained
 from tasks import build_task
 from tools._common import processor_name
+from tools._output import add_output_folder
 from tools._pareto import Dot, draw, pareto_frontier
 from utils.cli import run
 from utils.errors import UserError
@@ -78,9 +79,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         '-cfg', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-pretrained',
     )  # fmt: skip
     parser = flag_parser('Sweep removed attention, EViT keep rates and ToMe of a Vision Transformer.', flags)
-    parser.add_argument(
-        '-output', dest='folder', metavar='DIR', required=True, help='new folder for results, picture and YAML files'
-    )
+    add_output_folder(parser, 'without an earlier plan, for results, picture and YAML files', required=True)
     own = argparse.SUPPRESS  # the value of the configuration
     parser.add_argument('-remove', default=own, metavar='LISTS', help='blocks without attention: "none;0,2,4;0,2,4,6"')
     parser.add_argument('-keep_rates', default=own, metavar='RATES', help='EViT, share of tokens kept: 1,0.9,0.7,0.5')

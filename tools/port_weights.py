@@ -19,14 +19,15 @@ import argparse
 from config import get_config
 from models import build_model
 from models.weights.convert import port_with_report
-from utils import cli
+from tools._output import add_output_file
+from utils.cli import run
 from utils.formats import PADDLE, file_format, read_file, write_pdparams
 from utils.weights import METADATA, SUFFIX, choose_state_dict
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Reads, converts, reports, writes."""
-    args = _arguments()
+    args = parse(argv)
     config = get_config(args.cfg, args.opts)
     name = f"'{args.source}'"
     where, arrays = choose_state_dict(read_file(args.source), prefer_ema=args.ema, source=name)
@@ -35,27 +36,26 @@ def main() -> None:
     model = build_model(config)
     state, report = port_with_report(model, arrays, own_names=kind == PADDLE, source=name)
     print(report)
-    output = args.output if args.output.endswith(SUFFIX) else args.output + SUFFIX
     metadata = model.weight_rules.metadata(model)
-    write_pdparams({**state, METADATA: metadata} if metadata else state, output)
-    print(f'written: {output}')
+    write_pdparams({**state, METADATA: metadata} if metadata else state, args.target)
+    print(f'written: {args.target}')
 
 
-def _arguments() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Convert published weights to .pdparams.', allow_abbrev=False)
     parser.add_argument('-cfg', required=True, metavar='FILE', help='YAML file that describes the model')
     parser.add_argument(
         '-source', required=True, metavar='FILE',
         help='.pth, .pt, .pth.tar, .safetensors or .npz of the published model, or .pdparams of PaddleViT',
     )  # fmt: skip
-    parser.add_argument('-output', required=True, metavar='FILE', help='.pdparams file to write')
+    add_output_file(parser, SUFFIX, complete=True, required=True)
     parser.add_argument('-ema', action='store_true', help='take the averaged weights of a training checkpoint')
     parser.add_argument(
         '-opts', nargs=argparse.REMAINDER, default=[], metavar='KEY VALUE',
         help='configuration keys that win over the file, such as MODEL.NUM_CLASSES 10; must come last',
     )  # fmt: skip
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == '__main__':
-    cli.run(main)
+    run(main)

@@ -28,6 +28,7 @@ from deploy.inference import FilePrediction, load_trained, predict_files
 from engine import distributed
 from tasks import PredictionOptions
 from tools._common import find_images, trained_config
+from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -66,15 +67,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
     parser.add_argument('-topk', type=int, default=5, metavar='K', help='classes told per image, the most likely first')
     parser.add_argument('-class_names', metavar='FILE', help='a name per line, in the order of the classes')
-    parser.add_argument(
-        '-output', dest='target', metavar='FILE', help='.csv or .json file to write instead of printing'
-    )
+    add_output_file(parser, '.csv', '.json', what='file to write instead of printing')
     parser.set_defaults(batch_size=32)
     args = parser.parse_args(argv)
     if args.topk < 1:
         raise UserError(f'-topk is {args.topk}, but must be at least 1.')
-    if args.target and not args.target.endswith(('.csv', '.json')):
-        raise UserError(f"-output is '{args.target}', but must end in .csv or .json.")
     return args
 
 

@@ -28,6 +28,7 @@ from models.profile import profile
 from models.vision_transformer import VisionTransformer
 from models.weights.load import load_state
 from tools._common import trained_config
+from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.formats import write_pdparams
@@ -56,11 +57,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser('Leave out the attention that has faded in training.', ('-cfg', '-pretrained'))
-    parser.add_argument('-output', dest='target', required=True, metavar='FILE', help='.pdparams file to write')
-    args = parser.parse_args(argv)
-    if not args.target.endswith(SUFFIX):
-        args.target += SUFFIX
-    return args
+    add_output_file(parser, SUFFIX, complete=True, required=True)
+    return parser.parse_args(argv)
 
 
 def load_trained(config) -> VisionTransformer:

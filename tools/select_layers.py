@@ -31,7 +31,8 @@ from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
 from tools._analysis import FLAGS, normalised
-from tools._common import output_prefix, result_files, trained_config
+from tools._common import result_files, trained_config
+from tools._output import add_output_prefix
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import json_text
@@ -95,10 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument('-images', type=int, default=50000, metavar='N', help='images to look at, drawn by SEED')
     parser.add_argument('-split', choices=('train', 'val'), default='train', help='where they are drawn from')
-    parser.add_argument(
-        '-output', dest='target', type=output_prefix, required=True, metavar='DIR/NAME',
-        help='files to write, without their suffixes',
-    )  # fmt: skip
+    add_output_prefix(parser, *(f'.{suffix}' for suffix in SUFFIXES))
     return parser.parse_args(argv)
 
 

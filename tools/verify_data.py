@@ -34,6 +34,7 @@ from config import flag_parser, get_config, update_config
 from datasets import Dataset, build_dataset, resolve_num_classes
 from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
+from tools._output import add_output_file
 from utils.cli import exit_status, handle_signals, run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
@@ -65,7 +66,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         'Check that all images of a data set can be used, and that none is there twice.',
         ('-cfg', '-dataset', '-data_path', '-num_classes', '-num_workers'),
     )
-    parser.add_argument('-report', metavar='FILE', default='verify_data.json', help='where the report goes')
+    add_output_file(
+        parser, flag='-report', dest='report', what='file to write the report to', default='verify_data.json'
+    )
     return parser.parse_args(argv)
 
 

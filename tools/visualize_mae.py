@@ -28,6 +28,7 @@ from models.mae import MaskedAutoencoder
 from models.weights.load import load_pretrained
 from tasks.mae_pictures import draw, rebuild
 from tools._common import find_images, trained_config
+from tools._output import add_output_file
 from tools._pictures import readable, single_batch
 from utils.cli import run
 from utils.errors import UserError
@@ -38,30 +39,27 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
     paths = find_images(args.images)
-    if os.path.realpath(args.output) in map(os.path.realpath, paths):
-        raise UserError(f"-output '{args.output}' is one of the images; give another path.")
+    if os.path.realpath(args.target) in map(os.path.realpath, paths):
+        raise UserError(f"-output '{args.target}' is one of the images; give another path.")
     distributed.start()
     model = load_autoencoder(config)
     rows, patches = [], (config.DATA.IMAGE_SIZE // model.patch_size) ** 2
-    with atomic_write(args.output) as target:
+    with atomic_write(args.target) as target:
         for index, image in readable(paths, config):
             noise = paddle.to_tensor(np.random.default_rng([args.seed, index]).random((1, patches), 'float32'))
             rows += rebuild(
                 model, single_batch(image, config), noise, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
             )
         draw(rows).save(target, 'PNG')
-    print(f'{args.output}: {len(rows)} of {len(paths)} images')
+    print(f'{args.target}: {len(rows)} of {len(paths)} images')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser('Show what a masked autoencoder rebuilds.', ('-cfg', '-pretrained', '-image_size'))
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
-    parser.add_argument('-output', metavar='FILE', required=True, help='.png file to write')
+    add_output_file(parser, '.png', required=True)
     parser.add_argument('-seed', type=int, default=0, metavar='N', help='draws other patches')
-    args = parser.parse_args(argv)
-    if not args.output.endswith('.png'):
-        raise UserError(f"-output is '{args.output}', but must end in .png.")
-    return args
+    return parser.parse_args(argv)
 
 
 def load_autoencoder(config) -> MaskedAutoencoder:

@@ -35,6 +35,7 @@ from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
 from tools._common import find_images, trained_config
+from tools._output import add_output_file, add_output_folder
 from tools._pictures import readable, single_batch
 from utils.cli import run
 from utils.errors import UserError
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
     paths = find_images(args.images)
-    targets = strip_paths(paths, args.output)
+    targets = strip_paths(paths, args.folder)
     if args.grid and os.path.realpath(args.grid) in map(os.path.realpath, [*paths, *targets]):
         raise UserError(f"-grid '{args.grid}' is the path of another picture of this run; give another one.")
     distributed.start()
@@ -71,14 +72,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         'Show which patches are kept, dropped, fused and merged.', ('-cfg', '-pretrained', '-image_size')
     )
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
-    parser.add_argument('-output', metavar='DIR', required=True, help='folder for a PNG per image')
-    parser.add_argument('-grid', metavar='FILE', help='.png file that shows all images')
+    add_output_folder(parser, 'for a PNG per image', required=True)
+    add_output_file(parser, '.png', flag='-grid', dest='grid', what='file that shows all images')
     parser.add_argument('-columns', type=int, default=1, metavar='N', help='images side by side in the grid')
     args = parser.parse_args(argv)
     if args.columns < 1:
         raise UserError(f'-columns is {args.columns}, but must be at least 1.')
-    if args.grid and not args.grid.endswith('.png'):
-        raise UserError(f"-grid is '{args.grid}', but must end in .png.")
     return args
 
 

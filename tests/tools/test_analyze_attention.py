@@ -117,7 +117,7 @@ def test_pretrained_weights_in_a_pooling_model(tmp_path, images):
         (['-opts', 'MODEL.LAMBDA.PRUNE_LAYERS', '(0,1,2,3)', 'MODEL.LAMBDA.REMOVED', 'True'], 'has no attention'),
         (['-pretrained', '/nowhere/x.pdparams'], "no weights: there is no '/nowhere/x.pdparams'"),
         (['-output', '/'], "-output is the folder '/'"),
-        (['-output', '/proc/x/y'], "cannot write '/proc/x/y.json'"),
+        (['-output', '/proc/x/y'], "cannot write '/proc/x/y'"),
     ],
 )
 def test_mistakes(tmp_path, images, arguments, words):
