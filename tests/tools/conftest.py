@@ -46,6 +46,13 @@ def trained(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(cfg=str(cfg), weights=str(weights), images=str(root / 'data' / 'val'))
 
 
+def write_config(config, path) -> None:
+    """A YAML file that inherits from no other one; `path`: pathlib's."""
+    config.defrost()
+    config.BASE = ['']
+    path.write_text(config.dump())
+
+
 def write_transformer(folder, name: str, data: str, *opts) -> tuple[str, str]:
     """A Vision Transformer at the size of a toy, with weights that make its heads differ: configuration and weights.
 
@@ -55,9 +62,9 @@ def write_transformer(folder, name: str, data: str, *opts) -> tuple[str, str]:
         data: an image folder.
     """
     options = ['DATA.DATASET', 'folder', 'DATA.DATA_PATH', data, 'DATA.NUM_WORKERS', 0, 'DATA.BATCH_SIZE', 16]
-    config = small_config(name, *options, 'MODEL.NUM_CLASSES', 3, 'BASE', '', *opts)
+    config = small_config(name, *options, 'MODEL.NUM_CLASSES', 3, *opts)
     cfg, weights = folder / f'{name}.yaml', folder / f'{name}.pdparams'
-    cfg.write_text(config.dump())
+    write_config(config, cfg)
     paddle.seed(0)
     model = build_model(config)
     for parameter in model.parameters():

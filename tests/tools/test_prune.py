@@ -11,6 +11,7 @@ from config import get_config
 from models import build_model
 from models.weights.load import load_pretrained
 from tests.models.helpers import small_config
+from tests.tools.conftest import write_config
 from tools import prune
 from utils.errors import UserError
 from utils.formats import read_file, write_pdparams
@@ -19,11 +20,9 @@ from utils.formats import read_file, write_pdparams
 @pytest.fixture
 def trained(tmp_path):
     """Path of a configuration whose attention fades in blocks 0 and 2, a function that saves weights at λ, the folder."""
-    config = small_config(
-        'deit_tiny_patch16_224', 'MODEL.LAMBDA.PRUNE_LAYERS', (0, 2), 'MODEL.NUM_CLASSES', None, 'BASE', ''
-    )
+    config = small_config('deit_tiny_patch16_224', 'MODEL.LAMBDA.PRUNE_LAYERS', (0, 2), 'MODEL.NUM_CLASSES', None)
     cfg = tmp_path / 'fading.yaml'
-    cfg.write_text(config.dump())
+    write_config(config, cfg)
 
     def save(weight: float, classes: int = 5, name: str = 'trained.pdparams') -> str:
         paddle.seed(0)

@@ -15,7 +15,7 @@ from models.vision_transformer import VisionTransformer
 from models.weights.convert import port_state_dict
 from models.weights.load import load_frozen, load_pretrained, load_state
 from tests.conftest import HERE
-from tests.models.test_port import Toy
+from tests.models.weights.test_convert import Toy
 from utils.errors import UserError
 from utils.formats import write_pdparams
 
