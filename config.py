@@ -28,7 +28,7 @@ from yacs.config import CfgNode as CN
 from utils.cli import run
 from utils.errors import UserError
 from utils.run_paths import check_run_name, follow_latest
-from utils.schema import Key, Owners, Schema, Section, shown
+from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
 
 # Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
@@ -93,6 +93,7 @@ _C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
 _C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # heads of each attention
 _C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED_DIM
 _C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
+_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT)  # a registered token mixer for all blocks, or a list of one per block
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # classify the normalized mean of the patch tokens, not the class token
 _C.MODEL.TRANS.DISTILLED = Key(False, models=VIT)  # a second classifier for a teacher's labels
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
@@ -248,6 +249,26 @@ _RENAMED = {
 }
 
 SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + MAE + MOCOV3, TASKS))
+
+
+def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:
+    """Add the keys of a model, a part or a task of your own; see docs/extending.md.
+
+    >>> keys = Section(models=('mine',))
+    >>> keys.WIDTH = Key(64, '[1, 4096]')  # channels
+    >>> add_keys('MODEL.MINE', keys)
+
+    Args:
+        name: dotted name of the section.
+        section: the keys, with the values of MODEL.TYPE or TRAIN.TASK that they belong to; none: they belong to all.
+        reads: keys and sections of other models or tasks that the new one reads too, such as 'MODEL.TRANS'. Those of all
+            classifiers, such as MODEL.DROPPATH, count as read. Any other one that is set is an error.
+
+    Raises:
+        ValueError: a key exists already, or one of `reads` does not.
+    """
+    general = [key for key, owners in SCHEMA.owners.items() if {*CLASSIFIERS} <= {*owners.models}]
+    SCHEMA.add(name, section, (*general, *reads))
 
 
 # ---------------------------------------------------------------------------------------------------- reading

@@ -18,7 +18,7 @@ def main() -> None:
     args = get_arguments()
     config = update_config(get_config(), args)  # in the parent too: a mistake is told once, before anything starts
     if not is_worker():
-        sys.exit(launch(__file__, sys.argv[1:], getattr(args, 'ngpus', None)))
+        sys.exit(launch(getattr(args, 'ngpus', None)))
     start_paddle(alone=False)
     from engine.run import run_config
 

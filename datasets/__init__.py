@@ -10,7 +10,7 @@ A new data set is a function from a configuration and a split to a `Dataset`:
 """
 
 from datasets import cifar, digits, folder, lmdb, transfer, zip  # noqa: F401 (register themselves)
-from datasets.dataset import Dataset, FileStorage, describe_empty, resolve_num_classes
+from datasets.dataset import Dataset, FileStorage, Images, describe_empty, resolve_num_classes
 from datasets.loader import Batch, Loader, build_dataloader
 from datasets.registry import DATASETS, register_dataset
 
@@ -18,6 +18,7 @@ __all__ = [
     'Batch',
     'Dataset',
     'FileStorage',
+    'Images',
     'Loader',
     'build_dataloader',
     'build_dataset',

@@ -11,12 +11,11 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 
 from utils.cli import SIGNALS, handle_signals
-from utils.environment import cpu_settings, forget_launcher, import_paddle, is_gpu_build, launched
+from utils.environment import command_line, cpu_settings, forget_launcher, import_paddle, is_gpu_build, launched
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
@@ -28,8 +27,8 @@ def is_worker() -> bool:
     return launched() is not None
 
 
-def launch(script: str, argv: list[str], processes: int | None = None) -> int:
-    """Runs `script argv` in one process per device and waits.
+def launch(processes: int | None = None) -> int:
+    """Runs the command line of this process in one process per device and waits.
 
     Args:
         processes: how many; None or -1 is one per visible GPU, on the CPU `NPROC` or two.
@@ -59,9 +58,8 @@ def launch(script: str, argv: list[str], processes: int | None = None) -> int:
             variables = {'PADDLE_TRAINER_ID': str(rank), 'PADDLE_CURRENT_ENDPOINT': endpoints[rank]}
             if device is not None:
                 variables['FLAGS_selected_gpus'] = device
-            command = [sys.executable, *subprocess._args_from_interpreter_flags(), script, *argv]
             if not received:
-                _start_worker(workers, command, {**shared, **variables})
+                _start_worker(workers, command_line(), {**shared, **variables})
         return _supervise(workers, received)
 
 

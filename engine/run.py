@@ -96,7 +96,7 @@ def _take_classes(config, model, weights: Weights, data: datasets.Images, unset:
     Labels of list files are the numbers of the classifier's outputs. Data that name their classes number those that are
     there, so fewer classes are other classes.
     """
-    classes = model.weight_rules.count_classes(weights.arrays)
+    classes = model.weight_rules.count_classes(weights.arrays) if isinstance(data, datasets.Dataset) else None
     if not classes or not model.num_classes or classes <= model.num_classes:
         return
     if data.class_names is not None:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from config import get_config
-from models.layers import EViTSpec, MixerSpec, RemovalSpec, ToMeSpec
+from models.layers import EViTSpec, MixerSpec, ReducerSpec, RemovalSpec, ToMeSpec, register_reducer
+from models.layers.tokens import REDUCERS
 from utils.errors import UserError
 
 # What MODEL.TRANS says of plain blocks.
@@ -44,16 +45,37 @@ def pretraining_options(config) -> dict:
     return plain_options(config)
 
 
-def mixer_spec(model) -> MixerSpec:
-    """The mixer that MODEL.TRANS describes."""
+def mixer_specs(model) -> MixerSpec | list[MixerSpec]:
+    """What MODEL.TRANS.MIXER names, which REL_POS makes relative: a mixer for all blocks, or one per block."""
     trans = model.TRANS
-    name = 'relative' if 'block' in trans.REL_POS else 'attention'
-    return MixerSpec(name, trans.QKV_BIAS, trans.KEY_BIAS, model.ATTENTION_DROPOUT)
+    if len(trans.MIXER) not in (1, trans.DEPTH):
+        raise UserError(
+            f'MODEL.TRANS.MIXER names {len(trans.MIXER)} mixers, but must name one, or one for each of {trans.DEPTH} blocks.'
+        )
+    specs = [_mixer_spec(model, name) for name in trans.MIXER]
+    if 'block' in trans.REL_POS and all(spec.name != 'relative' for spec in specs):
+        raise UserError(
+            'MODEL.TRANS.REL_POS block needs attention: name it in MODEL.TRANS.MIXER, or remove the one or the other.'
+        )
+    return specs if len(specs) > 1 else specs[0]
 
 
-def reducer_specs(model) -> list[EViTSpec | ToMeSpec]:
-    """The reducers of MODEL.EVIT, which a pass may ask for in any block, and MODEL.TOME, in this order."""
-    evit, tome, depth = model.EVIT, model.TOME, model.TRANS.DEPTH
+def _mixer_spec(model, name: str) -> MixerSpec:
+    if name.lower() == 'attention' and 'block' in model.TRANS.REL_POS:
+        name = 'relative'
+    options = {key.lower(): value for key, value in model.get(name.upper(), {}).items()}
+    return MixerSpec(name, model.TRANS.QKV_BIAS, model.TRANS.KEY_BIAS, model.ATTENTION_DROPOUT, options)
+
+
+def reducer_specs(model) -> list[ReducerSpec]:
+    """The reducers that the configuration switches on, in the order of their registration."""
+    return [spec for build in REDUCERS.values() if (spec := build(model)) is not None]
+
+
+@register_reducer('evit')
+def _evit(model) -> EViTSpec:
+    """MODEL.EVIT; a pass may ask for it in any block."""
+    evit, depth = model.EVIT, model.TRANS.DEPTH
     rate: float | list[float] = 1.0
     if evit.KEEP_RATE < 1:
         outside = [layer for layer in evit.DROP_LOC if not 0 <= layer < depth]
@@ -63,11 +85,17 @@ def reducer_specs(model) -> list[EViTSpec | ToMeSpec]:
         if clash:
             raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
         rate = [evit.KEEP_RATE if layer in evit.DROP_LOC else 1.0 for layer in range(depth)]
-    reducers: list[EViTSpec | ToMeSpec] = [EViTSpec(rate, evit.FUSE_TOKEN)]
-    if tome.R or tome.SCHEDULE is not None:
-        schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
-        reducers.append(ToMeSpec(schedule, tome.START_IDX, tome.PROP_ATTN))
-    return reducers
+    return EViTSpec(rate, evit.FUSE_TOKEN)
+
+
+@register_reducer('tome')
+def _tome(model) -> ToMeSpec | None:
+    """MODEL.TOME."""
+    tome = model.TOME
+    if not tome.R and tome.SCHEDULE is None:
+        return None
+    schedule = (tome.R, tome.INFLECT) if tome.SCHEDULE is None else list(tome.SCHEDULE)
+    return ToMeSpec(schedule, tome.START_IDX, tome.PROP_ATTN)
 
 
 def removal_spec(removal) -> RemovalSpec:

@@ -21,11 +21,11 @@ from models.layers import (
     AttentionRemoval,
     Block,
     BlockIntermediates,
-    EViTReducer,
     EViTSpec,
     Intermediates,
     MixerSpec,
     PatchEmbed,
+    ReducerSpec,
     RelativeAttention,
     RelativePositionBias,
     RemovalSpec,
@@ -34,6 +34,7 @@ from models.layers import (
     ToMeSpec,
     build_mixer,
     check_keep_rates,
+    check_reducers,
     drop_path_rates,
     per_block,
     requested,
@@ -42,7 +43,7 @@ from models.layers import (
     torch_conv_,
     trunc_normal_,
 )
-from models.options import mixer_spec, plain_options, reducer_specs, removal_spec
+from models.options import mixer_specs, plain_options, reducer_specs, removal_spec
 from models.registry import register_model
 from models.weights.transformer import TransformerWeights
 from utils.errors import UserError
@@ -96,7 +97,7 @@ class VisionTransformer(Classifier):
         num_heads: int = 12,
         mlp_ratio: float = 4.0,
         mixer: MixerSpec | Sequence[MixerSpec] = PLAIN_ATTENTION,
-        reducers: Sequence[EViTSpec | ToMeSpec] = ALL_TOKENS,
+        reducers: Sequence[ReducerSpec] = ALL_TOKENS,
         removal: RemovalSpec = NO_REMOVAL,
         positions: Collection[str] = ('absolute',),
         drop_rate: float = 0.0,
@@ -155,12 +156,7 @@ class VisionTransformer(Classifier):
         if not self.relative:
             return
         reducers = [reducer for block in self.blocks for reducer in block.reducers]
-        if any(isinstance(reducer, ToMeReducer) for reducer in reducers):
-            raise UserError(
-                'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them.'
-            )
-        drops = any(isinstance(reducer, EViTReducer) and reducer.keep_rate < 1 for reducer in reducers)
-        if self.num_prefix != 1 or drops:
+        if self.num_prefix != 1 or any(reducer.reduces for reducer in reducers):
             raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token.')
 
     def _add_tokens(self, absolute: bool) -> None:
@@ -202,7 +198,7 @@ class VisionTransformer(Classifier):
         initializer.Constant(0.0)(self.patch_embed.conv.bias)
         for number, block in enumerate(self.blocks, 1):
             if block.attn is not None:
-                _multiply(block.attn.proj.weight, (2.0 * number) ** -0.5)
+                _multiply(_last_linear(block.attn).weight, (2.0 * number) ** -0.5)
             _multiply(block.mlp.fc2.weight, (2.0 * number) ** -0.5)
         for head in (self.head, self.head_dist) if self.distilled else (self.head,):
             if self.num_classes:
@@ -218,8 +214,8 @@ class VisionTransformer(Classifier):
         self.removal.set_lambda(self, value)
 
     def attention_layers(self) -> list[int]:
-        """Blocks that keep their attention."""
-        return list(self.removal.kept_layers)
+        """Blocks that keep their attention; those with another mixer have none."""
+        return [i for i in self.removal.kept_layers if 'weights' in getattr(self.blocks[i].attn, 'offers', ())]
 
     @property
     def leaves_parameters_out(self) -> bool:
@@ -250,7 +246,9 @@ class VisionTransformer(Classifier):
             )
         for layer, block in enumerate(self.blocks):
             others = [reducer for reducer in block.reducers if not isinstance(reducer, ToMeReducer)]
-            block.reducers = nn.LayerList([*others, *([merging[layer]] if layer in merging else [])])
+            reducers = [*others, *([merging[layer]] if layer in merging else [])]
+            check_reducers(block.attn, reducers)
+            block.reducers = nn.LayerList(reducers)
 
     def freeze_stages(self, last: int) -> None:
         """Train neither the embedding nor the blocks 0 to `last`, which stay in evaluation mode; -1: train all."""
@@ -441,6 +439,14 @@ def _multiply(parameter: Tensor, factor: float) -> None:
     parameter.set_value(parameter * factor)
 
 
+def _last_linear(mixer: nn.Layer) -> nn.Linear:
+    if not hasattr(mixer, 'proj'):
+        raise UserError(
+            f'MODEL.TRANS.RESCALED_INIT needs a last layer `proj` in each mixer; {type(mixer).__name__} has none.'
+        )
+    return mixer.proj
+
+
 def _traces(want: Mapping[int, Collection[str]]) -> bool:
     return any('source' in names for names in want.values())
 
@@ -452,7 +458,7 @@ def build_vit(config) -> VisionTransformer:
     model, trans = config.MODEL, config.MODEL.TRANS
     positions = {'absolute': trans.ABS_POS, 'shared_relative': 'shared' in trans.REL_POS}
     vit = VisionTransformer(
-        **{**plain_options(config), 'mixer': mixer_spec(model)},
+        **{**plain_options(config), 'mixer': mixer_specs(model)},
         num_classes=model.NUM_CLASSES,
         reducers=reducer_specs(model),
         removal=removal_spec(model.LAMBDA),

@@ -207,6 +207,8 @@ class Task:
     def dataset(self, split: str) -> datasets.Dataset:
         """The data set of `split` ('train' or 'val'). The first one sets MODEL.NUM_CLASSES where it is None.
 
+        A task without classes returns `datasets.Images`, and leaves MODEL.NUM_CLASSES to the configuration.
+
         Raises:
             UserError: missing or malformed data, or more classes than the model has.
         """
@@ -217,7 +219,7 @@ class Task:
     def describe_data(self, data: Mapping[str, datasets.Images]) -> list[str]:
         """Sentences on the data sets of the splits that a user should read before an epoch is over."""
         notes = [note for dataset in data.values() for note in dataset.notes]
-        if 'train' in data:
+        if isinstance(data.get('train'), datasets.Dataset):
             notes.append(datasets.describe_empty(data['train'], self.config.MODEL.NUM_CLASSES))
         return list(filter(None, notes))
 

@@ -4,7 +4,9 @@
 Imported before anything else, so that it can refuse an old Python: standard library only, syntax of Python 3.6.
 """
 
+import importlib
 import os
+import re
 import signal
 import sys
 import time
@@ -17,6 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a term
 
 _OLDEST_PYTHON = (3, 9)
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_COMMANDS = r'(main_\w+|config|tools/[a-z]\w*)\.py'  # files that `run_command` runs
 _PIP_NAMES = {
     'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'paddle': 'paddlepaddle', 'sklearn': 'scikit-learn', 'yaml': 'PyYAML',
 }  # fmt: skip
@@ -61,6 +64,31 @@ def run(main: 'Callable[[], int | None]') -> None:
     except (Exception, KeyboardInterrupt) as error:
         status = _explain(error)
     _exit(status or 0)
+
+
+def run_command() -> None:
+    """Runs the command that the first argument names, with what the calling script registered; see docs/extending.md.
+
+    python mine.py main_multi_gpu.py -cfg=mine.yaml
+    python mine.py tools/predict.py -pretrained=output/latest photos/
+    """
+    run(_run_named)
+
+
+def _run_named() -> 'int | None':
+    from utils.environment import start_paddle  # keeps the whole command line, for restarts and workers
+
+    path = os.path.join(_ROOT, *sys.argv[1:2])
+    name = os.path.relpath(path, _ROOT)
+    if not os.path.isfile(path) or not re.fullmatch(_COMMANDS, name):
+        raise UserError(
+            f"there is no command '{' '.join(sys.argv[1:2])}': the first argument must be main_single_gpu.py, "
+            'main_multi_gpu.py, config.py or a file of tools/, such as tools/predict.py.'
+        )
+    sys.argv[:2] = [path]
+    if name.startswith('tools'):
+        start_paddle()
+    return importlib.import_module(name[: -len('.py')].replace(os.sep, '.')).main()
 
 
 def exit_status(error: KeyboardInterrupt) -> int:

@@ -22,6 +22,7 @@ from utils.cli import SIGNALS
 from utils.errors import UserError
 
 OLDEST_PADDLE = (3, 3)
+_ARGV = sys.argv[:]  # before `utils.cli.run_command` takes the name of a command
 
 # A training step frees and takes back the same large buffers; glibc would hand them to the kernel and fault them in again
 # each time, which makes operations on them two to three times slower. Read by glibc at process start only.
@@ -172,16 +173,16 @@ def _tune() -> None:
     if sys.platform == 'linux' and _MALLOC.keys() & missing.keys():
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `begin`
-        os.execv(sys.executable, _command_line())
+        os.execv(sys.executable, command_line())
 
 
-def _command_line() -> list[str]:
+def command_line() -> list[str]:
     """This process's command, with the interpreter's flags, and `-m NAME` where it was started so."""
     if hasattr(sys, 'orig_argv'):  # Python 3.10
         return [sys.executable, *sys.orig_argv[1:]]
     spec = sys.modules['__main__'].__spec__
-    script = sys.argv[:1] if spec is None else ['-m', spec.name.removesuffix('.__main__')]
-    return [sys.executable, *subprocess._args_from_interpreter_flags(), *script, *sys.argv[1:]]
+    script = _ARGV[:1] if spec is None else ['-m', spec.name.removesuffix('.__main__')]
+    return [sys.executable, *subprocess._args_from_interpreter_flags(), *script, *_ARGV[1:]]
 
 
 def import_paddle() -> None:

@@ -49,6 +49,10 @@ class Registry:
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._entries))
 
+    def values(self) -> list[Callable]:
+        """The functions, in the order of their registration."""
+        return list(self._entries.values())
+
     def match(self, pattern: str = '*') -> list[str]:
         """Names that match a shell pattern, sorted."""
         return [name for name in self if fnmatch.fnmatch(name, pattern)]

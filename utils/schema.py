@@ -11,7 +11,7 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -100,6 +100,8 @@ class Key:
             return None
         if isinstance(value, str) and self.kind is not str:
             value = literal(value)
+        if self.kind == [str] and isinstance(value, str):  # a list of one
+            value = [value]
         if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
             return 'no'
         value = _as_kind(value, self.kind)
@@ -222,8 +224,32 @@ class Schema:
         self.owners = {name: owners for name, _, owners in root.walk()}
         self.renamed = renamed
         self.known = known
-        names = (*self.keys, *renamed)
-        self.sections = {name[:i] for name in names for i, letter in enumerate(name) if letter == '.'}
+        self.sections = _sections((*self.keys, *renamed))
+
+    def add(self, prefix: str, section: Section, reads: Collection[str] = ()) -> None:
+        """Add a section. Its owners become known: keys of other owners have no effect for them, except `reads`.
+
+        Args:
+            prefix: dotted name of the section.
+            reads: keys and sections of other owners that the owners of the section read too.
+
+        Raises:
+            ValueError: a key exists already, or one of `reads` does not.
+        """
+        new = list(section.walk(f'{prefix}.'))
+        wrong = [name for name, *_ in new if name in self.keys or name in self.sections]
+        wrong += [name for name in reads if name not in self.keys and name not in self.sections]
+        if wrong:
+            raise ValueError(f'{prefix} cannot be added: {wrong[0]} exists already, or is read and does not exist')
+        added = Owners(*({name for *_, owners in new for name in owners[i]} for i in range(len(SELECTORS))))
+        shared = tuple(f'{name}.' for name in reads)
+        for name, owners in self.owners.items():
+            if f'{name}.'.startswith(shared):
+                self.owners[name] = Owners(*((*old, *more) if old else old for old, more in zip(owners, added)))
+        self.keys.update({name: key for name, key, _ in new})
+        self.owners.update({name: owners for name, _, owners in new})
+        self.sections |= _sections(name for name, *_ in new)
+        self.known = Owners(*({*old, *more} for old, more in zip(self.known, added)))
 
     def tree(self) -> CfgNode:
         """A new tree of the defaults."""
@@ -270,11 +296,8 @@ class Schema:
         config.origins[name] = Origin(where, len(config.layers))
 
     def _coerce(self, name: str, value, where: str):
-        key = self.keys[name]
-        if name == 'BASE' and isinstance(value, str):
-            value = [value]
         try:
-            return key.coerce(value)
+            return self.keys[name].coerce(value)
         except ValueError:
             raise UserError(self._wrong(name, value, where)) from None
 
@@ -382,6 +405,10 @@ class Schema:
                 yield from self._walk(value_node, path, f'{name}.')
             else:
                 yield name, _construct(value_node, name, where), where
+
+
+def _sections(names: Iterable[str]) -> set[str]:
+    return {name[:i] for name in names for i, letter in enumerate(name) if letter == '.'}
 
 
 def _construct(node: yaml.Node, name: str, where: str):

@@ -4,7 +4,7 @@
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
 from models.layers.batch_norm import SyncBatchNorm
-from models.layers.block import NORM_EPS, Block
+from models.layers.block import NORM_EPS, Block, check_reducers
 from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.evit import EViTReducer, EViTSpec
 from models.layers.init import fix_, lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
@@ -15,7 +15,15 @@ from models.layers.patch_embed import PatchEmbed
 from models.layers.positions import computed_table, moco_position_table, resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
 from models.layers.relative_position import RelativePositionBias, relative_position_index, resize_relative_table
-from models.layers.tokens import TokenReducer, TokenState, check_keep_rates, per_block, take_tokens
+from models.layers.tokens import (
+    ReducerSpec,
+    TokenReducer,
+    TokenState,
+    check_keep_rates,
+    per_block,
+    register_reducer,
+    take_tokens,
+)
 from models.layers.tome import ToMeReducer, ToMeSpec, merge_schedule
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     'MixerSpec',
     'Mlp',
     'PatchEmbed',
+    'ReducerSpec',
     'RelativeAttention',
     'RelativePositionBias',
     'RemovalSpec',
@@ -42,6 +51,7 @@ __all__ = [
     'TokenState',
     'build_mixer',
     'check_keep_rates',
+    'check_reducers',
     'computed_table',
     'drop_path_rates',
     'fix_',
@@ -50,6 +60,7 @@ __all__ = [
     'moco_position_table',
     'per_block',
     'register_mixer',
+    'register_reducer',
     'relative_position_index',
     'requested',
     'resize_position_table',

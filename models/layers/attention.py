@@ -36,7 +36,12 @@ class Attention(nn.Layer):
         attn_drop_rate: dropout of the attention weights.
         proj_drop_rate: dropout of the output.
         key_bias: False: of the biases of `qkv_bias`, only those of query and value, as `q_bias` and `v_bias` (BEiT).
+
+    Attributes:
+        offers: names of the `AttentionMaps` that `forward` can return; a mixer without this attribute has none.
     """
+
+    offers = AttentionMaps._fields
 
     def __init__(
         self,
@@ -68,7 +73,7 @@ class Attention(nn.Layer):
         bias: Tensor | None = None,
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, AttentionMaps]:
-        """Mixes tokens. Every mixer has this signature.
+        """Mix tokens. Every mixer has this signature.
 
         Args:
             x: [B, N, C].

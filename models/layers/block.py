@@ -13,6 +13,7 @@ from models.layers.drop_path import DropPath
 from models.layers.intermediates import Recorder, tokens_to_maps
 from models.layers.mlp import Mlp
 from models.layers.tokens import TokenReducer, TokenState
+from utils.errors import UserError
 
 NORM_EPS = 1e-6
 
@@ -44,6 +45,7 @@ class Block(nn.Layer):
         layer_scale: float | None = None,
     ):
         super().__init__()
+        check_reducers(mixer, reducers)
         self.norm1 = self.attn = self.gamma_1 = self.gamma_2 = None
         if mixer is not None:
             self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
@@ -94,7 +96,7 @@ class Block(nn.Layer):
         mixed, maps = self.attn(
             record.keep('inputs', self.norm1(x)),
             need_maps=selects or record.wants('attn_logits', 'attn'),
-            need_keys=any(reducer.needs_keys for reducer in self.reducers),
+            need_keys=any('keys' in reducer.needs for reducer in self.reducers),
             key_bias=self._key_bias(state),
             bias=state.bias,
             grid=state.grid,
@@ -117,6 +119,17 @@ class Block(nn.Layer):
             if reducer.acts(state):
                 x, state = reducer(x, state)
         return x, state
+
+
+def check_reducers(mixer: nn.Layer | None, reducers: Sequence[TokenReducer]) -> None:
+    """Raises UserError where a reducer needs what the mixer does not compute."""
+    for reducer in reducers:
+        missing = sorted(set(reducer.needs) - set(getattr(mixer, 'offers', ())))
+        if reducer.reduces and missing:
+            raise UserError(
+                f'{type(reducer).__name__} needs the {missing[0]} of attention, which {type(mixer).__name__} '
+                '(MODEL.TRANS.MIXER) does not compute; leave one of the two out.'
+            )
 
 
 def _finish(record: Recorder, x: Tensor, before: TokenState, state: TokenState):

@@ -45,11 +45,18 @@ class EViTReducer(TokenReducer):
         fuse: append the sum of the other tokens, weighted by their attention. It counts as one token (`TokenState.size`).
     """
 
+    needs = ('weights',)
+
     def __init__(self, block: int, keep_rate: float = 1.0, fuse: bool = False):
         super().__init__()
         self.block = block
         self.keep_rate = keep_rate
         self.fuse = fuse
+
+    @property
+    def reduces(self) -> bool:
+        """See `TokenReducer`."""
+        return self.keep_rate < 1
 
     def num_kept(self, state: TokenState) -> int:
         """How many body tokens the block keeps, in Python numbers: a tensor would round the product differently."""

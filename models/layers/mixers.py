@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token mixers by name. A block is given its mixer, or none where attention is removed.
 
-A mixer is a layer with the signature of `Attention.forward`. A new one registers a function that builds it:
+A mixer is a layer with the signature of `Attention.forward`. A new one registers a function that builds it from its
+`MixerSpec`; MODEL.TRANS.MIXER then takes its name:
 
 >>> @register_mixer('mine')
 ... def mine(spec, dim, num_heads, grid, drop_rate) -> nn.Layer: ...
@@ -9,14 +10,16 @@ A mixer is a layer with the signature of `Attention.forward`. A new one register
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from paddle import nn
 
 from models.layers.attention import Attention, RelativeAttention
 from utils.registry import Registry
 
-MIXERS = Registry('token mixer')
+MIXERS = Registry('token mixer (MODEL.TRANS.MIXER)')
 register_mixer = MIXERS.register
 
 
@@ -28,12 +31,14 @@ class MixerSpec:
         name: of the registry.
         qkv_bias, key_bias: see `Attention`.
         drop_rate: dropout of the attention weights.
+        options: further ones, by name; from a configuration, the keys of the section MODEL.<NAME> in lower case.
     """
 
     name: str = 'attention'
     qkv_bias: bool = True
     key_bias: bool = True
     drop_rate: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float = 0.0) -> nn.Layer:

@@ -5,13 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import paddle
 from paddle import Tensor, nn
 
 from models.layers.intermediates import BlockIntermediates
 from utils.errors import UserError
+from utils.registry import Registry
+
+REDUCERS = Registry('token reducer')
+register_reducer = REDUCERS.register  # of a function: MODEL of a configuration -> `ReducerSpec`, None where it is off
 
 
 class TokenState(NamedTuple):
@@ -58,10 +62,23 @@ class TokenState(NamedTuple):
         return bool(self.indices) or self.size is not None
 
 
-class TokenReducer(nn.Layer):
-    """Reduces the number of tokens between the mixer and the MLP of a block. A block runs its reducers in order."""
+class ReducerSpec(Protocol):
+    """Plain description of a token reducer."""
 
-    needs_keys = False
+    def build(self, depth: int, layers: Sequence[int]) -> Mapping[int, TokenReducer]:
+        """The reducer of each block that has one, of `layers`, the blocks with a mixer."""
+
+
+class TokenReducer(nn.Layer):
+    """Reduces the number of tokens between the mixer and the MLP of a block. A block runs its reducers in order.
+
+    Attributes:
+        needs: names of the `AttentionMaps` that it reads from `TokenState`: 'keys', or 'weights' for `class_attention`.
+        reduces: False: the reducer does nothing unless a pass asks for it.
+    """
+
+    needs: Collection[str] = ()
+    reduces: bool = True
 
     def acts(self, state: TokenState) -> bool:
         """Whether tokens are reduced in this pass."""

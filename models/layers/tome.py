@@ -228,7 +228,7 @@ class ToMeReducer(TokenReducer):
         prop_attn: proportional attention: add log(token size) to the attention logits (equation 1).
     """
 
-    needs_keys = True
+    needs = ('keys',)
 
     def __init__(self, r: int, prop_attn: bool = True):
         super().__init__()

@@ -27,5 +27,5 @@ def main(folder: str) -> None:
 
 if __name__ == '__main__':
     if not is_worker():
-        sys.exit(launch(__file__, sys.argv[1:]))
+        sys.exit(launch())
     main(*sys.argv[1:])
