@@ -27,7 +27,8 @@ class TokenState(NamedTuple):
         keep_rates: EViT keep rate of each block in this pass; None: the block's own.
         tokens: EViT, number of body tokens that each block keeps; None: the keep rate decides.
         counts: number of body tokens after each block so far.
-        indices: positions of the tokens kept by each reduction of EViT, counted from 0 in the body before it, [B, k] int64.
+        indices: positions of the tokens kept by each reduction that drops some, counted from 0 in the body before it, [B, k]
+            int64.
         scores: attention of the class token to the body, mean over the heads, at each reduction, [B, num_body].
         size: number of the first tokens that each token stands for, [B, N, 1]; None: one, nothing was merged yet (ToMe).
         source: which of the first tokens are in each token, [B, N, N0] of 0 and 1; None: not traced.
@@ -102,6 +103,26 @@ def take_tokens(x: Tensor, index: Tensor) -> Tensor:
     start = paddle.arange(x.shape[0], dtype=index.dtype).unsqueeze(-1) * x.shape[1]
     rows = paddle.gather(x.flatten(0, 1), (index + start).flatten())
     return rows.reshape([-1, index.shape[1], x.shape[2]])
+
+
+def keep_tokens(x: Tensor, state: TokenState, index: Tensor) -> tuple[Tensor, TokenState]:
+    """Drop all body tokens but those at the positions `index` [B, k], from 0, of x [B, N, C] and of the state."""
+    prefix = paddle.arange(state.num_prefix, dtype=index.dtype).expand([x.shape[0], -1])
+    rows = paddle.concat([prefix, index + state.num_prefix], axis=1)
+
+    def kept(tokens: Tensor | None) -> Tensor | None:
+        return None if tokens is None else take_tokens(tokens, rows)
+
+    attention = state.class_attention
+    return kept(x), state._replace(
+        num_body=index.shape[1],
+        indices=(*state.indices, index),
+        size=kept(state.size),
+        source=kept(state.source),
+        keys=kept(state.keys),
+        class_attention=None if attention is None else kept(attention.unsqueeze(-1)).squeeze(-1),
+        grid=None,
+    )
 
 
 def per_block(name: str, value, depth: int) -> list:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -51,6 +52,22 @@ def test_a_programming_error_keeps_its_traceback(capsys):
     error = capsys.readouterr().err
     assert error.startswith('Traceback')
     assert 'ZeroDivisionError' in error
+
+
+@pytest.mark.parametrize('argv', [[], ['tools/none.py'], ['tools/_common.py'], ['models/gmlp.py'], ['/tmp'], ['-cfg=x']])
+def test_a_users_script_runs_commands_only(argv, capsys, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['mine.py', *argv])
+    with pytest.raises(SystemExit) as info:
+        cli.run_command()
+    assert info.value.code == 2
+    assert capsys.readouterr().err.startswith(f"error: there is no command '{' '.join(argv)}': the first argument ")
+
+
+def test_a_users_script_runs_a_command_with_the_rest_of_its_arguments(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['mine.py', 'config.py', '-opts', 'SEED', '7'])
+    with pytest.raises(SystemExit):
+        cli.run_command()
+    assert re.search(r'^SEED +7 +-opts$', capsys.readouterr().out, re.MULTILINE)
 
 
 def test_of_several_processes_the_first_to_fail_speaks(capsys, monkeypatch, tmp_path):
