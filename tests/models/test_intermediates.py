@@ -8,14 +8,18 @@ import paddle
 import pytest
 from paddle import nn
 
+from config import get_config
+from models import build_model
 from models.layers import (
     Attention,
     BlockIntermediates,
     EViTSpec,
     MixerSpec,
     RemovalSpec,
+    TokenState,
     ToMeSpec,
     attention,
+    keep_tokens,
     register_mixer,
 )
 from models.layers.mixers import MIXERS
@@ -180,6 +184,44 @@ def test_a_new_mixer_plugs_in(windows):
         VisionTransformer(**TINY, mixer=MixerSpec('window'))
     with pytest.raises(UserError, match='mixer has 2 values for 3 blocks'):
         VisionTransformer(**TINY, mixer=mixers[:2])
+
+
+def test_reducers_need_what_the_mixer_offers(windows, monkeypatch):
+    monkeypatch.setattr(Windows, 'offers', ())
+    mixer = MixerSpec(windows)
+    model = VisionTransformer(**TINY, mixer=[mixer, MixerSpec(), mixer], reducers=[EViTSpec([1, 0.5, 1])])
+    assert model.attention_layers() == [1]
+    with pytest.raises(UserError, match='EViTReducer needs the weights of attention, which Windows '):
+        VisionTransformer(**TINY, mixer=mixer, reducers=[EViTSpec([1, 0.5, 1])])
+    with pytest.raises(UserError, match='ToMeReducer needs the keys of attention, which Windows '):
+        model.merge_tokens(2)
+
+
+def test_mixers_are_named_in_the_configuration(windows):
+    opts = ['MODEL.TYPE', 'vit', 'MODEL.TRANS.DEPTH', 3, 'MODEL.TRANS.EMBED_DIM', 24, 'MODEL.TRANS.NUM_HEADS', 3]
+    each = ['MODEL.TRANS.MIXER', [windows, 'attention', 'attention'], 'MODEL.TRANS.REL_POS', ['block']]
+    names = [type(block.attn).__name__ for block in build_model(get_config(opts=[*opts, *each])).blocks]
+    assert names == ['Windows', 'RelativeAttention', 'RelativeAttention']
+    for wrong, message in (
+        (
+            ['MODEL.TRANS.MIXER', [windows, 'attention']],
+            'MODEL.TRANS.MIXER names 2 mixers, but must name one, or one for',
+        ),
+        (['MODEL.TRANS.MIXER', windows, 'MODEL.TRANS.REL_POS', ['block']], 'MODEL.TRANS.REL_POS block needs attention'),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_model(get_config(opts=[*opts, *wrong]))
+
+
+@pytest.mark.parametrize('prefix', [1, 2])
+def test_dropped_tokens_leave_the_state_too(prefix):
+    x = paddle.arange(10.0).reshape([1, 10, 1]).expand([2, -1, 3])
+    state = TokenState(prefix, 10 - prefix, size=x[:, :, :1], class_attention=x[:, :, 0], grid=(3, 3))
+    y, after = keep_tokens(x, state, paddle.to_tensor([[5, 0], [2, 3]]))
+    expected = [[*range(prefix), 5 + prefix, prefix], [*range(prefix), 2 + prefix, 3 + prefix]]
+    for tokens in (y[:, :, 1], after.size[:, :, 0], after.class_attention):
+        assert tokens.tolist() == expected
+    assert (after.num_body, after.grid, after.source, after.is_reduced) == (2, None, None, True)
 
 
 @pytest.mark.parametrize('tome_first', [False, True])

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All combinations of the parts of the Vision Transformer: each trains, or is refused with a sentence."""
+"""All combinations of the parts of the Vision Transformer: each trains, or is refused with a sentence.
+
+The parts are those of the registries. A new one needs a line in `MIXERS`, `REDUCERS` or `TASK_OPTIONS`, and is then tried with
+all the others.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ import numpy as np
 import paddle
 import pytest
 
-from config import get_config
+from config import SCHEMA, get_config
 from models import build_model
+from models.layers import mixers, tokens
+from tasks import TASKS
 from tests.tasks.helpers import attached, batch_of
 from utils.errors import UserError
 from utils.formats import write_pdparams
@@ -21,31 +27,53 @@ TINY = {
 }  # fmt: skip
 FADING = {'MODEL.LAMBDA.PRUNE_LAYERS': (0,), 'MODEL.LAMBDA.DECAY_EPOCHS': 2}
 EVIT = {'MODEL.EVIT.KEEP_RATE': 0.5, 'MODEL.EVIT.DROP_LOC': (1, 2)}
-MIXERS = {
-    'attention': {},
-    'block': {'MODEL.TRANS.REL_POS': ('block',)},
-    'shared': {'MODEL.TRANS.REL_POS': ('shared',)},
-    'beit': {
-        'MODEL.TRANS.REL_POS': ('block', 'shared'), 'MODEL.TRANS.KEY_BIAS': False, 'MODEL.TRANS.LAYER_SCALE': 0.1,
-        'MODEL.TRANS.RESCALED_INIT': True, 'MODEL.TRANS.ABS_POS': False,
+MIXERS = {  # by registered mixer: its variants
+    'attention': {
+        'attention': {},
+        'shared': {'MODEL.TRANS.REL_POS': ('shared',)},
+        'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True},
+        'fading': FADING,
     },
-    'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True},
-    'fading': FADING,
+    'relative': {
+        'block': {'MODEL.TRANS.REL_POS': ('block',)},
+        'beit': {
+            'MODEL.TRANS.REL_POS': ('block', 'shared'), 'MODEL.TRANS.KEY_BIAS': False, 'MODEL.TRANS.LAYER_SCALE': 0.1,
+            'MODEL.TRANS.RESCALED_INIT': True, 'MODEL.TRANS.ABS_POS': False,
+        },
+    },
 }  # fmt: skip
-REDUCERS = {
-    'all': {},
-    'evit': EVIT,
-    'evit_fuse': {**EVIT, 'MODEL.EVIT.FUSE_TOKEN': True},
-    'tome': {'MODEL.TOME.R': 2},
-    'evit_tome': {**EVIT, 'MODEL.EVIT.FUSE_TOKEN': True, 'MODEL.TOME.R': 2},
+REDUCERS = {  # by registered reducer: its variants
+    'evit': {'evit': EVIT, 'evit_fuse': {**EVIT, 'MODEL.EVIT.FUSE_TOKEN': True}},
+    'tome': {'tome': {'MODEL.TOME.R': 2}},
 }
+TASK_OPTIONS = {  # by registered task: the smallest model that it trains
+    'supervised': {},
+    'mae': {
+        'MODEL.TYPE': 'mae', 'MODEL.MAE.DECODER_EMBED_DIM': 16, 'MODEL.MAE.DECODER_NUM_HEADS': 2, 'MODEL.MAE.DECODER_DEPTH': 1,
+    },
+    'mocov3': {'MODEL.TYPE': 'mocov3', 'MODEL.MOCO.DIM': 8, 'MODEL.MOCO.MLP_DIM': 16},
+}  # fmt: skip
 HEADS = {
     'token': {},
     'pool': {'MODEL.TRANS.GLOBAL_POOL': True},
     'distilled': {'MODEL.TRANS.DISTILLED': True},
     'distilled_pool': {'MODEL.TRANS.DISTILLED': True, 'MODEL.TRANS.GLOBAL_POOL': True},
 }
-OBJECTIVES = ('none', 'soft', 'hard')  # TRAIN.DISTILLATION_TYPE
+OBJECTIVES = SCHEMA.keys['TRAIN.DISTILLATION_TYPE'].allowed
+MIXER_VARIANTS = {name: options for kind in sorted(mixers.MIXERS) for name, options in MIXERS[kind].items()}
+
+
+def reducer_variants() -> dict:
+    """No reducer, each variant of one, and one variant of each of several."""
+    choices = [[*REDUCERS[kind].items(), ('', {})] for kind in sorted(tokens.REDUCERS)]
+    combinations = [dict(chosen) for chosen in itertools.product(*choices)]
+    return {
+        '_'.join(filter(None, chosen)) or 'all': {k: v for options in chosen.values() for k, v in options.items()}
+        for chosen in combinations
+    }
+
+
+REDUCER_VARIANTS = reducer_variants()
 IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype('float32')
 
 
@@ -77,10 +105,10 @@ def teacher(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize('head', HEADS)
-@pytest.mark.parametrize('reducer', REDUCERS)
-@pytest.mark.parametrize('mixer', MIXERS)
+@pytest.mark.parametrize('reducer', REDUCER_VARIANTS)
+@pytest.mark.parametrize('mixer', MIXER_VARIANTS)
 def test_it_trains_or_is_refused(mixer, reducer, head, teacher):
-    parts = MIXERS[mixer], REDUCERS[reducer], HEADS[head]
+    parts = MIXER_VARIANTS[mixer], REDUCER_VARIANTS[reducer], HEADS[head]
     model = None
     for objective in OBJECTIVES:
         config = settings(*parts, teacher if objective != 'none' else {}, **{'TRAIN.DISTILLATION_TYPE': objective})
@@ -127,21 +155,31 @@ def check_round_trip(model, config) -> None:
 
 @pytest.mark.parametrize(('mixer', 'reducer'), list(itertools.product(('removed', 'fading'), ('evit', 'evit_tome'))))
 def test_tokens_are_not_dropped_where_attention_is_removed(mixer, reducer):
-    config = settings(MIXERS[mixer], REDUCERS[reducer], **{'MODEL.EVIT.DROP_LOC': (0,)})
+    config = settings(MIXER_VARIANTS[mixer], REDUCER_VARIANTS[reducer], **{'MODEL.EVIT.DROP_LOC': (0,)})
     check_refusal(config, 'MODEL.LAMBDA')
 
 
-@pytest.mark.parametrize('kind', ['mae', 'mocov3'])
+@pytest.mark.parametrize('name', list(TASKS))
+def test_every_task_trains_on_its_example(name):
+    config = settings(TASK_OPTIONS[name], **{'TRAIN.TASK': name})
+    model = build_model(config)
+    task = attached(config, model)
+    model.train()
+    task.update_schedules(model, 1.0)
+    losses = task.loss(model, task.example(4), np.random.default_rng(0))
+    losses.total.backward()
+    assert np.isfinite(losses.total.item())
+    assert (losses.parts.keys(), losses.counts.keys()) == (task.parts.keys(), task.counts.keys())
+    evaluator = task.evaluator()
+    assert evaluator.best[0] in evaluator.titles and evaluator.best[1] in ('min', 'max')
+
+
+@pytest.mark.parametrize('kind', [name for name in TASKS if TASK_OPTIONS[name]])
 def test_pre_training_refuses_parts_of_classifiers(kind):
     """It has all tokens, plain blocks and the class token."""
-    plain = {'MODEL.TYPE': kind, 'TRAIN.TASK': kind, 'DATA.VIEWS': 2 if kind == 'mocov3' else 1}
+    plain = {'MODEL.TYPE': kind, 'TRAIN.TASK': kind}
     build_model(settings(plain))
-    parts = {
-        **{f'mixer {n}': o for n, o in MIXERS.items()},
-        **{f'reducer {n}': o for n, o in REDUCERS.items()},
-        **HEADS,
-    }
-    for name, options in parts.items():
+    for name, options in {**MIXER_VARIANTS, **REDUCER_VARIANTS, **HEADS}.items():
         if options:
             with pytest.raises(
                 UserError, match=rf'MODEL.TYPE {kind} takes no MODEL\.|has no effect for MODEL.TYPE {kind},'

@@ -54,7 +54,9 @@ def test_a_programming_error_keeps_its_traceback(capsys):
     assert 'ZeroDivisionError' in error
 
 
-@pytest.mark.parametrize('argv', [[], ['tools/none.py'], ['tools/_common.py'], ['models/gmlp.py'], ['/tmp'], ['-cfg=x']])
+@pytest.mark.parametrize(
+    'argv', [[], ['tools/none.py'], ['tools/_common.py'], ['models/gmlp.py'], ['/tmp'], ['-cfg=x']]
+)
 def test_a_users_script_runs_commands_only(argv, capsys, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['mine.py', *argv])
     with pytest.raises(SystemExit) as info:
