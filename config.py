@@ -50,14 +50,14 @@ _C.DATA.BATCH_SIZE = Key(256, '[1, 65536]')  # training images per process and m
 _C.DATA.BATCH_SIZE_EVAL = Key(None, '[1, 65536]', int)  # evaluation images per process; None: BATCH_SIZE
 _C.DATA.IMAGE_SIZE = Key(224, '[1, 8192]')  # side of the square input, pixels
 _C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: grey
-_C.DATA.CROP_PCT = Key(0.875, '(0, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
+_C.DATA.CROP_PCT = Key(0.875, '[0.01, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
 _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px
 _C.DATA.EVAL_CROP = Key('centre', ('centre', 'squash'))  # evaluation: crop as CROP_PCT says, or resize both sides
 _C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; TRAIN.TASK decides: it need not be set
 _C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both per training image
 _C.DATA.FAST_RESIZE = Key(True)  # training: resize by OpenCV; False: by Pillow, slower, whose pixels differ slightly
 _C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # of images in [0, 1]; 1 channel: the first
-_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '(0, 1]', length=(1, 3), hint=SCALED)  # standard deviation of the same
+_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', length=(1, 3), hint=SCALED)  # standard deviation of the same
 _C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process itself
 _C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches each worker prepares ahead
 _C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
@@ -136,7 +136,7 @@ _C.MODEL.MOCO = Section(models=MOCOV3)  # MoCo-v3; its encoder is MODEL.TRANS
 _C.MODEL.MOCO.DIM = Key(256, '[1, 65536]')  # channels of the features that are compared
 _C.MODEL.MOCO.MLP_DIM = Key(4096, '[1, 65536]')  # hidden channels of projector and predictor
 _C.MODEL.MOCO.MOMENTUM = Key(0.99, '[0, 1)')  # of the momentum encoder in the first step; it rises to 1 on a half cosine
-_C.MODEL.MOCO.TEMPERATURE = Key(0.2, '(0, 100]')  # similarities are divided by it
+_C.MODEL.MOCO.TEMPERATURE = Key(0.2, '[0.001, 100]')  # similarities are divided by it
 _C.MODEL.MOCO.FREEZE_PATCH = Key(False)  # leave the patch embedding as it was drawn, for stability
 
 _C.MODEL.MSMLP = Section(models=MS_MLP)  # MS-MLP
@@ -166,7 +166,7 @@ _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
-_C.TRAIN.LAYER_DECAY = Key(1.0, '(0, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
+_C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
 _C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
 _C.TRAIN.OPTIMIZER = Section()
@@ -209,7 +209,7 @@ _C.TRAIN.MIXUP_MODE = Key('batch', ('batch', 'pair', 'elem'), tasks=SUPERVISED) 
 # distillation from a trained model
 _C.TRAIN.DISTILLATION_TYPE = Key('none', ('none', 'soft', 'hard'), tasks=SUPERVISED)  # labels of the teacher (DeiT, section 3)
 _C.TRAIN.DISTILLATION_ALPHA = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # share of the distillation loss
-_C.TRAIN.DISTILLATION_TAU = Key(1.0, '(0, 1000]', tasks=SUPERVISED)  # temperature of soft distillation
+_C.TRAIN.DISTILLATION_TAU = Key(1.0, '[0.001, 1000]', tasks=SUPERVISED)  # temperature of soft distillation
 _C.TRAIN.TEACHER_MODEL = Key(None, kind=str, tasks=TAUGHT)  # weights of TEACHER_CFG; without that an exported model
 _C.TRAIN.TEACHER_CFG = Key(None, kind=str, tasks=TAUGHT)  # configuration of the teacher: a file or a model name
 
@@ -319,7 +319,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-batch_size_eval', _integer, metavar='N', help='images per process in evaluation')
     add('-image_size', _integer, metavar='N', help='side of the input in pixels')
     add('-num_classes', _integer, metavar='N', help='number of classes (default: taken from the data)')
-    add('-accum_iter', _integer, metavar='N', help='micro-batches per optimiser step')
+    add('-accum_iter', _integer, metavar='N', help='micro-batches per optimizer step')
     add('-num_workers', _integer, metavar='N', help='image loading processes per training process')
     add('-pretrained', metavar='FILE', help='.pdparams weights to start from or to evaluate')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')

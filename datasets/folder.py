@@ -238,5 +238,6 @@ def data_path(config) -> str:
     """DATA.DATA_PATH, an existing folder."""
     path = expand_user(config.DATA.DATA_PATH)
     if not os.path.isdir(path):
-        raise UserError(f"the data folder '{path}' does not exist; set -data_path (DATA.DATA_PATH).")
+        state = 'is no folder' if os.path.exists(path) else 'does not exist'
+        raise UserError(f"the data folder '{path}' {state}; set -data_path (DATA.DATA_PATH).")
     return path

@@ -138,7 +138,7 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
     known = set().union(*state.values()) if state else set()
     unknown = sorted(known - set(names.values()))
     if unknown:
-        raise UserError(f"the checkpoint's optimiser state names parameters the model lacks: {', '.join(unknown[:8])}.")
+        raise UserError(f"the checkpoint's optimizer state names parameters the model lacks: {', '.join(unknown[:8])}.")
     create_accumulators(optimizer, lambda parameter: names[parameter.name] in known)
     present = accumulators(optimizer)
     for kind, entries in state.items():

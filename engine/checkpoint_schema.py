@@ -15,6 +15,7 @@ from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, check_fi
 from utils.errors import UserError
 from utils.weights import choose_state_dict, find_metadata
 
+_OTHER_MODEL = 'set MODEL and DATA.IMAGE_SIZE as in the run that wrote it, or start from the weights with -pretrained'
 TOTALS = 6  # sums over the unfinished epoch
 FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in any version
 SCALER = (
@@ -88,12 +89,14 @@ class Checkpoint:
             unknown = sorted(entries.keys() - shapes.keys())
             if unknown:
                 names = ', '.join(unknown[:LISTED])
-                raise UserError(f'{self.source}: optimizer.{kind} names parameters the model lacks: {names}.')
+                raise UserError(
+                    f'{self.source}: optimizer.{kind} names parameters the model lacks: {names}; {_OTHER_MODEL}.'
+                )
             for parameter, value in entries.items():
                 if np.shape(value) not in (shapes[parameter], (1,), ()):
                     raise UserError(
                         f'{self.source}: optimizer.{kind}.{parameter} has shape {list(np.shape(value))}, but the parameter '
-                        f'{list(shapes[parameter])}.'
+                        f'{list(shapes[parameter])}; {_OTHER_MODEL}.'
                     )
 
 
@@ -116,7 +119,7 @@ def read_parts(content: dict, path: str) -> Checkpoint:
     part.get('config', (str, dict), optional=True)
     ours = 'progress' in content
     where, weights = choose_state_dict({'model': content['model']}, source=f'{source}: model')
-    optimizer = part.get('optimizer', dict, {}, optional=True)
+    optimizer = part.get('optimizer', dict, {}, optional=not ours)
     (_check_optimizer if ours else _check_flat)(optimizer, f'{source}: optimizer')
     progress = _progress(part.get('progress', dict), source) if ours else {}
     return Checkpoint(
@@ -149,7 +152,7 @@ class _Parts:
         if value is None and optional:
             return default
         if kind is int:
-            fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= 0
+            fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < 2**64
             if not fits:
                 raise self.error(name, 'a whole number of 0 or more')
             return int(value)

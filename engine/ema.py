@@ -54,7 +54,8 @@ class ModelEma:
     def set_state_dict(self, state: dict) -> None:
         """Takes averages from a checkpoint; the caller has checked names and shapes."""
         for name, value in state.items():
-            self.average[name].set_value(paddle.to_tensor(value).astype('float32'))
+            tensor = value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
+            self.average[name].set_value(tensor.astype('float32'))
 
     @staticmethod
     def _write(state: dict, values: dict) -> None:

@@ -12,7 +12,7 @@ from engine.paddle_private import ScaledMomentum
 from utils.errors import UserError
 from utils.registry import Registry
 
-OPTIMIZERS = Registry('optimiser (TRAIN.OPTIMIZER.NAME)')
+OPTIMIZERS = Registry('optimizer (TRAIN.OPTIMIZER.NAME)')
 
 
 def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:

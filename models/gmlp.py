@@ -21,6 +21,7 @@ from models.layers import (
     Intermediates,
     PatchEmbed,
     drop_path_rates,
+    hidden_channels,
     lecun_normal_,
     requested,
     run_block,
@@ -159,7 +160,7 @@ class GMLP(Classifier):
             img_size, patch_size, in_chans, embed_dim, norm_eps=NORM_EPS if stem_norm else None, proj='patch_embed'
         )
         lecun_normal_(self.patch_embed.conv)
-        hidden_dim, num_tokens = int(mlp_ratio * embed_dim), self.patch_embed.num_patches
+        hidden_dim, num_tokens = hidden_channels(embed_dim, mlp_ratio), self.patch_embed.num_patches
         self.mixer_layers = nn.LayerList(
             SpatialGatingBlock(embed_dim, hidden_dim, num_tokens, proj_drop_rate, rate)
             for rate in drop_path_rates(drop_path_rate, depth, drop_path_ramp)

@@ -24,6 +24,7 @@ from models.layers import (
     DropPath,
     Intermediates,
     drop_path_rates,
+    hidden_channels,
     requested,
     run_block,
     torch_conv_,
@@ -117,9 +118,10 @@ class MixShiftBlock(nn.Layer):
         self.dwconv_lr = _depthwise_convs(self.group_dims, mix_size)
         self.dwconv_td = _depthwise_convs(self.group_dims, mix_size)
         self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
-        self.pwconv1 = nn.Linear(dim, int(mlp_ratio * dim))
+        hidden_dim = hidden_channels(dim, mlp_ratio)
+        self.pwconv1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(int(mlp_ratio * dim), dim)
+        self.pwconv2 = nn.Linear(hidden_dim, dim)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:

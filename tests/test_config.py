@@ -2,6 +2,7 @@
 """The configuration tree, its files, its command line, and what a user can get wrong there."""
 
 import glob
+import math
 import os
 import re
 import subprocess
@@ -164,7 +165,11 @@ def test_mistakes_in_a_file_name_the_place(write, text, words):
         ('SEED: {}', 'SEED is {}, but must be a whole number'),
         ('TRIAN: {BASE_LR: 1}', "unknown key 'TRIAN'. Did you mean 'TRAIN'?"),
         ('? [a, b]\n: 3', "expected 'KEY: value', but the key is a list or a section."),
+        ('train: {BASE_LR: 1}', "unknown key 'train'. Did you mean 'TRAIN'?"),
+        ('1: 5', "unknown key '1'. config.py lists all keys."),
         ('A: &a {B: *a}', "unknown key 'A'"),
+        ('BASE: ["a\\0b"]', 'cannot exist: its name holds a zero byte.'),
+        ('DATA: {CROP_PCT: 0.0001}', 'DATA.CROP_PCT is 0.0001, but must be a number between 0.01 and 1.'),
         ('SEED: &a [*a]', 'SEED is [[...]], but must be a whole number'),
         ('TAG: 2020-13-45', "cannot read the value of 'TAG': it is not valid YAML."),
         ('SEED: 0x' + 5000 * 'F', 'SEED is a number of thousands of digits, but must be a whole number'),
@@ -185,7 +190,7 @@ def test_mistakes_in_a_file_name_the_place(write, text, words):
         ('TRAIN: {GRAD_CLIP: -1}', 'TRAIN.GRAD_CLIP is -1.0, but must be a number between 0 and 1000000, or None.'),
         (
             'DATA: {IMAGENET_STD: [58.4, 57.1, 57.4]}',
-            'each between 0 (excluded) and 1; images are scaled to [0, 1], so divide',
+            'each between 0.001 and 1; images are scaled to [0, 1], so divide',
         ),
         ('DATA: {IMAGENET_MEAN: [0.5]}', 'DATA.IMAGENET_MEAN is [0.5], but must have 3 numbers (DATA.IMAGE_CHANNELS).'),
         ('TRAIN: {CROP_SCALE: 1, NUM_EPOCHS: 1}', 'TRAIN.CROP_SCALE is 1, but must be (low, high)'),
@@ -234,7 +239,7 @@ def outside(key):
     """Numbers that a key with bounds does not take, those that are none or belong to the other kind included."""
     low, high = key.allowed.low, key.allowed.high
     numbers = [st.sampled_from([float('nan'), float('inf'), -float('inf'), 10**400, -(10**400)])]
-    numbers += [st.integers(max_value=low - 1), st.integers(min_value=high + 1)]
+    numbers += [st.integers(max_value=math.ceil(low) - 1), st.integers(min_value=math.floor(high) + 1)]
     if scalar(key.kind) is float:
         numbers += [st.floats(max_value=low, exclude_max=True), st.floats(min_value=high, exclude_min=True)]
         numbers += [st.just(low)] * key.allowed.low_open + [st.just(high)] * key.allowed.high_open

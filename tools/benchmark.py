@@ -15,6 +15,10 @@ if __name__ == '__main__':
     import _bootstrap
 
     _bootstrap.start()
+elif __name__ == '__mp_main__':  # the process that measures memory
+    from utils.environment import import_paddle
+
+    import_paddle()
 
 import argparse
 import contextlib

@@ -267,6 +267,9 @@ class Schema:
 
     def merge_file(self, config: CfgNode, path: str, parents: tuple[str, ...] = ()) -> None:
         """Merges a YAML file into `config`, after the files that its BASE names, recursively."""
+        if '\0' in path:
+            named = f" (BASE of '{parents[-1]}')" if parents else ''
+            raise UserError(f'the configuration file {shown(path)}{named} cannot exist: its name holds a zero byte.')
         path = follow_latest(path)
         real = os.path.realpath(path)
         if real in parents:
@@ -291,7 +294,7 @@ class Schema:
         if name in self.sections:
             raise UserError(f'{where}: {self._not_a_section(name, value)}')
         if name not in self.keys:
-            raise UserError(f"{where}: unknown key '{name}'. Did you mean '{self._nearest(name)}'?")
+            raise UserError(f"{where}: unknown key '{name}'.{self._nearest(name)} config.py lists all keys.")
         self._node(config, name)[name.rpartition('.')[2]] = self._coerce(name, value, where)
         config.origins[name] = Origin(where, len(config.layers))
 
@@ -305,7 +308,8 @@ class Schema:
         return f'{where}: {name} is {shown(value)}, but must be {self.keys[name].expected()}.'.removeprefix(': ')
 
     def _nearest(self, name: str) -> str:
-        return difflib.get_close_matches(name, [*self.keys, *sorted(self.sections)], n=1, cutoff=0)[0]
+        near = difflib.get_close_matches(name.upper(), [*self.keys, *sorted(self.sections)], n=1, cutoff=0.5)
+        return f" Did you mean '{near[0]}'?" if near else ''
 
     def _not_a_section(self, name: str, value) -> str:
         example = next((key for key in self.keys if key.startswith(f'{name}.')), name)

@@ -10,7 +10,7 @@ from models.layers.evit import EViTReducer, EViTSpec
 from models.layers.init import fix_, lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.intermediates import BlockIntermediates, Intermediates, requested, tokens_to_maps
 from models.layers.mixers import MixerSpec, build_mixer, register_mixer
-from models.layers.mlp import Mlp
+from models.layers.mlp import Mlp, hidden_channels
 from models.layers.patch_embed import PatchEmbed
 from models.layers.positions import computed_table, moco_position_table, resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
@@ -57,6 +57,7 @@ __all__ = [
     'drop_path_rates',
     'fix_',
     'keep_tokens',
+    'hidden_channels',
     'lecun_normal_',
     'merge_schedule',
     'moco_position_table',

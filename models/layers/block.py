@@ -11,7 +11,7 @@ from paddle.nn import initializer
 from models.layers.attention import AttentionMaps
 from models.layers.drop_path import DropPath
 from models.layers.intermediates import Recorder, tokens_to_maps
-from models.layers.mlp import Mlp
+from models.layers.mlp import Mlp, hidden_channels
 from models.layers.tokens import TokenReducer, TokenState
 from utils.errors import UserError
 
@@ -51,7 +51,7 @@ class Block(nn.Layer):
             self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
             self.attn = mixer
         self.norm2 = nn.LayerNorm(dim, epsilon=NORM_EPS)
-        self.mlp = Mlp(dim, int(mlp_ratio * dim), drop_rate)
+        self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
         if layer_scale is not None:
             if mixer is not None:

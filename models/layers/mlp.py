@@ -5,6 +5,16 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from utils.errors import UserError
+
+
+def hidden_channels(dim: int, mlp_ratio: float) -> int:
+    """Truncated, as the original programs do. Raises UserError where none are left."""
+    hidden = int(mlp_ratio * dim)
+    if hidden < 1:
+        raise UserError(f'MLP_RATIO {mlp_ratio:g} leaves no hidden channels of {dim}; raise it to 1 / {dim} or more.')
+    return hidden
+
 
 class Mlp(nn.Layer):
     """Linear, exact GELU, dropout, Linear, dropout.

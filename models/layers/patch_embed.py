@@ -33,7 +33,10 @@ class PatchEmbed(nn.Layer):
     ):
         super().__init__()
         if img_size % patch_size:
-            raise UserError(f'an image of {img_size} pixels does not divide into patches of {patch_size}.')
+            raise UserError(
+                f'an image of {img_size} pixels does not divide into patches of {patch_size}; '
+                'set DATA.IMAGE_SIZE to a multiple, or change PATCH_SIZE.'
+            )
         self.img_size = img_size
         self.patch_size = patch_size
         self.any_size = any_size

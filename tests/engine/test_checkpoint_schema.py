@@ -96,6 +96,7 @@ BROKEN = {
     r'progress\.totals is a list of 6 entries': progress(totals=[None] * 6),
     "progress has the unknown field 'epoch'": progress(epoch=9),
     'optimizer is a list': {'optimizer': [1]},
+    'optimizer is None, but must be a dict': {'optimizer': None},
     r'optimizer: moment1 is an array of shape \[1\], but must be a dict': {'optimizer': {'moment1': np.ones(1)}},
     r"optimizer: moment1\.weight is 'x', but must be an array": {'optimizer': {'moment1': {'weight': 'x'}}},
     r'optimizer\.moment1 has NaN or infinite values in bias': {

@@ -201,6 +201,8 @@ def test_hidden_channels_are_truncated_and_even():
     assert tiny(embed_dim=20, mlp_ratio=2.5).mixer_layers[0].mlp_channels.fc1.weight.shape == [20, 50]
     with pytest.raises(UserError, match='45 is odd'):
         tiny(embed_dim=18, mlp_ratio=2.54)
+    with pytest.raises(UserError, match='MLP_RATIO 0.01 leaves no hidden channels of 18'):
+        tiny(embed_dim=18, mlp_ratio=0.01)
 
 
 def test_other_image_sizes_are_refused():

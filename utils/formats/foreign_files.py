@@ -23,6 +23,7 @@ _MAGIC: Sequence[tuple[bytes, str, str]] = (
         'a git-lfs pointer and not the file itself',
         'fetch it with `git lfs pull`, or download it',
     ),
+    (b'/annex/objects/', 'a git-annex pointer and not the file itself', 'fetch it with `git annex get`'),
     (b'\x89HDF\r\n\x1a\n', 'an HDF5 file (Keras)', _TENSORFLOW),
     (b'model_checkpoint_path:', 'the index of TensorFlow checkpoints', _TENSORFLOW),
     (b'GGUF', 'a GGUF file', 'give the original weights (.safetensors or .pth)'),

@@ -63,7 +63,9 @@ def _errors_of(path: str):
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror or error}.") from None
     except Exception as error:
-        raise UserError(f"'{path}' is damaged, cut short, or not a weight file: {_one_line(error)}.") from None
+        raise UserError(
+            f"'{path}' is damaged, cut short, or not a weight file: {_one_line(error)}; copy or download it again."
+        ) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -46,6 +46,7 @@ INDEX = {
 }
 FOREIGN = {
     'pointer.pth': (POINTER, 'a git-lfs pointer.*git lfs pull'),
+    'annex.pth': (b'/annex/objects/SHA256E-s5--4d7a.pth', 'a git-annex pointer.*git annex get'),
     'pointer.safetensors': (POINTER, 'a git-lfs pointer'),
     'page.pdparams': (b'\n <!DOCTYPE html><html>Sign in</html>', 'a web page and not the file itself; download'),
     'page.safetensors': (b'\xef\xbb\xbf<html>', 'a web page'),
