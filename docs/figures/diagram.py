@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 DOCS = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-BLUE, GREEN, RED, SAND, VIOLET, GREY = '#d8e7f3', '#dcefdc', '#f4dcdc', '#f3e8d3', '#e6e0ef', '#eeeeee'
+BLUE, GREEN, RED, SAND, VIOLET, GRAY = '#d8e7f3', '#dcefdc', '#f4dcdc', '#f3e8d3', '#e6e0ef', '#eeeeee'
 INK, FAINT = '#222222', '#555555'
 
 
@@ -26,7 +26,7 @@ class Diagram:
         self.axes.text(x, y, text, fontsize=size, color=color, va='center', **{'ha': 'center', **options})
 
     def box(
-        self, x: float, y: float, width: float, height: float, title: str, lines: str = '', color: str = GREY
+        self, x: float, y: float, width: float, height: float, title: str, lines: str = '', color: str = GRAY
     ) -> None:
         """A rounded box with its lower left corner at (x, y); `lines` stand below the bold title."""
         style = 'round,pad=0,rounding_size=7'

@@ -20,7 +20,7 @@ from diagram import DOCS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, GREY = (
+BLUE, ORANGE, GREEN, GRAY = (
     '#0072B2',
     '#D55E00',
     '#009E73',
@@ -60,7 +60,7 @@ def draw_lambda(parent: str) -> Figure:
     figure, (axes,) = canvas(1, 7)
     dense = os.path.join(parent, 'dense')
     last = rows(dense, 'val')[-1]['epoch']
-    curve(axes, dense, 'acc1', GREY, 'dense training')
+    curve(axes, dense, 'acc1', GRAY, 'dense training')
     curve(axes, os.path.join(parent, 'continued'), 'acc1', GREEN, 'dense training continued', last)
     curve(axes, os.path.join(parent, 'fading'), 'acc1', ORANGE, 'attention of two blocks decays', last)
     decay = rows(os.path.join(parent, 'fading'), 'train')

@@ -4,7 +4,7 @@
 python docs/figures/layout.py
 """
 
-from diagram import FAINT, GREEN, GREY, RED, SAND, VIOLET, Diagram
+from diagram import FAINT, GREEN, GRAY, RED, SAND, VIOLET, Diagram
 
 WIDTH, HEIGHT, GAP, MARGIN, TOP = 860, 62, 14, 20, 340
 ROWS = (  # color, packages with what they hold
@@ -13,7 +13,7 @@ ROWS = (  # color, packages with what they hold
     (VIOLET, ('tasks', 'losses and metrics:\nclassification, distillation, MAE, MoCo v3'), ('analysis', 'attention statistics, CKA,\nlayer selection'),
      ('deploy', 'trained models\nfor inference')),
     (GREEN, ('models', 'architectures, layers, weight conversion'), ('datasets', 'storage, transforms, samplers, workers, loader')),
-    (GREY, ('config.py, configs', 'every key; one YAML per model'), ('utils', 'files, logs, safe readers: neither models nor data')),
+    (GRAY, ('config.py, configs', 'every key; one YAML per model'), ('utils', 'files, logs, safe readers: neither models nor data')),
 )  # fmt: skip
 
 
