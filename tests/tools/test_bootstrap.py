@@ -38,6 +38,13 @@ def test_modules_without_packages(module):
     assert (status, err.count('\n')) == (2, 1) and "error: the Python package '" in err
 
 
+def test_pip_install_is_refused():
+    """pyproject.toml: installed modules would not run, so that pip says what to do instead."""
+    command = ('-m', 'pip', 'install', '--no-index', '--no-build-isolation', '--disable-pip-version-check', ROOT)
+    status, out, err = start(*command, cwd='/')
+    assert status and 'runs from its folder and cannot be installed: run `make train`' in out + err
+
+
 def test_a_linked_tool_runs_anywhere(tmp_path):
     link = tmp_path / 'lists'
     link.symlink_to(os.path.join(ROOT, 'tools', 'make_lists.py'))
