@@ -74,8 +74,14 @@ def test_pictures_are_written_by_a_command_in_the_documents():
         page = next((text for text in pages.values() if f'{picture})' in text), None)
         assert page, f'docs/{picture} stands in no page'
         name = picture.removesuffix('.png')
-        writers = (f'docs/{picture}', f'docs/figures/{name}.py', f'docs/figures/digits.py {name.removesuffix("_digits")}')
-        assert any(writer in page.replace(f'(docs/{picture})', '') for writer in writers), f'no command writes docs/{picture}'
+        writers = (
+            f'docs/{picture}',
+            f'docs/figures/{name}.py',
+            f'docs/figures/digits.py {name.removesuffix("_digits")}',
+        )
+        assert any(writer in page.replace(f'(docs/{picture})', '') for writer in writers), (
+            f'no command writes docs/{picture}'
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- keys

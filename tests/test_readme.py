@@ -67,7 +67,9 @@ def test_the_tables_agree_with_the_configurations():
 
 def test_the_last_line_of_make_train():
     """The README quotes the line with which a run ends; tests/runs/test_launchers.py checks the run."""
-    assert re.search(r'^----- Finished: best Validation Acc@1: 0\.\d{4} after epoch \d+, weights in ', read(README), re.MULTILINE)
+    assert re.search(
+        r'^----- Finished: best Validation Acc@1: 0\.\d{4} after epoch \d+, weights in ', read(README), re.MULTILINE
+    )
 
 
 @pytest.mark.parametrize('page', PAGES, ids=os.path.basename)

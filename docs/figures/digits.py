@@ -14,6 +14,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import sys
 
 from diagram import DOCS
@@ -32,6 +33,13 @@ def rows(folder: str, kind: str) -> list[dict]:
     """Rows of metrics.jsonl of one kind: 'train' or 'val'."""
     with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as file:
         return [row for row in map(json.loads, file) if row['kind'] == kind]
+
+
+def attention_weights(folder: str) -> dict[int, float]:
+    """λ by epoch, from the log lines of the steps."""
+    with open(os.path.join(folder, 'log.txt'), encoding='utf-8') as file:
+        found = re.findall(r'Epoch\[(\d+)/\d+\], Step.* attn_lambda: ([\d.]+)', file.read())
+    return {int(epoch): float(value) for epoch, value in found}
 
 
 def seeds(parent: str, name: str) -> list[str]:
@@ -63,11 +71,9 @@ def draw_lambda(parent: str) -> Figure:
     curve(axes, dense, 'acc1', GRAY, 'dense training')
     curve(axes, os.path.join(parent, 'continued'), 'acc1', GREEN, 'dense training continued', last)
     curve(axes, os.path.join(parent, 'fading'), 'acc1', ORANGE, 'attention of two blocks decays', last)
-    decay = rows(os.path.join(parent, 'fading'), 'train')
     weight = axes.twinx()
-    weight.step(
-        [last + row['epoch'] for row in decay], [row['attn_lambda'] for row in decay], '--', color=BLUE, where='mid'
-    )
+    epochs, values = zip(*attention_weights(os.path.join(parent, 'fading')).items())
+    weight.step([last + epoch for epoch in epochs], values, '--', color=BLUE, where='mid')
     weight.set_ylabel('λ (dashed)', color=BLUE)
     weight.set_ylim(-0.05, 1.6)
     axes.set(xlabel='epoch', ylabel='validation top-1, %', ylim=(80, 100))
