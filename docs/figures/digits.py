@@ -75,7 +75,7 @@ def draw_lambda(parent: str) -> Figure:
     epochs, values = zip(*attention_weights(os.path.join(parent, 'fading')).items())
     weight.step([last + epoch for epoch in epochs], values, '--', color=BLUE, where='mid')
     weight.set_ylabel('λ (dashed)', color=BLUE)
-    weight.set_ylim(-0.05, 1.6)
+    weight.set(ylim=(-0.05, 1.6), yticks=(0, 0.5, 1))
     axes.set(xlabel='epoch', ylabel='validation top-1, %', ylim=(80, 100))
     axes.legend(loc='lower left', fontsize=8, framealpha=1)
     return figure

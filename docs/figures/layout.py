@@ -4,7 +4,7 @@
 python docs/figures/layout.py
 """
 
-from diagram import FAINT, GREEN, GRAY, RED, SAND, VIOLET, Diagram
+from diagram import FAINT, GRAY, GREEN, RED, SAND, VIOLET, Diagram
 
 WIDTH, HEIGHT, GAP, MARGIN, TOP = 860, 62, 14, 20, 340
 ROWS = (  # color, packages with what they hold
