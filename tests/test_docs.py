@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import glob
+import importlib
+import json
 import os
 import re
 
@@ -82,6 +84,31 @@ def test_pictures_are_written_by_a_command_in_the_documents():
         assert any(writer in page.replace(f'(docs/{picture})', '') for writer in writers), (
             f'no command writes docs/{picture}'
         )
+
+
+def fake_run(folder, epochs: int = 2) -> None:
+    """A run folder with what the curves of docs/figures/digits.py read."""
+    os.makedirs(folder)
+    row = {'kind': 'val', 'acc1': 0.9, 'knn_acc1': 0.9, 'loss': 0.2}
+    with open(os.path.join(folder, 'metrics.jsonl'), 'w', encoding='utf-8') as file:
+        file.writelines(json.dumps({**row, 'epoch': 1 + epoch}) + '\n' for epoch in range(epochs))
+    with open(os.path.join(folder, 'log.txt'), 'w', encoding='utf-8') as file:
+        file.writelines(f'Epoch[{1 + epoch:03}/002], Step[0000/0023], attn_lambda: 0.5\n' for epoch in range(epochs))
+
+
+def test_scripts_of_the_pictures_run(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(os.path.join(DOCS, 'figures'))
+    monkeypatch.setattr(importlib.import_module('diagram'), 'DOCS', str(tmp_path))
+    for name in ('architecture', 'block', 'layout'):
+        importlib.import_module(name).main()
+    digits = importlib.import_module('digits')
+    monkeypatch.setattr(digits, 'DOCS', str(tmp_path))
+    for name in ('dense', 'continued', 'fading', 'mae', 'mae_1', 'finetuned', 'scratch', 'moco'):
+        fake_run(tmp_path / name)
+    for name in ('lambda', 'mae', 'mocov3'):
+        digits.main(name, str(tmp_path))
+    names = ['architecture', 'block', 'lambda_digits', 'layout', 'mae_digits', 'mocov3_digits']
+    assert sorted(path.stem for path in tmp_path.glob('*.png')) == names
 
 
 # ---------------------------------------------------------------------------------------------------- keys
