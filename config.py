@@ -32,7 +32,9 @@ from utils.schema import Key, Owners, Schema, Section, shown
 
 # Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
-CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, VIT + MAE + MOCOV3
+UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
+SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
+CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
 SUPERVISED, TAUGHT, TASKS = ('supervised',), ('supervised', 'mae'), ('supervised', 'mae', 'mocov3')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
@@ -75,9 +77,9 @@ _C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize th
 _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of the attention weights
-_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of what the classifier of a Vision Transformer sees
-_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS)  # stochastic depth rate
-_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
+_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT + UPERNET)  # rate of what the classifier sees; upernet: of whole channels
+_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + SEGMENTORS)  # stochastic depth rate
+_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + SEGMENTORS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
 
 _C.MODEL.MIXER = Section(models=GMLP)  # gMLP
 _C.MODEL.MIXER.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
@@ -94,13 +96,13 @@ _C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # heads of each attention
 _C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED_DIM
 _C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # classify the normalized mean of the patch tokens, not the class token
-_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT)  # a second classifier for a teacher's labels
+_C.MODEL.TRANS.DISTILLED = Key(False, models=ENCODERS)  # a distillation token, and a second classifier for a teacher's labels
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
-_C.MODEL.TRANS.ABS_POS = Key(True, models=VIT)  # add a learned position to each token
-_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT)  # relative position biases: per block, shared, or both
-_C.MODEL.TRANS.KEY_BIAS = Key(True, models=VIT)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
-_C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=VIT)  # initial LayerScale value (CaiT); None: no LayerScale
+_C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # add a learned position to each token
+_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=ENCODERS)  # relative position biases: per block, shared, or both
+_C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
+_C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
 _C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks, tiny classifier (BEiT)
 
 _C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens the class token attends to
@@ -110,7 +112,7 @@ _C.MODEL.EVIT.FUSE_TOKEN = Key(False)  # fuse the others into one token instead 
 _C.MODEL.EVIT.SHRINK_START_EPOCH = Key(0, '[0, 1e6]')  # training: epochs with all tokens before the keep rate falls
 _C.MODEL.EVIT.SHRINK_EPOCHS = Key(0, '[0, 1e6]')  # training: epochs in which it falls from 1 to KEEP_RATE
 
-_C.MODEL.LAMBDA = Section(models=VIT)  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
+_C.MODEL.LAMBDA = Section(models=ENCODERS)  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
 _C.MODEL.LAMBDA.PRUNE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention fades in training, numbered from 0
 _C.MODEL.LAMBDA.DONE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention faded in an earlier training
 _C.MODEL.LAMBDA.REMOVED = Key(False)  # build the blocks of both lists without attention: for a model that is trained
@@ -137,6 +139,18 @@ _C.MODEL.MOCO.MLP_DIM = Key(4096, '[1, 65536]')  # hidden channels of projector 
 _C.MODEL.MOCO.MOMENTUM = Key(0.99, '[0, 1)')  # of the momentum encoder in the first step; it rises to 1 on a half cosine
 _C.MODEL.MOCO.TEMPERATURE = Key(0.2, '(0, 100]')  # similarities are divided by it
 _C.MODEL.MOCO.FREEZE_PATCH = Key(False)  # leave the patch embedding as it was drawn, for stability
+
+_C.MODEL.UPERNET = Section(models=UPERNET)  # UPerNet; its backbone is MODEL.TRANS
+_C.MODEL.UPERNET.OUT_INDICES = Key((3, 5, 7, 11), '[0, 999]', length=(4,))  # blocks whose output is used, from 0
+_C.MODEL.UPERNET.NECK = Key('pyramid', ('pyramid', 'mln', 'none'))  # transposed convolutions, MultiLevelNeck, or none
+_C.MODEL.UPERNET.CHANNELS = Key(768, '[1, 65536]', none=True)  # width of the head; None: TRANS.EMBED_DIM
+_C.MODEL.UPERNET.LAST_NORM = Key(False)  # LayerNorm on the last of the maps
+_C.MODEL.UPERNET.AUXILIARY = Key(True)  # FCN auxiliary head, for training
+
+_C.MODEL.SEGMENTER = Section(models=SEGMENTER)  # Segmenter; its encoder is MODEL.TRANS
+_C.MODEL.SEGMENTER.DECODER = Key('mask', ('mask', 'linear'))  # mask transformer, or a linear classifier of each patch
+_C.MODEL.SEGMENTER.NUM_LAYERS = Key(2, '[1, 1000]')  # blocks of the mask transformer
+_C.MODEL.SEGMENTER.DROPOUT = Key(0.1, '[0, 1)')  # rate in these blocks
 
 _C.MODEL.MSMLP = Section(models=MS_MLP)  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = Key(4, '[1, 1024]')  # side of a patch, pixels
@@ -251,7 +265,7 @@ _RENAMED = {
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + MAE + MOCOV3, TASKS))
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + SEGMENTORS + MAE + MOCOV3, TASKS))
 
 
 # ---------------------------------------------------------------------------------------------------- reading
