@@ -285,6 +285,8 @@ class Trainer:
             f'----- Epoch[{state.last_epoch:03d}/{self.length.num_epochs:03d}], '
             f'{describe_metrics(self.evaluator, result, label)}, time: {result["seconds"]:.2f}'
         )
+        for line in self.evaluator.details():
+            self.log.master(line)
         speed = result['images'] / result['seconds']
         self.reporter.record(kind, state.last_epoch, state.step, **result, images_per_second=speed)
         name, direction = self.evaluator.best

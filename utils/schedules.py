@@ -69,7 +69,7 @@ def step(
 
 @SCHEDULES.register('poly')
 def poly(
-    t: float, *, base: float, start: float, end: float, warmup: float, total: float, power: float, **_
+    t: float, *, base: float, start: float, end: float, warmup: float, total: float, power: float = 1.0, **_
 ) -> float:
     """From `base` to `end` as (1 - t / total)^power; the warm-up multiplies it by a line from start / base to 1 (mmsegmentation)."""
     value = end + (base - end) * max(1 - t / total, 0.0) ** power
