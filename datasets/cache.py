@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 from tqdm import tqdm
 
-from datasets.dataset import Images, EncodedStorage, Storage
+from datasets.dataset import EncodedStorage, Images, Storage
 from datasets.images import UnreadableImage
 from utils.errors import UserError
 
@@ -27,7 +27,6 @@ def cached(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
     Raises:
         UserError: not enough memory.
     """
-
 
     def in_memory(storage: Storage) -> Storage:
         if not isinstance(storage, EncodedStorage):

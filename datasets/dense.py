@@ -29,12 +29,20 @@ def dense_transform(config, training: bool, targets: Sequence[Plane] = ()) -> Tr
     data, train = config.DATA, config.TRAIN
     if not training:
         window = min(crop_size(config)) if config.VAL.IS_SLIDE else None
-        return Transform([ScaledImages(data.IMAGE_SCALE, config.VAL.SCALE_RATIOS, window)], (None, None, data.IMAGE_CHANNELS))
+        return Transform(
+            [ScaledImages(data.IMAGE_SCALE, config.VAL.SCALE_RATIOS, window)], (None, None, data.IMAGE_CHANNELS)
+        )
     size = crop_size(config)
-    steps = [ScaledResize(data.IMAGE_SCALE, train.SCALE_RANGE), ClassCrop(size, train.CROP_CLASS_SHARE), FastFlip(train.HFLIP)]
+    steps = [
+        ScaledResize(data.IMAGE_SCALE, train.SCALE_RANGE),
+        ClassCrop(size, train.CROP_CLASS_SHARE),
+        FastFlip(train.HFLIP),
+    ]
     if train.PHOTOMETRIC:
         if data.IMAGE_CHANNELS != 3:
-            raise UserError('TRAIN.PHOTOMETRIC changes the colors of RGB images: set it to False for DATA.IMAGE_CHANNELS 1.')
+            raise UserError(
+                'TRAIN.PHOTOMETRIC changes the colors of RGB images: set it to False for DATA.IMAGE_CHANNELS 1.'
+            )
         steps.append(PhotometricDistortion())
     planes = [*targets, Plane(VALID, (2,), 'int32')]
     return Transform([*steps, Pad(size)], (*size, data.IMAGE_CHANNELS), planes)

@@ -69,7 +69,7 @@ def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
         ink = np.asarray(Image.fromarray(digits[number]).resize((side, side), Image.Resampling.BICUBIC)) > _INK
         top, left = (int(start) for start in rng.integers(-side // 6, SIDE - side + side // 6 + 1, 2))
         rows, columns = np.nonzero(ink)
-        inside = (0 <= rows + top) & (rows + top < SIDE) & (0 <= columns + left) & (columns + left < SIDE)
+        inside = (rows + top >= 0) & (rows + top < SIDE) & (columns + left >= 0) & (columns + left < SIDE)
         rows, columns = rows[inside] + top, columns[inside] + left
         image[rows, columns] = rng.integers(150, 256, 3) + rng.normal(0, 6, (len(rows), 3))
         owner[rows, columns] = len(stamps)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+
 from datasets.classes import ClassTable, builtin_classes, read_classes
 from datasets.dataset import FileStorage
 from datasets.folder import data_path, read_lines
@@ -51,14 +52,16 @@ def _voc(config, name: str, maps: str) -> SegmentationDataset:
     path = os.path.join(root, 'ImageSets', 'Segmentation', f'{name}.txt')
     names = [line.strip() for _, line in read_lines(path, 'DATA_PATH is the folder VOCdevkit/VOC2012')]
     images = [os.path.join('JPEGImages', f'{name}.jpg') for name in names]
-    return _paired(config, root, images, [os.path.join(maps, f'{name}.png') for name in names], builtin_classes('voc2012'))
+    return _paired(
+        config, root, images, [os.path.join(maps, f'{name}.png') for name in names], builtin_classes('voc2012')
+    )
 
 
 @register_dataset('cityscapes')
 def build_cityscapes(config, split: str) -> SegmentationDataset:
     """leftImg8bit and gtFine; maps of train ids where they are, else of label ids."""
     root, ending = data_path(config), '_leftImg8bit.png'
-    found, _ = images_below(os.path.join(root, 'leftImg8bit', split))
+    found = _files(os.path.join(root, 'leftImg8bit', split))
     names = [name[: -len(ending)] for name in found if name.endswith(ending)]
     if not names:
         raise UserError(f"'{os.path.join(root, 'leftImg8bit', split)}' holds no image that ends in {ending}.")
@@ -72,13 +75,15 @@ def build_cityscapes(config, split: str) -> SegmentationDataset:
     return _paired(config, root, images, maps, builtin_classes('cityscapes'), ids=ids)
 
 
-def segmentation_folder(config, root: str, split: str, classes: ClassTable, reduce_zero: bool = False) -> SegmentationDataset:
+def segmentation_folder(
+    config, root: str, split: str, classes: ClassTable, reduce_zero: bool = False
+) -> SegmentationDataset:
     """Images below `root/images/split`, and maps of the same names below `root/annotations/split`."""
     images, maps = (os.path.join(root, folder, split) for folder in ('images', 'annotations'))
-    names, _ = images_below(images)
+    names = _files(images)
     if not names:
         raise UserError(f"'{images}' holds no image.")
-    annotated = {os.path.splitext(name)[0]: name for name in images_below(maps)[0]}
+    annotated = {os.path.splitext(name)[0]: name for name in _files(maps)}
     stems = [os.path.splitext(name)[0] for name in names]
     lacking = [name for name, stem in zip(names, stems) if stem not in annotated]
     if lacking:
@@ -96,6 +101,11 @@ def segmentation_folder(config, root: str, split: str, classes: ClassTable, redu
     return _paired(config, root, names, paths, classes, reduce_zero=reduce_zero, notes=notes)
 
 
+def _files(folder: str) -> list[str]:
+    """Image files anywhere below a folder, relative to it."""
+    return [os.path.normpath(path) for path in images_below(folder)[0]]
+
+
 def _first_twice(names: list[str]) -> str | None:
     seen: set[str] = set()
     for name in names:
@@ -105,7 +115,9 @@ def _first_twice(names: list[str]) -> str | None:
     return None
 
 
-def _paired(config, root: str, images: list[str], maps: list[str], classes: ClassTable, **options) -> SegmentationDataset:
+def _paired(
+    config, root: str, images: list[str], maps: list[str], classes: ClassTable, **options
+) -> SegmentationDataset:
     """Image files and map files in the same order."""
     _check_exist(root, maps)
     return paired(config, FileStorage(root, images), FileStorage(root, maps), f"'{root}'", classes, **options)
@@ -131,8 +143,6 @@ def _check_exist(root: str, paths: list[str]) -> None:
             listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in listed[folder]:
             raise UserError(f"the label map '{os.path.join(folder, name)}' is missing; add it, or remove its image.")
-
-
 
 
 def known_classes(config) -> ClassTable | None:

@@ -70,9 +70,7 @@ class Trainer:
                 model, self.optimizer, level='O2', dtype=config.AMP_DTYPE, master_weight=True
             )
         self.ema = ModelEma(self.model, config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
-        self.reporter = Reporter(
-            config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs
-        )
+        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
         self.snapshot = Snapshot(
             config,
             task,

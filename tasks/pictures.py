@@ -24,7 +24,9 @@ def draw(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     """Pictures [H, W, C] in rows and columns; those of a row have one size, and rows may differ."""
     widths = [max(row[0].shape[1] for row in rows)] * len(rows[0])
     heights = [row[0].shape[0] for row in rows]
-    sheet = Image.new('RGB', (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(rows) + 1)), (PAPER,) * 3)
+    sheet = Image.new(
+        'RGB', (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(rows) + 1)), (PAPER,) * 3
+    )
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             tile = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)

@@ -55,7 +55,9 @@ class SegmentationTask(Task):
         if not config.VAL.SCALE_RATIOS:
             raise UserError('VAL.SCALE_RATIOS is empty, but must hold one number or more: [1.0] evaluates one scale.')
         if config.TRAIN.REPEATED_AUG > 1 or config.TRAIN.RANDOM_ERASE_PROB > 0:
-            raise UserError('TRAIN.TASK segmentation knows no repeated augmentation and no random erasing: set both to 0.')
+            raise UserError(
+                'TRAIN.TASK segmentation knows no repeated augmentation and no random erasing: set both to 0.'
+            )
         self.classes: ClassTable | None = None
 
     # ------------------------------------------------------------------------------------------------ data

@@ -12,7 +12,12 @@ from tests.tasks.helpers import rows
 from utils.errors import UserError
 
 # 75 images in batches of 8: ten steps an epoch.
-ITERATIONS = {'TRAIN__NUM_ITERS': 24, 'VALIDATE_ITERS': 7, 'TRAIN__LR_SCHEDULER__NAME': 'poly', 'TRAIN__WARMUP_ITERS': 5}
+ITERATIONS = {
+    'TRAIN__NUM_ITERS': 24,
+    'VALIDATE_ITERS': 7,
+    'TRAIN__LR_SCHEDULER__NAME': 'poly',
+    'TRAIN__WARMUP_ITERS': 5,
+}
 
 
 def stops(length):
