@@ -63,7 +63,7 @@ class SegmentorWeights(WeightRules):
     optional_parts = (
         *((f'backbone\\.(?:{pattern})', *rest) for pattern, *rest in ENCODER.optional_parts),
         (r'backbone\.norm\..*', 'MODEL.UPERNET.LAST_NORM', 'True', 'False'),
-        (r'auxiliary_head\..*', 'MODEL.UPERNET.AUXILIARY', 'True', 'False'),
+        (r'auxiliary_head\..*', 'MODEL.UPERNET.AUX_CHANNELS', 'their width', '0'),
         (r'neck\.fpn[12]\..*', 'MODEL.UPERNET.NECK', 'pyramid', 'another'),
         (r'neck\.(lateral_)?convs\..*', 'MODEL.UPERNET.NECK', 'mln', 'another'),
     )
