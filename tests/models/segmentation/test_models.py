@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole segmentation models against TinyMIM's with mmsegmentation, and against Segmenter."""
 
-
 import numpy as np
 import paddle
 import paddle.nn.functional as F
