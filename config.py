@@ -35,7 +35,8 @@ GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), 
 UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
 SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
-SUPERVISED, TAUGHT, TASKS = ('supervised',), ('supervised', 'mae'), ('supervised', 'mae', 'mocov3')
+SUPERVISED, TAUGHT, SEGMENTATION = ('supervised',), ('supervised', 'mae'), ('segmentation',)
+TASKS = ('supervised', 'mae', 'mocov3', 'segmentation')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -65,6 +66,10 @@ _C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches each worker prepares ahead
 _C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
 _C.DATA.CACHE = Key('no', ('no', 'part', 'full'))  # image files in memory: none, this process's share of the data, all
 _C.DATA.BAD_IMAGE = Key('error', ('error', 'skip'))  # unreadable image: end the run and name it, or skip and count it
+_C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # value of the pixels without a class
+_C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # 0 in label maps is ignored, and k > 0 is class k - 1 (ade20k: always)
+_C.DATA.IMAGE_SCALE = Key((2048, 512), '[1, 65536]', length=(2,), tasks=SEGMENTATION)  # images fit into: (longer, shorter side)
+_C.DATA.CROP_SIZE = Key(None, '[1, 8192]', [int], length=(2,), tasks=SEGMENTATION)  # training: (height, width); None: IMAGE_SIZE
 _C.DATA.EXIF_ROTATE = Key(False)  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -166,7 +171,9 @@ _C.TRAIN = Section()
 _C.TRAIN.TASK = Key('supervised')  # supervised: learn classes; mae: rebuild removed patches; mocov3: match two views
 _C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, for resuming from a file that holds weights only
 _C.TRAIN.NUM_EPOCHS = Key(300, '[1, 1e6]')  # length of the run
+_C.TRAIN.NUM_ITERS = Key(None, '[1, 1e9]', int)  # length in optimizer steps, instead of NUM_EPOCHS; the last epoch may be incomplete
 _C.TRAIN.WARMUP_EPOCHS = Key(20.0, '[0, 1e6]')  # length of the warm-up, may be a fraction
+_C.TRAIN.WARMUP_ITERS = Key(None, '[0, 1e9]', int)  # length of the warm-up in optimizer steps, instead of WARMUP_EPOCHS
 _C.TRAIN.WEIGHT_DECAY = Key(0.1, '[0, 10]')  # on tensors of two or more dimensions that the model does not exempt; mocov3: on all
 _C.TRAIN.BASE_LR = Key(0.001, '[0, 1000]')  # learning rate after the warm-up
 _C.TRAIN.WARMUP_START_LR = Key(1e-6, '[0, 1000]')  # where the warm-up starts
@@ -179,6 +186,7 @@ _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
+_C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '(0, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
 _C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
@@ -199,6 +207,9 @@ _C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per 
 _C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
 _C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
 _C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
+_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION)  # random factor on IMAGE_SCALE
+_C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # crops have less than this share of one class; 1: no limit
+_C.TRAIN.PHOTOMETRIC = Key(True, tasks=SEGMENTATION)  # random brightness, contrast, saturation and hue
 _C.TRAIN.RAND_AUGMENT = Key(True)  # random operations on each image
 _C.TRAIN.RAND_AUGMENT_LAYERS = Key(2, '[1, 100]')  # operations drawn per image, each applied with probability 0.5
 _C.TRAIN.RAND_AUGMENT_MAGNITUDE = Key(9, '[0, 10]')  # mean strength, 0 to 10; each draw is normal with deviation 0.5
@@ -219,6 +230,10 @@ _C.TRAIN.MIXUP_PROB = Key(1.0, '[0, 1]', tasks=SUPERVISED)  # probability that a
 _C.TRAIN.MIXUP_SWITCH_PROB = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # probability of cutmix where both are on
 _C.TRAIN.MIXUP_MODE = Key('batch', ('batch', 'pair', 'elem'), tasks=SUPERVISED)  # one draw per batch, pair or elem
 
+# loss of each pixel
+_C.TRAIN.AUX_WEIGHT = Key(0.4, '[0, 1000]', tasks=SEGMENTATION)  # weight of the auxiliary head
+_C.TRAIN.AVG_NON_IGNORE = Key(False, tasks=SEGMENTATION)  # divide the loss by the labeled pixels; False: by all pixels
+
 # distillation from a trained model
 _C.TRAIN.DISTILLATION_TYPE = Key('none', ('none', 'soft', 'hard'), tasks=SUPERVISED)  # labels of the teacher (DeiT, section 3)
 _C.TRAIN.DISTILLATION_ALPHA = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # share of the distillation loss
@@ -234,6 +249,13 @@ _C.TRAIN.MAE_DISTILL.HIDDEN_IDX = Key((), '[0, 1000]', [int])  # blocks, from 0,
 _C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of that loss
 _C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = Key(True)  # a learned map between the channels, even of equal numbers
 
+# ---------------------------------------------------------------------------------------------------- evaluation
+_C.VAL = Section(tasks=SEGMENTATION)
+_C.VAL.IS_SLIDE = Key(False)  # windows of CROP_SIZE; False: the whole image at once
+_C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # rows and columns between windows
+_C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # factors on IMAGE_SCALE whose probabilities are averaged
+_C.VAL.FLIP = Key(False)  # average with the mirrored image too
+
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = Key('./output')  # parent of the run folders
 _C.TAG = Key('')  # name of the run folder; empty: train-/eval- and a time stamp
@@ -242,6 +264,7 @@ _C.SAVE_KEEP = Key(3, '[0, 1e9]')  # how many of them stay; 0: all
 _C.SAVE_STEPS = Key(0, '[0, 1e9]')  # also write last.pdparams after each such number of optimizer steps; 0: per epoch only
 _C.REPORT_FREQ = Key(20, '[1, 1e9]')  # micro-batches between log lines
 _C.VALIDATE_FREQ = Key(1, '[1, 1e6]')  # epochs between validations
+_C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between validations, instead of VALIDATE_FREQ
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
 _C.THROUGHPUT = Key(False)  # measure images per second only
@@ -256,6 +279,7 @@ _RENAMED = {
     'MODEL.MIXER.NUM_LAYERS': 'MODEL.MIXER.DEPTH',
     'MODEL.DROP_PATH': 'MODEL.DROPPATH',
     'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the average lives beside the weights
+    'TRAIN.IGNORE_INDEX': 'DATA.IGNORE_INDEX',
     'MODEL.PUBLISHED': None,  # the published weights are in configs/zoo.csv
     'NGPUS': None,  # one process per visible device
     'LOCAL_RANK': None,

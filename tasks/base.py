@@ -122,6 +122,10 @@ class Evaluator:
         """Metrics by name, of all images that were processed (and reduced)."""
         raise NotImplementedError
 
+    def details(self) -> list[str]:
+        """Lines for the log below the result, such as a table of classes."""
+        return []
+
     def progress(self) -> dict[str, float]:
         """Metrics of this process so far, for its log; empty where they are expensive."""
         return {}
@@ -185,12 +189,14 @@ class Task:
 
     Attributes:
         views: augmented views of each training image.
+        data_kind: class of the data sets that have the targets of the task.
         parts: name of each part of the loss -> title in the log.
         counts: name of each count -> title in the log; the log shows counts divided by the number of images.
         schedules: settings of the model that depend on the epoch, see tasks/model_schedules.py.
     """
 
     views: int = 1
+    data_kind: type = datasets.Dataset
     parts: Mapping[str, str] = NOTHING
     counts: Mapping[str, str] = NOTHING
 
@@ -211,6 +217,11 @@ class Task:
             UserError: missing or malformed data, or more classes than the model has.
         """
         dataset = datasets.build_dataset(self.config, split)
+        if not isinstance(dataset, self.data_kind):
+            raise UserError(
+                f'DATA.DATASET {self.config.DATA.DATASET} does not have the targets of TRAIN.TASK {self.config.TRAIN.TASK}: '
+                'choose another of the two (docs/data.md lists data sets).'
+            )
         self.config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(self.config, dataset)
         return dataset
 
