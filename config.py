@@ -150,7 +150,7 @@ _C.MODEL.UPERNET.OUT_INDICES = Key((3, 5, 7, 11), '[0, 999]', length=(4,))  # bl
 _C.MODEL.UPERNET.NECK = Key('pyramid', ('pyramid', 'mln', 'none'))  # transposed convolutions, MultiLevelNeck, or none
 _C.MODEL.UPERNET.CHANNELS = Key(768, '[1, 65536]', none=True)  # width of the head; None: TRANS.EMBED_DIM
 _C.MODEL.UPERNET.LAST_NORM = Key(False)  # LayerNorm on the last of the maps
-_C.MODEL.UPERNET.AUXILIARY = Key(True)  # FCN auxiliary head, for training
+_C.MODEL.UPERNET.AUX_CHANNELS = Key(256, '[0, 65536]')  # width of the FCN auxiliary head, for training; 0: none
 
 _C.MODEL.SEGMENTER = Section(models=SEGMENTER)  # Segmenter; its encoder is MODEL.TRANS
 _C.MODEL.SEGMENTER.DECODER = Key('mask', ('mask', 'linear'))  # mask transformer, or a linear classifier of each patch

@@ -15,7 +15,7 @@ from utils.errors import UserError
 
 
 class SyncBatchNorm(nn.Layer):
-    """Normalises each channel of [B, C] or [B, C, H, W] over the images of all processes, [B, C] in float32.
+    """Normalises each channel of [B, C] or [B, C, H, W] over the images of all processes, in float32 whatever the input is.
 
     Training uses the biased variance of the whole batch, and evaluation running statistics: running <- (1 - momentum) *
     running + momentum * batch, in which the variance is unbiased (PyTorch; Paddle's own layer keeps the biased one). The
@@ -46,8 +46,6 @@ class SyncBatchNorm(nn.Layer):
         """
         if x.ndim > 2 and not self.training:
             return F.batch_norm(x, self._mean, self._variance, self.weight, self.bias, epsilon=self.epsilon)
-        if x.ndim > 2 and not _is_distributed():
-            return self._maps_of_one_process(x)
         dtype = x.dtype
         x = x.astype(self._mean.dtype)
         mean, variance = self._of_the_batch(x) if self.training else (self._mean, self._variance)
@@ -56,28 +54,16 @@ class SyncBatchNorm(nn.Layer):
             x = x * _spread(self.weight, x) + _spread(self.bias, x)
         return x.astype(dtype)
 
-    def _maps_of_one_process(self, x: Tensor) -> Tensor:
-        """Training by Paddle's kernel, whose running variance is then made unbiased."""
-        count = x.shape[0] * math.prod(x.shape[2:])
-        if count == 1:
+    def _of_the_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [C] of all processes, which the running statistics take in."""
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        values = math.prod(x.shape[axis] for axis in others)
+        if x.ndim > 2 and values == 1 and not _is_distributed():
             raise UserError(
                 'batch normalization has one value per channel, which it would remove: set DATA.BATCH_SIZE to 2 or more, '
                 'or use more processes.'
             )
-        mean, variance = self._mean.clone(), self._variance.clone()
-        y = F.batch_norm(
-            x, mean, variance, self.weight, self.bias, training=True, momentum=1 - self.momentum, epsilon=self.epsilon
-        )
-        with paddle.no_grad():
-            old = self._variance * (1 - self.momentum)
-            self._keep(mean, old + (variance - old) * (count / (count - 1)))
-        return y
-
-    def _of_the_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance [C] of all processes, which the running statistics take in."""
-        others = [axis for axis in range(x.ndim) if axis != 1]
-        values = paddle.full([1], math.prod(x.shape[axis] for axis in others), x.dtype)
-        sums = _over_processes(paddle.concat([x.sum(others), values]))
+        sums = _over_processes(paddle.concat([x.sum(others), paddle.full([1], values, x.dtype)]))
         mean, count = sums[:-1] / sums[-1:], sums[-1:].detach()
         variance = _over_processes(paddle.square(x - _spread(mean, x)).sum(others)) / count
         with paddle.no_grad():

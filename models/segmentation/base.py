@@ -29,8 +29,6 @@ class Segmentor(Classifier):
         stride: pixels per logit.
     """
 
-    auxiliary_head: nn.Layer | None = None
-
     def __init__(self, num_classes: int, **encoder):
         super().__init__()
         if not num_classes:
@@ -42,6 +40,7 @@ class Segmentor(Classifier):
         self.patch_size, self.image_size = embedding.patch_size, embedding.img_size
         self.stride: float = self.patch_size
         self.fixed_size = self.backbone.relative
+        self.auxiliary_head: nn.Layer | None = None
 
     def heads(self) -> Iterator[nn.Layer]:
         """The layers with classifiers."""

@@ -22,7 +22,6 @@ from models.weights.segmentation import UPerNetWeights
 from utils.errors import UserError
 
 _NECKS = {'pyramid': Pyramid, 'mln': lambda dim: MultiLevelNeck(dim, dim), 'none': lambda dim: None}
-AUX_CHANNELS = 256
 
 
 class UPerNet(Segmentor):
@@ -37,7 +36,7 @@ class UPerNet(Segmentor):
         neck: 'pyramid': `Pyramid`; 'mln': `MultiLevelNeck`; 'none': the maps as they are.
         channels: width of the head; None: that of the backbone.
         last_norm: LayerNorm of the backbone, on the last map.
-        auxiliary: add the auxiliary head.
+        aux_channels: width of the auxiliary head; 0: none.
         head_drop_rate: channel dropout before the classifiers.
         encoder: further arguments of `VisionTransformer`.
     """
@@ -51,7 +50,7 @@ class UPerNet(Segmentor):
         neck: str = 'pyramid',
         channels: int | None = 768,
         last_norm: bool = False,
-        auxiliary: bool = True,
+        aux_channels: int = 256,
         head_drop_rate: float = 0.0,
         **encoder,
     ):
@@ -62,7 +61,8 @@ class UPerNet(Segmentor):
         self.neck = _NECKS[neck](dim)
         self.decode_head = UPerHead(dim, channels or dim, num_classes, head_drop_rate)
         self.aux_level = 2 if neck == 'pyramid' else 3
-        self.auxiliary_head = FCNHead(dim, AUX_CHANNELS, num_classes, head_drop_rate) if auxiliary else None
+        if aux_channels:
+            self.auxiliary_head = FCNHead(dim, aux_channels, num_classes, head_drop_rate)
         self.decays_all = neck != 'pyramid'
         if self.neck is not None:
             self.stride = self.patch_size / 4
@@ -131,7 +131,7 @@ def build_upernet(config) -> UPerNet:
         neck=upernet.NECK,
         channels=upernet.CHANNELS,
         last_norm=upernet.LAST_NORM,
-        auxiliary=upernet.AUXILIARY,
+        aux_channels=upernet.AUX_CHANNELS,
         head_drop_rate=model.HEAD_DROPOUT,
         **dense_options(config),
     )

@@ -42,7 +42,7 @@ _LINEAR = re.compile(r'\.(patch_proj|classes_proj)\.weight$')  # linear layers t
 
 # Parts of the file of an encoder that are not used, and parts of the model that such a file lacks.
 _UNUSED = (
-    (r'(norm|fc_norm|dist_norm)\..*', 'the model takes tokens before that LayerNorm'),
+    (r'(norm|fc_norm|dist_norm)\..*', 'the model has no such LayerNorm'),
     (r'(head|head_dist|pre_logits)\..*', 'the classifier is of images'),
 )
 _INITIAL = (
@@ -63,13 +63,13 @@ class SegmentorWeights(WeightRules):
     optional_parts = (
         *((f'backbone\\.(?:{pattern})', *rest) for pattern, *rest in ENCODER.optional_parts),
         (r'backbone\.norm\..*', 'MODEL.UPERNET.LAST_NORM', 'True', 'False'),
-        (r'auxiliary_head\..*', 'MODEL.UPERNET.AUXILIARY', 'True', 'False'),
+        (r'auxiliary_head\..*', 'MODEL.UPERNET.AUX_CHANNELS', 'their width', '0'),
         (r'neck\.fpn[12]\..*', 'MODEL.UPERNET.NECK', 'pyramid', 'another'),
         (r'neck\.(lateral_)?convs\..*', 'MODEL.UPERNET.NECK', 'mln', 'another'),
     )
 
     def rename(self, name: str) -> str | None:
-        """The names of section "Published names"; the classifier of Segmenter's encoder is not used."""
+        """TinyMIM's, mmsegmentation's and Segmenter's names; the classifier of Segmenter's encoder is not used."""
         if name.startswith(_CLASSIFIER_OF_BACKBONE):
             return None
         for pattern, ours in _RENAMED:
@@ -99,21 +99,17 @@ class SegmentorWeights(WeightRules):
         """Train from the weights of an encoder: a classifier, MAE or MoCo-v3."""
         if any(name.startswith(BACKBONE) for name in names):
             return Start()
-        ours = set(model.state_dict())
+        ours = model.state_dict()
         encoder = ENCODER.start(model.backbone, names)
         renamed = {name: f'{BACKBONE}{inner}' for name, inner in encoder.renamed.items()}
-        unused = {
-            name: reason for name, reason in encoder.unused.items() if not encoder.renamed[name].startswith('norm.')
-        }
-        for name in set(names) - set(unused):
+        unused = dict(encoder.unused)
+        for name in names:
             reason = first_match(_UNUSED, encoder.renamed[name])
             if reason and renamed[name] not in ours:
                 unused[name] = reason
         initial = {f'{BACKBONE}{name}': reason for name, reason in encoder.initial.items()}
-        for name in ours - set(renamed.values()) - set(initial):
-            reason = first_match(_INITIAL, name)
-            if reason:
-                initial[name] = reason
+        missing = [name for name in ours if name not in renamed.values() and name not in initial]
+        initial.update({name: reason for name in missing if (reason := first_match(_INITIAL, name))})
         return Start(renamed, unused, initial)
 
     def is_head(self, name: str) -> bool:
