@@ -23,7 +23,7 @@ from PIL import Image
 
 import datasets
 from datasets.batch import Batch
-from datasets.transforms import build_transform
+from datasets.transforms import Squash, build_transform
 from tasks.model_schedules import ModelSchedule, build_model_schedules
 from utils.errors import UserError
 from utils.registry import Registry
@@ -294,6 +294,16 @@ class Task:
             f'TRAIN.TASK {self.config.TRAIN.TASK} predicts nothing about images: train a classifier from these weights '
             'first, by -pretrained.'
         )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes the input of an exported program, for `tools/export.py`; docs/predict_export.md has the fields."""
+        resize, crop = build_transform(self.config, training=False).steps
+        return {
+            'resize_short': None if isinstance(resize, Squash) else resize.size,
+            'interpolation': resize.resample.name.lower(),
+            'image_size': crop.size,
+            'crop_pct': self.config.DATA.CROP_PCT if resize.size > crop.size else 1.0,
+        }
 
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """One prediction per image, from the result of `infer`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -165,6 +165,15 @@ class SegmentationTask(Task):
         """Number, name and share of each of the largest classes."""
         topk = min(options.topk, self.config.MODEL.NUM_CLASSES)
         return tuple(f'{part}{rank}' for rank in range(1, topk + 1) for part in ('class', 'name', 'share'))
+
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Task`: the whole image is resized to fit into `resize_scale`; windows of `image_size` pass the program."""
+        return {
+            'resize_scale': list(self.config.DATA.IMAGE_SCALE),
+            'interpolation': 'opencv_bilinear',
+            'image_size': list(crop_size(self.config)),
+            'class_names': self._class_table().names,
+        }
 
     def predictions(self, outputs: Sequence[Segmented], options: PredictionOptions) -> list[Prediction]:
         """The shares of the classes, the class map as a palette image, and the image blended with its colors."""

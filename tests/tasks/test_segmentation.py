@@ -108,11 +108,11 @@ def test_metric_of_nothing():
 class Fixed(nn.Layer):
     """A model that returns given logits."""
 
-    num_classes, patch_size, fixed_size, auxiliary_head = 5, 1, False, None
+    num_classes, patch_size, fixed_size = 5, 1, False
 
-    def __init__(self, outputs):
+    def __init__(self, outputs, auxiliary_head=None):
         super().__init__()
-        self.outputs, self.decode_head = outputs, nn.Identity()
+        self.outputs, self.decode_head, self.auxiliary_head = outputs, nn.Identity(), auxiliary_head
 
     def forward(self, x):
         return self.outputs
@@ -132,8 +132,7 @@ def test_loss_and_accuracy():
 
 def test_parts_of_the_loss():
     task, logits = SegmentationTask(config_of(MODEL__NUM_CLASSES=5)), paddle.randn([2, 5, 4, 4])
-    model = Fixed((logits, paddle.zeros([2, 5, 4, 4])))
-    model.auxiliary_head = nn.Identity()
+    model = Fixed((logits, paddle.zeros([2, 5, 4, 4])), nn.Identity())
     task.attach(model, print, True)
     losses = task.loss(model, task.example(2), np.random.default_rng(0))
     assert losses.total.item() == pytest.approx(losses.parts['decode'].item() + 0.4 * losses.parts['aux'].item())
@@ -182,7 +181,9 @@ def test_images_of_one_size_pass_together():
 
 # ---------------------------------------------------------------------------------------------------- runs
 def trainer_of(pairs, folder, **changes):
-    return build_trainer(config_of(DATA__DATASET='segmentation', DATA__DATA_PATH=pairs, **changes), str(folder))
+    return build_trainer(
+        config_of(DATA__DATASET='segmentation', DATA__DATA_PATH=pairs, MODEL__NUM_CLASSES=2, **changes), str(folder)
+    )
 
 
 def test_training_and_resume(tmp_path, pairs):
