@@ -45,7 +45,7 @@ def _normalize(images: np.ndarray, erase, mean: Sequence[float], std: Sequence[f
     return prepare(images, erase, scale, shift, valid)
 
 
-def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid) -> paddle.Tensor:
+def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
     """Copy bytes, a quarter of the size of the result, and compute on the device."""
     images = paddle.to_tensor(pixels).astype('float32').moveaxis(-1, -3)
     images = images * paddle.to_tensor(scale) + paddle.to_tensor(shift)
@@ -63,7 +63,7 @@ def _mask(valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return (rows[:, :, None] & columns[:, None])[:, None]
 
 
-def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid) -> paddle.Tensor:
+def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
     """Bit-equal to `_on_the_device`, in a twentieth of the time that Paddle takes on the CPU."""
     *many, height, width, channels = pixels.shape
     images = np.empty((*many, channels, height, width), 'float32')

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 import numpy as np
 from tqdm import tqdm
 
-from datasets.dataset import EncodedStorage, Images, Storage
+from datasets.dataset import EncodedStorage, Images
 from datasets.images import UnreadableImage
 from utils.errors import UserError
 
@@ -27,13 +27,12 @@ def cached(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
     Raises:
         UserError: not enough memory.
     """
+    if not isinstance(dataset.storage, EncodedStorage):
+        return dataset
 
-    def in_memory(storage: Storage) -> Storage:
-        if not isinstance(storage, EncodedStorage):
-            return storage
-        with tqdm(
-            indices.tolist(), f'caching {dataset.source}', unit='image', disable=None if show_progress else True
-        ) as bar:
+    def in_memory(storage: EncodedStorage) -> CachedStorage:
+        hidden = None if show_progress else True
+        with tqdm(indices.tolist(), f'caching {dataset.source}', unit='image', disable=hidden) as bar:
             return CachedStorage(storage, bar)
 
     try:

@@ -82,6 +82,9 @@ class Images:
         """
         return Sample(self.picture(index, exif_rotate))
 
+    def check_targets(self, index: int) -> None:
+        """Read the targets of image `index`, which can be read itself. Raises UserError with what is wrong."""
+
     def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
         """Image `index` for a transform, which may be what decodes it: to be used within `naming`."""
         if isinstance(self.storage, EncodedStorage):

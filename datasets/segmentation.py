@@ -89,6 +89,11 @@ class SegmentationDataset(Images):
             )
         return LabelMap(self._labels[values], self.ignored)
 
+    def check_targets(self, index: int) -> None:
+        """See `Images`."""
+        with self.naming(index):
+            self.sample(index)
+
     def check(self) -> None:
         """Read a few maps, so that a wrong number of classes shows at the start."""
         for index in np.unique(np.linspace(0, len(self) - 1, _PROBES).astype(int)).tolist():

@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from datasets.sample import Plane
 from datasets.scenes import NAMES, make_scene, scenes_folder
 from datasets.segmentation import LABELS, label_table, read_values
 from tests.conftest import golden
+from tools import make_lmdb, make_zip, verify_data
 from utils.errors import UserError
 
 SHAPE = (12, 10)
@@ -247,3 +249,27 @@ def test_batches(generic):
     batch = next(iter(build_dataloader(config, dataset, False, transform=dense_transform(config, False)).epoch(0)))
     assert [image.shape for image in batch.images] == [(19, 16, 3)] * 3
     assert [labels.shape for labels in batch.targets[LABELS]] == [SHAPE] * 3
+
+
+def test_all_maps_are_verified(generic, tmp_path, capsys):
+    """Each map is read; the report names those that training could not use."""
+    for kind in ('images', 'annotations'):
+        shutil.copytree(generic / kind / 'train', generic / kind / 'val')
+    save(str(generic / 'images' / 'val' / 'a.png'), values(1, 2))
+    save(str(generic / 'annotations' / 'val' / 'b' / 'c.png'), np.zeros((5, 4), 'uint8'))
+    report = str(tmp_path / 'report.json')
+    flags = ['-dataset', 'segmentation', '-data_path', str(generic), '-report', report, '-num_workers', '0']
+    assert verify_data.main(flags) == 1
+    with open(report, encoding='utf-8') as file:
+        found = json.load(file)
+    assert found['parts']['train'] == {'images': 3, 'classes': 3, 'unreadable': 0}
+    kinds = [problem['kind'] for problem in found['problems']]
+    assert kinds.count('unreadable') == 1 and kinds.count('leak') >= 1
+    assert 'both must be equal' in next(p['reason'] for p in found['problems'] if p['kind'] == 'unreadable')
+    assert 'train: 3 images in 3 classes' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('tool', [make_zip, make_lmdb])
+def test_maps_are_not_packed(generic, tool):
+    with pytest.raises(UserError, match='-dataset segmentation has label maps'):
+        tool.main(['-dataset', 'segmentation', '-data_path', str(generic), '-split', 'train'])
