@@ -32,8 +32,11 @@ from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: fo
 
 # Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
-CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, VIT + MAE + MOCOV3
-SUPERVISED, TAUGHT, TASKS = ('supervised',), ('supervised', 'mae'), ('supervised', 'mae', 'mocov3')
+UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
+SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
+CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
+SUPERVISED, TAUGHT, SEGMENTATION = ('supervised',), ('supervised', 'mae'), ('segmentation',)
+TASKS = ('supervised', 'mae', 'mocov3', 'segmentation')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -63,6 +66,10 @@ _C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches each worker prepares ahead
 _C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
 _C.DATA.CACHE = Key('no', ('no', 'part', 'full'))  # image files in memory: none, this process's share of the data, all
 _C.DATA.BAD_IMAGE = Key('error', ('error', 'skip'))  # unreadable image: end the run and name it, or skip and count it
+_C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # value of the pixels without a class
+_C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # 0 in label maps is ignored, and k > 0 is class k - 1 (ade20k: always)
+_C.DATA.IMAGE_SCALE = Key((2048, 512), '[1, 65536]', length=(2,), tasks=SEGMENTATION)  # images fit into: (longer, shorter side)
+_C.DATA.CROP_SIZE = Key(None, '[1, 8192]', [int], length=(2,), tasks=SEGMENTATION)  # training: (height, width); None: IMAGE_SIZE
 _C.DATA.EXIF_ROTATE = Key(False)  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -75,9 +82,9 @@ _C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize th
 _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of the attention weights
-_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of what the classifier of a Vision Transformer sees
-_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS)  # stochastic depth rate
-_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
+_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT + UPERNET)  # rate of what the classifier sees; upernet: of whole channels
+_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + SEGMENTORS)  # stochastic depth rate
+_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + SEGMENTORS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
 
 _C.MODEL.MIXER = Section(models=GMLP)  # gMLP
 _C.MODEL.MIXER.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
@@ -95,13 +102,13 @@ _C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED
 _C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
 _C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT)  # a registered token mixer for all blocks, or a list of one per block
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # classify the normalized mean of the patch tokens, not the class token
-_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT)  # a second classifier for a teacher's labels
+_C.MODEL.TRANS.DISTILLED = Key(False, models=ENCODERS)  # a distillation token, and a second classifier for a teacher's labels
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
-_C.MODEL.TRANS.ABS_POS = Key(True, models=VIT)  # add a learned position to each token
-_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT)  # relative position biases: per block, shared, or both
-_C.MODEL.TRANS.KEY_BIAS = Key(True, models=VIT)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
-_C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=VIT)  # initial LayerScale value (CaiT); None: no LayerScale
+_C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # add a learned position to each token
+_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=ENCODERS)  # relative position biases: per block, shared, or both
+_C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
+_C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
 _C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks, tiny classifier (BEiT)
 
 _C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens the class token attends to
@@ -111,7 +118,7 @@ _C.MODEL.EVIT.FUSE_TOKEN = Key(False)  # fuse the others into one token instead 
 _C.MODEL.EVIT.SHRINK_START_EPOCH = Key(0, '[0, 1e6]')  # training: epochs with all tokens before the keep rate falls
 _C.MODEL.EVIT.SHRINK_EPOCHS = Key(0, '[0, 1e6]')  # training: epochs in which it falls from 1 to KEEP_RATE
 
-_C.MODEL.LAMBDA = Section(models=VIT)  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
+_C.MODEL.LAMBDA = Section(models=ENCODERS)  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
 _C.MODEL.LAMBDA.PRUNE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention fades in training, numbered from 0
 _C.MODEL.LAMBDA.DONE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention faded in an earlier training
 _C.MODEL.LAMBDA.REMOVED = Key(False)  # build the blocks of both lists without attention: for a model that is trained
@@ -139,6 +146,18 @@ _C.MODEL.MOCO.MOMENTUM = Key(0.99, '[0, 1)')  # of the momentum encoder in the f
 _C.MODEL.MOCO.TEMPERATURE = Key(0.2, '[0.001, 100]')  # similarities are divided by it
 _C.MODEL.MOCO.FREEZE_PATCH = Key(False)  # leave the patch embedding as it was drawn, for stability
 
+_C.MODEL.UPERNET = Section(models=UPERNET)  # UPerNet; its backbone is MODEL.TRANS
+_C.MODEL.UPERNET.OUT_INDICES = Key((3, 5, 7, 11), '[0, 999]', length=(4,))  # blocks whose output is used, from 0
+_C.MODEL.UPERNET.NECK = Key('pyramid', ('pyramid', 'mln', 'none'))  # transposed convolutions, MultiLevelNeck, or none
+_C.MODEL.UPERNET.CHANNELS = Key(768, '[1, 65536]', none=True)  # width of the head; None: TRANS.EMBED_DIM
+_C.MODEL.UPERNET.LAST_NORM = Key(False)  # LayerNorm on the last of the maps
+_C.MODEL.UPERNET.AUX_CHANNELS = Key(256, '[0, 65536]')  # width of the FCN auxiliary head, for training; 0: none
+
+_C.MODEL.SEGMENTER = Section(models=SEGMENTER)  # Segmenter; its encoder is MODEL.TRANS
+_C.MODEL.SEGMENTER.DECODER = Key('mask', ('mask', 'linear'))  # mask transformer, or a linear classifier of each patch
+_C.MODEL.SEGMENTER.NUM_LAYERS = Key(2, '[1, 1000]')  # blocks of the mask transformer
+_C.MODEL.SEGMENTER.DROPOUT = Key(0.1, '[0, 1)')  # rate in these blocks
+
 _C.MODEL.MSMLP = Section(models=MS_MLP)  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = Key(4, '[1, 1024]')  # side of a patch, pixels
 _C.MODEL.MSMLP.EMBED_DIM = Key(96, '[1, 65536]')  # channels of the first stage, doubled by each further one
@@ -153,7 +172,9 @@ _C.TRAIN = Section()
 _C.TRAIN.TASK = Key('supervised')  # supervised: learn classes; mae: rebuild removed patches; mocov3: match two views
 _C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, for resuming from a file that holds weights only
 _C.TRAIN.NUM_EPOCHS = Key(300, '[1, 1e6]')  # length of the run
+_C.TRAIN.NUM_ITERS = Key(None, '[1, 1e9]', int)  # length in optimizer steps, instead of NUM_EPOCHS; the last epoch may be incomplete
 _C.TRAIN.WARMUP_EPOCHS = Key(20.0, '[0, 1e6]')  # length of the warm-up, may be a fraction
+_C.TRAIN.WARMUP_ITERS = Key(None, '[0, 1e9]', int)  # length of the warm-up in optimizer steps, instead of WARMUP_EPOCHS
 _C.TRAIN.WEIGHT_DECAY = Key(0.1, '[0, 10]')  # on tensors of two or more dimensions that the model does not exempt; mocov3: on all
 _C.TRAIN.BASE_LR = Key(0.001, '[0, 1000]')  # learning rate after the warm-up
 _C.TRAIN.WARMUP_START_LR = Key(1e-6, '[0, 1000]')  # where the warm-up starts
@@ -166,6 +187,7 @@ _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
+_C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
 _C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
@@ -186,6 +208,9 @@ _C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per 
 _C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
 _C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
 _C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
+_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION)  # random factor on IMAGE_SCALE
+_C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # crops have less than this share of one class; 1: no limit
+_C.TRAIN.PHOTOMETRIC = Key(True, tasks=SEGMENTATION)  # random brightness, contrast, saturation and hue
 _C.TRAIN.RAND_AUGMENT = Key(True)  # random operations on each image
 _C.TRAIN.RAND_AUGMENT_LAYERS = Key(2, '[1, 100]')  # operations drawn per image, each applied with probability 0.5
 _C.TRAIN.RAND_AUGMENT_MAGNITUDE = Key(9, '[0, 10]')  # mean strength, 0 to 10; each draw is normal with deviation 0.5
@@ -206,6 +231,10 @@ _C.TRAIN.MIXUP_PROB = Key(1.0, '[0, 1]', tasks=SUPERVISED)  # probability that a
 _C.TRAIN.MIXUP_SWITCH_PROB = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # probability of cutmix where both are on
 _C.TRAIN.MIXUP_MODE = Key('batch', ('batch', 'pair', 'elem'), tasks=SUPERVISED)  # one draw per batch, pair or elem
 
+# loss of each pixel
+_C.TRAIN.AUX_WEIGHT = Key(0.4, '[0, 1000]', tasks=SEGMENTATION)  # weight of the auxiliary head
+_C.TRAIN.AVG_NON_IGNORE = Key(False, tasks=SEGMENTATION)  # divide the loss by the labeled pixels; False: by all pixels
+
 # distillation from a trained model
 _C.TRAIN.DISTILLATION_TYPE = Key('none', ('none', 'soft', 'hard'), tasks=SUPERVISED)  # labels of the teacher (DeiT, section 3)
 _C.TRAIN.DISTILLATION_ALPHA = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # share of the distillation loss
@@ -221,6 +250,13 @@ _C.TRAIN.MAE_DISTILL.HIDDEN_IDX = Key((), '[0, 1000]', [int])  # blocks, from 0,
 _C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of that loss
 _C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = Key(True)  # a learned map between the channels, even of equal numbers
 
+# ---------------------------------------------------------------------------------------------------- evaluation
+_C.VAL = Section(tasks=SEGMENTATION)
+_C.VAL.IS_SLIDE = Key(False)  # windows of CROP_SIZE; False: the whole image at once
+_C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # rows and columns between windows
+_C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # factors on IMAGE_SCALE whose probabilities are averaged
+_C.VAL.FLIP = Key(False)  # average with the mirrored image too
+
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = Key('./output')  # parent of the run folders
 _C.TAG = Key('')  # name of the run folder; empty: train-/eval- and a time stamp
@@ -229,6 +265,7 @@ _C.SAVE_KEEP = Key(3, '[0, 1e9]')  # how many of them stay; 0: all
 _C.SAVE_STEPS = Key(0, '[0, 1e9]')  # also write last.pdparams after each such number of optimizer steps; 0: per epoch only
 _C.REPORT_FREQ = Key(20, '[1, 1e9]')  # micro-batches between log lines
 _C.VALIDATE_FREQ = Key(1, '[1, 1e6]')  # epochs between validations
+_C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between validations, instead of VALIDATE_FREQ
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
 _C.THROUGHPUT = Key(False)  # measure images per second only
@@ -243,12 +280,13 @@ _RENAMED = {
     'MODEL.MIXER.NUM_LAYERS': 'MODEL.MIXER.DEPTH',
     'MODEL.DROP_PATH': 'MODEL.DROPPATH',
     'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the average lives beside the weights
+    'TRAIN.IGNORE_INDEX': 'DATA.IGNORE_INDEX',
     'MODEL.PUBLISHED': None,  # the published weights are in configs/zoo.csv
     'NGPUS': None,  # one process per visible device
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + MAE + MOCOV3, TASKS))
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + SEGMENTORS + MAE + MOCOV3, TASKS))
 
 
 def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:

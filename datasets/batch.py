@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from datasets.loader import Batch
+from datasets.sample import VALID
 
 
 def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batch:
@@ -21,39 +22,48 @@ def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batc
         std: per channel, like `mean`.
 
     Returns:
-        A batch of tensors: images [b, ..., C, H, W] float32, (x / 255 - mean) / std, and targets of fixed shape. A list
+        A batch of tensors: images [b, ..., C, H, W] float32, (x / 255 - mean) / std, 0 in the padding that the target VALID
+        leaves, and targets of fixed shape. A list
         of images becomes a list of [C, H, W]; ragged targets stay lists of arrays.
     """
     if isinstance(batch.images, list):
         images = [_normalize(image[None], None, mean, std)[0] for image in batch.images]
     else:
-        images = _normalize(batch.images, batch.erase, mean, std)
+        images = _normalize(batch.images, batch.erase, mean, std, batch.targets.get(VALID))
     targets = {
         name: target if isinstance(target, list) else paddle.to_tensor(target) for name, target in batch.targets.items()
     }
     return dataclasses.replace(batch, images=images, targets=targets, erase=None)
 
 
-def _normalize(images: np.ndarray, erase, mean: Sequence[float], std: Sequence[float]) -> paddle.Tensor:
+def _normalize(images: np.ndarray, erase, mean: Sequence[float], std: Sequence[float], valid=None) -> paddle.Tensor:
     channels = images.shape[-1]
     scale = 1.0 / (255.0 * np.asarray(std[:channels], 'float64'))
     shift = -np.asarray(mean[:channels], 'float64') / np.asarray(std[:channels], 'float64')
     scale, shift = (values.astype('float32').reshape(-1, 1, 1) for values in (scale, shift))
     prepare = _on_this_cpu if paddle.device.get_device() == 'cpu' else _on_the_device
-    return prepare(images, erase, scale, shift)
+    return prepare(images, erase, scale, shift, valid)
 
 
-def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray) -> paddle.Tensor:
+def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
     """Copy bytes, a quarter of the size of the result, and compute on the device."""
     images = paddle.to_tensor(pixels).astype('float32').moveaxis(-1, -3)
     images = images * paddle.to_tensor(scale) + paddle.to_tensor(shift)
+    if valid is not None:
+        images = images * paddle.to_tensor(_mask(valid, pixels.shape[1:3]).astype('float32'))
     if erase is not None:
         positions, values = (paddle.to_tensor(array) for array in erase)
         images = paddle.scatter(images.flatten(), positions, values).reshape(images.shape)
     return images
 
 
-def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray) -> paddle.Tensor:
+def _mask(valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[b, 1, H, W] bool: which pixels are no padding, by (height, width) [b, 2] of what is none."""
+    rows, columns = (np.arange(side) < valid[:, [axis]] for axis, side in enumerate(size))
+    return (rows[:, :, None] & columns[:, None])[:, None]
+
+
+def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
     """Bit-equal to `_on_the_device`, in a twentieth of the time that Paddle takes on the CPU."""
     *many, height, width, channels = pixels.shape
     images = np.empty((*many, channels, height, width), 'float32')
@@ -62,6 +72,8 @@ def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray
         image[:] = source.transpose(2, 0, 1)
         image *= scale
         image += shift
+    if valid is not None:
+        images *= _mask(valid, (height, width))
     if erase is not None:
         positions, values = erase
         images.reshape(-1)[positions] = values

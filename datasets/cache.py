@@ -16,12 +16,12 @@ from collections.abc import Iterable
 import numpy as np
 from tqdm import tqdm
 
-from datasets.dataset import Dataset, EncodedStorage
+from datasets.dataset import EncodedStorage, Images
 from datasets.images import UnreadableImage
 from utils.errors import UserError
 
 
-def cached(dataset: Dataset, indices: np.ndarray, show_progress: bool) -> Dataset:
+def cached(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
     """The same data set with the image files of `indices` in memory; data that are in memory anyway are left as they are.
 
     Raises:
@@ -29,16 +29,19 @@ def cached(dataset: Dataset, indices: np.ndarray, show_progress: bool) -> Datase
     """
     if not isinstance(dataset.storage, EncodedStorage):
         return dataset
-    bar = tqdm(indices.tolist(), f'caching {dataset.source}', unit='image', disable=None if show_progress else True)
+
+    def in_memory(storage: EncodedStorage) -> CachedStorage:
+        hidden = None if show_progress else True
+        with tqdm(indices.tolist(), f'caching {dataset.source}', unit='image', disable=hidden) as bar:
+            return CachedStorage(storage, bar)
+
     try:
-        return dataset.stored_in(CachedStorage(dataset.storage, bar))
+        return dataset.with_storages(in_memory)
     except MemoryError as error:
         raise UserError(
             f'{len(indices)} images of {dataset.source} do not fit into memory ({error}); set DATA.CACHE to '
             'part, which shares them out among the processes, or to no.'
         ) from None
-    finally:
-        bar.close()
 
 
 class CachedStorage(EncodedStorage):

@@ -82,6 +82,9 @@ class Images:
         """
         return Sample(self.picture(index, exif_rotate))
 
+    def check_targets(self, index: int) -> None:
+        """Read the targets of image `index`, which can be read itself. Raises UserError with what is wrong."""
+
     def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
         """Image `index` for a transform, which may be what decodes it: to be used within `naming`."""
         if isinstance(self.storage, EncodedStorage):
@@ -99,10 +102,10 @@ class Images:
                 f"cannot read image '{self.describe(index)}' (number {index} of {self.source}): {reason}."
             ) from None
 
-    def stored_in(self, storage: Storage) -> Images:
-        """The same images and targets, opened by another storage."""
+    def with_storages(self, change: Callable[[Storage], Storage]) -> Images:
+        """The same images and targets, with what `change` makes of each storage."""
         other = copy.copy(self)
-        other.storage = storage
+        other.storage = change(self.storage)
         return other
 
     def describe(self, index: int) -> str:
@@ -230,17 +233,17 @@ def resolve_num_classes(config, dataset: Dataset) -> int:
         return dataset.num_classes
     named = dataset.class_names is not None
     if dataset.num_classes > wanted or (named and dataset.num_classes != wanted):
-        largest = int(dataset.labels.argmax())
-        found = (
-            f'{dataset.num_classes} classes'
-            if named
-            else f"label {dataset.labels[largest]} ('{dataset.describe(largest)}')"
-        )
+        found = f'{dataset.num_classes} classes' if named else _largest_label(dataset)
         raise UserError(
             f'MODEL.NUM_CLASSES is {wanted}, but {dataset.source} has {found}; '
             f'set it to {dataset.num_classes} (where it is not set, the training data decide).'
         )
     return wanted
+
+
+def _largest_label(dataset: Dataset) -> str:
+    largest = int(dataset.labels.argmax())
+    return f"label {dataset.labels[largest]} ('{dataset.describe(largest)}')"
 
 
 def _check_plausible(dataset: Dataset) -> None:

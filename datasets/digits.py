@@ -9,16 +9,14 @@ fifth picture of each digit.
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 
 import numpy as np
 from PIL import Image
 
 from datasets.dataset import Dataset
+from datasets.embedded import load_digits, written_once
 from datasets.folder import class_folders, image_folder
 from datasets.registry import register_dataset
-from utils.errors import UserError
 
 _HELD_OUT = 5  # every fifth picture of a class
 
@@ -31,33 +29,11 @@ def build_digits(config, split: str) -> Dataset:
 
 
 def digits_folder() -> str:
-    """The folder with `train/` and `val/`, written at the first call. Several processes may call at the same time."""
-    cache = os.environ.get('LEANVIT_CACHE') or os.path.join(os.path.expanduser('~'), '.cache', 'leanvit')
-    folder = os.path.join(cache, 'digits')
-    if os.path.isdir(folder):
-        return folder
-    try:
-        os.makedirs(cache, exist_ok=True)
-        unfinished = tempfile.mkdtemp(prefix='.digits-', dir=cache)
-    except OSError as error:
-        raise UserError(f"cannot write to the data cache '{cache}' ({error.strerror}); set LEANVIT_CACHE.") from None
-    try:
-        _write_digits(unfinished)
-        os.chmod(unfinished, 0o755)
-        os.rename(unfinished, folder)
-    except OSError as error:
-        if not os.path.isdir(folder):  # otherwise another process was faster, with the same files
-            raise UserError(f"cannot write the digits to '{folder}': {error.strerror}; set LEANVIT_CACHE.") from None
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return folder
+    """The folder with `train/` and `val/`, written at the first call."""
+    return written_once('digits', _write_digits)
 
 
 def _write_digits(folder: str) -> None:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        raise UserError('the digits data set needs scikit-learn: pip install scikit-learn.') from None
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     seen = [0] * 10

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 IMAGE = 'image'  # name of the plane that holds the images
+VALID = 'valid'  # target: (height, width) of an image without its padding at the right and bottom
+IMAGE_SIZE = 'image_size'  # target: (height, width) of the stored image
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -66,7 +68,7 @@ class LabelMap:
     """A class per pixel.
 
     Attributes:
-        pixels: [H, W] uint8.
+        pixels: [H, W] uint8 or int32.
         ignored: class of pixels that the loss ignores, which padding gets.
     """
 
@@ -86,7 +88,7 @@ class LabelMap:
         return LabelMap(result, self.ignored)
 
     def array(self) -> np.ndarray:
-        """[H, W] uint8."""
+        """[H, W]."""
         return self.pixels
 
 

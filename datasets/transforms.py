@@ -38,16 +38,17 @@ class Transform:
 
     Args:
         steps: applied in order.
-        shape: of the image that the steps end with, (H, W, C).
+        shape: of the image that the steps end with, (H, W, C); H and W None: images of different sizes.
         targets: shapes and types of the targets that have the same for all images; other targets are ragged.
 
     Attributes:
-        planes: what has the same shape for all images; the image is the first.
+        planes: what has the same shape for all images; the image is the first, where it has.
     """
 
-    def __init__(self, steps: Sequence[Step], shape: tuple[int, int, int], targets: Sequence[Plane] = ()):
+    def __init__(self, steps: Sequence[Step], shape: tuple[int | None, int | None, int], targets: Sequence[Plane] = ()):
         self.steps = list(steps)
-        self.planes = (Plane(IMAGE, shape), *targets)
+        self.shape = shape
+        self.planes = (*([Plane(IMAGE, shape)] if None not in shape else []), *targets)
 
     def image(self, picture: Picture, rng: np.random.Generator | None = None) -> np.ndarray:
         """RGB picture without targets -> [H, W, C] uint8."""
@@ -55,15 +56,17 @@ class Transform:
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None) -> Sample:
         """RGB picture -> [H, W, C] uint8, and the targets that follow it."""
-        shape = self.planes[0].shape
-        if shape[-1] == 1:
+        channels = self.shape[-1]
+        if channels == 1:
             sample = Sample(sample.image.convert('L'), sample.targets)
         for step in self.steps:
-            if sample.targets and isinstance(step, Geometric):
+            if hasattr(step, 'joint'):
                 sample = step.joint(sample, rng)
             else:
                 sample = Sample(step(sample.image, rng), sample.targets)
-        return Sample(np.asarray(sample.image).reshape(shape), sample.targets)
+        pixels = np.asarray(sample.image)
+        sizes = (side or found for side, found in zip(self.shape, pixels.shape))
+        return Sample(pixels.reshape(*list(sizes)[:2], channels), sample.targets)
 
 
 class Geometric:

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from utils.schedules import SCHEDULES
 
 
-def lr_schedule(config, global_batch: int) -> Callable[[int, float], float]:
+def lr_schedule(config, global_batch: int, steps_per_epoch: int = 1) -> Callable[[int, float], float]:
     """The learning rate of a run.
 
     Args:
         config: the tree; TRAIN's BASE_LR, WARMUP_START_LR, END_LR, LINEAR_SCALED_LR and LR_SCHEDULER are read.
         global_batch: images per optimiser step over all processes and micro-batches.
+        steps_per_epoch: converts TRAIN.NUM_ITERS and WARMUP_ITERS, where they are set, to fractional epochs.
 
     Returns:
         `lr(epoch, progress)` with `epoch` from 1 and `progress` in [0, 1), the share of that epoch's steps already taken.
@@ -28,10 +29,11 @@ def lr_schedule(config, global_batch: int) -> Callable[[int, float], float]:
         'base': train.BASE_LR * scale,
         'start': train.WARMUP_START_LR * ends,
         'end': train.END_LR * ends,
-        'warmup': train.WARMUP_EPOCHS,
-        'total': train.NUM_EPOCHS,
+        'warmup': train.WARMUP_EPOCHS if train.WARMUP_ITERS is None else train.WARMUP_ITERS / steps_per_epoch,
+        'total': train.NUM_EPOCHS if train.NUM_ITERS is None else train.NUM_ITERS / steps_per_epoch,
         'decay_epochs': train.LR_SCHEDULER.DECAY_EPOCHS,
         'decay_rate': train.LR_SCHEDULER.DECAY_RATE,
+        'power': train.LR_SCHEDULER.POWER,
     }
     if train.LR_SCHEDULER.UPDATE == 'step':
         return lambda epoch, progress: function(epoch - 1 + progress, **values)

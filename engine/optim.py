@@ -18,7 +18,7 @@ OPTIMIZERS = Registry('optimizer (TRAIN.OPTIMIZER.NAME)')
 def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Groups the trainable parameters by weight decay and learning-rate scale.
 
-    Tensors of fewer than two dimensions, biases, and what `model.no_weight_decay()` names are not decayed, unless
+    What `model.no_weight_decay()` names is not decayed, nor are tensors of fewer than two dimensions and biases, unless
     `model.decays_all`. With `layer_decay` d < 1, layer i of n learns at d^(n - i) of the rate (BEiT), by the model's `layer_id`.
 
     Returns:
@@ -29,7 +29,7 @@ def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: f
     for name, parameter in model.named_parameters():
         if parameter.stop_gradient:
             continue
-        decayed = model.decays_all or (parameter.ndim >= 2 and not name.endswith('bias') and name not in exempt)
+        decayed = name not in exempt and (model.decays_all or (parameter.ndim >= 2 and not name.endswith('bias')))
         scale = layer_decay ** (model.num_layers - model.layer_id(name)) if layer_decay < 1.0 else 1.0
         groups.setdefault((weight_decay if decayed else 0.0, scale), []).append(parameter)
     return [

@@ -27,16 +27,20 @@ class Reporter:
     Args:
         config: the resolved tree.
         num_batches: micro-batches per epoch.
+        num_epochs: of the run.
         folder: that of the run.
     """
 
-    def __init__(self, config, task: Task, context: Context, log: RunLog, folder: str, num_batches: int):
+    def __init__(
+        self, config, task: Task, context: Context, log: RunLog, folder: str, num_batches: int, num_epochs: int
+    ):
         self.config = config
         self.task = task
         self.context = context
         self.log = log
         self.folder = folder
         self.num_batches = num_batches
+        self.num_epochs = num_epochs
         self.metrics = MetricsFile(os.path.join(folder, 'metrics.jsonl')) if context.is_main else None
         self.writer = None
 
@@ -106,7 +110,7 @@ class Reporter:
             totals: sums over the epoch so far over all processes.
             settings: of the model by name, see `Task.update_schedules`.
         """
-        head = f'Epoch[{epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Step[{index:04d}/{self.num_batches:04d}], Lr: {lr:.6f}, '
+        head = f'Epoch[{epoch:03d}/{self.num_epochs:03d}], Step[{index:04d}/{self.num_batches:04d}], Lr: {lr:.6f}, '
         self.log.local(f'{head}Avg Loss: {means(self.task, own)["loss"]:.4f}{self._counts("Avg", own)}')
         now = means(self.task, current)
         speed = (totals['images'] - self._images) / max(time.time() - self._reported, 1e-9)
@@ -123,7 +127,7 @@ class Reporter:
         self._scalars('train', scalars, step)
 
     def epoch(self, state: TrainState, lr: float, totals: Mapping[str, float], seconds: float) -> None:
-        """A finished epoch of training. Where its row cannot be written, `state.unwritten` keeps it.
+        """A finished epoch of training, or the steps of an incomplete last one. Where its row cannot be written, `state.unwritten` keeps it.
 
         Raises:
             UserError: a full disk.
@@ -139,12 +143,12 @@ class Reporter:
         }
         try:
             self.log.master(
-                f'----- Epoch[{state.epoch:03d}/{self.config.TRAIN.NUM_EPOCHS:03d}], Lr: {lr:.6f}, time: {seconds:.2f}, '
+                f'----- Epoch[{state.last_epoch:03d}/{self.num_epochs:03d}], Lr: {lr:.6f}, time: {seconds:.2f}, '
                 f'Train Loss: {averages["loss"]:.4f}{self._counts("Train", totals)}'
             )
-            self.record('train', state.epoch, state.step, **values)
+            self.record('train', state.last_epoch, state.step, **values)
         except UserError:
-            state.unwritten = {'kind': 'train', 'epoch': state.epoch, 'step': state.step, **values}
+            state.unwritten = {'kind': 'train', 'epoch': state.last_epoch, 'step': state.step, **values}
             raise
 
     def _counts(self, prefix: str, sums: Mapping[str, float]) -> str:
@@ -158,12 +162,13 @@ class Reporter:
             self.metrics.append({'kind': kind, 'epoch': epoch, 'step': step, **values})
             self._scalars(f'{kind}_epoch' if kind == 'train' else kind, values, step)
 
-    def pictures(self, pictures: Mapping[str, Image.Image], epoch: int, step: int) -> None:
-        """PNG files in the run's folder, and VisualDL images."""
+    def pictures(self, pictures: Mapping[str, Image.Image], state: TrainState) -> None:
+        """PNG files in the run's folder, and VisualDL images. An epoch may be validated several times: names then have the step."""
+        when = f'step{state.step:07d}' if state.samples else f'{state.epoch:04d}'
         for name, picture in pictures.items():
-            with atomic_write(os.path.join(self.folder, f'{name}_{epoch:04d}.png')) as file:
+            with atomic_write(os.path.join(self.folder, f'{name}_{when}.png')) as file:
                 picture.save(file, 'PNG')
-            self.writer.add_image(name, np.asarray(picture), step)
+            self.writer.add_image(name, np.asarray(picture), state.step)
 
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self.writer is not None:

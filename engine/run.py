@@ -117,6 +117,8 @@ def _evaluate(config, task: Task, model, weights: Weights, loader, context, log,
     open_folder(folder, config, context, log)
     result = evaluate(config, model, loader, context, log, task, evaluator)
     log.master(f'----- Validation: {describe_metrics(evaluator, result, "Validation")}, time: {result["seconds"]:.2f}')
+    for line in evaluator.details():
+        log.master(line)
     if context.is_main:
         metrics = MetricsFile(os.path.join(folder.path, 'metrics.jsonl'))
         metrics.append({'kind': 'eval', 'epoch': 0, 'step': 0, **result})

@@ -28,7 +28,7 @@ class TrainState:
         epoch: finished epochs.
         step: optimizer steps taken.
         samples: images of epoch `epoch + 1` that were trained on.
-        validated: whether the validation that was due after `epoch` is done.
+        validated: whether the validation that was due after the last step is done.
         best: best value of the task's metric so far; None: no evaluation counted yet.
         best_epoch: its epoch.
         totals: sums over the unfinished epoch by name.
@@ -43,6 +43,11 @@ class TrainState:
     best_epoch: int = 0
     totals: dict[str, float] = field(default_factory=dict)
     unwritten: dict | None = None
+
+    @property
+    def last_epoch(self) -> int:
+        """Epoch of the last step, from 1, finished or not."""
+        return self.epoch + (self.samples > 0)
 
     def improves(self, value: float, direction: str) -> bool:
         """Whether `value` is better than `best`; NaN is not."""

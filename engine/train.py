@@ -23,6 +23,7 @@ from engine.distributed import Context
 from engine.ema import ModelEma
 from engine.evaluate import describe_metrics, evaluate
 from engine.learning_rate import lr_schedule
+from engine.length import RunLength
 from engine.optim import build_optimizer, clip_gradients
 from engine.report import Reporter
 from engine.signals import StopSignal
@@ -57,7 +58,9 @@ class Trainer:
         self.state = TrainState()
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
         self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
-        self.lr = lr_schedule(config, self.global_batch)
+        self.length = RunLength.of(config, self.steps_per_epoch)
+        _check_schedules(config, task)
+        self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
         self.optimizer = build_optimizer(config, model)
         self.amp = config.AMP and context.on_gpu
@@ -67,7 +70,7 @@ class Trainer:
                 model, self.optimizer, level='O2', dtype=config.AMP_DTYPE, master_weight=True
             )
         self.ema = ModelEma(self.model, config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
-        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches)
+        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
         self.snapshot = Snapshot(
             config,
             task,
@@ -81,14 +84,15 @@ class Trainer:
             log=log.master,
         )
         self.stop = StopSignal()
+        self._earlier = 0.0  # seconds of earlier stretches of the epoch
         # On a GPU the sums of a step are read this many steps late, so that the host never waits for the device.
         self.lag = 2 if context.on_gpu and config.TRAIN.NONFINITE == 'error' else 0
 
     # ------------------------------------------------------------------------------------------------ the run
     def fit(self) -> None:
-        """Train to the last epoch, from wherever the state is. Leaves by SystemExit after a signal."""
-        state, last = self.state, self.config.TRAIN.NUM_EPOCHS
-        if state.epoch >= last and state.validated:
+        """Train to the last step, from wherever the state is. Leaves by SystemExit after a signal."""
+        state = self.state
+        if self._finished and state.validated:
             self._nothing_left()
             return
         self.reporter.open(state)
@@ -97,24 +101,34 @@ class Trainer:
         try:
             if not state.validated:
                 self._finish_epoch()
-            while state.epoch < last:
+            while not self._finished:
                 self._train_epoch(state.epoch + 1)
                 self._finish_epoch()
         finally:
             self.reporter.close()
         self.log.master(f'----- Finished: {self._best()}')
 
+    @property
+    def _place(self) -> int:
+        """Optimizer steps since the start of the schedules; `state.step` differs where only weights were resumed."""
+        return self.state.epoch * self.steps_per_epoch + self.state.samples // self.global_batch
+
+    @property
+    def _finished(self) -> bool:
+        return self._place >= self.length.num_steps
+
     def _train_epoch(self, epoch: int) -> None:
-        """Take the remaining steps of an epoch and report it."""
+        """Take the steps of an epoch up to its end, or to a validation inside it."""
         state, accumulate, num_batches = self.state, self.config.TRAIN.ACCUM_ITER, self.train_loader.num_batches
         first = state.samples // self.global_batch
+        end = self.length.next_stop(self._place) - state.epoch * self.steps_per_epoch
         totals = np.array([state.totals.get(name, 0.0) for name in names_of(self.task)])
         self.log.master(f'Train epoch {epoch}. LR={self.lr(epoch, 0.0):.6e}')
         self.model.train()
-        own, pending, started = paddle.zeros([len(totals)]), deque(), time.time()
+        own, pending, started = paddle.zeros([len(totals)]), deque(), time.time() - self._earlier
         self.reporter.restart_clock(self._named(totals))
         with contextlib.closing(self.train_loader.epoch(epoch, start_batch=first * accumulate)) as batches:
-            steps = range(first, self.steps_per_epoch)
+            steps = range(first, end)
             for step in progress(steps, len(steps), f'epoch {epoch}', self.context.is_main):
                 window = range(step * accumulate, min((step + 1) * accumulate, num_batches))
                 lr = self.lr(epoch, step / self.steps_per_epoch)
@@ -123,7 +137,7 @@ class Trainer:
                 state.step += 1
                 state.samples = min((step + 1) * self.global_batch, self.train_loader.num_samples)
                 pending.append((sums, f'step {state.step} (epoch {epoch}, lr {lr:.3g})'))
-                last = step + 1 == self.steps_per_epoch
+                last = step + 1 == end
                 report, save = self.reporter.due(window), self._save_due() and not last
                 current = self._read(pending, totals, keep=0 if report or save or last else self.lag)
                 if report:
@@ -137,9 +151,13 @@ class Trainer:
                     self._leave()
                 if save:
                     self._save()
-        state.epoch, state.samples, state.totals = epoch, 0, {}
-        state.validated = not self._validation_due(epoch)
-        self._report_epoch(lr, self._named(totals), time.time() - started)
+        complete, seconds = end == self.steps_per_epoch, time.time() - started
+        if complete:
+            state.epoch, state.samples, state.totals = epoch, 0, {}
+        state.validated = not self.length.validation_due(self._place)
+        self._earlier = 0.0 if complete else seconds
+        if complete or self._finished:
+            self._report_epoch(lr, self._named(totals), seconds)
 
     # ------------------------------------------------------------------------------------------------ one step
     def _step(self, epoch: int, window: range, batches, lr: float, own: paddle.Tensor):
@@ -211,9 +229,6 @@ class Trainer:
             raise UserError('the loss scale fell below 1: float16 overflows at every step. Use AMP_DTYPE bfloat16.')
 
     # ------------------------------------------------------------------------------------------------ after an epoch
-    def _validation_due(self, epoch: int) -> bool:
-        return epoch % self.config.VALIDATE_FREQ == 0 or epoch == self.config.TRAIN.NUM_EPOCHS
-
     def _report_epoch(self, lr: float, totals: dict[str, float], seconds: float) -> None:
         """Where a report fails, as on a full disk, the epoch is saved first."""
         try:
@@ -223,7 +238,7 @@ class Trainer:
             raise
 
     def _finish_epoch(self) -> None:
-        """Save the epoch. Where a validation is due, save before it too, so that a failing validation loses nothing."""
+        """Save the run. Where a validation is due, save before it too, so that a failing validation loses nothing."""
         state = self.state
         if not state.validated:
             self._save()
@@ -234,22 +249,24 @@ class Trainer:
                 self._leave()
             state.validated = True
         self._save()
-        due = self.config.SAVE_FREQ and state.epoch % self.config.SAVE_FREQ == 0
-        if self.context.is_main and (due or state.epoch == self.config.TRAIN.NUM_EPOCHS):
-            path = keep_epoch(self.folder, state.epoch, self.config.SAVE_KEEP)
+        due = self.config.SAVE_FREQ and state.samples == 0 and state.epoch % self.config.SAVE_FREQ == 0
+        if self.context.is_main and (due or self._finished):
+            path = keep_epoch(self.folder, state.last_epoch, self.config.SAVE_KEEP)
             self.log.master(f'----- Save model: {path}')
 
     def _validate(self) -> None:
         state = self.state
-        self.log.master(f'----- Validation after Epoch: {state.epoch}')
-        last_step = state.epoch - 1 / self.steps_per_epoch  # schedules as in the last step
+        inside = f', step {state.step}' if state.samples else ''
+        self.log.master(f'----- Validation after Epoch: {state.last_epoch}{inside}')
+        taken = state.samples // self.global_batch
+        last_step = state.epoch + (taken - 1) / self.steps_per_epoch  # schedules as in the last step
         self.task.update_schedules(self.model, last_step)
-        counts = self.task.is_final(last_step) or state.epoch == self.config.TRAIN.NUM_EPOCHS
+        counts = self.task.is_final(last_step) or self._finished
         self._validate_weights('val', self.model.state_dict, counts)
         if self.context.is_main:
             with self._evaluation_autocast():
                 pictures = self.evaluator.pictures(self.model)
-            self.reporter.pictures(pictures, state.epoch, state.step)
+            self.reporter.pictures(pictures, state)
         if self.ema is not None:
             with self.ema.applied():
                 self._validate_weights('val_ema', self.ema.state_dict, counts)
@@ -263,14 +280,16 @@ class Trainer:
             )  # fmt: skip
         label = 'Validation' if kind == 'val' else 'EMA Validation'
         self.log.master(
-            f'----- Epoch[{state.epoch:03d}/{config.TRAIN.NUM_EPOCHS:03d}], '
+            f'----- Epoch[{state.last_epoch:03d}/{self.length.num_epochs:03d}], '
             f'{describe_metrics(self.evaluator, result, label)}, time: {result["seconds"]:.2f}'
         )
+        for line in self.evaluator.details():
+            self.log.master(line)
         speed = result['images'] / result['seconds']
-        self.reporter.record(kind, state.epoch, state.step, **result, images_per_second=speed)
+        self.reporter.record(kind, state.last_epoch, state.step, **result, images_per_second=speed)
         name, direction = self.evaluator.best
         if counts and state.improves(result[name], direction):
-            state.best, state.best_epoch = result[name], state.epoch
+            state.best, state.best_epoch = result[name], state.last_epoch
             if self.context.is_main:
                 save_best(self.folder, {**weights(), **self.snapshot.metadata()})
 
@@ -295,11 +314,14 @@ class Trainer:
 
     def _nothing_left(self) -> None:
         """Log that the run is finished already. Raises UserError where there is no run, only weights."""
-        done, wanted = self.state.epoch, self.config.TRAIN.NUM_EPOCHS
-        text = f'epoch {done} of {wanted} is done, so nothing is left to train'
-        more = f'set TRAIN.NUM_EPOCHS to more than {done}'
+        if self.config.TRAIN.NUM_ITERS:
+            unit, key, done, wanted = 'step', 'TRAIN.NUM_ITERS', self._place, self.length.num_steps
+        else:
+            unit, key, done, wanted = 'epoch', 'TRAIN.NUM_EPOCHS', self.state.epoch, self.length.num_epochs
+        text = f'{unit} {done} of {wanted} is done, so nothing is left to train'
+        more = f'set {key} to more than {done}'
         if not self.state.step:
-            raise UserError(f'{text}: {more}, or -last_epoch to less than {wanted}.')
+            raise UserError(f'{text}: {more}, or -last_epoch to less than {self.length.num_epochs}.')
         self.log.master(f'----- Finished already: {text}; to train on, {more}. So far: {self._best()}')
 
     def _best(self) -> str:
@@ -310,3 +332,12 @@ class Trainer:
         path = os.path.join(self.folder, BEST)
         place = path if os.path.exists(path) else 'the folder of the run that this one continues'
         return f'best Validation {title}: {state.best:.4f} after epoch {state.best_epoch}, weights in {place}'
+
+
+def _check_schedules(config, task: Task) -> None:
+    """Settings of the model that follow TRAIN.NUM_EPOCHS would not end with the run."""
+    if config.TRAIN.NUM_ITERS and task.schedules:
+        names = ', '.join(schedule.name for schedule in task.schedules)
+        raise UserError(
+            f'TRAIN.NUM_ITERS is set, but {names} of the model follows epochs: set TRAIN.NUM_EPOCHS instead.'
+        )

@@ -21,7 +21,7 @@ class Classifier(nn.Layer):
     stem_names: tuple[str, ...] = ('patch_embed',)
     blocks_name: str = 'blocks'
     weight_rules = WeightRules()
-    decays_all: bool = False  # weight decay acts on biases, norms and tokens too, as a published training had it
+    decays_all: bool = False  # weight decay acts on biases and norms too, as a published training had it
     grad_checkpointing: bool = False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -57,7 +57,7 @@ class Classifier(nn.Layer):
         raise NotImplementedError
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters of two or more dimensions that weight decay leaves alone."""
+        """Names of parameters that weight decay leaves alone, besides biases and norms."""
         return set()
 
     @property

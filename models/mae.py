@@ -159,7 +159,7 @@ class MaskedAutoencoder(VisionTransformer):
             noise: [B, L] numbers; the patches with the smallest are visible. None: uniform random ones.
             indices, want: intermediates of the encoder, as in `forward_intermediates`.
         """
-        grid = self._grid(x)
+        grid = self.grid_of(x)
         noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
         order = paddle.argsort(noise, axis=-1)
         seen = num_visible(order.shape[1], self.mask_ratio)
@@ -220,7 +220,7 @@ class MaskedAutoencoder(VisionTransformer):
         Returns:
             Two batches like x. Normalized patches get the mean and the variance of the true ones.
         """
-        grid = self._grid(x)
+        grid = self.grid_of(x)
         patches, pred = patchify(x, self.patch_size), output.pred.astype('float32')
         if self.norm_pix_loss:
             _, mean, std = normalize_patches(patches)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from config import get_config
-from models.layers import EViTSpec, MixerSpec, ReducerSpec, RemovalSpec, ToMeSpec, register_reducer
+from models.layers import EViTSpec, MixerSpec, ReducerSpec, RemovalSpec, ToMeSpec, drop_path_rates, register_reducer
 from models.layers.tokens import REDUCERS
 from utils.errors import UserError
 
@@ -25,6 +25,38 @@ def plain_options(config) -> dict:
         'mlp_ratio': trans.MLP_RATIO,
         'mixer': MixerSpec(qkv_bias=trans.QKV_BIAS),
     }
+
+
+def encoder_options(config) -> dict:
+    """Arguments of `VisionTransformer` that describe its blocks and positions, without reducers and head."""
+    model, trans = config.MODEL, config.MODEL.TRANS
+    positions = {'absolute': trans.ABS_POS, 'shared_relative': 'shared' in trans.REL_POS}
+    return {
+        **plain_options(config),
+        'mixer': mixer_specs(model),
+        'removal': removal_spec(model.LAMBDA),
+        'positions': [name for name, used in positions.items() if used],
+        'drop_rate': model.DROPOUT,
+        'drop_path_rate': drop_path_rates(model.DROPPATH, trans.DEPTH, model.DROPPATH_RAMP),
+        'distilled': trans.DISTILLED,
+        'layer_scale': trans.LAYER_SCALE,
+    }
+
+
+def dense_options(config) -> dict:
+    """`encoder_options` of an encoder whose feature maps a dense head takes.
+
+    Raises:
+        UserError: attention that fades in training; only classification has a schedule for it.
+    """
+    options = encoder_options(config)
+    removal = options['removal']
+    if removal.prune_layers or removal.done_layers:
+        raise UserError(
+            f'MODEL.TYPE {config.MODEL.TYPE} takes blocks with attention or without, but none whose attention fades: set '
+            'MODEL.LAMBDA.REMOVED True.'
+        )
+    return options
 
 
 def pretraining_options(config) -> dict:

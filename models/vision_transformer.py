@@ -35,7 +35,6 @@ from models.layers import (
     build_mixer,
     check_keep_rates,
     check_reducers,
-    drop_path_rates,
     per_block,
     requested,
     resize_position_table,
@@ -43,7 +42,7 @@ from models.layers import (
     torch_conv_,
     trunc_normal_,
 )
-from models.options import mixer_specs, plain_options, reducer_specs, removal_spec
+from models.options import encoder_options, reducer_specs
 from models.registry import register_model
 from models.weights.transformer import TransformerWeights
 from utils.errors import UserError
@@ -79,6 +78,7 @@ class VisionTransformer(Classifier):
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
         representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
         layer_scale: initial LayerScale value of each residual branch; None: no LayerScale.
+        final_norm: LayerNorm after the last block; False: none, for dense heads on feature maps.
         rescaled_init: divide the last layer of each branch by sqrt(2 (number of the block, from 1)) and multiply the
             classifiers by 0.001 (BEiT).
     """
@@ -108,6 +108,7 @@ class VisionTransformer(Classifier):
         representation_size: int | None = None,
         layer_scale: float | None = None,
         rescaled_init: bool = False,
+        final_norm: bool = True,
     ):
         super().__init__()
         _check(embed_dim, num_heads, positions)
@@ -138,7 +139,7 @@ class VisionTransformer(Classifier):
         )
         self._check_relative()
         self.removal.attach(self)
-        self._add_head(num_classes, representation_size)
+        self._add_head(num_classes, representation_size, final_norm)
         self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(_init_linear)
         if rescaled_init:
@@ -172,10 +173,11 @@ class VisionTransformer(Classifier):
         if absolute:
             self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
 
-    def _add_head(self, num_classes: int, representation_size: int | None) -> None:
+    def _add_head(self, num_classes: int, representation_size: int | None, final_norm: bool) -> None:
         dim = self.embed_dim
+        self.norm = None
         norms = ['fc_norm', 'dist_norm'][: 1 + self.distilled] if self.global_pool else ['norm']
-        for name in norms:
+        for name in norms if final_norm else ():
             setattr(self, name, nn.LayerNorm(dim, epsilon=NORM_EPS))
         self.pre_logits = None
         if representation_size and not self.distilled:
@@ -293,7 +295,7 @@ class VisionTransformer(Classifier):
         return (logits, list(state.indices)) if get_idx else logits
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalized unless they are pooled first."""
+        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalized unless they are pooled first, or never."""
         return self.forward_tokens(x)[0]
 
     def forward_tokens(
@@ -340,14 +342,14 @@ class VisionTransformer(Classifier):
         for block in self.blocks[first:]:
             x, state = run_block(block, x, state, checkpoint=self.grad_checkpointing)
         if not self.global_pool:
-            return self.norm(x), state
+            return x if self.norm is None else self.norm(x), state
         if state.size is not None:  # so that pooling averages over the tokens before merging
             x = x * (state.size / state.size[:, self.num_prefix :].mean(1, keepdim=True))
         return x, state
 
     def _begin(self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False) -> tuple[Tensor, TokenState]:
         """What the first block takes; arguments as in `forward_tokens`."""
-        grid = self._grid(x)
+        grid = self.grid_of(x)
         return self._begin_tokens(self.embed(x), grid, keep_rate, tokens, trace)
 
     def _begin_tokens(self, x: Tensor, grid=None, keep_rate=None, tokens=None, trace: bool = False):
@@ -370,13 +372,13 @@ class VisionTransformer(Classifier):
         x, state = self.run_blocks(x, state._replace(want=want))
         return Intermediates(x, dict(zip(sorted(want), state.recorded)), state)
 
-    def _grid(self, x: Tensor) -> tuple[int, int]:
+    def grid_of(self, x: Tensor) -> tuple[int, int]:
         """(rows, columns) of the patches of images [B, in_chans, H, W]."""
         return x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size
 
     def embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
-        grid = self._grid(x)
+        grid = self.grid_of(x)
         # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
         x = self.patch_embed(x).astype(self.cls_token.dtype)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
@@ -456,20 +458,13 @@ def _traces(want: Mapping[int, Collection[str]]) -> bool:
 def build_vit(config) -> VisionTransformer:
     """Build a Vision Transformer from a configuration."""
     model, trans = config.MODEL, config.MODEL.TRANS
-    positions = {'absolute': trans.ABS_POS, 'shared_relative': 'shared' in trans.REL_POS}
     vit = VisionTransformer(
-        **{**plain_options(config), 'mixer': mixer_specs(model)},
+        **encoder_options(config),
         num_classes=model.NUM_CLASSES,
         reducers=reducer_specs(model),
-        removal=removal_spec(model.LAMBDA),
-        positions=[name for name, used in positions.items() if used],
-        drop_rate=model.DROPOUT,
         head_drop_rate=model.HEAD_DROPOUT,
-        drop_path_rate=drop_path_rates(model.DROPPATH, trans.DEPTH, model.DROPPATH_RAMP),
-        distilled=trans.DISTILLED,
         global_pool=trans.GLOBAL_POOL,
         representation_size=trans.REPRESENTATION_SIZE,
-        layer_scale=trans.LAYER_SCALE,
         rescaled_init=trans.RESCALED_INIT,
     )
     vit.freeze_stages(trans.FROZEN_STAGES)

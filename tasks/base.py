@@ -23,7 +23,7 @@ from PIL import Image
 
 import datasets
 from datasets.batch import Batch
-from datasets.transforms import build_transform
+from datasets.transforms import Squash, build_transform
 from tasks.model_schedules import ModelSchedule, build_model_schedules
 from utils.errors import UserError
 from utils.registry import Registry
@@ -122,6 +122,10 @@ class Evaluator:
         """Metrics by name, of all images that were processed (and reduced)."""
         raise NotImplementedError
 
+    def details(self) -> list[str]:
+        """Lines for the log below the result, such as a table of classes."""
+        return []
+
     def progress(self) -> dict[str, float]:
         """Metrics of this process so far, for its log; empty where they are expensive."""
         return {}
@@ -185,12 +189,14 @@ class Task:
 
     Attributes:
         views: augmented views of each training image.
+        data_kind: class of the data sets that have the targets of the task.
         parts: name of each part of the loss -> title in the log.
         counts: name of each count -> title in the log; the log shows counts divided by the number of images.
         schedules: settings of the model that depend on the epoch, see tasks/model_schedules.py.
     """
 
     views: int = 1
+    data_kind: type = datasets.Dataset
     parts: Mapping[str, str] = NOTHING
     counts: Mapping[str, str] = NOTHING
 
@@ -213,6 +219,11 @@ class Task:
             UserError: missing or malformed data, or more classes than the model has.
         """
         dataset = datasets.build_dataset(self.config, split)
+        if not isinstance(dataset, self.data_kind):
+            raise UserError(
+                f'DATA.DATASET {self.config.DATA.DATASET} does not have the targets of TRAIN.TASK {self.config.TRAIN.TASK}: '
+                'choose another of the two (docs/data.md lists data sets).'
+            )
         self.config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(self.config, dataset)
         return dataset
 
@@ -285,6 +296,16 @@ class Task:
             f'TRAIN.TASK {self.config.TRAIN.TASK} predicts nothing about images: train a classifier from these weights '
             'first, by -pretrained.'
         )
+
+    def preprocessing(self) -> dict[str, Any]:
+        """How an image becomes the input of an exported program, for `tools/export.py`; docs/predict_export.md has the fields."""
+        resize, crop = build_transform(self.config, training=False).steps
+        return {
+            'resize_short': None if isinstance(resize, Squash) else resize.size,
+            'interpolation': resize.resample.name.lower(),
+            'image_size': crop.size,
+            'crop_pct': self.config.DATA.CROP_PCT if resize.size > crop.size else 1.0,
+        }
 
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """One prediction per image, from the result of `infer`."""

@@ -14,7 +14,8 @@ from datasets.batch import Batch
 from models.mae import MaskedAutoencoder, Reconstruction
 from tasks.base import Losses, MeanEvaluator, Task, register_task
 from tasks.mae_distillation import MaeDistillation, build_distillation
-from tasks.mae_pictures import draw, rebuild
+from tasks.mae_pictures import rebuild
+from tasks.pictures import draw
 from utils.errors import UserError
 
 SHOWN = 8  # validation images in the pictures of a reconstruction

@@ -7,12 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import paddle
-from PIL import Image
 
 from models.mae import MaskedAutoencoder
-
-GAP = 4  # pixels around the pictures
-PAPER = 255
+from tasks.pictures import PAPER, pixels
 
 
 @paddle.no_grad()
@@ -33,25 +30,6 @@ def rebuild(
     output = model(images, noise)
     _, rebuilt = model.paint(images, output)
     seen, _ = model.paint(paddle.ones_like(images), output)  # 1 where a pixel was seen
-    originals, rebuilt = _pixels(images, mean, std), _pixels(rebuilt, mean, std)
-    seen = np.where(_pixels(seen, [0.0], [1.0]) > 0, originals, PAPER).astype('uint8')
+    originals, rebuilt = pixels(images, mean, std), pixels(rebuilt, mean, std)
+    seen = np.where(pixels(seen, [0.0], [1.0]) > 0, originals, PAPER).astype('uint8')
     return list(zip(originals, seen, rebuilt))
-
-
-def _pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised [B, C, H, W] -> [B, H, W, C] uint8."""
-    channels = x.shape[1]
-    x = x.astype('float32').transpose([0, 2, 3, 1]).numpy() * np.asarray(std[:channels]) + np.asarray(mean[:channels])
-    return np.clip(np.round(255 * x), 0, 255).astype('uint8')
-
-
-def draw(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures of one size [H, W, C] in rows and columns."""
-    height, width, _ = rows[0][0].shape
-    across, down = width + GAP, height + GAP
-    sheet = Image.new('RGB', (len(rows[0]) * across + GAP, len(rows) * down + GAP), (PAPER,) * 3)
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            tile = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-            sheet.paste(tile, (GAP + j * across, GAP + i * down))
-    return sheet

@@ -26,9 +26,9 @@ import numpy as np
 import paddle
 
 from config import flag_parser
-from datasets.transforms import Squash, build_transform
 from deploy.inference import load_classifier
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
+from tasks import Task, build_task
 from tools._common import trained_config
 from tools._output import add_output_prefix
 from utils.cli import run
@@ -45,12 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     folder, name = os.path.split(os.path.abspath(args.target))
     paddle.set_device('cpu')  # the files are the same for all devices, and here float32 is float32
     model = load_classifier(config)
+    config.MODEL.NUM_CLASSES = model.num_classes
+    task = build_task(config)
     try:
         os.makedirs(folder, exist_ok=True)
         with unfinished_files(folder, name) as prefix:
-            difference = export(model, image_shape(config), prefix)
+            difference = export(model, image_shape(task), prefix)
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
-                file.write(json_text(describe(config, model.num_classes), indent=2))
+                file.write(json_text(describe(config, model.num_classes, task), indent=2))
             publish(prefix, os.path.join(folder, name))
     except OSError as error:
         raise cannot_write(args.target, error) from error
@@ -76,9 +78,9 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
         yield os.path.join(link, 'program')
 
 
-def image_shape(config) -> list[int]:
+def image_shape(task: Task) -> list[int]:
     """[C, H, W]."""
-    return [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+    return list(task.example(1).images.shape[1:])
 
 
 def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
@@ -113,21 +115,16 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
     return np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo('float32').tiny)
 
 
-def describe(config, num_classes: int) -> dict:
+def describe(config, num_classes: int, task: Task | None = None) -> dict:
     """What a program needs to be given, so that its answers are those of the evaluation."""
-    data = config.DATA
-    resize, crop = build_transform(config, training=False).steps
-    short = None if isinstance(resize, Squash) else resize.size
+    data, task = config.DATA, build_task(config) if task is None else task
     return {
         'model': config.MODEL.NAME,
         'num_classes': num_classes,
-        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(config)]},
+        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(task)]},
         'exif_rotate': data.EXIF_ROTATE,
         'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
-        'resize_short': short,
-        'interpolation': resize.resample.name.lower(),
-        'image_size': crop.size,
-        'crop_pct': data.CROP_PCT if resize.size > crop.size else 1.0,
+        **task.preprocessing(),
         'mean': list(data.IMAGENET_MEAN[: data.IMAGE_CHANNELS]),
         'std': list(data.IMAGENET_STD[: data.IMAGE_CHANNELS]),
     }

@@ -5,7 +5,7 @@
     python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
     python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
 
-Reads and decodes every image as training does. Problems are lists with bad lines or labels or without images of a class,
+Reads and decodes every image, and every label map, as training does. Problems are lists with bad lines or labels or without images of a class,
 images that cannot be used, the same file twice in a part, and the same file in training and validation. Exit status: 0 without
 problems, 1 with some.
 """
@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from config import flag_parser, get_config, update_config
-from datasets import Dataset, build_dataset, resolve_num_classes
+from datasets import Dataset, Images, build_dataset, resolve_num_classes
 from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
 from tools._output import add_output_file
@@ -91,7 +91,7 @@ def verify(config) -> dict:
     }
 
 
-def open_parts(config) -> tuple[dict[str, Dataset], list[dict]]:
+def open_parts(config) -> tuple[dict[str, Images], list[dict]]:
     """The parts that can be opened, and why others cannot. Training comes first and says how many classes there are."""
     datasets, problems = {}, []
     for part in PARTS:
@@ -105,7 +105,9 @@ def open_parts(config) -> tuple[dict[str, Dataset], list[dict]]:
     return datasets, problems
 
 
-def count(dataset: Dataset) -> dict:
+def count(dataset: Images) -> dict:
+    if not isinstance(dataset, Dataset):
+        return {'images': len(dataset), 'classes': dataset.num_classes}
     number, first = empty_classes(dataset, dataset.num_classes)
     _, per_class = np.unique(dataset.labels, return_counts=True)
     return {
@@ -116,24 +118,25 @@ def count(dataset: Dataset) -> dict:
     }
 
 
-def find_empty(datasets: dict[str, Dataset]) -> list[dict]:
+def find_empty(datasets: dict[str, Images]) -> list[dict]:
     """Classes up to the largest label of a training list that nothing is learned about; validation may lack classes.
 
     Where classes have names, those without an image are a note.
     """
     train = datasets.get('train')
-    reason = describe_empty(train, train.num_classes) if train and train.class_names is None else ''
+    unnamed = isinstance(train, Dataset) and train.class_names is None
+    reason = describe_empty(train, train.num_classes) if unnamed else ''
     return [{'kind': 'empty', 'part': 'train', 'reason': reason}] if reason else []
 
 
-def notes_on(part: str, dataset: Dataset) -> list[str]:
-    named = part == 'train' and dataset.class_names is not None
+def notes_on(part: str, dataset: Images) -> list[str]:
+    named = part == 'train' and isinstance(dataset, Dataset) and dataset.class_names is not None
     notes = [*dataset.notes, *([describe_empty(dataset, dataset.num_classes)] if named else [])]
     return [f'{part}: {note}' for note in notes if note]
 
 
 # ---------------------------------------------------------------------------------------------------- images
-def check_images(dataset: Dataset, part: str, workers: int) -> tuple[np.ndarray, list[dict]]:
+def check_images(dataset: Images, part: str, workers: int) -> tuple[np.ndarray, list[dict]]:
     """Digests [N, 2] uint64, 0 where there is none, and what is wrong with those."""
     digests = np.zeros((len(dataset), _DIGEST), np.uint8)
     problems = []
@@ -148,7 +151,7 @@ def check_images(dataset: Dataset, part: str, workers: int) -> tuple[np.ndarray,
     return digests.view(np.uint64), problems
 
 
-def checked(dataset: Dataset, workers: int) -> Iterator[tuple[int, bytes, str | None]]:
+def checked(dataset: Images, workers: int) -> Iterator[tuple[int, bytes, str | None]]:
     """(index, digest, what is wrong or None) of each image, in order."""
     if workers == 0:
         yield from (check_image(dataset, index) for index in range(len(dataset)))
@@ -171,21 +174,22 @@ def checked(dataset: Dataset, workers: int) -> Iterator[tuple[int, bytes, str | 
         executor.shutdown(cancel_futures=True)
 
 
-def check_image(dataset: Dataset, index: int) -> tuple[int, bytes, str | None]:
+def check_image(dataset: Images, index: int) -> tuple[int, bytes, str | None]:
     """Reads and decodes one image with the code that training uses."""
     storage = dataset.storage
     try:
         picture = storage.open(index)
         content = storage.read(index) if isinstance(storage, EncodedStorage) else picture.tobytes()
-    except UnreadableImage as error:
+        dataset.check_targets(index)
+    except (UnreadableImage, UserError) as error:
         return index, b'', str(error)
     return index, hashlib.blake2b(content, digest_size=_DIGEST).digest(), None
 
 
-_dataset: Dataset  # in a worker
+_dataset: Images  # in a worker
 
 
-def _start_worker(dataset: Dataset) -> None:
+def _start_worker(dataset: Images) -> None:
     global _dataset
     _dataset = dataset
     die_with_parent()
@@ -198,7 +202,7 @@ def _check_chunk(chunk: range) -> list[tuple[int, bytes, str | None]]:
 
 
 # ---------------------------------------------------------------------------------------------------- copies
-def find_copies(datasets: dict[str, Dataset], digests: dict[str, np.ndarray]) -> list[dict]:
+def find_copies(datasets: dict[str, Images], digests: dict[str, np.ndarray]) -> list[dict]:
     """Files that are there more than once: `leak` across parts, `duplicate` within one."""
     everything = np.concatenate(list(digests.values()))
     _, group, sizes = np.unique(everything, axis=0, return_inverse=True, return_counts=True)
@@ -215,13 +219,18 @@ def find_copies(datasets: dict[str, Dataset], digests: dict[str, np.ndarray]) ->
                 'kind': 'leak' if len({part for part, _ in copies}) > 1 else 'duplicate',
                 'parts': [part for part, _ in copies],
                 'images': [datasets[part].describe(index) for part, index in copies],
-                'labels': [int(datasets[part].labels[index]) for part, index in copies],
+                'labels': [label_of(datasets[part], index) for part, index in copies],
             }
         )
     return problems
 
 
-def origin(place: int, datasets: dict[str, Dataset]) -> tuple[str, int]:
+def label_of(dataset: Images, index: int) -> int | None:
+    """Class of an image; None where it has a class per pixel."""
+    return int(dataset.labels[index]) if isinstance(dataset, Dataset) else None
+
+
+def origin(place: int, datasets: dict[str, Images]) -> tuple[str, int]:
     """Part and index of an image by its place in all parts."""
     for part, dataset in datasets.items():
         if place < len(dataset):
@@ -233,8 +242,8 @@ def origin(place: int, datasets: dict[str, Dataset]) -> tuple[str, int]:
 # ---------------------------------------------------------------------------------------------------- on the screen
 def show(report: dict) -> None:
     for part, facts in report['parts'].items():
-        low, high = facts['images_per_class']
-        print(f'{part}: {facts["images"]} images in {facts["classes"]} classes of {low} to {high}')
+        per_class = ' of {} to {}'.format(*facts['images_per_class']) if 'images_per_class' in facts else ''
+        print(f'{part}: {facts["images"]} images in {facts["classes"]} classes{per_class}')
     for note in report['notes']:
         print(note)
     kinds = Counter(problem['kind'] for problem in report['problems'])

@@ -26,7 +26,8 @@ from engine import distributed
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.weights.load import load_pretrained
-from tasks.mae_pictures import draw, rebuild
+from tasks.mae_pictures import rebuild
+from tasks.pictures import draw
 from tools._common import find_images, trained_config
 from tools._output import add_output_file
 from tools._pictures import readable, single_batch

@@ -67,6 +67,15 @@ def step(
     return max(base * decay_rate ** (t // decay_epochs), end)
 
 
+@SCHEDULES.register('poly')
+def poly(
+    t: float, *, base: float, start: float, end: float, warmup: float, total: float, power: float = 1.0, **_
+) -> float:
+    """From `base` to `end` as (1 - t / total)^power; the warm-up multiplies it by a line from start / base to 1 (mmsegmentation)."""
+    value = end + (base - end) * max(1 - t / total, 0.0) ** power
+    return value * (1 - (1 - t / warmup) * (1 - start / base)) if t < warmup and base else value
+
+
 @SCHEDULES.register('constant')
 def constant(t: float, *, base: float, start: float, warmup: float, **_) -> float:
     """`base` after the warm-up."""

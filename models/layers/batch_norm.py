@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import math
+
 import paddle
 import paddle.distributed as dist
+import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
+from utils.errors import UserError
+
 
 class SyncBatchNorm(nn.Layer):
-    """Normalises each channel of [B, C] over the images of all processes, in float32 whatever the input is.
+    """Normalises each channel of [B, C] or [B, C, H, W] over the images of all processes, in float32 whatever the input is.
 
     Training uses the biased variance of the whole batch, and evaluation running statistics: running <- (1 - momentum) *
     running + momentum * batch, in which the variance is unbiased (PyTorch; Paddle's own layer keeps the biased one). The
@@ -34,27 +39,43 @@ class SyncBatchNorm(nn.Layer):
         self.register_buffer('_variance', paddle.ones([channels]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C] -> [B, C]."""
+        """[B, C] or [B, C, H, W] -> the same shape.
+
+        Raises:
+            UserError: a training batch of maps with a single value per channel, of which nothing would remain.
+        """
+        if x.ndim > 2 and not self.training:
+            return F.batch_norm(x, self._mean, self._variance, self.weight, self.bias, epsilon=self.epsilon)
         dtype = x.dtype
         x = x.astype(self._mean.dtype)
         mean, variance = self._of_the_batch(x) if self.training else (self._mean, self._variance)
-        x = (x - mean) * paddle.rsqrt(variance + self.epsilon)
+        x = (x - _spread(mean, x)) * _spread(paddle.rsqrt(variance + self.epsilon), x)
         if self.weight is not None:
-            x = x * self.weight + self.bias
+            x = x * _spread(self.weight, x) + _spread(self.bias, x)
         return x.astype(dtype)
 
     def _of_the_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance [C] of all processes, which the running statistics take in."""
-        sums = _over_processes(paddle.concat([x.sum(0), paddle.full([1], x.shape[0], x.dtype)]))
+        others = [axis for axis in range(x.ndim) if axis != 1]
+        values = math.prod(x.shape[axis] for axis in others)
+        if x.ndim > 2 and values == 1 and not _is_distributed():
+            raise UserError(
+                'batch normalization has one value per channel, which it would remove: set DATA.BATCH_SIZE to 2 or more, '
+                'or use more processes.'
+            )
+        sums = _over_processes(paddle.concat([x.sum(others), paddle.full([1], values, x.dtype)]))
         mean, count = sums[:-1] / sums[-1:], sums[-1:].detach()
-        variance = _over_processes(paddle.square(x - mean).sum(0)) / count
+        variance = _over_processes(paddle.square(x - _spread(mean, x)).sum(others)) / count
         with paddle.no_grad():
             unbiased = variance * (count / paddle.clip(count - 1, min=1.0))
-            for running, batch in ((self._mean, mean), (self._variance, unbiased)):
-                batch = paddle.where(paddle.isfinite(batch), batch, running)  # a step that is dropped leaves no trace
-                running.scale_(1 - self.momentum)
-                running.add_(batch * self.momentum)
+            keep = 1 - self.momentum
+            self._keep(keep * self._mean + self.momentum * mean, keep * self._variance + self.momentum * unbiased)
         return mean, variance
+
+    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+        """Sets the running statistics; a step that is dropped, where they are not finite, leaves no trace."""
+        for running, new in ((self._mean, mean), (self._variance, variance)):
+            paddle.assign(paddle.where(paddle.isfinite(new), new, running), running)
 
 
 class _Sum(paddle.autograd.PyLayer):
@@ -73,5 +94,14 @@ class _Sum(paddle.autograd.PyLayer):
         return total
 
 
+def _is_distributed() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _over_processes(x: Tensor) -> Tensor:
-    return _Sum.apply(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
+    return _Sum.apply(x) if _is_distributed() else x
+
+
+def _spread(values: Tensor, x: Tensor) -> Tensor:
+    """[C], to be broadcast over [B, C, ...]."""
+    return values if x.ndim == 2 else values.reshape([-1, *[1] * (x.ndim - 2)])

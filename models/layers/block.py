@@ -29,6 +29,7 @@ class Block(nn.Layer):
         drop_rate: dropout of the MLP.
         drop_path_rate: stochastic depth of both branches.
         layer_scale: initial LayerScale value of both branches (CaiT); None: no LayerScale.
+        norm_eps: epsilon of both LayerNorms.
 
     Attributes:
         attn_weight: λ, see `set_attn_weight`.
@@ -43,14 +44,15 @@ class Block(nn.Layer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
+        norm_eps: float = NORM_EPS,
     ):
         super().__init__()
         check_reducers(mixer, reducers)
         self.norm1 = self.attn = self.gamma_1 = self.gamma_2 = None
         if mixer is not None:
-            self.norm1 = nn.LayerNorm(dim, epsilon=NORM_EPS)
+            self.norm1 = nn.LayerNorm(dim, epsilon=norm_eps)
             self.attn = mixer
-        self.norm2 = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.norm2 = nn.LayerNorm(dim, epsilon=norm_eps)
         self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
         if layer_scale is not None:

@@ -63,13 +63,53 @@ def relative_bias(layer: nn.Layer) -> Tensor:
     return paddle.gather(table, rows).reshape([*index.shape, -1]).transpose([2, 0, 1])
 
 
-def resize_relative_table(table: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """A table of a square grid, interpolated bicubically to another grid; any other array as it is."""
+def resize_relative_table(table: np.ndarray, grid: tuple[int, int], spline: bool = False) -> np.ndarray:
+    """A table of a square grid, interpolated bicubically to another grid; any other array as it is.
+
+    Args:
+        table: [T, H].
+        grid: (rows, columns) of patches wanted.
+        spline: interpolate as BEiT does, see `_geometric_spline`.
+    """
     side = round(max(len(table) - EXTRA_ROWS, 0) ** 0.5)
     if side**2 + EXTRA_ROWS != len(table):
         return table
+    if spline:
+        patches = _geometric_spline(table[: side**2].reshape([side, side, -1]), [2 * length - 1 for length in grid])
+        return np.concatenate([patches.reshape([-1, table.shape[1]]).astype(table.dtype), table[side**2 :]])
     patches = paddle.to_tensor(table[: side**2].astype('float32'), place=paddle.CPUPlace())
     patches = patches.reshape([1, side, side, -1]).transpose([0, 3, 1, 2])
     size = [2 * grid[0] - 1, 2 * grid[1] - 1]
     resized = nn.functional.interpolate(patches, size=size, mode='bicubic', align_corners=False)
     return np.concatenate([resized.flatten(2)[0].transpose([1, 0]).numpy(), table[side**2 :]])
+
+
+def _geometric_spline(table: np.ndarray, shape: list[int]) -> np.ndarray:
+    """[S, S, H] -> [*shape, H] by bicubic splines over displacements in geometric progression (BEiT).
+
+    The displacements of the old grid are moved to 1, 1 + q, 1 + q + q^2, ... so that the largest is that of the new grid.
+    Nearby displacements, at which tables vary most, then keep their resolution.
+    """
+    from scipy.interpolate import make_interp_spline  # optional, and slow to import
+
+    for axis, length in enumerate(shape):
+        old, new = table.shape[axis] // 2, length // 2
+        if old == new:
+            continue
+        far = np.cumsum(_growth(old, new) ** np.arange(old))
+        places = np.concatenate([-far[::-1], [0.0], far])
+        wanted = np.clip(np.arange(-new, new + 1), places[0], places[-1])
+        table = make_interp_spline(places, table.astype('float64'), k=3, axis=axis)(wanted)
+    return table
+
+
+def _growth(count: int, largest: int) -> float:
+    """q for which 1 + q + ... + q^(count - 1) is `largest`, bisected in [1.01, 1.5] as upstream does."""
+    low, high, middle = 1.01, 1.5, 1.255
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        if (middle ** np.arange(count)).sum() > largest:
+            high = middle
+        else:
+            low = middle
+    return middle

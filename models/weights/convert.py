@@ -98,7 +98,8 @@ def rename_arrays(
             first = next(other for other, used in report.used.items() if used == ours)
             raise UserError(f"{source} holds {ours} twice, as '{first}' and as '{name}'.")
         else:
-            report.used[name], renamed[ours] = ours, array
+            report.used[name] = ours
+            renamed[ours] = array if own_names else rules_of(model).layout(name, array)
     return renamed if own_names else _paddle_layout(model, renamed)
 
 

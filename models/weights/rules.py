@@ -41,6 +41,11 @@ class WeightRules:
         """Our name of a parameter of the published PyTorch weights; None: it is known and not used here."""
         return name
 
+    def layout(self, name: str, array: np.ndarray) -> np.ndarray:
+        """An array of the published weights, by its published name, where our layer keeps it in another layout. Linear
+        layers, which PyTorch stores transposed, need no rule."""
+        return array
+
     def metadata(self, model: nn.Layer) -> dict:
         """Configuration keys and values that shapes do not show; they are stored with the weights and compared on loading."""
         return {}

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import paddle
@@ -81,13 +81,13 @@ class TransformerWeights(WeightRules):
         """Fine-tune after pre-training by MAE or MoCo-v3, whose trained encoder is used, or with another pooling."""
         ours = set(model.state_dict())
         renamed = {name: _in_encoder(name) for name in names}
-        unused = {name: _reason(_UNUSED, wanted) for name, wanted in renamed.items() if wanted not in ours}
+        unused = {name: first_match(_UNUSED, wanted) for name, wanted in renamed.items() if wanted not in ours}
         pretraining = (*TRAINING_PARTS, *DECODER_PARTS, *ADAPTER_PARTS)
         for name in unused:
             if renamed[name].startswith(pretraining):
                 unused[name] = 'they serve the pre-training only'
         missing = sorted(ours.difference(renamed.values()))
-        initial = {name: _reason(_INITIAL, name) for name in missing}
+        initial = {name: first_match(_INITIAL, name) for name in missing}
         return Start(
             renamed, *({name: reason for name, reason in part.items() if reason} for part in (unused, initial))
         )
@@ -97,5 +97,6 @@ def _in_encoder(name: str) -> str:
     return name if name.startswith(TRAINING_PARTS) else name.removeprefix(MOCO_ENCODER)
 
 
-def _reason(table, name: str) -> str | None:
+def first_match(table: Sequence[tuple[str, str]], name: str) -> str | None:
+    """The reason of the first pattern that matches a name completely."""
     return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)

@@ -320,7 +320,8 @@ def test_erasing_on_the_device():
 
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('erased', [0, 7])
-def test_normalising_on_cpu_and_device(channels, erased):
+@pytest.mark.parametrize('padded', [False, True])
+def test_normalising_on_cpu_and_device(channels, erased, padded):
     """Two ways to the same numbers, to the last bit."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 9, 8, channels), dtype=np.uint8)
@@ -329,10 +330,13 @@ def test_normalising_on_cpu_and_device(channels, erased):
     erase = (positions, rng.standard_normal(erased, dtype='float32')) if erased else None
     scale, shift = rng.uniform(0.01, 0.02, (2, channels, 1, 1)).astype('float32')
     labels = np.zeros(3, 'int64')
+    valid = np.array([(5, 6), (9, 8), (1, 1)]) if padded else None
     batch = Batch(images, {'label': labels}, labels, erase=erase)
     one, other = (
-        prepare(batch.images, batch.erase, scale, shift).numpy()
+        prepare(batch.images, batch.erase, scale, shift, valid).numpy()
         for prepare in (batching._on_this_cpu, batching._on_the_device)
     )
     assert one.shape == (3, channels, 9, 8)
     assert np.array_equal(one, other)
+    if padded and not erased:
+        assert not one[0, :, 5:].any() and not one[0, :, :, 6:].any() and one[0, :, :5, :6].any() and one[1].any()

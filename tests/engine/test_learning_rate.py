@@ -81,3 +81,22 @@ def test_update_per_step_is_the_same_curve_between_epochs():
 def test_unknown_schedule_names_the_known_ones():
     with pytest.raises(UserError, match="'cosin'.*Known: .*warmupcosine"):
         lr_schedule(get_config(opts=['TRAIN.LR_SCHEDULER.NAME', 'cosin']), 8)
+
+
+@pytest.mark.parametrize('name', ['recipe', 'poly09', 'short'])
+@pytest.mark.parametrize('steps_per_epoch', [1, 1263, 160000])
+def test_poly_by_iterations(name, steps_per_epoch):
+    """The schedule of mmsegmentation, at iterations anywhere in an epoch."""
+    reference = golden('segmentation-schedule')
+    case = reference.meta['schedules'][name]
+    options = [
+        *('TRAIN.NUM_ITERS', case['max_iters'], 'TRAIN.WARMUP_ITERS', case['warmup_iters']),
+        *('TRAIN.BASE_LR', 1e-4, 'TRAIN.WARMUP_START_LR', 1e-4 * case['warmup_ratio']),
+        *('TRAIN.END_LR', 1e-4 * case['min_lr_over_lr'], 'TRAIN.LINEAR_SCALED_LR', None),
+        *('TRAIN.LR_SCHEDULER.NAME', 'poly', 'TRAIN.LR_SCHEDULER.POWER', case['power']),
+        *('TRAIN.LR_SCHEDULER.UPDATE', 'step'),
+    ]
+    lr = lr_schedule(get_config(opts=options), 16, steps_per_epoch)
+    places = [divmod(int(step), steps_per_epoch) for step in reference[f'in/{name}/iter']]
+    rates = np.array([lr(epoch + 1, step / steps_per_epoch) for epoch, step in places])
+    np.testing.assert_allclose(rates / 1e-4, reference[f'out/{name}/multiplier'], 1e-9)

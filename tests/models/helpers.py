@@ -9,6 +9,7 @@ from config import get_config
 from models.layers import EViTSpec, MixerSpec, RemovalSpec, drop_path_rates
 from models.registry import config_file
 from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict
 from models.weights.rules import rules_of
 
 
@@ -117,3 +118,10 @@ def check_recompute(model: nn.Layer, x: paddle.Tensor) -> None:
         model.clear_gradients()
     for plain, recomputed in zip(*results):
         np.testing.assert_array_equal(plain, recomputed)
+
+
+def port(layer: nn.Layer, arrays: dict) -> nn.Layer:
+    """Loads published arrays by the layer's own rules, as tools/port_weights.py does."""
+    state = port_state_dict(layer, arrays)
+    layer.set_state_dict({name: paddle.to_tensor(array) for name, array in state.items()})
+    return layer

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from visualdl import LogReader
 
-from tasks.mae_pictures import GAP
+from tasks.pictures import GAP
 from tests.runs.conftest import check_that_it_resumes, metrics, run, train_on_two, write_recipe
 
 ENCODER = """

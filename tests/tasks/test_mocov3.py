@@ -13,6 +13,7 @@ from engine.distributed import Context
 from engine.learning_rate import lr_schedule
 from engine.optim import parameter_groups
 from models import build_model
+from models.layers import SyncBatchNorm
 from models.registry import config_file
 from tasks import MeanEvaluator
 from tasks.classification import ClassificationTask
@@ -71,6 +72,20 @@ def check(g, result, share: slice) -> None:
         np.testing.assert_allclose(result[f'state/{path}.{named[last]}'], value, rtol=1e-4, atol=2e-5)
 
 
+def normalize_maps(share: slice) -> dict[str, np.ndarray]:
+    """Batch normalization of the images `share` of five, and the gradients of a weighted sum."""
+    values, weights = np.random.default_rng(0).normal(size=(2, 5, 3, 4, 2)).astype('float32')
+    layer, x = SyncBatchNorm(3), paddle.to_tensor(values[share] + 2, stop_gradient=False)
+    y = layer(x)
+    (y * paddle.to_tensor(weights[share])).sum().backward()
+    return {
+        'maps': y.numpy(),
+        'maps/grad': x.grad.numpy(),
+        'mean': layer._mean.numpy(),
+        'variance': layer._variance.numpy(),
+    }
+
+
 def test_one_process_of_all_images():
     """The statistics, keys and gradients of two processes are those of one that has the images of both."""
     g = golden('mocov3-tworank')
@@ -87,6 +102,11 @@ def test_two_processes(tmp_path):
         with np.load(tmp_path / f'{rank}.npz') as result:
             assert result['loss'] == pytest.approx(g[f'out/loss_rank{rank}'].item(), rel=1e-5)
             check(g, result, slice(4 * rank, 4 * rank + 4))
+            together, share = normalize_maps(slice(None)), (slice(2), slice(2, None))[rank]  # of different sizes
+            for name in ('maps', 'maps/grad'):
+                assert_close(result[name], together[name][share], 1e-5)
+            for name in ('mean', 'variance'):
+                assert_close(result[name], together[name], 1e-5)
 
 
 def test_schedules_are_mae_lites():

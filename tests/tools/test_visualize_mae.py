@@ -12,7 +12,8 @@ from PIL import Image
 
 from config import get_config
 from models import build_model
-from tasks.mae_pictures import GAP, PAPER, draw, rebuild
+from tasks.mae_pictures import rebuild
+from tasks.pictures import GAP, PAPER, draw
 from tests.conftest import ROOT
 from tools._pictures import single_batch
 from tools.visualize_mae import main

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with a label map each: a class per pixel."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from datasets.classes import ClassTable
+from datasets.dataset import BadImageError, EncodedStorage, Images, Storage
+from datasets.images import UnreadableImage
+from datasets.sample import LabelMap, Sample
+from utils.errors import UserError
+
+LABELS = 'labels'  # name of the target
+VALUES = 1 << 16  # that a map of 16 bits can hold
+INVALID = -1
+_PROBES = 4  # maps that are read at the start
+_SINGLE_CHANNEL = ('L', 'P', '1', 'I', 'I;16', 'I;16B', 'I;16L')
+
+
+class SegmentationDataset(Images):
+    """Images with label maps.
+
+    Args:
+        storage: of the images.
+        maps: of the maps, in the order of the images.
+        source: see `Images`.
+        classes: names and colors.
+        labels: label of each stored value, [VALUES] int32, INVALID for values that must not occur; see `label_table`.
+        ignored: label of the pixels without a class.
+
+    Attributes:
+        num_classes: number of classes.
+        class_names: one per class.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        maps: EncodedStorage,
+        source: str,
+        classes: ClassTable,
+        labels: np.ndarray,
+        ignored: int = 255,
+        notes: Sequence[str] = (),
+    ):
+        super().__init__(storage, source, notes)
+        self.maps = maps
+        self.classes = classes
+        self.num_classes, self.class_names = len(classes.names), classes.names
+        self.ignored = ignored
+        self._labels = labels.astype(label_type(self.num_classes, ignored))
+        self._valid = labels != INVALID
+
+    def sample(self, index: int, exif_rotate: bool = False) -> Sample:
+        """Image and label map. Raises UserError where they differ in size."""
+        picture, labels = self.picture(index, exif_rotate), self.label_map(index)
+        if tuple(picture.size) != labels.pixels.shape[::-1]:
+            rotated = ' after its EXIF rotation (DATA.EXIF_ROTATE)' if exif_rotate else ''
+            raise UserError(
+                f"image '{self.describe(index)}' has {_size(picture.size)} pixels{rotated}, but its label map "
+                f"'{self.maps.describe(index)}' {_size(labels.pixels.shape[::-1])}; both must be equal."
+            )
+        return Sample(picture, {LABELS: labels})
+
+    def label_map(self, index: int) -> LabelMap:
+        """The label map of image `index`, with labels 0 to n - 1 and `ignored`.
+
+        Raises:
+            BadImageError: it cannot be read.
+            UserError: a value that is no class.
+        """
+        try:
+            values = read_values(self.maps.read(index))
+        except (UnreadableImage, MemoryError) as error:
+            reason = 'it needs more memory than there is' if isinstance(error, MemoryError) else error
+            raise BadImageError(f"cannot read the label map '{self.maps.describe(index)}': {reason}.") from None
+        valid = self._valid[values]
+        if not valid.all():
+            raise UserError(
+                f"the label map '{self.maps.describe(index)}' has the value {int(values[~valid][0])}, which is none of the "
+                f'{self.num_classes} classes and not the ignored value {self.ignored}; fix the map, the list of classes or '
+                'DATA.REDUCE_ZERO_LABEL.'
+            )
+        return LabelMap(self._labels[values], self.ignored)
+
+    def check_targets(self, index: int) -> None:
+        """See `Images`."""
+        with self.naming(index):
+            self.sample(index)
+
+    def check(self) -> None:
+        """Read a few maps, so that a wrong number of classes shows at the start."""
+        for index in np.unique(np.linspace(0, len(self) - 1, _PROBES).astype(int)).tolist():
+            with contextlib.suppress(BadImageError):  # which DATA.BAD_IMAGE may skip
+                self.label_map(index)
+
+    def with_storages(self, change: Callable[[Storage], Storage]) -> SegmentationDataset:
+        """See `Images`."""
+        other = super().with_storages(change)
+        other.maps = change(self.maps)
+        return other
+
+
+def label_type(num_classes: int, ignored: int) -> str:
+    """Type of the label maps of a batch."""
+    return 'uint8' if max(num_classes - 1, ignored) < 256 else 'int32'
+
+
+def label_table(num_classes: int, ignored: int, reduce_zero: bool = False, ids: Mapping[int, int] | None = None):
+    """Label of each value that a map may store, [VALUES] int32; INVALID for all other values.
+
+    Args:
+        reduce_zero: 0 is ignored, and k > 0 is class k - 1, as in ADE20K; the ignored value stays what it is.
+        ids: label of each stored value, where these are other numbers.
+    """
+    table = np.full(VALUES, INVALID, 'int32')
+    if ids is not None:
+        table[list(ids)] = list(ids.values())
+    else:
+        table[np.arange(num_classes) + reduce_zero] = np.arange(num_classes)
+        if reduce_zero:
+            table[0] = ignored
+    table[ignored] = ignored
+    return table
+
+
+def read_values(data: bytes) -> np.ndarray:
+    """The stored values of a label map, [H, W]: of a palette image the indices.
+
+    Raises:
+        UnreadableImage: something else than an image with one channel of 1, 8 or 16 bits.
+    """
+    if not data:
+        raise UnreadableImage('the file is empty')
+    try:
+        with Image.open(io.BytesIO(data), formats=('PNG', 'BMP', 'TIFF', 'GIF')) as image:
+            image.load()
+            mode, values = image.mode, np.array(image)
+    except Image.UnidentifiedImageError:
+        raise UnreadableImage('not a PNG, BMP, TIFF or GIF image') from None
+    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+        raise UnreadableImage(str(error) or type(error).__name__) from None
+    if mode not in _SINGLE_CHANNEL:
+        raise UnreadableImage(f'a label map has one channel of whole numbers, or a palette, but this image is {mode}')
+    values = values.astype('int64')
+    if values.min() < 0 or values.max() >= VALUES:
+        raise UnreadableImage('values of more than 16 bits')
+    return values
+
+
+def _size(size: Sequence[int]) -> str:
+    return ' x '.join(map(str, size))

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets with label maps as their publishers lay them out on disk, and any folder of images and maps."""
+
+from __future__ import annotations
+
+import os
+
+from datasets.classes import ClassTable, builtin_classes, read_classes
+from datasets.dataset import FileStorage
+from datasets.folder import data_path, read_lines
+from datasets.registry import register_dataset
+from datasets.segmentation import SegmentationDataset, label_table
+from datasets.walk import images_below
+from utils.environment import expand_user
+from utils.errors import UserError
+
+CLASSES = 'classes.txt'
+BUILTIN = ('ade20k', 'voc2012', 'cityscapes')
+# Values of Cityscapes' labelIds maps in the order of the classes; the others of 0 to 33 are ignored.
+_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+@register_dataset('segmentation')
+def build_segmentation(config, split: str) -> SegmentationDataset:
+    """`DATA_PATH/images/<split>/**`, `DATA_PATH/annotations/<split>/**.png` of the same names, `DATA_PATH/classes.txt`."""
+    root = data_path(config)
+    return segmentation_folder(config, root, split, read_classes(os.path.join(root, CLASSES)))
+
+
+@register_dataset('ade20k')
+def build_ade20k(config, split: str) -> SegmentationDataset:
+    """ADEChallengeData2016; 0 in its maps is ignored."""
+    folder = {'train': 'training', 'val': 'validation'}[split]
+    return segmentation_folder(config, data_path(config), folder, builtin_classes('ade20k'), reduce_zero=True)
+
+
+@register_dataset('voc2012')
+def build_voc(config, split: str) -> SegmentationDataset:
+    """VOCdevkit/VOC2012: 1464 training images."""
+    return _voc(config, split, 'SegmentationClass')
+
+
+@register_dataset('voc2012aug')
+def build_augmented_voc(config, split: str) -> SegmentationDataset:
+    """The same with the further maps of SBD in SegmentationClassAug: 10582 training images, listed in trainaug.txt."""
+    maps = 'SegmentationClassAug' if split == 'train' else 'SegmentationClass'
+    return _voc(config, 'trainaug' if split == 'train' else split, maps)
+
+
+def _voc(config, name: str, maps: str) -> SegmentationDataset:
+    root = data_path(config)
+    path = os.path.join(root, 'ImageSets', 'Segmentation', f'{name}.txt')
+    names = [line.strip() for _, line in read_lines(path, 'DATA_PATH is the folder VOCdevkit/VOC2012')]
+    images = [os.path.join('JPEGImages', f'{name}.jpg') for name in names]
+    return _paired(
+        config, root, images, [os.path.join(maps, f'{name}.png') for name in names], builtin_classes('voc2012')
+    )
+
+
+@register_dataset('cityscapes')
+def build_cityscapes(config, split: str) -> SegmentationDataset:
+    """leftImg8bit and gtFine; maps of train ids where they are, else of label ids."""
+    root, ending = data_path(config), '_leftImg8bit.png'
+    found = _files(os.path.join(root, 'leftImg8bit', split))
+    names = [name[: -len(ending)] for name in found if name.endswith(ending)]
+    if not names:
+        raise UserError(f"'{os.path.join(root, 'leftImg8bit', split)}' holds no image that ends in {ending}.")
+    images = [os.path.join('leftImg8bit', split, f'{name}{ending}') for name in names]
+    maps = [os.path.join('gtFine', split, f'{name}_gtFine_labelTrainIds.png') for name in names]
+    if os.path.exists(os.path.join(root, maps[0])):
+        return _paired(config, root, images, maps, builtin_classes('cityscapes'))
+    maps = [path.replace('labelTrainIds', 'labelIds') for path in maps]
+    ids = dict.fromkeys(range(34), config.DATA.IGNORE_INDEX)
+    ids.update({value: label for label, value in enumerate(_CITYSCAPES_IDS)})
+    return _paired(config, root, images, maps, builtin_classes('cityscapes'), ids=ids)
+
+
+def segmentation_folder(
+    config, root: str, split: str, classes: ClassTable, reduce_zero: bool = False
+) -> SegmentationDataset:
+    """Images below `root/images/split`, and maps of the same names below `root/annotations/split`."""
+    images, maps = (os.path.join(root, folder, split) for folder in ('images', 'annotations'))
+    names = _files(images)
+    if not names:
+        raise UserError(f"'{images}' holds no image.")
+    annotated = {os.path.splitext(name)[0]: name for name in _files(maps)}
+    stems = [os.path.splitext(name)[0] for name in names]
+    lacking = [name for name, stem in zip(names, stems) if stem not in annotated]
+    if lacking:
+        raise UserError(
+            f"image '{os.path.join(images, lacking[0])}' has no label map of its name in '{maps}'; {len(lacking)} of "
+            f'{len(names)} images have none: add the maps or remove the images.'
+        )
+    twice = _first_twice(stems)
+    if twice:
+        raise UserError(f"two images in '{images}' have the name '{twice}' but for their endings; rename one.")
+    left_over = len(annotated) - len(names)
+    notes = [f"{left_over} label maps in '{maps}' belong to no image."] if left_over else []
+    paths = [os.path.join('annotations', split, annotated[stem]) for stem in stems]
+    names = [os.path.join('images', split, name) for name in names]
+    return _paired(config, root, names, paths, classes, reduce_zero=reduce_zero, notes=notes)
+
+
+def _files(folder: str) -> list[str]:
+    """Image files anywhere below a folder, relative to it."""
+    return [os.path.normpath(path) for path in images_below(folder)[0]]
+
+
+def _first_twice(names: list[str]) -> str | None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def _paired(
+    config, root: str, images: list[str], maps: list[str], classes: ClassTable, **options
+) -> SegmentationDataset:
+    """Image files and map files in the same order."""
+    _check_exist(root, maps)
+    return paired(config, FileStorage(root, images), FileStorage(root, maps), f"'{root}'", classes, **options)
+
+
+def paired(
+    config, images, maps, source: str, classes: ClassTable, reduce_zero: bool = False, ids=None, notes=()
+) -> SegmentationDataset:
+    """Images and maps from two storages, by DATA.IGNORE_INDEX and DATA.REDUCE_ZERO_LABEL."""
+    data = config.DATA
+    table = label_table(len(classes.names), data.IGNORE_INDEX, reduce_zero or data.REDUCE_ZERO_LABEL, ids)
+    dataset = SegmentationDataset(images, maps, source, classes, table, data.IGNORE_INDEX, notes)
+    dataset.check()
+    return dataset
+
+
+def _check_exist(root: str, paths: list[str]) -> None:
+    """Raises UserError for the first file that is missing; each folder is read once."""
+    listed: dict[str, set[str]] = {}
+    for path in paths:
+        folder, name = os.path.split(os.path.join(root, path))
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if name not in listed[folder]:
+            raise UserError(f"the label map '{os.path.join(folder, name)}' is missing; add it, or remove its image.")
+
+
+def known_classes(config) -> ClassTable | None:
+    """The classes of DATA.DATASET as far as they are known without its images."""
+    name = config.DATA.DATASET.removesuffix('aug')
+    if name in BUILTIN:
+        return builtin_classes(name)
+    path = os.path.join(expand_user(config.DATA.DATA_PATH), CLASSES)
+    return read_classes(path) if os.path.isfile(path) else None

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of segmentation models: names of mmsegmentation, TinyMIM and Segmenter, and starts from weights of an encoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from models.layers import resize_relative_table
+from models.weights.rules import Start, WeightRules
+from models.weights.transformer import TransformerWeights, first_match
+
+BACKBONE = 'backbone.'
+ENCODER = TransformerWeights()
+
+# Published names -> ours, each applied in turn.
+_RENAMED = tuple(
+    (re.compile(pattern), ours)
+    for pattern, ours in (
+        (r'^encoder\.', BACKBONE),  # Segmenter
+        (r'^decoder\.', 'decode_head.'),
+        (r'^backbone\.(fpn[12])\.', r'neck.\1.'),  # TinyMIM; below mmsegmentation from 0.17 on
+        (r'^neck\.upsample_4x\.', 'neck.fpn1.'),
+        (r'^neck\.upsample_2x\.', 'neck.fpn2.'),
+        (r'^(backbone|decode_head)\.layers\.', r'\1.blocks.'),
+        (r'(\.blocks\.\d+)\.ln([12])\.', r'\1.norm\2.'),
+        (r'\.ffn\.layers\.0\.0\.', '.mlp.fc1.'),
+        (r'\.ffn\.layers\.1\.', '.mlp.fc2.'),
+        (r'\.attn\.attn\.in_proj_', '.attn.qkv.'),
+        (r'\.attn\.attn\.out_proj\.', '.attn.proj.'),
+        (r'^backbone\.ln1\.', 'backbone.norm.'),
+        (r'^backbone\.patch_embed\.projection\.', 'backbone.patch_embed.proj.'),
+        (r'^decode_head\.dec_proj\.', 'decode_head.proj_dec.'),
+        (r'^decode_head\.patch_proj\.weight$', 'decode_head.proj_patch'),
+        (r'^decode_head\.classes_proj\.weight$', 'decode_head.proj_classes'),
+    )
+)
+_CLASSIFIER_OF_BACKBONE = ('encoder.head', 'encoder.pre_logits.')  # Segmenter's files keep it
+_LINEAR = re.compile(r'\.(patch_proj|classes_proj)\.weight$')  # linear layers there, plain matrices here
+
+# Parts of the file of an encoder that are not used, and parts of the model that such a file lacks.
+_UNUSED = (
+    (r'(norm|fc_norm|dist_norm)\..*', 'the model has no such LayerNorm'),
+    (r'(head|head_dist|pre_logits)\..*', 'the classifier is of images'),
+)
+_INITIAL = (
+    (r'neck\..*', 'the file has no neck'),
+    (r'(decode_head|auxiliary_head)\..*', 'the file has no decoder'),
+    (r'backbone\.norm\..*', 'the file normalizes after pooling'),
+)
+
+
+class SegmentorWeights(WeightRules):
+    """Rules that all segmentation models share.
+
+    Attributes:
+        classes: name of an array of K numbers, by which classes are counted.
+    """
+
+    classes: tuple[str, ...] = ()
+    optional_parts = (
+        *((f'backbone\\.(?:{pattern})', *rest) for pattern, *rest in ENCODER.optional_parts),
+        (r'backbone\.norm\..*', 'MODEL.UPERNET.LAST_NORM', 'True', 'False'),
+        (r'auxiliary_head\..*', 'MODEL.UPERNET.AUX_CHANNELS', 'their width', '0'),
+        (r'neck\.fpn[12]\..*', 'MODEL.UPERNET.NECK', 'pyramid', 'another'),
+        (r'neck\.(lateral_)?convs\..*', 'MODEL.UPERNET.NECK', 'mln', 'another'),
+    )
+
+    def rename(self, name: str) -> str | None:
+        """TinyMIM's, mmsegmentation's and Segmenter's names; the classifier of Segmenter's encoder is not used."""
+        if name.startswith(_CLASSIFIER_OF_BACKBONE):
+            return None
+        for pattern, ours in _RENAMED:
+            name = pattern.sub(ours, name)
+        return name
+
+    def layout(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Mask transformer of mmsegmentation: its projections are linear layers."""
+        return array.T if _LINEAR.search(name) else array
+
+    def metadata(self, model) -> dict:
+        """The number of heads."""
+        return ENCODER.metadata(model.backbone)
+
+    def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
+        """See `AttentionRemoval`."""
+        inner = {name[len(BACKBONE) :]: array for name, array in arrays.items() if name.startswith(BACKBONE)}
+        return {f'{BACKBONE}{name}': why for name, why in ENCODER.unused(model.backbone, inner, source).items()}
+
+    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+        """Interpolate position embeddings; relative ones as BEiT does, unlike those of classifiers."""
+        if name.endswith('relative_position_bias_table') and array.ndim == 2:
+            return resize_relative_table(array, (model.backbone.patch_embed.grid_size,) * 2, spline=True)
+        return ENCODER.resize(model.backbone, name.removeprefix(BACKBONE), array)
+
+    def start(self, model, names: Collection[str]) -> Start:
+        """Train from the weights of an encoder: a classifier, MAE or MoCo-v3."""
+        if any(name.startswith(BACKBONE) for name in names):
+            return Start()
+        ours = model.state_dict()
+        encoder = ENCODER.start(model.backbone, names)
+        renamed = {name: f'{BACKBONE}{inner}' for name, inner in encoder.renamed.items()}
+        unused = dict(encoder.unused)
+        for name in names:
+            reason = first_match(_UNUSED, encoder.renamed[name])
+            if reason and renamed[name] not in ours:
+                unused[name] = reason
+        initial = {f'{BACKBONE}{name}': reason for name, reason in encoder.initial.items()}
+        missing = [name for name in ours if name not in renamed.values() and name not in initial]
+        initial.update({name: reason for name in missing if (reason := first_match(_INITIAL, name))})
+        return Start(renamed, unused, initial)
+
+    def is_head(self, name: str) -> bool:
+        return name.startswith(self.head)
+
+    def count_classes(self, state: Mapping) -> int | None:
+        """See `WeightRules`."""
+        counts = {value.shape[0] for name, value in state.items() if name in self.classes}
+        return counts.pop() if len(counts) == 1 else None if counts else 0
+
+
+class UPerNetWeights(SegmentorWeights):
+    """Rules of UPerNet."""
+
+    head = ('decode_head.conv_seg.', 'auxiliary_head.conv_seg.')
+    classes = ('decode_head.conv_seg.bias', 'auxiliary_head.conv_seg.bias')
+
+    def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
+        """The auxiliary head too, where the model has none."""
+        unused = super().unused(model, arrays, source)
+        if model.auxiliary_head is None:
+            names = [name for name in arrays if name.startswith('auxiliary_head.')]
+            unused.update(dict.fromkeys(names, 'the model has no auxiliary head'))
+        return unused
+
+
+class SegmenterWeights(SegmentorWeights):
+    """Rules of Segmenter."""
+
+    head = ('decode_head.head.', 'decode_head.cls_emb', 'decode_head.mask_norm.')
+    classes = ('decode_head.head.bias', 'decode_head.mask_norm.bias')
+
+    def rename(self, name: str) -> str | None:
+        """mmsegmentation's linear decoder is a 1x1 convolution."""
+        name = super().rename(name)
+        return name and name.replace('decode_head.conv_seg.', 'decode_head.head.')
+
+    def layout(self, name: str, array: np.ndarray) -> np.ndarray:
+        if name == 'decode_head.conv_seg.weight' and array.ndim == 4:
+            return array.reshape(array.shape[:2])
+        return super().layout(name, array)

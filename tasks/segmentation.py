@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Semantic segmentation: a class per pixel, trained on crops and evaluated by mIoU on whole images.
+
+Transform, loss, inference and metric are those of mmsegmentation 0.11, and of Segmenter where it differs.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from PIL import Image
+
+from datasets.batch import Batch, to_device
+from datasets.classes import ClassTable, numbered_classes
+from datasets.dense import crop_size, dense_transform
+from datasets.sample import IMAGE_SIZE, Plane
+from datasets.segmentation import LABELS, SegmentationDataset, label_type
+from datasets.segmentation_layouts import known_classes
+from models.layers.resize import resize_maps
+from models.segmentation.inference import slide_inference, whole_inference
+from models.segmentation.losses import segmentation_loss
+from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
+from tasks.pictures import pixels
+from tasks.segmentation_metrics import SegmentationEvaluator, colored
+from utils.errors import UserError
+
+
+class Segmented(NamedTuple):
+    """The class map of an image, and the image.
+
+    Attributes:
+        classes: [H, W] int64, of the size of the stored image.
+        image: normalized, [C, h, w].
+    """
+
+    classes: Tensor
+    image: Tensor
+
+
+@register_task('segmentation')
+class SegmentationTask(Task):
+    """Learn a class per pixel. Ignored pixels have no loss; see `segmentation_loss`."""
+
+    counts = {'acc': 'Acc'}
+    data_kind = SegmentationDataset
+
+    def __init__(self, config):
+        super().__init__(config)
+        if not config.VAL.SCALE_RATIOS:
+            raise UserError('VAL.SCALE_RATIOS is empty, but must hold one number or more: [1.0] evaluates one scale.')
+        if config.TRAIN.REPEATED_AUG > 1 or config.TRAIN.RANDOM_ERASE_PROB > 0:
+            raise UserError(
+                'TRAIN.TASK segmentation knows no repeated augmentation and no random erasing: set both to 0.'
+            )
+        self.classes: ClassTable | None = None
+
+    # ------------------------------------------------------------------------------------------------ data
+    def dataset(self, split: str) -> SegmentationDataset:
+        """See `Task`."""
+        dataset = super().dataset(split)
+        self.classes = dataset.classes
+        return dataset
+
+    def describe_data(self, data) -> list[str]:
+        """See `Task`; which classes occur is known after reading all maps, which `tools/verify_data.py` does."""
+        return [note for dataset in data.values() for note in dataset.notes]
+
+    def transform(self, training: bool):
+        """See `Task`."""
+        labels = label_type(self.config.MODEL.NUM_CLASSES or 1, self.config.DATA.IGNORE_INDEX)
+        return dense_transform(self.config, training, [Plane(LABELS, crop_size(self.config), labels)])
+
+    # ------------------------------------------------------------------------------------------------ training
+    def attach(self, model: nn.Layer, log: Callable[[str], None], training: bool) -> None:
+        """See `Task`."""
+        if not hasattr(model, 'decode_head'):
+            raise UserError(
+                f'TRAIN.TASK segmentation needs a model with a decoder, such as MODEL.TYPE segmenter or upernet, not '
+                f'{self.config.MODEL.TYPE}.'
+            )
+        size = crop_size(self.config)
+        if getattr(model, 'fixed_size', False) and size != (model.image_size,) * 2:
+            raise UserError(
+                f'the relative positions of this model need crops of {model.image_size} x {model.image_size} pixels: remove '
+                'DATA.CROP_SIZE.'
+            )
+        if getattr(model, 'fixed_size', False) and not self.config.VAL.IS_SLIDE:
+            raise UserError('the relative positions of this model need windows of one size: set VAL.IS_SLIDE to True.')
+        if getattr(model, 'auxiliary_head', None) is not None:
+            self.parts = {'decode': 'decode', 'aux': 'aux'}
+
+    def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
+        """See `Task`; the model returns logits [B, n, h, w], or a pair of them and those of the auxiliary head."""
+        outputs, labels, train = model(batch.images), batch.targets[LABELS], self.config.TRAIN
+        logits, aux = outputs if isinstance(outputs, (tuple, list)) else (outputs, None)
+        logits, ignored = resize_maps(logits.astype('float32'), labels.shape[1:]), self.config.DATA.IGNORE_INDEX
+        losses = segmentation_loss(logits, aux, labels, ignored, train.AVG_NON_IGNORE, train.AUX_WEIGHT)
+        parts = {'decode': losses.decode, 'aux': losses.auxiliary} if self.parts else {}
+        accuracy = pixel_accuracy(logits.detach(), labels, ignored)
+        return Losses(losses.total, parts, {'acc': accuracy * len(batch)})
+
+    def example(self, batch_size: int) -> Batch:
+        """See `Task`."""
+        size, channels = crop_size(self.config), self.config.DATA.IMAGE_CHANNELS
+        labels = paddle.randint(max(self.config.MODEL.NUM_CLASSES or 1, 1), shape=[batch_size, *size], dtype='int32')
+        return Batch(paddle.randn([batch_size, channels, *size]), {LABELS: labels}, np.arange(batch_size))
+
+    # ------------------------------------------------------------------------------------------------ evaluation
+    @paddle.no_grad()
+    def infer(self, model: nn.Layer, batch: Batch) -> list[Segmented]:
+        """Class maps of the size of the stored images. Images of one size pass the model together."""
+        data, others = self.config.DATA, batch.targets.get('scales', [[] for _ in batch.images])
+        together = defaultdict(list)
+        for index, (image, size) in enumerate(zip(batch.images, batch.targets[IMAGE_SIZE])):
+            together[tuple(image.shape), tuple(size.tolist())].append(index)
+        results: dict[int, Tensor] = {}
+        for (_, size), indices in together.items():
+            scales = [paddle.stack([batch.images[index] for index in indices])]
+            for pictures in zip(*(others[index] for index in indices)):
+                scale = Batch(np.stack(pictures), {}, np.array(indices))
+                scales.append(to_device(scale, data.IMAGENET_MEAN, data.IMAGENET_STD).images)
+            classes = self.probabilities(model, scales, size).argmax(1)
+            results.update(zip(indices, classes.unbind()))
+        return [Segmented(results[index], image) for index, image in enumerate(batch.images)]
+
+    def probabilities(self, model: nn.Layer, scales: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Mean over scales and flips of the probabilities at `size`, [B, n, *size].
+
+        Args:
+            scales: images [B, C, h, w], a tensor per scale.
+        """
+        flips = (False, True) if self.config.VAL.FLIP else (False,)
+        total, count = None, len(scales) * len(flips)
+        for images in scales:
+            for flipped in flips:
+                logits = self._logits(model, images.flip([3]) if flipped else images)
+                probabilities = F.softmax(resize_maps(logits, size), axis=1)
+                probabilities = probabilities.flip([3]) if flipped else probabilities
+                total = probabilities if total is None else total + probabilities
+        return total / count
+
+    def _logits(self, model: nn.Layer, images: Tensor) -> Tensor:
+        if self.config.VAL.IS_SLIDE:
+            return slide_inference(model, images, crop_size(self.config), tuple(self.config.VAL.STRIDE_SIZE))
+        return whole_inference(model, images)
+
+    def evaluator(self) -> SegmentationEvaluator:
+        """See `Task`."""
+        return SegmentationEvaluator(self._class_table(), self.config.DATA.IGNORE_INDEX, self.config.DATA)
+
+    def _class_table(self) -> ClassTable:
+        """The classes of the data, as far as they are known and as many as the model has."""
+        count = self.config.MODEL.NUM_CLASSES
+        table = self.classes or known_classes(self.config)
+        return table if table is not None and len(table.names) == count else numbered_classes(count)
+
+    # ------------------------------------------------------------------------------------------------ predictions
+    def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
+        """Number, name and share of each of the largest classes."""
+        topk = min(options.topk, self.config.MODEL.NUM_CLASSES)
+        return tuple(f'{part}{rank}' for rank in range(1, topk + 1) for part in ('class', 'name', 'share'))
+
+    def preprocessing(self) -> dict[str, Any]:
+        """See `Task`: the whole image is resized to fit into `resize_scale`; windows of `image_size` pass the program."""
+        return {
+            'resize_scale': list(self.config.DATA.IMAGE_SCALE),
+            'interpolation': 'opencv_bilinear',
+            'image_size': list(crop_size(self.config)),
+            'class_names': self._class_table().names,
+        }
+
+    def predictions(self, outputs: Sequence[Segmented], options: PredictionOptions) -> list[Prediction]:
+        """The shares of the classes, the class map as a palette image, and the image blended with its colors."""
+        table = self._class_table()
+        names = list(options.class_names or table.names)
+        topk = min(options.topk, len(names))
+        return [self._prediction(output, names, table.palette, topk) for output in outputs]
+
+    def _prediction(self, output: Segmented, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
+        classes = output.classes.numpy()
+        shares = np.bincount(classes.reshape(-1), minlength=len(names)) / classes.size
+        order = [int(index) for index in np.argsort(-shares, kind='stable') if shares[index] > 0]
+        entries = [{'class': index, 'name': names[index], 'share': float(shares[index])} for index in order]
+        cells = [value for entry in entries[:topk] for value in entry.values()]
+        cells += [''] * (3 * topk - len(cells))
+        text = ', '.join(f'{entry["name"]} {entry["share"]:.4f}' for entry in entries[:topk])
+        return Prediction({'classes': entries}, tuple(cells), text, self._pictures(classes, output.image, palette))
+
+    def _pictures(self, classes: np.ndarray, image: Tensor, palette: np.ndarray) -> dict[str, Image.Image]:
+        data = self.config.DATA
+        shown = pixels(image.unsqueeze(0), data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
+        shown = Image.fromarray(shown.squeeze(-1) if shown.shape[-1] == 1 else shown).convert('RGB')
+        shown = shown.resize(classes.shape[::-1], Image.Resampling.BILINEAR)
+        overlay = Image.blend(shown, Image.fromarray(colored(classes, palette)), 0.5)
+        return {'classes': class_picture(classes, palette), 'overlay': overlay}
+
+
+def class_picture(classes: np.ndarray, palette: np.ndarray) -> Image.Image:
+    """A class map [H, W] with its palette; of more than 256 classes 16 bits without one."""
+    if len(palette) > 256:
+        return Image.fromarray(classes.astype('uint16'))
+    picture = Image.fromarray(classes.astype('uint8'))
+    picture.putpalette(palette.tobytes())
+    return picture
+
+
+def pixel_accuracy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
+    """Share of the labeled pixels whose largest logit is that of their label, 0-D float32; 0 where there are none."""
+    hits = logits.argmax(1) == labels.astype('int64')
+    kept = labels.astype('int64') != ignored
+    return paddle.logical_and(hits, kept).astype('float32').sum() / kept.astype('float32').sum().clip(min=1.0)

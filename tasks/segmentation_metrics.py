@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of semantic segmentation from counts of pixels: IoU and accuracy per class, and their means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import Tensor, nn
+from PIL import Image
+
+from datasets.batch import Batch
+from datasets.classes import ClassTable
+from datasets.segmentation import LABELS
+from tasks.base import Evaluator, Group
+from tasks.pictures import draw, pixels
+
+SHOWN = 4  # validation images in the picture of an evaluation
+TITLES = {'miou': 'mIoU', 'macc': 'mAcc', 'aacc': 'aAcc'}
+
+
+def count_pixels(classes: Tensor, labels: Tensor, num_classes: int, ignored: int) -> Tensor:
+    """Pixels of one or more images, counted where the label is not ignored.
+
+    Args:
+        classes: predictions, integers 0 to n - 1, of any shape.
+        labels: of the same shape; other values than classes and `ignored` count as no class.
+
+    Returns:
+        [3, n] int64: of each class the pixels predicted and labeled so, predicted so, labeled so.
+    """
+    kept = labels != ignored
+    classes, labels = classes.masked_select(kept).astype('int64'), labels.masked_select(kept).astype('int64')
+    hits = classes.masked_select(classes == labels)
+    labels = labels.masked_select(paddle.logical_and(labels >= 0, labels < num_classes))
+    return paddle.stack([_histogram(values, num_classes) for values in (hits, classes, labels)])
+
+
+def _histogram(values: Tensor, num_classes: int) -> Tensor:
+    if values.size == 0:
+        return paddle.zeros([num_classes], 'int64')
+    return paddle.bincount(values, minlength=num_classes)
+
+
+def segmentation_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
+    """`iou` and `acc` [n], and the numbers of TITLES, as fractions of 1, from counts [3, n].
+
+    NaN stands for the IoU of a class that is neither predicted nor labeled and the accuracy of one that is not labeled; means
+    leave it out.
+    """
+    hits, predicted, labeled = counts.astype('float64')
+    with np.errstate(invalid='ignore', divide='ignore'):
+        iou, acc = hits / (predicted + labeled - hits), hits / labeled
+        aacc = hits.sum() / labeled.sum()
+    return {'iou': iou, 'acc': acc, 'miou': _mean(iou), 'macc': _mean(acc), 'aacc': aacc}
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    found = values[~np.isnan(values)]
+    return found.mean() if len(found) else np.float64('nan')
+
+
+class SegmentationEvaluator(Evaluator):
+    """mIoU, mAcc and aAcc from integer counts over all images and processes.
+
+    Args:
+        classes: names and colors.
+        ignored: label of the pixels that do not count.
+        data: DATA of the configuration, of which mean and standard deviation are read.
+    """
+
+    titles = TITLES
+    best = ('miou', 'max')
+
+    def __init__(self, classes: ClassTable, ignored: int, data):
+        self.classes = classes
+        self.ignored = ignored
+        self._statistics = data.IMAGENET_MEAN, data.IMAGENET_STD
+
+    def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
+        """See `Evaluator`."""
+        self._counts = paddle.zeros([3, len(self.classes.names)], 'int64')
+        self._shown: list[Sequence[np.ndarray]] = []
+
+    def process(self, batch: Batch, outputs: Sequence[Any]) -> None:
+        """See `Evaluator`; the `classes` of each output are a map [H, W] of the size of the label map."""
+        for labels, (classes, image) in zip(batch.targets[LABELS], outputs):
+            labels = paddle.to_tensor(labels.astype('int32'))
+            self._counts += count_pixels(classes, labels, len(self.classes.names), self.ignored)
+            if len(self._shown) < SHOWN:
+                self._shown.append((pixels(image.unsqueeze(0), *self._statistics)[0], labels.numpy(), classes.numpy()))
+
+    def reduce(self, group: Group) -> None:
+        """See `Evaluator`."""
+        self._counts = group.sum(self._counts)
+
+    def result(self) -> dict[str, float]:
+        """See `Evaluator`."""
+        metrics = segmentation_metrics(self._counts.numpy())
+        return {name: float(metrics[name]) for name in self.titles}
+
+    def details(self) -> list[str]:
+        """A line per class."""
+        metrics, names = segmentation_metrics(self._counts.numpy()), self.classes.names
+        width = max(map(len, names))
+        rows = zip(names, metrics['iou'], metrics['acc'])
+        return [f'{name:<{width}}  IoU {_text(iou)}  Acc {_text(acc)}' for name, iou, acc in rows]
+
+    def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
+        """Image, truth and prediction of some images."""
+        rows = [self._row(*shown) for shown in self._shown]
+        return {'segmentation': draw(rows)} if rows else {}
+
+    def _row(self, image: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> list[np.ndarray]:
+        image = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
+        size = image.shape[1::-1]
+        maps = (Image.fromarray(colored(values, self.classes.palette)) for values in (labels, classes))
+        return [image, *(np.asarray(picture.resize(size, Image.Resampling.NEAREST)) for picture in maps)]
+
+
+def _text(value: float) -> str:
+    return '     -' if np.isnan(value) else f'{value:.4f}'
+
+
+def colored(classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Class map [H, W] -> [H, W, 3] uint8; what is no class is black."""
+    known = (classes >= 0) & (classes < len(palette))
+    return np.where(known[..., None], palette[np.where(known, classes, 0)], 0).astype('uint8')
