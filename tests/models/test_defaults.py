@@ -17,6 +17,8 @@ CONSTRUCTORS = {
     'vit': ('models.vision_transformer', 'VisionTransformer'),
     'mae': ('models.mae', 'MaskedAutoencoder'),
     'mocov3': ('models.mocov3', 'MoCoV3'),
+    'upernet': ('models.segmentation.upernet', 'UPerNet'),
+    'segmenter': ('models.segmentation.segmenter', 'Segmenter'),
 }
 
 
@@ -37,6 +39,6 @@ def test_constructors_and_configuration_agree(kind, monkeypatch):
     monkeypatch.setattr(module, name, constructor)
     build_model(get_config(opts=['MODEL.TYPE', kind]))
     (call,) = constructor.call_args_list
-    expected = {**signatures[0], **signatures[1]} if kind in ('mae', 'mocov3') else signatures[1]
+    expected = signatures[1] if 'encoder' not in signatures[1] else {**signatures[0], **signatures[1]}
     assert not call.args and len(call.kwargs) >= 10
     assert {key: plain(expected[key].default) for key in call.kwargs} == {k: plain(v) for k, v in call.kwargs.items()}

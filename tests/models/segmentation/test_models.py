@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole segmentation models against TinyMIM's with mmsegmentation, and against Segmenter."""
 
+import re
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -8,9 +10,9 @@ import pytest
 
 from config import get_config
 from engine.optim import parameter_groups
-from models import build_model
+from models import build_model, create_model
 from models.layers import MixerSpec
-from models.profile import profile
+from models.registry import config_file
 from models.segmentation import Segmenter, UPerNet, inference
 from models.segmentation.losses import segmentation_loss
 from tests.conftest import assert_close, golden
@@ -217,10 +219,53 @@ def test_contract(opts):
         assert model(paddle.randn([1, 3, 48, 16])).shape[2:] == [int(48 / model.stride), int(16 / model.stride)]
 
 
-def test_export_at_any_size(tmp_path):
-    model = build_model(get_config(opts=[*SEGMENTER]))
+@pytest.mark.parametrize(
+    'opts', [[*UPERNET, 'MODEL.TRANS.REL_POS', ['block'], 'MODEL.UPERNET.OUT_INDICES', [0] * 4], SEGMENTER]
+)
+def test_export(opts, tmp_path):
+    config = get_config(opts=[*opts, 'MODEL.TRANS.DEPTH', 1])
+    model = build_model(config)
     model.eval()
-    assert profile(model, [1, 3, 32, 32]).macs > 0
+    spec = paddle.static.InputSpec([None, 3, 32, 32], 'float32')
+    static = paddle.jit.to_static(build_model(config), input_spec=[spec], full_graph=True)
+    static.set_state_dict(model.state_dict())
+    static.eval()
+    paddle.jit.save(static, str(tmp_path / 'model'))
+    loaded = paddle.jit.load(str(tmp_path / 'model'))
+    for batch in (1, 3):
+        x = images(config, batch)
+        np.testing.assert_allclose(loaded(x), model(x), 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize('opts', [UPERNET, SEGMENTER])
+def test_no_type_is_taken_for_granted(opts):
+    config = get_config(opts=[*opts, 'MODEL.DROPPATH', 0.5])
+    model = build_model(config).to(dtype='float64')
+    outputs = model(images(config).astype('float64'))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    assert {out.dtype for out in outputs} == {paddle.float64}
+    sum(out.sum() for out in outputs).backward()
+
+
+COSTS = {  # of specifications: parameters of backbone, neck, decoder and auxiliary head; GMACs of 512 x 512 pixels
+    'upernet_base_512': ([87_023_424, 7_081_728, 67_963_542, 1_808_534], 107.0 + 14.5 + 483.4),
+    'upernet_base_01346_512': ([74_961_744, 7_081_728, 67_963_542, 1_808_534], 86.9 + 14.5 + 483.4),
+    'upernet_tiny_0246_512': ([5_187_744, 443_328, 60_885_654, 481_430], 8.2 + 0.9 + 472.9),
+    'upernet_mln_small_512': ([21_982_848, 5_901_312, 29_187_222, 923_798], 31.7 + 29.5 + 213.7),
+    'segmenter_small_mask_512': ([21_983_616, 0, 4_050_348, 0], 31.7 + 6.7),
+    'segmenter_tiny_linear_512': ([5_683_392, 0, 28_950, 0], 10.4 + 0.03),
+}
+
+
+@pytest.mark.parametrize('name', COSTS)
+def test_costs(name, zero_weights):
+    model = create_model(name)
+    params, macs = COSTS[name]
+    parts = ('backbone.', 'neck.', 'decode_head.', 'auxiliary_head.')
+    assert [sum(p.size for n, p in model.named_parameters() if n.startswith(part)) for part in parts] == params
+    with open(config_file(name), encoding='utf-8') as file:
+        stated = re.search(r'([\d,]+) MACs', file.read()).group(1)
+    assert int(stated.replace(',', '')) / 1e9 == pytest.approx(macs, abs=0.16)
 
 
 def test_gradient_checkpointing():
