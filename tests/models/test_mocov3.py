@@ -238,7 +238,7 @@ def test_mae_lites_checkpoints_start_a_classifier(pooled, parallel):
     report = '\n'.join(lines)
     assert f'{expected["loaded"]} arrays of the state dict are used' in report
     assert 'they serve the pre-training only' in report
-    assert ('the model normalises after pooling' in report) == pooled
+    assert ('the model normalizes after pooling' in report) == pooled
     assert not vit.pos_embed.stop_gradient
 
 
