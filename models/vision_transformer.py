@@ -78,7 +78,6 @@ class VisionTransformer(Classifier):
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
         representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
         layer_scale: initial LayerScale value of each residual branch; None: no LayerScale.
-        final_norm: LayerNorm after the last block; False: none, for dense heads on feature maps.
         rescaled_init: divide the last layer of each branch by sqrt(2 (number of the block, from 1)) and multiply the
             classifiers by 0.001 (BEiT).
     """
@@ -108,7 +107,6 @@ class VisionTransformer(Classifier):
         representation_size: int | None = None,
         layer_scale: float | None = None,
         rescaled_init: bool = False,
-        final_norm: bool = True,
     ):
         super().__init__()
         _check(embed_dim, num_heads, positions)
@@ -139,7 +137,7 @@ class VisionTransformer(Classifier):
         )
         self._check_relative()
         self.removal.attach(self)
-        self._add_head(num_classes, representation_size, final_norm)
+        self._add_head(num_classes, representation_size)
         self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(_init_linear)
         if rescaled_init:
@@ -173,11 +171,10 @@ class VisionTransformer(Classifier):
         if absolute:
             self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
 
-    def _add_head(self, num_classes: int, representation_size: int | None, final_norm: bool) -> None:
+    def _add_head(self, num_classes: int, representation_size: int | None) -> None:
         dim = self.embed_dim
-        self.norm = None
         norms = ['fc_norm', 'dist_norm'][: 1 + self.distilled] if self.global_pool else ['norm']
-        for name in norms if final_norm else ():
+        for name in norms:
             setattr(self, name, nn.LayerNorm(dim, epsilon=NORM_EPS))
         self.pre_logits = None
         if representation_size and not self.distilled:

@@ -13,6 +13,20 @@ from models.vision_transformer import VisionTransformer
 from utils.errors import UserError
 
 
+class Encoder(VisionTransformer):
+    """A Vision Transformer without classifier.
+
+    Args:
+        final_norm: LayerNorm after the last block.
+        options: further arguments of `VisionTransformer`.
+    """
+
+    def __init__(self, final_norm: bool = True, **options):
+        super().__init__(num_classes=0, reducers=(), **options)
+        if not final_norm:
+            self.norm = None
+
+
 class Segmentor(Classifier):
     """A backbone and a decoder; class and distillation token are used by the backbone alone.
 
@@ -20,7 +34,7 @@ class Segmentor(Classifier):
 
     Args:
         num_classes: K.
-        encoder: arguments of `VisionTransformer`.
+        encoder: arguments of `Encoder`.
 
     Attributes:
         patch_size: side of a patch, pixels; sides of images are multiples of it.
@@ -34,7 +48,7 @@ class Segmentor(Classifier):
         if not num_classes:
             raise UserError('segmentation needs classes: set MODEL.NUM_CLASSES.')
         self.num_classes = num_classes
-        self.backbone = VisionTransformer(num_classes=0, reducers=(), **encoder)
+        self.backbone = Encoder(**encoder)
         self.embed_dim, self.depth = self.backbone.embed_dim, self.backbone.depth
         embedding = self.backbone.patch_embed
         self.patch_size, self.image_size = embedding.patch_size, embedding.img_size

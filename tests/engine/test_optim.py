@@ -182,7 +182,13 @@ def test_lars_is_mocos():
 
 
 def test_a_model_may_have_all_its_parameters_decayed():
-    model = Named(tiny(), exempt={'head.weight'})
+    model = Named(tiny())
     model.decays_all = True
     (group,) = parameter_groups(model, 0.1)
     assert group['weight_decay'] == 0.1 and len(group['params']) == 4
+
+
+def test_a_model_may_have_all_but_some_parameters_decayed():
+    model = Named(tiny(), exempt={'head.weight'})
+    model.decays_all = True
+    assert {group['weight_decay']: len(group['params']) for group in parameter_groups(model, 0.1)} == {0.1: 3, 0.0: 1}

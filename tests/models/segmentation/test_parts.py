@@ -7,11 +7,11 @@ import pytest
 from paddle import nn
 
 from models.layers import MixerSpec, RemovalSpec
+from models.segmentation.base import Encoder
 from models.segmentation.decoders import LinearDecoder
 from models.segmentation.heads import FCNHead, UPerHead
 from models.segmentation.necks import MultiLevelNeck, Pyramid
 from models.segmentation.upernet import UPerNet
-from models.vision_transformer import VisionTransformer
 from tests.conftest import assert_close, golden
 from tests.models.helpers import port
 
@@ -38,8 +38,8 @@ def statistics_agree(layer: nn.Layer, expected):
 # ---------------------------------------------------------------------------------------------------- encoder and necks
 def encoder_with_pyramid(g, relative: bool, removed=()):
     options = {'mixer': MixerSpec('relative'), 'layer_scale': 1.0} if relative else {}
-    encoder = VisionTransformer(
-        img_size=112, embed_dim=32, depth=4, num_heads=4, num_classes=0, reducers=(), final_norm=False,
+    encoder = Encoder(
+        final_norm=False, img_size=112, embed_dim=32, depth=4, num_heads=4,
         removal=RemovalSpec(removed_layers=removed), **options,
     )  # fmt: skip
     neck = Pyramid(32)
