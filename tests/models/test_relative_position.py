@@ -13,7 +13,7 @@ from models.weights.convert import port_state_dict
 from models.weights.load import load_state
 from tests.conftest import assert_close, golden
 from tests.models.helpers import load, vision_transformer
-from tests.models.test_fine_tuning import DECODER, TINY, arrays, begin, named
+from tests.models.weights.test_fine_tuning import DECODER, TINY, arrays, begin, named
 from utils.errors import UserError
 
 BEIT = {'key_bias': False, 'layer_scale': 0.1, 'rescaled_init': True}
