@@ -3,7 +3,10 @@
 
 import json
 import os
+import signal
 
+# Commands that tests start take their signals, also where the tests themselves run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault('FLAGS_use_stride_kernel', '0')
 os.environ.setdefault('FLAGS_paddle_num_threads', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')

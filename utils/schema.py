@@ -267,6 +267,7 @@ class Schema:
 
     def merge_file(self, config: CfgNode, path: str, parents: tuple[str, ...] = ()) -> None:
         """Merges a YAML file into `config`, after the files that its BASE names, recursively."""
+        path = os.fspath(path)
         if '\0' in path:
             named = f" (BASE of '{parents[-1]}')" if parents else ''
             raise UserError(f'the configuration file {shown(path)}{named} cannot exist: its name holds a zero byte.')

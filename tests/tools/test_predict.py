@@ -110,7 +110,7 @@ def test_thin_and_damaged_images_cost_no_other_answer(trained, tmp_path, capsys)
 
 def test_too_little_memory_is_a_reason(trained, monkeypatch, capsys):
     monkeypatch.setattr(
-        transforms.ResizeShort, '__call__', lambda self, image, rng: (_ for _ in ()).throw(MemoryError())
+        transforms.ResizeShort, 'apply', lambda self, image, placement: (_ for _ in ()).throw(MemoryError())
     )
     assert in_process(*flags(trained), os.path.join(trained.images, 'class0', '0.png')) == 1
     assert '0.png: it needs more memory than there is' in capsys.readouterr().out
