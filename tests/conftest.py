@@ -5,8 +5,6 @@ import json
 import os
 import signal
 
-# Commands that tests start take their signals, also where the tests themselves run under nohup.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault('FLAGS_use_stride_kernel', '0')
 os.environ.setdefault('FLAGS_paddle_num_threads', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -15,6 +13,9 @@ os.environ.setdefault('GLOG_minloglevel', '2')
 import numpy as np
 import pytest
 from PIL import Image
+
+# Commands that tests start take their signals, also where the tests themselves run under nohup.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
