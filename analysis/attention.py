@@ -165,7 +165,7 @@ def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, 
 class CKA:
     """How alike layers of two models represent the same images: linear CKA, estimated without bias from batches.
 
-    With X [b, ...] what a layer makes of b images, flattened, K = X X^T without its diagonal, and L likewise of the
+    With X [b, ...] the flattened activations of a layer on b images, K = X X^T without its diagonal, and L that of the
     other layer (https://arxiv.org/abs/2010.15327, equations 2 and 3):
 
         HSIC(K, L) = [tr(K L) + (1'K 1)(1'L 1) / ((b - 1)(b - 2)) - 2 / (b - 2) 1'K L 1] / (b (b - 3))

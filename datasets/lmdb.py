@@ -55,7 +55,7 @@ def build_lmdb(config, split: str) -> Dataset:
     finally:
         close_file(path)  # workers open their own
     kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
-    raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it anew.")
+    raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it again.")
 
 
 def _own(path: str) -> Dataset:

@@ -112,7 +112,7 @@ class BatchMaker:
                     return candidate, self.transform(sample, rng), rng
             except BadImageError as error:
                 if not self.skip:
-                    raise UserError(f'{error} Mend or remove it, or set DATA.BAD_IMAGE to skip.') from None
+                    raise UserError(f'{error} Repair or remove it, or set DATA.BAD_IMAGE to skip.') from None
                 skipped.append(str(error))
             except UserError:
                 raise

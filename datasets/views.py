@@ -55,14 +55,14 @@ def view_steps(crop: list[Callable], flip: Callable) -> tuple[list[Callable], li
 def check_views(config) -> None:
     """Raises UserError where other keys ask for what the two views are not made with."""
     train = config.TRAIN
-    mends = {
+    changes = {
         'TRAIN.RAND_AUGMENT False': train.RAND_AUGMENT,
         'TRAIN.AUTO_AUGMENT False': train.AUTO_AUGMENT,
         'TRAIN.REPEATED_AUG 0': train.REPEATED_AUG > 1,
         'TRAIN.RANDOM_ERASE_PROB 0': train.RANDOM_ERASE_PROB > 0,
         'DATA.CROP auto': config.DATA.CROP == 'padded',
     }
-    wanted = [mend for mend, needed in mends.items() if needed]
+    wanted = [change for change, needed in changes.items() if needed]
     if wanted:
         raise UserError(f'DATA.VIEWS 2 augments as MoCo-v3 does and in no other way: set {", ".join(wanted)}.')
 

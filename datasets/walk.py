@@ -60,7 +60,7 @@ def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-    """What lies in a folder and is neither hidden nor a system's own, in the order of names. Raises UserError."""
+    """Entries of a folder that are neither hidden nor a system's own, sorted by name. Raises UserError."""
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not entry.name.startswith('.') and entry.name not in _SYSTEM_FOLDERS]

@@ -55,4 +55,6 @@ def image_file(dataset: Dataset, index: int) -> bytes:
     try:
         return dataset.storage.read(index)
     except UnreadableImage as error:
-        raise UserError(f"cannot read '{dataset.describe(index)}': {error}; mend or unlist it.") from None
+        raise UserError(
+            f"cannot read '{dataset.describe(index)}': {error}; repair it or remove it from the list."
+        ) from None

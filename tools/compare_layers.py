@@ -93,11 +93,11 @@ def of_second(args: argparse.Namespace) -> argparse.Namespace:
 
 def check(first, second) -> None:
     """Raises UserError where two models cannot see the same images."""
-    for key, mend in (('IMAGE_SIZE', '; give both -image_size'), ('IMAGE_CHANNELS', '')):
+    for key, advice in (('IMAGE_SIZE', '; give both -image_size'), ('IMAGE_CHANNELS', '')):
         ours, theirs = first.DATA[key], second.DATA[key]
         if ours != theirs:
             raise UserError(
-                f'DATA.{key} of the first model is {ours}, of the second {theirs}: they must see the same images{mend}.'
+                f'DATA.{key} of the first model is {ours}, of the second {theirs}: they must see the same images{advice}.'
             )
     batch = first.DATA.BATCH_SIZE_EVAL or first.DATA.BATCH_SIZE
     if batch < MIN_BATCH:

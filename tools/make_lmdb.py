@@ -86,7 +86,7 @@ def fingerprint(dataset: Dataset) -> bytes:
 
 @contextlib.contextmanager
 def partial_file(path: str, source: bytes) -> Iterator:
-    """An unfinished file open for writing by this process alone; begun anew unless it was made from the same source."""
+    """An unfinished file open for writing by this process alone; started again unless it was made from the same source."""
     lmdb = lmdb_module()
     with open(path, 'ab') as lock:
         try:

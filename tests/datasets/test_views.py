@@ -226,7 +226,7 @@ def test_jpeg_is_decoded_once(monkeypatch, channels):
 
 
 @pytest.mark.parametrize(
-    ('keys', 'mend'),
+    ('keys', 'change'),
     [
         ({'TRAIN__RAND_AUGMENT': True}, 'set TRAIN.RAND_AUGMENT False.'),
         ({'TRAIN__AUTO_AUGMENT': True}, 'set TRAIN.AUTO_AUGMENT False.'),
@@ -239,10 +239,10 @@ def test_jpeg_is_decoded_once(monkeypatch, channels):
         ),
     ],
 )
-def test_other_augmentation_is_an_error(keys, mend):
+def test_other_augmentation_is_an_error(keys, change):
     with pytest.raises(UserError) as error:
         two_view_transform(config_of(**keys))
-    assert str(error.value).endswith(mend)
+    assert str(error.value).endswith(change)
 
 
 def test_more_views_are_an_error():

@@ -41,7 +41,7 @@ def build(ctor: dict, recipe: str):
 
 @pytest.mark.parametrize('fresh', [True, False])
 def test_a_classifier_of_as_many_classes(tmp_path, fresh):
-    """Transfer draws it anew and takes all else; other recipes keep it."""
+    """Transfer initializes it newly and takes all else; other recipes keep it."""
     path = str(tmp_path / 'weights.pdparams')
     config = small_config('vit_tiny_patch16_224_mae_transfer_aircraft', 'MODEL.PRETRAINED', path)
     assert config.MODEL.FRESH_HEAD

@@ -141,7 +141,7 @@ def test_pictures_of_a_perfect_reconstruction(norm_pix):
 
 
 def test_other_image_sizes():
-    """A wide image, and weights of a smaller model, whose tables are computed anew."""
+    """A wide image, and weights of a smaller model, whose tables are computed again."""
     model = tiny()
     assert model(paddle.randn([1, 3, 16, 64])).pred.shape == [1, 16, 192]
     larger = tiny(img_size=48)

@@ -57,7 +57,7 @@ def transfer(name, tmp_path, *flags):
 
 
 def test_from_one_to_another(flowers, pets, tmp_path):
-    """The classifier begins anew, and validation counts what the authors call the test part."""
+    """The classifier is re-initialized, and validation counts what the authors call the test part."""
     transfer('flowers102', tmp_path, '-pretrained=none')
     assert metrics(tmp_path / 'out' / 'flowers102')[-1]['images'] == 5
     assert state(tmp_path / 'out' / 'flowers102')['model']['head.weight'].shape == (24, 102)

@@ -88,7 +88,7 @@ def test_does_not_overwrite(tree):
 @pytest.mark.parametrize(
     ('listed', 'message'),
     [
-        ('images/gone.png', r'images/gone\.png.*No such file.*mend or unlist it'),
+        ('images/gone.png', r'images/gone\.png.*No such file.*repair it or remove it from the list'),
         ('images/a\tb.png', 'tabulator or a line break'),
         ('images/note.txt', 'not an image by its name'),
         ('images/\udcff.png', 'not UTF-8'),

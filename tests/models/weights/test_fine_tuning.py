@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From pre-trained weights to a classifier: what is used, what is dropped, what begins anew."""
+"""From pre-trained weights to a classifier: what is used, what is dropped, what is re-initialized."""
 
 import numpy as np
 import paddle
