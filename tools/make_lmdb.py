@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int | None:
         print('interrupted; the same command continues.', file=sys.stderr)
         return exit_status(error)
     except lmdb_module().Error as error:
-        raise UserError(f"cannot write '{target}': {error}; the same command continues once that is corrected.") from None
+        raise UserError(
+            f"cannot write '{target}': {error}; the same command continues once that is corrected."
+        ) from None
 
 
 def write_lmdb(dataset: Dataset, target: str) -> None:
