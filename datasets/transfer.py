@@ -21,7 +21,7 @@ from datasets.dataset import Dataset, FileStorage
 from datasets.folder import data_path, read_lines
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.processes import run_apart
+from utils.processes import run_in_subprocess
 
 
 # ---------------------------------------------------------------------------------------------------- Flowers-102
@@ -211,7 +211,7 @@ def _read_mat(path: str, source: str, names: Iterable[str]) -> dict[str, Any]:
         names: variables that must be there.
     """
     try:
-        content = run_apart(_load_mat, path)
+        content = run_in_subprocess(_load_mat, path)
     except ImportError:
         raise UserError(f"reading '{path}' needs SciPy: pip install scipy.") from None
     except FileNotFoundError:

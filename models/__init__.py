@@ -9,7 +9,7 @@ if sys.argv[:1] == ['-m']:  # `python -m models` imports this before its own fir
     cli.begin()
     from utils import environment
 
-    environment.forget_launcher()
+    environment.clear_launcher_variables()
     environment.import_paddle()
 
 import importlib

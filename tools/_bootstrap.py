@@ -12,7 +12,7 @@ if os.path.abspath(sys.path[0]) == _TOOLS:
     sys.path[0] = os.path.dirname(_TOOLS)
 
 
-def start(paddle: bool = True, alone: bool = True) -> None:
+def start(paddle: bool = True, single_process: bool = True) -> None:
     """See `utils.cli.begin` and, unless the tool works without Paddle, `utils.environment.start_paddle`."""
     from utils.cli import begin
 
@@ -20,4 +20,4 @@ def start(paddle: bool = True, alone: bool = True) -> None:
     if paddle:
         from utils.environment import start_paddle
 
-        start_paddle(alone)
+        start_paddle(single_process)

@@ -32,7 +32,7 @@ import paddle
 from config import flag_parser, get_config, update_config
 from engine import distributed
 from engine.distributed import Context
-from engine.throughput import Subject, peak_memory, time_interleaved
+from engine.throughput import BenchmarkCase, peak_memory, time_interleaved
 from models import build_model
 from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from models.profile import profile
@@ -92,22 +92,24 @@ def benchmark(args: argparse.Namespace) -> dict:
         )
     if 'amp' in args and not context.on_gpu:
         print('-amp is asked for, but mixed precision needs a GPU: measuring in float32.')
-    subjects = find_subjects(args)
+    cases = find_cases(args)
     facts = environment(args, context)
     print(', '.join(f'{key} {value}' for key, value in facts.items()))
-    rows = [cost(subject) for subject in subjects]
-    (measure_training if args.training else measure_evaluation)(rows, subjects, args, context)
+    rows = [cost(case) for case in cases]
+    (measure_training if args.training else measure_evaluation)(rows, cases, args, context)
     return {'environment': facts, 'models': rows}
 
 
-def measure_evaluation(rows: list[dict], subjects: list[Subject], args: argparse.Namespace, context: Context) -> None:
+def measure_evaluation(
+    rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context
+) -> None:
     """Fills in speed, latency and memory of forward passes, and prints the table."""
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
         if args.backend == 'exported':
-            subjects = [export(subject, os.path.join(folder, f'{i}')) for i, subject in enumerate(subjects)]
-        for row, subject in zip(rows, subjects):
-            row['memory_bytes'] = peak_memory(subject, args.batch_size)
-        calls = [call for subject in subjects for call in subject.calls([args.batch_size, 1], context)]
+            cases = [export(case, os.path.join(folder, f'{i}')) for i, case in enumerate(cases)]
+        for row, case in zip(rows, cases):
+            row['memory_bytes'] = peak_memory(case, args.batch_size)
+        calls = [call for case in cases for call in case.calls([args.batch_size, 1], context)]
     seconds = time_interleaved(calls, context, args.rounds, WARMUP)
     for row, batch, single in zip(rows, seconds[::2], seconds[1::2]):
         row['images_per_second'] = args.batch_size / statistics.median(batch)
@@ -117,39 +119,37 @@ def measure_evaluation(rows: list[dict], subjects: list[Subject], args: argparse
     print_table(rows)
 
 
-def measure_training(rows: list[dict], subjects: list[Subject], args: argparse.Namespace, context: Context) -> None:
+def measure_training(rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context) -> None:
     """Fills in time and memory of forward and backward pass as `plain` and `recompute`, and prints the table."""
     variants = {'plain': False, 'recompute': True}
     steps = [
-        (row, name, recomputing(subject, again))
-        for row, subject in zip(rows, subjects)
-        for name, again in variants.items()
+        (row, name, recomputing(case, again)) for row, case in zip(rows, cases) for name, again in variants.items()
     ]
-    for row, name, subject in steps:
-        row[name] = {'memory_bytes': peak_memory(subject, args.batch_size, training=True)}
-    calls = [subject.training_call(args.batch_size, context) for _, _, subject in steps]
+    for row, name, case in steps:
+        row[name] = {'memory_bytes': peak_memory(case, args.batch_size, training=True)}
+    calls = [case.training_call(args.batch_size, context) for _, _, case in steps]
     for (row, name, _), seconds in zip(steps, time_interleaved(calls, context, args.rounds, WARMUP)):
         row[name].update(step_ms=statistics.median(seconds) * 1000, step_seconds=seconds)
     print_training_table(rows)
 
 
-def recomputing(subject: Subject, again: bool) -> Subject:
-    """The same subject with TRAIN.RECOMPUTE on or off."""
-    config = subject.config.clone()
+def recomputing(case: BenchmarkCase, again: bool) -> BenchmarkCase:
+    """The same case with TRAIN.RECOMPUTE on or off."""
+    config = case.config.clone()
     config.defrost()
     config.TRAIN.RECOMPUTE = again
     config.freeze()
-    return replace(subject, config=config)
+    return replace(case, config=config)
 
 
-def find_subjects(args: argparse.Namespace) -> list[Subject]:
+def find_cases(args: argparse.Namespace) -> list[BenchmarkCase]:
     """The models of the command line, each with its configuration."""
-    subjects = []
+    cases = []
     for name in args.models:
         config = update_config(get_config(), argparse.Namespace(**{**vars(args), 'cfg': config_file(name)}))
         config.freeze()
-        subjects.append(Subject(name, config, precision=args.precision))
-    return subjects
+        cases.append(BenchmarkCase(name, config, precision=args.precision))
+    return cases
 
 
 def environment(args: argparse.Namespace, context: Context) -> dict:
@@ -167,21 +167,21 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
     }
 
 
-def cost(subject: Subject) -> dict:
+def cost(case: BenchmarkCase) -> dict:
     """Name, input and what can be counted without running the model."""
-    found = profile(build_model(subject.config), [1, *subject.image_shape()])
+    found = profile(build_model(case.config), [1, *case.image_shape()])
     return {
-        'name': subject.name,
-        'image_size': subject.config.DATA.IMAGE_SIZE,
+        'name': case.name,
+        'image_size': case.config.DATA.IMAGE_SIZE,
         'params': found.params,
         'macs': found.macs,
     }
 
 
-def export(subject: Subject, prefix: str) -> Subject:
-    """The same subject, run from exported files."""
-    save_program(build_model(subject.config), subject.image_shape(), prefix)
-    return replace(subject, program=prefix)
+def export(case: BenchmarkCase, prefix: str) -> BenchmarkCase:
+    """The same case, run from exported files."""
+    save_program(build_model(case.config), case.image_shape(), prefix)
+    return replace(case, program=prefix)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 if __name__ == '__main__':
     import _bootstrap
 
-    _bootstrap.start(alone=False)
+    _bootstrap.start(single_process=False)
 
 import argparse
 import math
