@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each tool does first when it is started: find the repository, then start as the launchers do.
+"""Start of each tool: put the repository on sys.path, then start like the launchers.
 
-`python tools/NAME.py` finds this file because Python puts the script's folder, symbolic links resolved, on sys.path.
+`python tools/NAME.py` finds this file, since Python puts the script's real folder on sys.path.
 """
 
 import os
@@ -13,7 +13,7 @@ if os.path.abspath(sys.path[0]) == _TOOLS:
 
 
 def start(paddle: bool = True, single_process: bool = True) -> None:
-    """See `utils.cli.begin` and, unless the tool works without Paddle, `utils.environment.start_paddle`."""
+    """Call `utils.cli.begin` and, for tools that need Paddle, `utils.environment.start_paddle`."""
     from utils.cli import begin
 
     begin()

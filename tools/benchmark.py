@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Compares models on this machine: size, multiply-accumulates, images per second, latency, memory.
+"""Compare models on this machine: parameters, multiply-accumulates, images per second, latency, memory.
 
     python tools/benchmark.py gmlp_ti16_224 gmlp_s16_224 -batch_size 8 -rounds 10 -json out.json
     python tools/benchmark.py gmlp_s16_224 -backend exported
     python tools/benchmark.py ms_mlp_tiny_patch4_shift5_224 -batch_size 4 -training
 
-Models take turns in every round, so that a busy machine does not favour one. docs/benchmark.md explains the columns.
+Each round runs every model once, so that other load slows all models alike. docs/benchmark.md explains the columns.
 """
 
 from __future__ import annotations
@@ -65,45 +65,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
     )
-    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='of the exported program')
+    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='precision of the exported program')
     parser.add_argument(
-        '-training', action='store_true', help='a training step instead, with and without TRAIN.RECOMPUTE'
+        '-training', action='store_true', help='measure a training step instead, with and without TRAIN.RECOMPUTE'
     )
-    add_output_file(parser, flag='-json', dest='json', what='file to write the results to, too')
+    add_output_file(parser, flag='-json', dest='json', what='also write the results to this file')
     parser.set_defaults(batch_size=8)
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
     if args.backend == 'dygraph' and args.precision != 'fp32':
-        raise UserError('-precision belongs to -backend exported; layers run in mixed precision with -amp, on a GPU.')
+        raise UserError('-precision needs -backend exported; layers run in mixed precision with -amp, on a GPU.')
     if args.backend == 'exported' and args.training:
-        raise UserError('-training belongs to -backend dygraph; exported programs only evaluate.')
+        raise UserError('-training needs -backend dygraph; exported programs only evaluate.')
     if args.backend == 'exported' and 'amp' in args:
-        raise UserError('-amp belongs to -backend dygraph; give -precision bf16 to the exported program.')
+        raise UserError('-amp needs -backend dygraph; use -precision bf16 for the exported program.')
     return args
 
 
 def benchmark(args: argparse.Namespace) -> dict:
-    """Measures the models, prints the table and returns everything that the JSON file says."""
+    """Measure the models, print the table and return the content of the JSON file."""
     context = distributed.start()
     if args.precision == 'bf16' and emulates_bfloat16():
         raise UserError(
             'this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16): leave -precision out.'
         )
     if 'amp' in args and not context.on_gpu:
-        print('-amp is asked for, but mixed precision needs a GPU: measuring in float32.')
+        print('-amp is set, but mixed precision needs a GPU: measuring in float32.')
     cases = find_cases(args)
-    facts = environment(args, context)
-    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    info = environment(args, context)
+    print(', '.join(f'{key} {value}' for key, value in info.items()))
     rows = [cost(case) for case in cases]
     (measure_training if args.training else measure_evaluation)(rows, cases, args, context)
-    return {'environment': facts, 'models': rows}
+    return {'environment': info, 'models': rows}
 
 
 def measure_evaluation(
     rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context
 ) -> None:
-    """Fills in speed, latency and memory of forward passes, and prints the table."""
+    """Add speed, latency and memory of forward passes to the rows, and print the table."""
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
         if args.backend == 'exported':
             cases = [export(case, os.path.join(folder, f'{i}')) for i, case in enumerate(cases)]
@@ -120,10 +120,10 @@ def measure_evaluation(
 
 
 def measure_training(rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context) -> None:
-    """Fills in time and memory of forward and backward pass as `plain` and `recompute`, and prints the table."""
+    """Add time and memory of forward and backward pass as `plain` and `recompute` to the rows, and print the table."""
     variants = {'plain': False, 'recompute': True}
     steps = [
-        (row, name, recomputing(case, again)) for row, case in zip(rows, cases) for name, again in variants.items()
+        (row, name, with_recompute(case, value)) for row, case in zip(rows, cases) for name, value in variants.items()
     ]
     for row, name, case in steps:
         row[name] = {'memory_bytes': peak_memory(case, args.batch_size, training=True)}
@@ -133,17 +133,17 @@ def measure_training(rows: list[dict], cases: list[BenchmarkCase], args: argpars
     print_training_table(rows)
 
 
-def recomputing(case: BenchmarkCase, again: bool) -> BenchmarkCase:
-    """The same case with TRAIN.RECOMPUTE on or off."""
+def with_recompute(case: BenchmarkCase, value: bool) -> BenchmarkCase:
+    """Return the case with TRAIN.RECOMPUTE set to `value`."""
     config = case.config.clone()
     config.defrost()
-    config.TRAIN.RECOMPUTE = again
+    config.TRAIN.RECOMPUTE = value
     config.freeze()
     return replace(case, config=config)
 
 
 def find_cases(args: argparse.Namespace) -> list[BenchmarkCase]:
-    """The models of the command line, each with its configuration."""
+    """Return the models of the command line, each with its configuration."""
     cases = []
     for name in args.models:
         config = update_config(get_config(), argparse.Namespace(**{**vars(args), 'cfg': config_file(name)}))
@@ -153,7 +153,7 @@ def find_cases(args: argparse.Namespace) -> list[BenchmarkCase]:
 
 
 def environment(args: argparse.Namespace, context: Context) -> dict:
-    """What the numbers depend on besides the models."""
+    """Return the conditions of the measurement."""
     device = paddle.device.cuda.get_device_name() if context.on_gpu else processor_name()
     return {
         'paddle': paddle.__version__,
@@ -168,7 +168,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
 
 
 def cost(case: BenchmarkCase) -> dict:
-    """Name, input and what can be counted without running the model."""
+    """Return name, image size, parameters and MACs of a model."""
     found = profile(build_model(case.config), [1, *case.image_shape()])
     return {
         'name': case.name,
@@ -179,7 +179,7 @@ def cost(case: BenchmarkCase) -> dict:
 
 
 def export(case: BenchmarkCase, prefix: str) -> BenchmarkCase:
-    """The same case, run from exported files."""
+    """Export the model of a case, and return the case that runs the exported files."""
     save_program(build_model(case.config), case.image_shape(), prefix)
     return replace(case, program=prefix)
 
@@ -222,7 +222,7 @@ def print_training_table(rows: list[dict]) -> None:
 
 
 def megabytes(count: int | None) -> str:
-    """Bytes as tables say them."""
+    """Format a number of bytes in MB."""
     return '-' if count is None else f'{count / 1e6:.0f}'
 
 
