@@ -75,6 +75,6 @@ class Classifier(nn.Layer):
         return self.num_layers
 
     @property
-    def leaves_parameters_out(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         """True if a training step may leave parameters without gradients (DataParallel: `find_unused_parameters`)."""
         return False

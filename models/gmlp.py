@@ -193,14 +193,14 @@ class GMLP(Classifier):
         self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('tokens',)
     ) -> Intermediates:
         """See `Classifier`; offers 'tokens' [B, N, C] and 'maps' [B, C, S / P, S / P]."""
-        want, seen = requested(want, indices, self.depth, ('tokens', 'maps')), {}
+        want, recorded = requested(want, indices, self.depth, ('tokens', 'maps')), {}
         x = self.patch_embed(x)
         for i, block in enumerate(self.mixer_layers):
             x = run_block(block, x, checkpoint=self.grad_checkpointing)
             if i in want:
                 maps = tokens_to_maps(x, (self.patch_embed.grid_size,) * 2) if 'maps' in want[i] else None
-                seen[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
-        return Intermediates(self.norm(x), seen)
+                recorded[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
+        return Intermediates(self.norm(x), recorded)
 
 
 @register_model('gmlp', 'GatedMLP')

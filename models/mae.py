@@ -47,16 +47,16 @@ class Reconstruction(NamedTuple):
         loss: mean squared error over the masked patches, 0-D float32.
         pred: reconstructed patches [B, L, P * P * in_chans]; normalized ones where the model was trained on those.
         mask: 1 where a patch is masked, 0 where it is visible, [B, L], rows of patches from top to bottom.
-        order: the patches in the order of their noise, [B, L] int64; the first `seen` ones are visible.
-        seen: number of visible patches.
+        ids_shuffle: the patches in the order of their noise, [B, L] int64; the first `seen` ones are visible.
+        num_visible: number of visible patches.
         encoder: output and intermediates of the encoder.
     """
 
     loss: Tensor
     pred: Tensor
     mask: Tensor
-    order: Tensor
-    seen: int
+    ids_shuffle: Tensor
+    num_visible: int
     encoder: Intermediates
 
 
@@ -161,40 +161,40 @@ class MaskedAutoencoder(VisionTransformer):
         """
         grid = self.grid_of(x)
         noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
-        order = paddle.argsort(noise, axis=-1)
-        seen = num_visible(order.shape[1], self.mask_ratio)
-        restore = paddle.argsort(order, axis=-1)
-        mask = (restore >= seen).astype('float32')
-        encoder = self.encode_intermediates(x, order[:, :seen], indices, want)
-        pred = self.decode(encoder.features, restore, grid)
-        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, seen, encoder)
+        ids_shuffle = paddle.argsort(noise, axis=-1)
+        seen = num_visible(ids_shuffle.shape[1], self.mask_ratio)
+        ids_restore = paddle.argsort(ids_shuffle, axis=-1)
+        mask = (ids_restore >= seen).astype('float32')
+        encoder = self.encode_intermediates(x, ids_shuffle[:, :seen], indices, want)
+        pred = self.decode(encoder.features, ids_restore, grid)
+        return Reconstruction(self.loss(x, pred, mask), pred, mask, ids_shuffle, seen, encoder)
 
-    def encode(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalized tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""
-        return self.encode_intermediates(x, kept).features
+    def encode(self, x: Tensor, ids_keep: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> normalized tokens [B, 1 + V, C] of the patches `ids_keep` [B, V], in that order."""
+        return self.encode_intermediates(x, ids_keep).features
 
     def encode_intermediates(
-        self, x: Tensor, kept: Tensor, indices: Sequence[int] = (), want: Collection[str] = ()
+        self, x: Tensor, ids_keep: Tensor, indices: Sequence[int] = (), want: Collection[str] = ()
     ) -> Intermediates:
         """`encode`, with intermediates of blocks as in `forward_intermediates`."""
         want = requested(want, indices, self.depth)
         x = self.embed(x)
-        x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], kept)], axis=1)
+        x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], ids_keep)], axis=1)
         return self._collect(*self._begin_tokens(x), want)
 
-    def decode(self, latent: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
+    def decode(self, latent: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens of `encode` -> patches [B, L, P * P * in_chans] from top to bottom.
 
         Args:
             latent: [B, 1 + V, C].
-            restore: position of each patch in the order of the noise, [B, L] int64.
+            ids_restore: position of each patch in the order of the noise, [B, L] int64.
             grid: (rows, columns) of patches.
         """
         # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
         x = self.decoder_embed(latent).astype(self.mask_token.dtype)
         prefix, body = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        removed = self.mask_token.expand([x.shape[0], restore.shape[1] - body.shape[1], -1])
-        body = take_tokens(paddle.concat([body, removed], axis=1), restore)
+        removed = self.mask_token.expand([x.shape[0], ids_restore.shape[1] - body.shape[1], -1])
+        body = take_tokens(paddle.concat([body, removed], axis=1), ids_restore)
         old = (self.patch_embed.grid_size,) * 2
         table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
         x = paddle.concat([prefix, body], axis=1) + table
@@ -211,7 +211,7 @@ class MaskedAutoencoder(VisionTransformer):
         error = paddle.square(pred.astype('float32') - target).mean(-1)
         return (error * mask).sum() / mask.sum()
 
-    def paint(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
+    def to_images(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
         """Images of a pass: the visible patches, masked ones being 0, and those completed by the reconstruction.
 
         Args:

@@ -25,7 +25,7 @@ from models.weights.rules import WeightRules
 from utils.errors import UserError
 
 
-class Contrast(NamedTuple):
+class ContrastiveOutput(NamedTuple):
     """Output for two views, each [B, dim], not normalized.
 
     Attributes:
@@ -74,7 +74,7 @@ class MoCoV3(Classifier):
         super().__init__()
         self.base_encoder = _encoder(dim, mlp_dim, **encoder)
         self.momentum_encoder = _encoder(dim, mlp_dim, **encoder)
-        self.predictor = _perceptron(2, dim, mlp_dim, dim)
+        self.predictor = _projection_mlp(2, dim, mlp_dim, dim)
         for average, parameter in self._pairs():
             average.set_value(parameter)
             average.stop_gradient = True
@@ -82,7 +82,7 @@ class MoCoV3(Classifier):
             for parameter in self.base_encoder.patch_embed.parameters():
                 parameter.stop_gradient = True
         self.embed_dim, self.depth = self.base_encoder.embed_dim, self.base_encoder.depth
-        self._due: float | None = None
+        self._next_momentum: float | None = None
 
     def _pairs(self):
         return zip(self.momentum_encoder.parameters(), self.base_encoder.parameters())
@@ -93,17 +93,17 @@ class MoCoV3(Classifier):
 
     def set_momentum(self, momentum: float) -> None:
         """Let the next training pass start with average <- momentum * average + (1 - momentum) * parameter."""
-        self._due = momentum
+        self._next_momentum = momentum
 
     # ------------------------------------------------------------------------------------------------ forward
-    def forward(self, x: Tensor) -> Contrast | Tensor:
+    def forward(self, x: Tensor) -> ContrastiveOutput | Tensor:
         """Compares views, or projects images.
 
         Args:
             x: normalized views [B, 2, in_chans, H, W], or images [B, in_chans, H, W].
 
         Returns:
-            A `Contrast` of views; projections [B, dim] by the trained encoder of images.
+            A `ContrastiveOutput` of views; projections [B, dim] by the trained encoder of images.
         """
         if x.ndim == 4:
             return super().forward(x)
@@ -111,13 +111,13 @@ class MoCoV3(Classifier):
         q1 = self.predictor(self.base_encoder(view1))  # one after the other: batch statistics are of one view
         q2 = self.predictor(self.base_encoder(view2))
         with paddle.no_grad():
-            if self.training and self._due is not None:
-                self._average(self._due)
-                self._due = None
+            if self.training and self._next_momentum is not None:
+                self._update_momentum_encoder(self._next_momentum)
+                self._next_momentum = None
             k1, k2 = self.momentum_encoder(view1), self.momentum_encoder(view2)
-        return Contrast(q1, q2, k1, k2)
+        return ContrastiveOutput(q1, q2, k1, k2)
 
-    def _average(self, momentum: float) -> None:
+    def _update_momentum_encoder(self, momentum: float) -> None:
         for average, parameter in self._pairs():
             average.scale_(momentum)
             average.add_(parameter * (1 - momentum))
@@ -161,11 +161,11 @@ def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
     conv = vit.patch_embed.conv
     initializer.XavierUniform(fan_in=conv.weight[0].size, fan_out=vit.embed_dim)(conv.weight)
     initializer.Constant(0.0)(conv.bias)
-    vit.head = _perceptron(3, vit.embed_dim, mlp_dim, dim)
+    vit.head = _projection_mlp(3, vit.embed_dim, mlp_dim, dim)
     return vit
 
 
-def _perceptron(depth: int, channels: int, hidden: int, out: int) -> nn.Sequential:
+def _projection_mlp(depth: int, channels: int, hidden: int, out: int) -> nn.Sequential:
     """`depth` linear maps without biases, each followed by a batch norm, and all but the last by a ReLU too."""
     sizes = [channels, *[hidden] * (depth - 1), out]
     layers: list[nn.Layer] = []

@@ -277,14 +277,14 @@ class MSMLP(Classifier):
         self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('maps',)
     ) -> Intermediates:
         """See `Classifier`, by stage; offers 'maps' [B, C, h, w], the output of the last block of a stage."""
-        want, seen = requested(want, indices, len(self.depths), ('maps',)), {}
+        want, recorded = requested(want, indices, len(self.depths), ('maps',)), {}
         x = self._embed(x)
         for i, stage in enumerate(self.layers):
             x = stage.run_blocks(x, self.grad_checkpointing)
             if i in want:
-                seen[i] = BlockIntermediates(maps=x.transpose([0, 3, 1, 2]))
+                recorded[i] = BlockIntermediates(maps=x.transpose([0, 3, 1, 2]))
             x = stage.project(x)
-        return Intermediates(x, seen)
+        return Intermediates(x, recorded)
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, h, w, embed_dim]."""

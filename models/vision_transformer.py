@@ -217,7 +217,7 @@ class VisionTransformer(Classifier):
         return [i for i in self.removal.kept_layers if 'weights' in getattr(self.blocks[i].attn, 'offers', ())]
 
     @property
-    def leaves_parameters_out(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         """See `Classifier`: at λ = 0 the attention of decaying blocks gets no gradient."""
         return bool(self.removal.prune_layers)
 

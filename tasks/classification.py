@@ -65,8 +65,8 @@ class ClassificationTask(Task):
         else:
             loss = soft_cross_entropy(logits, soft_targets)
         if self.teacher is not None:
-            imitation = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
-            loss = (1.0 - self.alpha) * loss + self.alpha * imitation
+            distilled_loss = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
+            loss = (1.0 - self.alpha) * loss + self.alpha * distilled_loss
         return Losses(loss, counts={'acc1': (logits.detach().argmax(-1) == labels).astype('float32').sum()})
 
     def evaluator(self) -> MeanEvaluator:

@@ -55,17 +55,17 @@ def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) 
     teacher.eval()
 
     @paddle.no_grad()
-    def answer(images: paddle.Tensor) -> paddle.Tensor:
+    def teacher_logits(images: paddle.Tensor) -> paddle.Tensor:
         return teacher(adapt(images)).astype('float32')
 
     data = config.DATA
-    classes = answer(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])).shape[-1]
+    classes = teacher_logits(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])).shape[-1]
     if classes != config.MODEL.NUM_CLASSES:
         raise UserError(
             f'the teacher knows {classes} classes, but the student {config.MODEL.NUM_CLASSES}: give a teacher of the same '
             'classes (TRAIN.TEACHER_MODEL, TRAIN.TEACHER_CFG), or set MODEL.NUM_CLASSES.'
         )
-    return answer
+    return teacher_logits
 
 
 @contextlib.contextmanager

@@ -14,8 +14,8 @@ from datasets.batch import Batch
 from models.mae import MaskedAutoencoder, Reconstruction
 from tasks.base import Losses, MeanEvaluator, Task, register_task
 from tasks.mae_distillation import MaeDistillation, build_distillation
-from tasks.mae_pictures import rebuild
-from tasks.pictures import draw
+from tasks.mae_pictures import reconstruct
+from tasks.pictures import image_grid
 from utils.errors import UserError
 
 SHOWN = 8  # validation images in the pictures of a reconstruction
@@ -93,7 +93,7 @@ class ReconstructionEvaluator(MeanEvaluator):
             return {}
         was_training = model.training
         model.eval()
-        rows = rebuild(model, *self._shown, **self._statistics)
+        rows = reconstruct(model, *self._shown, **self._statistics)
         if was_training:
             model.train()
-        return {'reconstruction': draw(rows)}
+        return {'reconstruction': image_grid(rows)}

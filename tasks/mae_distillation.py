@@ -24,12 +24,12 @@ from tasks.distillation import frozen_model, teacher_errors, teacher_images, tea
 from utils.errors import UserError
 
 
-class Compared(NamedTuple):
-    """Which results of student and teacher are compared.
+class DistillTargets(NamedTuple):
+    """Which results of student and teacher are targets.
 
     Attributes:
-        attn: blocks, counted from 1, whose attention logits are compared.
-        hidden: blocks, counted from 0, whose normalized input is compared; the depth stands for the encoder's output.
+        attn: blocks, counted from 1, whose attention logits are targets.
+        hidden: blocks, counted from 0, whose normalized input is targets; the depth stands for the encoder's output.
     """
 
     attn: tuple[int, ...] = ()
@@ -54,7 +54,7 @@ class MaeDistillation:
     Args:
         student: with its adapters, see `add_adapters`.
         teacher: a frozen masked autoencoder.
-        compared: what is compared.
+        targets: results to compare.
         adapt: the student's images -> those that the teacher was trained on.
     """
 
@@ -62,12 +62,12 @@ class MaeDistillation:
         self,
         student: MaskedAutoencoder,
         teacher: MaskedAutoencoder,
-        compared: Compared,
+        targets: DistillTargets,
         adapt: Callable[[Tensor], Tensor] = lambda images: images,
     ):
-        compared.check(teacher.depth)
-        self.teacher, self.compared, self.adapt = teacher, compared, adapt
-        self.request = compared.request(student.depth)
+        targets.check(teacher.depth)
+        self.teacher, self.targets, self.adapt = teacher, targets, adapt
+        self.request = targets.request(student.depth)
         self.adapters = [student.attn_adapter, student.hidden_adapter]
 
     def losses(self, images: Tensor, output: Reconstruction) -> dict[str, Tensor]:
@@ -77,10 +77,10 @@ class MaeDistillation:
             images: normalized, [B, C, H, W].
             output: of the student for these images, with the intermediates that `request` names.
         """
-        kept = output.order[:, : output.seen]
+        ids_keep = output.ids_shuffle[:, : output.num_visible]
         with paddle.no_grad():
             theirs = self.teacher.encode_intermediates(
-                self.adapt(images), kept, **self.compared.request(self.teacher.depth)
+                self.adapt(images), ids_keep, **self.targets.request(self.teacher.depth)
             )
         ours = self.adapted(output.encoder)
         pairs = zip(ours.items(), self._results(theirs).values())
@@ -90,7 +90,7 @@ class MaeDistillation:
     def adapted(self, encoder: Intermediates) -> dict[str, list[Tensor]]:
         """Results of the student in the teacher's sizes: `attn` and `hidden`."""
         results = self._results(encoder)
-        numbers = {'attn': [block - 1 for block in self.compared.attn], 'hidden': self.compared.hidden}
+        numbers = {'attn': [block - 1 for block in self.targets.attn], 'hidden': self.targets.hidden}
         return {
             name: [_adapt(adapter, number, value) for number, value in zip(numbers[name], results[name])]
             for name, adapter in zip(results, self.adapters)
@@ -98,8 +98,8 @@ class MaeDistillation:
 
     def _results(self, encoder: Intermediates) -> dict[str, list[Tensor]]:
         """Attention logits [B, H, 1 + V, 1 + V] and tokens [B, 1 + V, C] to compare."""
-        hidden = [encoder.blocks[b].inputs if b in encoder.blocks else encoder.features for b in self.compared.hidden]
-        return {'attn': [encoder.blocks[block - 1].attn_logits for block in self.compared.attn], 'hidden': hidden}
+        hidden = [encoder.blocks[b].inputs if b in encoder.blocks else encoder.features for b in self.targets.hidden]
+        return {'attn': [encoder.blocks[block - 1].attn_logits for block in self.targets.attn], 'hidden': hidden}
 
 
 def _adapt(adapters: nn.Layer, number: int, value: Tensor) -> Tensor:
@@ -111,19 +111,21 @@ def _difference(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.astype('float32'), teacher.astype('float32'))
 
 
-def add_adapters(student: MaskedAutoencoder, compared: Compared, num_heads: int | None, embed_dim: int | None) -> None:
+def add_adapters(
+    student: MaskedAutoencoder, targets: DistillTargets, num_heads: int | None, embed_dim: int | None
+) -> None:
     """Add adapters to the student, as parameters of its own.
 
     Args:
         num_heads: of the teacher, which the student's heads are mapped to; None: compare them as they are.
         embed_dim: channels of the teacher, which the student's are mapped to; None: compare them as they are.
     """
-    compared.check(student.depth)
+    targets.check(student.depth)
     student.attn_adapter, student.hidden_adapter = nn.Layer(), nn.Layer()
-    for block in compared.attn if num_heads else ():
+    for block in targets.attn if num_heads else ():
         conv = nn.Conv2D(student.num_heads, num_heads, 1, bias_attr=False)
         student.attn_adapter.add_sublayer(f'adapter{block - 1}', _initialized(conv, student.num_heads))
-    for block in compared.hidden if embed_dim else ():
+    for block in targets.hidden if embed_dim else ():
         linear = nn.Linear(student.embed_dim, embed_dim, bias_attr=False)
         student.hidden_adapter.add_sublayer(f'adapter{block}', _initialized(linear, student.embed_dim))
 
@@ -133,7 +135,7 @@ def _initialized(layer: nn.Layer, fan_in: int) -> nn.Layer:
     return layer
 
 
-def adapt_student(config, student: MaskedAutoencoder) -> Compared | None:
+def adapt_student(config, student: MaskedAutoencoder) -> DistillTargets | None:
     """Add the adapters that TRAIN.MAE_DISTILL asks for, or that the sizes of the teacher need.
 
     Returns:
@@ -150,18 +152,18 @@ def adapt_student(config, student: MaskedAutoencoder) -> Compared | None:
     teacher = get_config(config_file(config.TRAIN.TEACHER_CFG)).MODEL.TRANS
     heads = distill.ATTN_ADAPTER or student.num_heads != teacher.NUM_HEADS
     channels = distill.HIDDEN_ADAPTER or student.embed_dim != teacher.EMBED_DIM
-    compared = Compared(tuple(distill.ATTN_IDX), tuple(distill.HIDDEN_IDX))
-    add_adapters(student, compared, teacher.NUM_HEADS if heads else None, teacher.EMBED_DIM if channels else None)
-    return compared
+    targets = DistillTargets(tuple(distill.ATTN_IDX), tuple(distill.HIDDEN_IDX))
+    add_adapters(student, targets, teacher.NUM_HEADS if heads else None, teacher.EMBED_DIM if channels else None)
+    return targets
 
 
 def build_distillation(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> MaeDistillation | None:
     """Add adapters to the student and load the teacher; None: TRAIN.MAE_DISTILL asks for nothing."""
-    compared = adapt_student(config, student)
-    if compared is None:
+    targets = adapt_student(config, student)
+    if targets is None:
         return None
     teacher, adapt = _teacher(config, student, log)
-    return MaeDistillation(student, teacher, compared, adapt)
+    return MaeDistillation(student, teacher, targets, adapt)
 
 
 def _teacher(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> tuple[MaskedAutoencoder, Callable]:

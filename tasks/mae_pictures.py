@@ -9,11 +9,11 @@ import numpy as np
 import paddle
 
 from models.mae import MaskedAutoencoder
-from tasks.pictures import PAPER, pixels
+from tasks.pictures import BACKGROUND, pixels
 
 
 @paddle.no_grad()
-def rebuild(
+def reconstruct(
     model: MaskedAutoencoder, images: paddle.Tensor, noise: paddle.Tensor, mean: Sequence[float], std: Sequence[float]
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Of each image the image itself, what is seen of it, the rest being white, and what becomes of it.
@@ -28,8 +28,8 @@ def rebuild(
         B triples of [H, W, C] uint8.
     """
     output = model(images, noise)
-    _, rebuilt = model.paint(images, output)
-    seen, _ = model.paint(paddle.ones_like(images), output)  # 1 where a pixel was seen
+    _, rebuilt = model.to_images(images, output)
+    seen, _ = model.to_images(paddle.ones_like(images), output)  # 1 where a pixel was seen
     originals, rebuilt = pixels(images, mean, std), pixels(rebuilt, mean, std)
-    seen = np.where(pixels(seen, [0.0], [1.0]) > 0, originals, PAPER).astype('uint8')
+    seen = np.where(pixels(seen, [0.0], [1.0]) > 0, originals, BACKGROUND).astype('uint8')
     return list(zip(originals, seen, rebuilt))

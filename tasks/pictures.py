@@ -10,7 +10,7 @@ import paddle
 from PIL import Image
 
 GAP = 4  # pixels around the pictures
-PAPER = 255
+BACKGROUND = 255
 
 
 def pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -20,12 +20,12 @@ def pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.
     return np.clip(np.round(255 * x), 0, 255).astype('uint8')
 
 
-def draw(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+def image_grid(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     """Pictures [H, W, C] in rows and columns; those of a row have one size, and rows may differ."""
     widths = [max(row[0].shape[1] for row in rows)] * len(rows[0])
     heights = [row[0].shape[0] for row in rows]
     sheet = Image.new(
-        'RGB', (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(rows) + 1)), (PAPER,) * 3
+        'RGB', (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(rows) + 1)), (BACKGROUND,) * 3
     )
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):

@@ -31,7 +31,7 @@ from tasks.segmentation_metrics import SegmentationEvaluator, colored
 from utils.errors import UserError
 
 
-class Segmented(NamedTuple):
+class SegmentationOutput(NamedTuple):
     """The class map of an image, and the image.
 
     Attributes:
@@ -113,7 +113,7 @@ class SegmentationTask(Task):
 
     # ------------------------------------------------------------------------------------------------ evaluation
     @paddle.no_grad()
-    def infer(self, model: nn.Layer, batch: Batch) -> list[Segmented]:
+    def infer(self, model: nn.Layer, batch: Batch) -> list[SegmentationOutput]:
         """Class maps of the size of the stored images. Images of one size pass the model together."""
         data, others = self.config.DATA, batch.targets.get('scales', [[] for _ in batch.images])
         together = defaultdict(list)
@@ -127,7 +127,7 @@ class SegmentationTask(Task):
                 scales.append(to_device(scale, data.IMAGENET_MEAN, data.IMAGENET_STD).images)
             classes = self.probabilities(model, scales, size).argmax(1)
             results.update(zip(indices, classes.unbind()))
-        return [Segmented(results[index], image) for index, image in enumerate(batch.images)]
+        return [SegmentationOutput(results[index], image) for index, image in enumerate(batch.images)]
 
     def probabilities(self, model: nn.Layer, scales: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Mean over scales and flips of the probabilities at `size`, [B, n, *size].
@@ -175,14 +175,14 @@ class SegmentationTask(Task):
             'class_names': self._class_table().names,
         }
 
-    def predictions(self, outputs: Sequence[Segmented], options: PredictionOptions) -> list[Prediction]:
+    def predictions(self, outputs: Sequence[SegmentationOutput], options: PredictionOptions) -> list[Prediction]:
         """The shares of the classes, the class map as a palette image, and the image blended with its colors."""
         table = self._class_table()
         names = list(options.class_names or table.names)
         topk = min(options.topk, len(names))
         return [self._prediction(output, names, table.palette, topk) for output in outputs]
 
-    def _prediction(self, output: Segmented, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
+    def _prediction(self, output: SegmentationOutput, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
         classes = output.classes.numpy()
         shares = np.bincount(classes.reshape(-1), minlength=len(names)) / classes.size
         order = [int(index) for index in np.argsort(-shares, kind='stable') if shares[index] > 0]

@@ -15,7 +15,7 @@ from datasets.batch import Batch
 from datasets.classes import ClassTable
 from datasets.segmentation import LABELS
 from tasks.base import Evaluator, Group
-from tasks.pictures import draw, pixels
+from tasks.pictures import image_grid, pixels
 
 SHOWN = 4  # validation images in the picture of an evaluation
 TITLES = {'miou': 'mIoU', 'macc': 'mAcc', 'aacc': 'aAcc'}
@@ -111,7 +111,7 @@ class SegmentationEvaluator(Evaluator):
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
         """Image, truth and prediction of some images."""
         rows = [self._row(*shown) for shown in self._shown]
-        return {'segmentation': draw(rows)} if rows else {}
+        return {'segmentation': image_grid(rows)} if rows else {}
 
     def _row(self, image: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> list[np.ndarray]:
         image = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image

@@ -48,13 +48,13 @@ class SyncBatchNorm(nn.Layer):
             return F.batch_norm(x, self._mean, self._variance, self.weight, self.bias, epsilon=self.epsilon)
         dtype = x.dtype
         x = x.astype(self._mean.dtype)
-        mean, variance = self._of_the_batch(x) if self.training else (self._mean, self._variance)
-        x = (x - _spread(mean, x)) * _spread(paddle.rsqrt(variance + self.epsilon), x)
+        mean, variance = self._batch_statistics(x) if self.training else (self._mean, self._variance)
+        x = (x - _broadcast(mean, x)) * _broadcast(paddle.rsqrt(variance + self.epsilon), x)
         if self.weight is not None:
-            x = x * _spread(self.weight, x) + _spread(self.bias, x)
+            x = x * _broadcast(self.weight, x) + _broadcast(self.bias, x)
         return x.astype(dtype)
 
-    def _of_the_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and biased variance [C] of all processes, which the running statistics take in."""
         others = [axis for axis in range(x.ndim) if axis != 1]
         values = math.prod(x.shape[axis] for axis in others)
@@ -63,22 +63,24 @@ class SyncBatchNorm(nn.Layer):
                 'batch normalization has one value per channel, which it would remove: set DATA.BATCH_SIZE to 2 or more, '
                 'or use more processes.'
             )
-        sums = _over_processes(paddle.concat([x.sum(others), paddle.full([1], values, x.dtype)]))
+        sums = _all_reduce(paddle.concat([x.sum(others), paddle.full([1], values, x.dtype)]))
         mean, count = sums[:-1] / sums[-1:], sums[-1:].detach()
-        variance = _over_processes(paddle.square(x - _spread(mean, x)).sum(others)) / count
+        variance = _all_reduce(paddle.square(x - _broadcast(mean, x)).sum(others)) / count
         with paddle.no_grad():
             unbiased = variance * (count / paddle.clip(count - 1, min=1.0))
             keep = 1 - self.momentum
-            self._keep(keep * self._mean + self.momentum * mean, keep * self._variance + self.momentum * unbiased)
+            self._update_running_statistics(
+                keep * self._mean + self.momentum * mean, keep * self._variance + self.momentum * unbiased
+            )
         return mean, variance
 
-    def _keep(self, mean: Tensor, variance: Tensor) -> None:
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
         """Sets the running statistics; a step that is dropped, where they are not finite, leaves no trace."""
         for running, new in ((self._mean, mean), (self._variance, variance)):
             paddle.assign(paddle.where(paddle.isfinite(new), new, running), running)
 
 
-class _Sum(paddle.autograd.PyLayer):
+class _AllReduceSum(paddle.autograd.PyLayer):
     """Adds a tensor over the processes. Each of them uses the sum, so its gradient is the sum of all their gradients."""
 
     @staticmethod
@@ -98,10 +100,10 @@ def _is_distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _over_processes(x: Tensor) -> Tensor:
-    return _Sum.apply(x) if _is_distributed() else x
+def _all_reduce(x: Tensor) -> Tensor:
+    return _AllReduceSum.apply(x) if _is_distributed() else x
 
 
-def _spread(values: Tensor, x: Tensor) -> Tensor:
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
     """[C], to be broadcast over [B, C, ...]."""
     return values if x.ndim == 2 else values.reshape([-1, *[1] * (x.ndim - 2)])

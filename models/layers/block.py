@@ -78,8 +78,8 @@ class Block(nn.Layer):
         """[B, N, C] -> [B, N', C] and the state that the next block starts from."""
         want = state.want.get(len(state.counts))
         before, record = state, Recorder(want or ())
-        if record.wants('given'):
-            record.keep('given', (x, before._replace(want={}, recorded=())))
+        if record.wants('block_input'):
+            record.keep('block_input', (x, before._replace(want={}, recorded=())))
         if self.attn_weight:
             x, state = self._mix(x, state, record)
             hidden = self.norm2(x)

@@ -15,7 +15,7 @@ class BlockIntermediates(NamedTuple):
     Attributes:
         tokens: output, [B, N', C]. N' is smaller than N where the block reduces the tokens.
         maps: output as feature maps [B, C, rows, columns], without class and distillation token.
-        given: what the block takes, (tokens [B, N, C], `TokenState`): `run_blocks` continues from there.
+        block_input: what the block takes, (tokens [B, N, C], `TokenState`): `run_blocks` continues from there.
         inputs: normalized input of the mixer, or of the MLP where the block computes no attention, [B, N, C].
         attn_logits: attention logits before the softmax, [B, H, N, N].
         attn: attention weights after softmax and dropout, [B, H, N, N].
@@ -28,7 +28,7 @@ class BlockIntermediates(NamedTuple):
 
     tokens: Tensor | None = None
     maps: Tensor | None = None
-    given: tuple | None = None
+    block_input: tuple | None = None
     inputs: Tensor | None = None
     attn_logits: Tensor | None = None
     attn: Tensor | None = None

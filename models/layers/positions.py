@@ -45,7 +45,9 @@ def moco_position_table(dim: int, grid: tuple[int, int], num_prefix: int = 0) ->
     """
     rows, columns = grid
     outer, inner = np.repeat(np.arange(columns), rows), np.tile(np.arange(rows), columns)
-    angles = [places[:, None].astype('float32') * _frequencies(dim).astype('float32') for places in (outer, inner)]
+    angles = [
+        positions[:, None].astype('float32') * _frequencies(dim).astype('float32') for positions in (outer, inner)
+    ]
     patches = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
     return np.concatenate([np.zeros([num_prefix, dim], 'float32'), patches])[None]
 

@@ -97,9 +97,9 @@ def _geometric_spline(table: np.ndarray, shape: list[int]) -> np.ndarray:
         if old == new:
             continue
         far = np.cumsum(_growth(old, new) ** np.arange(old))
-        places = np.concatenate([-far[::-1], [0.0], far])
-        wanted = np.clip(np.arange(-new, new + 1), places[0], places[-1])
-        table = make_interp_spline(places, table.astype('float64'), k=3, axis=axis)(wanted)
+        old_displacements = np.concatenate([-far[::-1], [0.0], far])
+        new_displacements = np.clip(np.arange(-new, new + 1), old_displacements[0], old_displacements[-1])
+        table = make_interp_spline(old_displacements, table.astype('float64'), k=3, axis=axis)(new_displacements)
     return table
 
 

@@ -101,10 +101,10 @@ class UPerNet(Segmentor):
 
     def backbone_maps(self, x: Tensor) -> list[Tensor]:
         """Images -> the outputs of `out_indices`, [B, C, H / patch_size, W / patch_size]."""
-        seen = self.backbone.forward_intermediates(x, self.out_indices, ('maps',))
-        maps = [seen.blocks[index].maps for index in self.out_indices]
+        results = self.backbone.forward_intermediates(x, self.out_indices, ('maps',))
+        maps = [results.blocks[index].maps for index in self.out_indices]
         if self.last_norm:
-            maps[-1] = tokens_to_maps(seen.features, seen.state.grid, self.backbone.num_prefix)
+            maps[-1] = tokens_to_maps(results.features, results.state.grid, self.backbone.num_prefix)
         return maps
 
     def forward_head(self, x: Sequence[Tensor]) -> Tensor:
@@ -116,7 +116,7 @@ class UPerNet(Segmentor):
         return {'backbone.cls_token', 'backbone.pos_embed'} if self.decays_all else set()
 
     @property
-    def leaves_parameters_out(self) -> bool:
+    def has_unused_parameters(self) -> bool:
         """See `Classifier`: blocks after the last one that is used get no gradient."""
         return self.out_indices[-1] < self.depth - 1
 
