@@ -163,8 +163,8 @@ def test_the_encoder_alone():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'mask_ratio': 1.0}, 'leaves no patch'),
-        ({'mask_ratio': 0.0}, 'leaves no patch'),
+        ({'mask_ratio': 1.0}, 'leaves no visible or no masked patch'),
+        ({'mask_ratio': 0.0}, 'leaves no visible or no masked patch'),
         ({'decoder_num_heads': 3}, 'DECODER_NUM_HEADS'),
         ({'decoder_embed_dim': 18}, 'do not divide by 4'),
     ],
