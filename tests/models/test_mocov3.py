@@ -237,7 +237,7 @@ def test_mae_lites_checkpoints_start_a_classifier(pooled, parallel):
         np.testing.assert_array_equal(after[name], ported[f'base_encoder.{name}'])
     report = '\n'.join(lines)
     assert f'{expected["loaded"]} arrays of the state dict are used' in report
-    assert 'they serve the pre-training only' in report
+    assert 'only pre-training uses them' in report
     assert ('the model normalizes after pooling' in report) == pooled
     assert not vit.pos_embed.stop_gradient
 
