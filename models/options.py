@@ -109,8 +109,14 @@ def mixer_specs(model) -> MixerSpec | list[MixerSpec]:
 def _mixer_spec(model, name: str) -> MixerSpec:
     if name.lower() == 'attention' and 'block' in model.TRANS.REL_POS:
         name = 'relative'
-    options = {key.lower(): value for key, value in model.get(name.upper(), {}).items()}
+    options = _mixer_options(model, name.lower())
     return MixerSpec(name, model.TRANS.QKV_BIAS, model.TRANS.KEY_BIAS, model.ATTENTION_DROPOUT, options)
+
+
+def _mixer_options(model, name: str) -> dict:
+    if name == 'windowed':
+        return {'size': model.WINDOWED.SIZE, 'rel_pos': model.WINDOWED.REL_POS}
+    return {key.lower(): value for key, value in model.get(name.upper(), {}).items()}
 
 
 def reducer_specs(model) -> list[ReducerSpec]:
