@@ -35,8 +35,8 @@ GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), 
 UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
 SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
-SUPERVISED, TAUGHT, SEGMENTATION = ('supervised',), ('supervised', 'mae'), ('segmentation',)
-TASKS = ('supervised', 'mae', 'mocov3', 'segmentation')
+SUPERVISED, TAUGHT, SEGMENTATION, DETECTION = ('supervised',), ('supervised', 'mae'), ('segmentation',), ('detection',)
+TASKS = ('supervised', 'mae', 'mocov3', 'segmentation', 'detection')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -70,6 +70,8 @@ _C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # value of th
 _C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # 0 in label maps is ignored, and k > 0 is class k - 1 (ade20k: always)
 _C.DATA.IMAGE_SCALE = Key((2048, 512), '[1, 65536]', length=(2,), tasks=SEGMENTATION)  # images fit into: (longer, shorter side)
 _C.DATA.CROP_SIZE = Key(None, '[1, 8192]', [int], length=(2,), tasks=SEGMENTATION)  # training: (height, width); None: IMAGE_SIZE
+_C.DATA.ANNOTATION_FILES = Key(('annotations/instances_train.json', 'annotations/instances_val.json'), length=(2,), tasks=DETECTION)  # DATASET detection: training, validation
+_C.DATA.IMAGE_FOLDERS = Key(('images/train', 'images/val'), length=(2,), tasks=DETECTION)  # DATASET detection: folders of their images
 _C.DATA.EXIF_ROTATE = Key(False)  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -186,7 +188,8 @@ _C.TRAIN.LR_SCHEDULER.UPDATE = Key('epoch', ('epoch', 'step'))  # once per epoch
 _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT: 2)
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
+_C.TRAIN.LR_SCHEDULER.MILESTONES = Key((), '[0, 1e9]', [float])  # NAME multistep: epochs, or steps where NUM_ITERS is set, of the decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step, multistep: factor of each decay
 _C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
@@ -208,7 +211,7 @@ _C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per 
 _C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
 _C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
 _C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
-_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION)  # random factor on IMAGE_SCALE
+_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION + DETECTION)  # random factor on IMAGE_SCALE; detection: on IMAGE_SIZE
 _C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # crops have less than this share of one class; 1: no limit
 _C.TRAIN.PHOTOMETRIC = Key(True, tasks=SEGMENTATION)  # random brightness, contrast, saturation and hue
 _C.TRAIN.RAND_AUGMENT = Key(True)  # random operations on each image
@@ -256,6 +259,7 @@ _C.VAL.IS_SLIDE = Key(False)  # windows of CROP_SIZE; False: the whole image at 
 _C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # rows and columns between windows
 _C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # factors on IMAGE_SCALE whose probabilities are averaged
 _C.VAL.FLIP = Key(False)  # average with the mirrored image too
+_C.VAL.SHOW_SCORE = Key(0.5, '[0, 1]', tasks=DETECTION)  # pictures show objects of at least this score
 
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = Key('./output')  # parent of the run folders
