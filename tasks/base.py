@@ -44,6 +44,9 @@ class Group(Protocol):
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce a tensor in place and return it."""
 
+    def gather(self, text: str) -> list[str]:
+        """The texts of all processes by rank, on every process."""
+
 
 class Interrupted(Exception):
     """An evaluation was asked to stop before its end."""
@@ -132,6 +135,10 @@ class Evaluator:
 
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
         """Pictures of an evaluation by name. The main process calls this after `result`."""
+        return {}
+
+    def files(self) -> dict[str, str]:
+        """Texts by file name, of which the run's folder keeps those of the last evaluation. As `pictures`."""
         return {}
 
 
