@@ -86,8 +86,8 @@ class Attention(nn.Layer):
         Returns:
             [B, N, C], and those of the maps that are needed.
         """
-        biases = [bias for bias in (key_bias, bias, self.own_bias()) if bias is not None]
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
+        biases = [bias for bias in (key_bias, bias, self.own_bias(q, grid)) if bias is not None]
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
         if not need_maps and not biases and _fused_kernel(x):
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
@@ -101,8 +101,13 @@ class Attention(nn.Layer):
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
 
-    def own_bias(self) -> Tensor | None:
-        """A bias of the layer's own that is added to the logits, [H, N, N]; None: nothing."""
+    def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
+        """A bias of the layer's own that is added to the logits, [H, N, N] or [B, H, N, N]; None: nothing.
+
+        Args:
+            q: queries before scaling, [B, N, H, C / H].
+            grid: as in `forward`.
+        """
         return None
 
     def _project(self, x: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ class RelativeAttention(Attention):
         super().__init__(dim, num_heads, **options)
         add_relative_positions(self, grid, num_heads)
 
-    def own_bias(self) -> Tensor:
+    def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """See `Attention`."""
         return relative_bias(self)
 

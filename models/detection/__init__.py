@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Object detection and instance segmentation: ViTDet with Mask R-CNN."""
