@@ -219,7 +219,7 @@ class _Reader:
         """The fields that training and evaluation read."""
         where = f'annotation {identity}'
         category, box, crowd, area = (entry.get(key) for key in ('category_id', 'bbox', 'iscrowd', 'area'))
-        if category not in categories or not _is_whole(category):
+        if not _is_whole(category) or category not in categories:
             raise self.error(where, f'its category_id is {_quoted(category)}, which no category of the file has')
         if not _are_numbers(box) or len(box) != 4 or min(box[2:]) < 0:
             raise self.error(

@@ -21,7 +21,20 @@ from tasks.detection_pictures import Drawn, colors_of, drawn
 from tasks.pictures import draw, pixels
 
 KINDS = {'box': 'bbox', 'mask': 'segm'}  # prefix of the metrics -> pycocotools' name
-METRICS = ('ap', 'ap50', 'ap75', 'aps', 'apm', 'apl', 'ar1', 'ar10', 'ar100', 'ars', 'arm', 'arl')  # in pycocotools' order
+METRICS = (
+    'ap',
+    'ap50',
+    'ap75',
+    'aps',
+    'apm',
+    'apl',
+    'ar1',
+    'ar10',
+    'ar100',
+    'ars',
+    'arm',
+    'arl',
+)  # in pycocotools' order
 RESULTS = 'detections.json'
 SHOWN = 4  # validation images in the picture of an evaluation
 ABSENT = -1.0  # pycocotools' value of a mean over nothing
@@ -63,7 +76,12 @@ def coco_statistics(truth: dict[str, list], detections: Sequence[dict], kind: st
 
     field = {'bbox': 'bbox', 'segm': 'segmentation'}[kind]
     results = [
-        {'image_id': found['image_id'], 'category_id': found['category_id'], 'score': found['score'], field: found[field]}
+        {
+            'image_id': found['image_id'],
+            'category_id': found['category_id'],
+            'score': found['score'],
+            field: found[field],
+        }
         for found in detections
     ]
     with contextlib.redirect_stdout(io.StringIO()):

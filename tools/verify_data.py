@@ -5,7 +5,7 @@
     python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
     python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
 
-Reads and decodes every image, and every label map, as training does. Problems are lists with bad lines or labels or without images of a class,
+Reads and decodes every image, with its label map or objects, as training does. Problems are lists with bad lines or labels or without images of a class,
 images that cannot be used, the same file twice in a part, and the same file in training and validation. Exit status: 0 without
 problems, 1 with some.
 """
