@@ -11,7 +11,7 @@ package, or in a user's own folder, that registers a subclass of `Task` under th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -313,6 +313,17 @@ class Task:
             'image_size': crop.size,
             'crop_pct': self.config.DATA.CROP_PCT if resize.size > crop.size else 1.0,
         }
+
+    def program_inputs(self, batch_size: int) -> dict[str, np.ndarray]:
+        """Examples of what an exported program takes beside the images, by name, in the order of the model's arguments."""
+        return {}
+
+    def exports(self, model: nn.Layer) -> Iterator[None]:
+        """Yield before each export that is compared with the model on random images; the last one is what users get.
+
+        A model that may return nothing for such images is compared under other settings first.
+        """
+        yield
 
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """One prediction per image, from the result of `infer`."""

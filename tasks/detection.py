@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,7 @@ from datasets.detection import BOXES, CLASSES, MASKS, DetectionDataset, known_ca
 from datasets.detection_transforms import detection_transform
 from datasets.polygons import coco_masks, decoded_rle
 from datasets.sample import IMAGE_SIZE, VALID
-from models.detection import Targets
-from models.detection.masks import ImageDetections, postprocess
+from models.detection import Detections, ImageDetections, Targets, postprocess
 from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
 from tasks.detection_metrics import Detected, DetectionEvaluator, picture_of
 from tasks.detection_pictures import Drawn, colors_of, drawn
@@ -124,8 +123,23 @@ class DetectionTask(Task):
             'resize_long': self.config.DATA.IMAGE_SIZE,
             'interpolation': 'bilinear',
             'image_size': self.config.DATA.IMAGE_SIZE,
+            'outputs': list(Detections._fields),
             'class_names': self._class_names(),
         }
+
+    def program_inputs(self, batch_size: int) -> dict[str, np.ndarray]:
+        """See `Task`: (height, width) of each image without its padding."""
+        side = self.config.DATA.IMAGE_SIZE
+        return {'sizes': np.random.default_rng(0).integers(side // 2, side + 1, (batch_size, 2), 'int32')}
+
+    def exports(self, model: nn.Layer) -> Iterator[None]:
+        """See `Task`: at first detections of any score are returned."""
+        least, model.min_score = model.min_score, 0.0
+        try:
+            yield
+        finally:
+            model.min_score = least
+        yield
 
     def predictions(self, outputs: Sequence[Detected], options: PredictionOptions) -> list[Prediction]:
         """All objects with box and mask, and a picture of those from VAL.SHOW_SCORE on."""
