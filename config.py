@@ -32,8 +32,10 @@ from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: fo
 
 # Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
-UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
-SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
+UPERNET, SEGMENTER, MASK_RCNN = ('upernet',), ('segmenter',), ('mask_rcnn',)
+SEGMENTORS = UPERNET + SEGMENTER
+DENSE = SEGMENTORS + MASK_RCNN
+ENCODERS = VIT + DENSE
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
 SUPERVISED, TAUGHT, SEGMENTATION, DETECTION = ('supervised',), ('supervised', 'mae'), ('segmentation',), ('detection',)
 TASKS = ('supervised', 'mae', 'mocov3', 'segmentation', 'detection')
@@ -85,8 +87,8 @@ _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of the attention weights
 _C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT + UPERNET)  # rate of what the classifier sees; upernet: of whole channels
-_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + SEGMENTORS)  # stochastic depth rate
-_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + SEGMENTORS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
+_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + DENSE)  # stochastic depth rate
+_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + DENSE)  # True: the rate grows linearly with depth, from 0 to DROPPATH
 
 _C.MODEL.MIXER = Section(models=GMLP)  # gMLP
 _C.MODEL.MIXER.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
@@ -102,16 +104,20 @@ _C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
 _C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # heads of each attention
 _C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED_DIM
 _C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
-_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT)  # a registered token mixer for all blocks, or a list of one per block
+_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT + MASK_RCNN)  # a registered token mixer for all blocks, or a list of one per block
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # classify the normalized mean of the patch tokens, not the class token
-_C.MODEL.TRANS.DISTILLED = Key(False, models=ENCODERS)  # a distillation token, and a second classifier for a teacher's labels
+_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT + SEGMENTORS)  # a distillation token, and a second classifier for a teacher's labels
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
 _C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # add a learned position to each token
-_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=ENCODERS)  # relative position biases: per block, shared, or both
+_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT + SEGMENTORS)  # relative position biases: per block, shared, or both
 _C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
 _C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
 _C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks, tiny classifier (BEiT)
+
+_C.MODEL.WINDOWED = Section(models=VIT + MASK_RCNN)  # the mixer `windowed`: attention within windows (ViTDet)
+_C.MODEL.WINDOWED.SIZE = Key(14, '[1, 1024]')  # side of a window, patches
+_C.MODEL.WINDOWED.REL_POS = Key(True)  # decomposed relative positions within a window
 
 _C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens the class token attends to
 _C.MODEL.EVIT.KEEP_RATE = Key(1.0, '(0, 1]')  # share of the tokens kept by each block of DROP_LOC; 1: off
@@ -159,6 +165,24 @@ _C.MODEL.SEGMENTER = Section(models=SEGMENTER)  # Segmenter; its encoder is MODE
 _C.MODEL.SEGMENTER.DECODER = Key('mask', ('mask', 'linear'))  # mask transformer, or a linear classifier of each patch
 _C.MODEL.SEGMENTER.NUM_LAYERS = Key(2, '[1, 1000]')  # blocks of the mask transformer
 _C.MODEL.SEGMENTER.DROPOUT = Key(0.1, '[0, 1)')  # rate in these blocks
+
+_C.MODEL.DET = Section(models=MASK_RCNN)  # Mask R-CNN; its backbone is MODEL.TRANS
+_C.MODEL.DET.POSITION_SIZE = Key(224, '[1, 8192]')  # image size that the position embedding is for: that of the pre-training
+_C.MODEL.DET.CHANNELS = Key(256, '[1, 65536]')  # width of the pyramid and of the convolutions of the heads
+_C.MODEL.DET.ANCHOR_SIZES = Key((32.0, 64.0, 128.0, 256.0, 512.0), '(0, 8192]', length=(5,))  # side of the anchors of each level, pixels
+_C.MODEL.DET.ANCHOR_RATIOS = Key((0.5, 1.0, 2.0), '(0, 100]')  # height / width of the anchors
+_C.MODEL.DET.RPN_CANDIDATES = Key((2000, 1000), '[1, 1e6]', length=(2,))  # anchors per level before NMS, in training and evaluation
+_C.MODEL.DET.RPN_PROPOSALS = Key((1000, 1000), '[1, 1e6]', length=(2,))  # regions per image after NMS, in training and evaluation
+_C.MODEL.DET.RPN_NMS = Key(0.7, '[0, 1]')  # NMS threshold of the regions of a level
+_C.MODEL.DET.RPN_SAMPLES = Key(256, '[1, 1e6]')  # anchors per image in the loss, at most half of them positive
+_C.MODEL.DET.ROI_SAMPLES = Key(512, '[1, 1e6]')  # regions per image in the loss, at most a quarter of them with an object
+_C.MODEL.DET.BOX_CONVS = Key(4, '[0, 100]')  # convolutions of the box head
+_C.MODEL.DET.BOX_FEATURES = Key(1024, '[1, 65536]')  # channels of its linear layer
+_C.MODEL.DET.MASK_CONVS = Key(4, '[0, 100]')  # convolutions of the mask head
+_C.MODEL.DET.CANONICAL_SIZE = Key(224.0, '(0, 8192]')  # sqrt(area) of the regions that are pooled at stride 16, pixels
+_C.MODEL.DET.MIN_SCORE = Key(0.05, '[0, 1]')  # detections have a higher score
+_C.MODEL.DET.NMS = Key(0.5, '[0, 1]')  # NMS threshold of the detections of a class
+_C.MODEL.DET.MAX_DETECTIONS = Key(100, '[1, 10000]')  # per image
 
 _C.MODEL.MSMLP = Section(models=MS_MLP)  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = Key(4, '[1, 1024]')  # side of a patch, pixels
@@ -290,7 +314,7 @@ _RENAMED = {
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + SEGMENTORS + MAE + MOCOV3, TASKS))
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + DENSE + MAE + MOCOV3, TASKS))
 
 
 def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:

@@ -59,6 +59,20 @@ def dense_options(config) -> dict:
     return options
 
 
+def detector_options(config) -> dict:
+    """Arguments of a detector's `PatchEncoder`.
+
+    Raises:
+        UserError: as `dense_options`; or an image size that the levels of the pyramid do not divide.
+    """
+    options, det = dense_options(config), config.MODEL.DET
+    del options['distilled']
+    for key, size in (('DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE), ('MODEL.DET.POSITION_SIZE', det.POSITION_SIZE)):
+        if size % options['patch_size']:
+            raise UserError(f'{key} is {size}, but must be a multiple of the patch size {options["patch_size"]}.')
+    return {**options, 'position_size': det.POSITION_SIZE}
+
+
 def pretraining_options(config) -> dict:
     """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropout."""
     model, trans = config.MODEL, config.MODEL.TRANS

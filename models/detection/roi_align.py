@@ -16,6 +16,7 @@ from paddle import Tensor, nn
 from paddle.vision import ops
 
 from models.detection.boxes import area
+from models.detection.nms import numbers_of
 
 CANONICAL_LEVEL = 4  # of regions of the canonical size: stride 16
 PIECE_GRID = 2.0**-15  # cells; float32 has this precision up to 512 cells
@@ -46,7 +47,7 @@ def _has_area(boxes: Tensor) -> Tensor:
 
 
 def _pool(x: Tensor, boxes: Tensor, images: Tensor, output: tuple[int, int], scale: float) -> Tensor:
-    counts = (images.unsqueeze(0) == paddle.arange(x.shape[0], dtype=images.dtype).unsqueeze(1)).astype('int32').sum(1)
+    counts = (images.unsqueeze(0) == numbers_of(x).unsqueeze(1)).astype('int32').sum(1)
     return ops.roi_align(x, boxes, counts.astype('int32'), output, scale, sampling_ratio=-1, aligned=True)
 
 

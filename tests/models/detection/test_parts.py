@@ -99,14 +99,20 @@ def test_final_detections():
     boxes, scores = (np.where(g[f'in/{name}'] == NAN, np.nan, g[f'in/{name}']) for name in ('cls_boxes', 'cls_probs'))
     finite = np.flatnonzero(np.isfinite(boxes).all(1) & np.isfinite(scores).all(1))
     assert len(finite) < len(boxes)
-    boxes, scores, size = to_tensor(boxes), to_tensor(scores), to_tensor([70, 90])
-    chosen = choose_detections(boxes, scores, size, 0.05, 0.5, 30)
-    assert_close(chosen.boxes, g['out/final_boxes'], 1e-6)
-    assert_close(chosen.scores, g['out/final_scores'], 1e-6)
-    np.testing.assert_array_equal(chosen.classes, g['out/final_classes'])
-    np.testing.assert_array_equal(chosen.rois, finite[g['out/final_roi']])
-    nothing = choose_detections(boxes, scores, size, 1.0, 0.5, 30)
-    assert [part.shape for part in nothing] == [[0, 4], [0], [0], [0]]
+    # A second image holds the same, without the region of the best detection.
+    valid = np.ones([2, len(boxes)], 'bool')
+    valid[1, finite[g['out/final_roi'][0]]] = False
+    boxes, scores = (to_tensor(np.stack([values] * 2)) for values in (boxes, scores))
+    sizes = to_tensor([[70, 90]] * 2)
+    best = choose_detections(boxes, scores, to_tensor(valid), sizes, 0.05, 0.5, 30)
+    assert best.valid[0].all().item()
+    assert_close(best.boxes[0], g['out/final_boxes'], 1e-6)
+    assert_close(best.scores[0], g['out/final_scores'], 1e-6)
+    np.testing.assert_array_equal(best.index[0] % 4, g['out/final_classes'])
+    np.testing.assert_array_equal(best.index[0] // 4, finite[g['out/final_roi']])
+    assert not (best.index[1] // 4 == int(finite[g['out/final_roi'][0]])).any().item()
+    nothing = choose_detections(boxes, scores, to_tensor(valid), sizes, 1.0, 0.5, 30)
+    assert not nothing.valid.any().item() and not nothing.boxes.any().item() and not nothing.scores.any().item()
 
 
 # ---------------------------------------------------------------------------------------------------- regions
