@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection
 
 from yacs.config import CfgNode as CN
 
-from utils.cli import run
+from utils.cli import run, unquoted, whole_number
 from utils.errors import UserError
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
@@ -371,7 +371,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 
-    def add(flag: str, kind: Callable = _unquoted, **options) -> None:
+    def add(flag: str, kind: Callable = unquoted, **options) -> None:
         if only is None or flag in only:
             options = options if 'action' in options else {'type': kind, **options}
             parser.add_argument(flag, default=argparse.SUPPRESS, **options)
@@ -381,17 +381,17 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-data_path', metavar='DIR', help='folder that holds the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
-    add('-batch_size', _integer, metavar='N', help='images per process, for training and evaluation')
-    add('-batch_size_eval', _integer, metavar='N', help='images per process in evaluation')
-    add('-image_size', _integer, metavar='N', help='side of the input in pixels')
-    add('-num_classes', _integer, metavar='N', help='number of classes (default: taken from the data)')
-    add('-accum_iter', _integer, metavar='N', help='micro-batches per optimizer step')
-    add('-num_workers', _integer, metavar='N', help='image loading processes per training process')
+    add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
+    add('-batch_size_eval', whole_number, metavar='N', help='images per process in evaluation')
+    add('-image_size', whole_number, metavar='N', help='side of the input in pixels')
+    add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
+    add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
+    add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
     add('-pretrained', metavar='FILE', help='.pdparams weights to start from or to evaluate')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
-    add('-last_epoch', _integer, metavar='N', help='last finished epoch, when -resume names a weights-only file')
+    add('-last_epoch', whole_number, metavar='N', help='last finished epoch, when -resume names a weights-only file')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add('-ngpus', _integer, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)')
+    add('-ngpus', whole_number, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)')
     add('-eval', action='store_true', help='evaluate only')
     add('-amp', action='store_true', help='mixed precision (acts on GPU)')
     add('-throughput', action='store_true', help='measure images per second and stop')
@@ -448,7 +448,7 @@ def merge_opts(config: CN, opts: list) -> None:
     for key, value in zip(opts[::2], opts[1::2]):
         if key == 'BASE':
             raise UserError('-opts: BASE has an effect in YAML files only; name the file with -cfg.')
-        SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
+        SCHEMA.set(config, str(key), unquoted(value) if isinstance(value, str) else value, '-opts')
 
 
 def validate(config: CN) -> None:
@@ -471,17 +471,6 @@ def _finish(config: CN) -> None:
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
         if node[key] is not None:  # this run, or another, may soon be the latest
             node[key] = follow_latest(node[key])
-
-
-def _unquoted(text: str) -> str:
-    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in '\'"' else text
-
-
-def _integer(text: str) -> int:
-    return int(_unquoted(text))
-
-
-_integer.__name__ = 'whole number'
 
 
 # ---------------------------------------------------------------------------------------------------- printing
