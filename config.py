@@ -391,7 +391,9 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
     add('-last_epoch', whole_number, metavar='N', help='last finished epoch, when -resume names a weights-only file')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add('-ngpus', whole_number, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)')
+    add(
+        '-ngpus', whole_number, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)'
+    )
     add('-eval', action='store_true', help='evaluate only')
     add('-amp', action='store_true', help='mixed precision (acts on GPU)')
     add('-throughput', action='store_true', help='measure images per second and stop')
@@ -467,7 +469,7 @@ def _finish(config: CN) -> None:
     """Ends the layer of the command line and checks the result."""
     SCHEMA.end_layer(config)
     validate(config)
-    SCHEMA.drop_foreign(config)
+    SCHEMA.reset_unused(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
         if node[key] is not None:  # this run, or another, may soon be the latest
             node[key] = follow_latest(node[key])

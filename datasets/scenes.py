@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of handwritten digits for dense tasks: nothing to download, labels and boxes are known.
+"""Embedded scenes of handwritten digits for dense prediction, with label maps and boxes, without a download.
 
-Each scene is textured ground with digits of scikit-learn's data on it, of random number, size, place and color; later ones
-cover earlier ones. They are written once in the layout of user data:
+Each scene shows scikit-learn's digits on a textured background, in random number, size, position and color; later digits
+cover earlier ones. Scenes are written once in the layout of user data:
 
     $LEANVIT_CACHE/digit_scenes-2/classes.txt                      ground, 0 to 9
                                   images/{train,val}/NNNN.png
@@ -30,23 +30,23 @@ from datasets.segmentation_layouts import CLASSES, segmentation_folder
 
 NAMES = ('ground', *map(str, range(10)))
 SCENES = {'train': 800, 'val': 200}
-SIDE = 64  # of a scene, pixels
+SIDE = 64  # side of a scene in pixels
 _VERSION = 2  # of the files: 2 has masks of the objects
 _SEED = 1  # of the scenes, which are those of version 1
 _HELD_OUT = 5  # every fifth digit appears in validation scenes only
-_INK = 96  # of 255: darker pixels of an enlarged digit belong to it
-_LEAST = 0.4  # visible share of a digit below which it is not listed as an object
+_INK = 96  # threshold, of 255: brighter pixels of an enlarged digit belong to it
+_LEAST = 0.4  # minimum visible fraction of a digit that is listed as an object
 
 
 @register_dataset('digit_scenes')
 def build_scenes(config, split: str) -> SegmentationDataset:
-    """The embedded scenes; DATA_PATH is not used."""
+    """Embedded scenes of digits; ignores DATA_PATH."""
     root = scenes_folder()
     return segmentation_folder(config, root, split, read_classes(os.path.join(root, CLASSES)))
 
 
 def scenes_folder() -> str:
-    """The folder of the scenes, written at the first call."""
+    """Return the folder of the scenes, which the first call writes."""
     return written_once(f'digit_scenes-{_VERSION}', _write_scenes)
 
 
@@ -55,8 +55,8 @@ class Scene(NamedTuple):
 
     Attributes:
         image: [SIDE, SIDE, 3] uint8.
-        labels: [SIDE, SIDE] uint8, 0 for the ground, k + 1 for the digit k.
-        objects: (label, mask of the visible pixels [SIDE, SIDE] bool) of each digit that is visible enough.
+        labels: [SIDE, SIDE] uint8, 0 for the background, k + 1 for the digit k.
+        objects: (label, mask of the visible pixels [SIDE, SIDE] bool) of each sufficiently visible digit.
     """
 
     image: np.ndarray
@@ -65,7 +65,7 @@ class Scene(NamedTuple):
 
 
 def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> Scene:
-    """Compose a scene of some of the digits [n, 8, 8] uint8 of the classes `targets` [n]."""
+    """Compose a scene from digits [n, 8, 8] uint8 with the classes `targets` [n]."""
     image = _ground(rng)
     owner, stamps = np.full((SIDE, SIDE), -1), []
     for _ in range(rng.integers(2, 6)):
@@ -78,14 +78,14 @@ def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
         image[rows, columns] = rng.integers(150, 256, 3) + rng.normal(0, 6, (len(rows), 3))
         owner[rows, columns] = len(stamps)
         stamps.append((int(targets[number]) + 1, int(ink.sum())))
-    labels = np.array([label for label, _ in stamps] + [0], 'uint8')[owner]  # -1 is the ground
+    labels = np.array([label for label, _ in stamps] + [0], 'uint8')[owner]  # -1 is the background
     visible = [(label, owner == index, full) for index, (label, full) in enumerate(stamps)]
     objects = [(label, mask) for label, mask, full in visible if mask.sum() >= _LEAST * full]
     return Scene(np.clip(image, 0, 255).astype('uint8'), labels, objects)
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
-    """Smooth dark blotches and grain, [SIDE, SIDE, 3] float64."""
+    """Draw a dark background of smooth blotches and noise, [SIDE, SIDE, 3] float64."""
     blotches = Image.fromarray(rng.integers(20, 110, (6, 6, 3)).astype('uint8'))
     smooth = np.asarray(blotches.resize((SIDE, SIDE), Image.Resampling.BICUBIC), 'float64')
     return smooth + rng.normal(0, 8, (SIDE, SIDE, 1))
@@ -118,7 +118,7 @@ def _write_split(folder: str, split: str, scenes: list[Scene]) -> None:
 
 
 def _coco(scenes: list[Scene]) -> dict:
-    """Objects in COCO's format; its category of the digit k has the id k + 1, as in the label maps."""
+    """Return the objects in COCO's format; the digit k has the category id k + 1, as in the label maps."""
     objects = [(number, *found) for number, scene in enumerate(scenes) for found in scene.objects]
     return {
         'images': [
