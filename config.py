@@ -25,7 +25,7 @@ from collections.abc import Callable, Collection
 
 from yacs.config import CfgNode as CN
 
-from utils.cli import run
+from utils.cli import run, unquoted, whole_number
 from utils.errors import UserError
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
@@ -37,8 +37,8 @@ SEGMENTORS = UPERNET + SEGMENTER
 DENSE = SEGMENTORS + MASK_RCNN
 ENCODERS = VIT + DENSE
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
-SUPERVISED, TAUGHT, SEGMENTATION = ('supervised',), ('supervised', 'mae'), ('segmentation',)
-TASKS = ('supervised', 'mae', 'mocov3', 'segmentation')
+SUPERVISED, TAUGHT, SEGMENTATION, DETECTION = ('supervised',), ('supervised', 'mae'), ('segmentation',), ('detection',)
+TASKS = ('supervised', 'mae', 'mocov3', 'segmentation', 'detection')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -72,6 +72,8 @@ _C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # value of th
 _C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # 0 in label maps is ignored, and k > 0 is class k - 1 (ade20k: always)
 _C.DATA.IMAGE_SCALE = Key((2048, 512), '[1, 65536]', length=(2,), tasks=SEGMENTATION)  # images fit into: (longer, shorter side)
 _C.DATA.CROP_SIZE = Key(None, '[1, 8192]', [int], length=(2,), tasks=SEGMENTATION)  # training: (height, width); None: IMAGE_SIZE
+_C.DATA.ANNOTATION_FILES = Key(('annotations/instances_train.json', 'annotations/instances_val.json'), length=(2,), tasks=DETECTION)  # DATASET detection: training, validation
+_C.DATA.IMAGE_FOLDERS = Key(('images/train', 'images/val'), length=(2,), tasks=DETECTION)  # DATASET detection: folders of their images
 _C.DATA.EXIF_ROTATE = Key(False)  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -210,7 +212,8 @@ _C.TRAIN.LR_SCHEDULER.UPDATE = Key('epoch', ('epoch', 'step'))  # once per epoch
 _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT: 2)
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
+_C.TRAIN.LR_SCHEDULER.MILESTONES = Key((), '[0, 1e9]', [float])  # NAME multistep: epochs, or steps where NUM_ITERS is set, of the decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step, multistep: factor of each decay
 _C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
@@ -232,7 +235,7 @@ _C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per 
 _C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
 _C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
 _C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
-_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION)  # random factor on IMAGE_SCALE
+_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION + DETECTION)  # random factor on IMAGE_SCALE; detection: on IMAGE_SIZE
 _C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # crops have less than this share of one class; 1: no limit
 _C.TRAIN.PHOTOMETRIC = Key(True, tasks=SEGMENTATION)  # random brightness, contrast, saturation and hue
 _C.TRAIN.RAND_AUGMENT = Key(True)  # random operations on each image
@@ -280,6 +283,7 @@ _C.VAL.IS_SLIDE = Key(False)  # windows of CROP_SIZE; False: the whole image at 
 _C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # rows and columns between windows
 _C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # factors on IMAGE_SCALE whose probabilities are averaged
 _C.VAL.FLIP = Key(False)  # average with the mirrored image too
+_C.VAL.SHOW_SCORE = Key(0.5, '[0, 1]', tasks=DETECTION)  # pictures show objects of at least this score
 
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = Key('./output')  # parent of the run folders
@@ -367,7 +371,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 
-    def add(flag: str, kind: Callable = _unquoted, **options) -> None:
+    def add(flag: str, kind: Callable = unquoted, **options) -> None:
         if only is None or flag in only:
             options = options if 'action' in options else {'type': kind, **options}
             parser.add_argument(flag, default=argparse.SUPPRESS, **options)
@@ -377,17 +381,19 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-data_path', metavar='DIR', help='folder that holds the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
-    add('-batch_size', _integer, metavar='N', help='images per process, for training and evaluation')
-    add('-batch_size_eval', _integer, metavar='N', help='images per process in evaluation')
-    add('-image_size', _integer, metavar='N', help='side of the input in pixels')
-    add('-num_classes', _integer, metavar='N', help='number of classes (default: taken from the data)')
-    add('-accum_iter', _integer, metavar='N', help='micro-batches per optimizer step')
-    add('-num_workers', _integer, metavar='N', help='image loading processes per training process')
+    add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
+    add('-batch_size_eval', whole_number, metavar='N', help='images per process in evaluation')
+    add('-image_size', whole_number, metavar='N', help='side of the input in pixels')
+    add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
+    add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
+    add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
     add('-pretrained', metavar='FILE', help='.pdparams weights to start from or to evaluate')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
-    add('-last_epoch', _integer, metavar='N', help='last finished epoch, when -resume names a weights-only file')
+    add('-last_epoch', whole_number, metavar='N', help='last finished epoch, when -resume names a weights-only file')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add('-ngpus', _integer, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)')
+    add(
+        '-ngpus', whole_number, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)'
+    )
     add('-eval', action='store_true', help='evaluate only')
     add('-amp', action='store_true', help='mixed precision (acts on GPU)')
     add('-throughput', action='store_true', help='measure images per second and stop')
@@ -444,7 +450,7 @@ def merge_opts(config: CN, opts: list) -> None:
     for key, value in zip(opts[::2], opts[1::2]):
         if key == 'BASE':
             raise UserError('-opts: BASE has an effect in YAML files only; name the file with -cfg.')
-        SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
+        SCHEMA.set(config, str(key), unquoted(value) if isinstance(value, str) else value, '-opts')
 
 
 def validate(config: CN) -> None:
@@ -467,17 +473,6 @@ def _finish(config: CN) -> None:
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
         if node[key] is not None:  # this run, or another, may soon be the latest
             node[key] = follow_latest(node[key])
-
-
-def _unquoted(text: str) -> str:
-    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in '\'"' else text
-
-
-def _integer(text: str) -> int:
-    return int(_unquoted(text))
-
-
-_integer.__name__ = 'whole number'
 
 
 # ---------------------------------------------------------------------------------------------------- printing

@@ -38,7 +38,9 @@ def source_of(args: argparse.Namespace, split: str) -> Dataset:
     if not isinstance(dataset.storage, FileStorage):
         raise UserError(f'-dataset {args.dataset} does not consist of image files; only image files can be packed.')
     if not isinstance(dataset, Dataset):
-        raise UserError(f'-dataset {args.dataset} has label maps; only images with one class each are packed.')
+        raise UserError(
+            f'-dataset {args.dataset} has label maps or objects; only images with one class each are packed.'
+        )
     for note in dataset.notes:
         print(note, file=sys.stderr)
     return dataset
