@@ -53,6 +53,10 @@ TASK_OPTIONS = {  # by registered task: the smallest model that it trains
     },
     'mocov3': {'MODEL.TYPE': 'mocov3', 'MODEL.MOCO.DIM': 8, 'MODEL.MOCO.MLP_DIM': 16},
     'segmentation': {'MODEL.TYPE': 'segmenter', 'MODEL.SEGMENTER.DECODER': 'linear', 'TRAIN.RANDOM_ERASE_PROB': 0.0},
+    'detection': {
+        'MODEL.TYPE': 'mask_rcnn', 'MODEL.DET.POSITION_SIZE': 16, 'MODEL.DET.CHANNELS': 8, 'MODEL.DET.BOX_FEATURES': 8,
+        'TRAIN.RANDOM_ERASE_PROB': 0.0,
+    },
 }  # fmt: skip
 HEADS = {
     'token': {},
