@@ -41,7 +41,7 @@ class Category(NamedTuple):
 
 @dataclass(frozen=True)
 class Annotations:
-    """The content of a file.
+    """Content of a file.
 
     Attributes:
         path: of the file.
@@ -64,7 +64,7 @@ class Annotations:
     notes: list[str] = field(default_factory=list)
 
     def objects_of(self, index: int) -> list[dict[str, Any]]:
-        """The objects of image `index`."""
+        """Return the objects of image `index`."""
         return json.loads(self.objects[index])
 
 
@@ -78,7 +78,7 @@ def read_annotations(path: str) -> Annotations:
 
 
 def coco_categories(names: Sequence[str]) -> list[Category]:
-    """COCO's own categories, whose ids have gaps."""
+    """Return COCO's own categories, whose ids have gaps."""
     return [Category(number, name) for number, name in zip((i for i in range(1, 91) if i not in GAPS), names)]
 
 
@@ -145,7 +145,7 @@ class _Reader:
         return UserError(f"'{self.path}', {entry}: {reason}.")
 
     def entries(self, content: Mapping[str, Any], name: str) -> list[dict]:
-        """A list of objects of the file."""
+        """Return a list of the file, whose entries are objects."""
         entries = content.get(name)
         if not isinstance(entries, list):
             found = 'is missing' if entries is None else f'is {_quoted(entries)}'
@@ -156,7 +156,7 @@ class _Reader:
         return entries
 
     def id_of(self, entry: Mapping[str, Any], number: int, kind: str, seen) -> int:
-        """The id of an entry, which no other one may have."""
+        """Return the id of an entry, which must be unique."""
         identity = entry.get('id')
         if not _is_whole(identity):
             raise self.error(f'{kind} number {number}', f'its id is {_quoted(identity)}, but must be a whole number')
@@ -178,7 +178,7 @@ class _Reader:
         return [Category(identity, found[identity]) for identity in sorted(found)]
 
     def images(self, entries: list[dict]) -> dict[int, tuple[str, int, int]]:
-        """File name, height and width by id."""
+        """Return file name, height and width by id."""
         found: dict[int, tuple[str, int, int]] = {}
         for number, entry in enumerate(entries):
             identity = self.id_of(entry, number, 'image', found)
@@ -196,7 +196,7 @@ class _Reader:
         return found
 
     def objects(self, entries: list[dict], images: Mapping[int, tuple], categories: set[int]):
-        """Objects and number of usable ones, in the order of the images."""
+        """Return the objects, and the number of usable ones, in the order of the images."""
         grouped: dict[int, list[dict]] = {identity: [] for identity in images}
         usable, seen = Counter(), set()
         for number, entry in enumerate(entries):
@@ -216,7 +216,7 @@ class _Reader:
         return grouped.values(), [usable[identity] for identity in images]
 
     def object(self, entry: Mapping[str, Any], identity: int, categories: set[int], size: tuple[int, int]) -> dict:
-        """The fields that training and evaluation read."""
+        """Return the fields that training and evaluation read."""
         where = f'annotation {identity}'
         category, box, crowd, area = (entry.get(key) for key in ('category_id', 'bbox', 'iscrowd', 'area'))
         if not _is_whole(category) or category not in categories:
@@ -240,7 +240,7 @@ class _Reader:
         return {**common, 'segmentation': mask, **({} if area is None else {'area': area})}
 
     def mask(self, value: Any, where: str, size: tuple[int, int]) -> list[list[float]] | dict | None:
-        """Polygons of three points or more, or an RLE; nothing where there is no mask."""
+        """Return polygons of three points or more, or an RLE; an empty list: there is no mask."""
         if isinstance(value, dict):
             check = _check_rle(value, size)
             if check:
@@ -259,7 +259,7 @@ class _Reader:
 
 
 def _check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> str:
-    """What is wrong with a run-length encoding; empty where nothing is."""
+    """Return what is wrong with a run-length encoding, or an empty string."""
     if rle.get('size') != list(size):
         return f'its RLE has the size {_quoted(rle.get("size"))}, but its image {list(size)} (height, width)'
     counts = rle.get('counts')
@@ -273,7 +273,7 @@ def _check_rle(rle: Mapping[str, Any], size: tuple[int, int]) -> str:
 
 
 def decoded_counts(text: str) -> list[int] | None:
-    """Run lengths of a compressed RLE; None where the text is none.
+    """Return the run lengths of a compressed RLE; None: the text is not one.
 
     A number is written in groups of five bits, the lowest first, each plus 48 as a character; bit 5 says that more follow,
     and bit 4 of the last one is the sign. From the third number on, each is a difference to the one two before.

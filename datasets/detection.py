@@ -42,22 +42,22 @@ class Objects:
     classes: np.ndarray
 
     def placed(self, placement: Placement) -> Objects:
-        """See `datasets.sample.Target`; what leaves the image is kept, see `clipped`."""
+        """See `datasets.sample.Target`; parts outside the image are kept, see `clipped`."""
         moved = tuple([placement.points(polygon) for polygon in polygons] for polygons in self.polygons)
         return Objects(moved, self.classes)
 
     def clipped(self, size: tuple[int, int]) -> Objects:
-        """What is inside of an image of `size` (width, height); objects of which nothing is are dropped."""
+        """Clip to an image of `size` (width, height) and drop objects that are outside."""
         inside = [clipped(polygons, size) for polygons in self.polygons]
         kept = [index for index, polygons in enumerate(inside) if polygons and _is_area(bounds(polygons))]
         return Objects(tuple(inside[index] for index in kept), self.classes[kept])
 
     def boxes(self) -> np.ndarray:
-        """The smallest box around each object, [n, 4] float32: (left, top, right, bottom)."""
+        """Return the smallest box around each object, [n, 4] float32: (left, top, right, bottom)."""
         return np.array([bounds(polygons) for polygons in self.polygons], 'float32').reshape(-1, 4)
 
     def targets(self) -> dict[str, Any]:
-        """What a batch holds, by name."""
+        """Return the targets of a batch by name."""
         return {BOXES: self.boxes(), CLASSES: self.classes, MASKS: Outlines(self.polygons)}
 
 
@@ -72,7 +72,7 @@ class Outlines:
         self.polygons = list(polygons)
 
     def array(self) -> list[list[np.ndarray]]:
-        """Of each object, a list of polygons [k, 2] float64."""
+        """Return a list of polygons [k, 2] float64 per object."""
         return self.polygons
 
 
@@ -80,10 +80,10 @@ class DetectionDataset(Images):
     """Images with objects.
 
     Args:
-        annotations: of all images.
-        folder: of the images.
-        training: leave out images in which nothing can be learned: those without objects, or with crowds only.
-        skip_missing: leave out images whose file is missing; otherwise they are an error.
+        annotations: see `read_annotations`.
+        folder: folder of the images.
+        training: drop images without objects or with crowds only.
+        skip_missing: drop images whose file is missing; False: a missing file is an error.
 
     Attributes:
         num_classes: number of classes.
@@ -104,7 +104,7 @@ class DetectionDataset(Images):
         self._classes = {category.id: number for number, category in enumerate(self.categories)}
 
     def sample(self, index: int, exif_rotate: bool = False) -> Sample:
-        """Image and objects. Raises UserError where the image is of another size than the annotations say."""
+        """Return image and objects. Raises UserError if the image size differs from the annotations."""
         picture = self.picture(index, exif_rotate)
         width, height = (int(side) for side in self._size(index)[::-1])
         if tuple(picture.size) != (width, height):
@@ -116,7 +116,7 @@ class DetectionDataset(Images):
         return Sample(picture, {OBJECTS: self.objects(index)})
 
     def objects(self, index: int) -> Objects:
-        """Objects of image `index` that have a mask; crowds are none."""
+        """Return the objects of image `index` that have a mask, without crowds."""
         found = [entry for entry in self._entries(index) if entry['segmentation'] and not entry['iscrowd']]
         classes = [self._classes[entry['category_id']] for entry in found]
         return Objects(tuple(_polygons(entry['segmentation']) for entry in found), np.array(classes, np.int64))
@@ -127,10 +127,9 @@ class DetectionDataset(Images):
             self.sample(index)
 
     def truth(self, indices: Sequence[int]) -> dict[str, list]:
-        """Images, objects and categories in COCO's format, for an evaluation on some of the images.
+        """Return images, objects and categories in COCO's format, to evaluate some of the images.
 
-        All objects are there, crowds and those without a mask too. Their ids count from 1, since pycocotools takes an object
-        with the id 0 for none.
+        Crowds and objects without mask are included. Ids start from 1, since pycocotools ignores an object with id 0.
         """
         images = [
             {'id': int(self.image_ids[index]), 'height': int(height), 'width': int(width)}
@@ -154,7 +153,7 @@ class DetectionDataset(Images):
 
 
 def _used(annotations: Annotations, folder: str, training: bool, skip_missing: bool) -> tuple[np.ndarray, list[str]]:
-    """Indices of the images to use, and sentences on the others."""
+    """Return the indices of the images to use, and notes on all others."""
     notes, used = [], np.ones(len(annotations.files), bool)
     if training:
         used &= annotations.usable > 0
@@ -173,7 +172,7 @@ def _used(annotations: Annotations, folder: str, training: bool, skip_missing: b
 
 
 def _missing(folder: str, names: Sequence[str]) -> np.ndarray:
-    """Which files are not there, [N] bool; each folder is read once."""
+    """Return which files do not exist, [N] bool; each folder is listed once."""
     listed: dict[str, set[str]] = {}
     result = np.zeros(len(names), bool)
     for number, name in enumerate(names):
@@ -191,7 +190,7 @@ def _polygons(segmentation: list | dict) -> list[np.ndarray]:
 
 
 def _evaluated(entry: dict, size: np.ndarray) -> dict:
-    """An object as pycocotools takes it: with a mask, be it empty, and an area."""
+    """Return an object as pycocotools needs it: with a mask, possibly empty, and an area."""
     height, width = (int(side) for side in size)
     entry = {**entry, 'segmentation': entry['segmentation'] or {'size': [height, width], 'counts': [height * width]}}
     if 'area' not in entry:
@@ -238,7 +237,7 @@ def _build(config, root: str, annotations: str, images: str, split: str) -> Dete
 
 
 def known_categories(config) -> list[Category] | None:
-    """The classes of DATA.DATASET as far as they are known without its images."""
+    """Return the classes of DATA.DATASET if they are known without its images."""
     if config.DATA.DATASET == 'coco':
         return coco_categories(builtin_classes('coco').names)
     if config.DATA.DATASET == 'digit_objects':

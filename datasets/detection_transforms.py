@@ -20,7 +20,7 @@ Size = tuple[int, int]
 
 
 def detection_transform(config, training: bool) -> Transform:
-    """The transform that DATA and TRAIN describe; the planes are images [S, S, C] and the size of what is no padding."""
+    """Build the transform that DATA and TRAIN describe; planes are images [S, S, C] and their size without padding."""
     data, train = config.DATA, config.TRAIN
     side, planes = data.IMAGE_SIZE, [Plane(VALID, (2,), 'int32')]
     if training:
@@ -31,12 +31,12 @@ def detection_transform(config, training: bool) -> Transform:
 
 
 def decoded(image: Picture, rng: np.random.Generator) -> Image.Image:
-    """The whole picture."""
+    """Decode the whole picture."""
     return image if isinstance(image, Image.Image) else image.convert('RGB')
 
 
 class ScaleJitter(Geometric):
-    """Resizes so that the longer side, or where it is the bound the shorter one, becomes `side` times a uniform factor.
+    """Large-scale jitter: resize so that the longer side becomes `side` times a uniform random factor.
 
     Args:
         side: of the square that the image fits into at the factor 1.
@@ -57,13 +57,13 @@ class ScaleJitter(Geometric):
 
 
 def jittered_size(size: Size, side: int, factor: float) -> Size:
-    """The size of the same ratio that fits into a square of `side * factor`, rounded half to even, at least one pixel."""
+    """Return the size of the same ratio that fits into a square of `side * factor`, rounded half to even, at least 1."""
     scale = min(side * factor / length for length in size)
     return tuple(max(round(length * scale), 1) for length in size)
 
 
 class JitterCrop(Geometric):
-    """Crops sides longer than `side` to it. One uniform number is the place of the crop on both axes. Objects are clipped."""
+    """Crop sides longer than `side` to `side`. One random number places the crop on both axes. Objects are clipped."""
 
     def __init__(self, side: int):
         self.side = side
@@ -87,14 +87,14 @@ class JitterCrop(Geometric):
 
 
 def crop_box(size: Size, side: int, place: float) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) in an image of `size` (width, height); `place` in [0, 1]."""
+    """Return (left, top, right, bottom) in an image of `size` (width, height); `place` is in [0, 1]."""
     left, top = (round(max(length - side, 0) * place) for length in size)
     right, bottom = (start + min(length, side) for start, length in zip((left, top), size))
     return left, top, right, bottom
 
 
 class FitResize:
-    """Evaluation: resizes to the shorter side `short`, or where that makes the longer one longer than `longest`, to that.
+    """Evaluation: resize the shorter side to `short`, or the longer side to `longest` if it would exceed it.
 
     Targets keep the size of the stored image, which is added as IMAGE_SIZE.
     """
@@ -111,7 +111,7 @@ class FitResize:
 
 
 def fitted_size(size: Size, short: int, longest: int) -> Size:
-    """The size of the same ratio, at least one pixel; sides are rounded half up."""
+    """Return the size of the same ratio, at least one pixel; sides are rounded half up."""
     scale = short / min(size)
     sides = [short if length == min(size) else length * scale for length in size]
     if max(sides) > longest:
@@ -121,7 +121,7 @@ def fitted_size(size: Size, short: int, longest: int) -> Size:
 
 
 class _AsTargets:
-    """The last step: of the objects, the arrays that a batch holds."""
+    """Last step: replace the objects by the arrays of a batch."""
 
     def joint(self, sample: Sample, rng=None) -> Sample:
         targets = dict(sample.targets)

@@ -11,7 +11,7 @@ import numpy as np
 
 @functools.cache
 def geometry():
-    """The shapely module, which only data sets with outlines wait for."""
+    """Import shapely on first use."""
     import shapely
 
     return shapely
@@ -19,14 +19,14 @@ def geometry():
 
 @functools.cache
 def coco_masks():
-    """pycocotools.mask, for the same reason."""
+    """Import pycocotools.mask on first use."""
     from pycocotools import mask
 
     return mask
 
 
 def clipped(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> list[np.ndarray]:
-    """The parts of polygons inside of an image of `size` (width, height), each a polygon of its own.
+    """Return the parts of polygons inside an image of `size` (width, height), each as a polygon.
 
     A polygon that crosses itself is repaired by a buffer of width 0, and holes are dropped, as in detectron2.
     """
@@ -40,13 +40,13 @@ def clipped(polygons: Sequence[np.ndarray], size: tuple[int, int]) -> list[np.nd
 
 
 def bounds(polygons: Sequence[np.ndarray]) -> np.ndarray:
-    """The smallest box around polygons, [4] float64: (left, top, right, bottom)."""
+    """Return the smallest box around polygons, [4] float64: (left, top, right, bottom)."""
     points = np.concatenate(polygons)
     return np.concatenate([points.min(0), points.max(0)])
 
 
 def mask_polygons(mask: np.ndarray) -> list[np.ndarray]:
-    """Polygons along the edges of the pixels of a mask [H, W]; together they cover exactly these pixels.
+    """Return polygons along the pixel edges of a mask [H, W]; together they cover exactly its pixels.
 
     Polygons have no holes: a region with holes is cut into pieces without.
     """
@@ -64,7 +64,7 @@ def _outline(region) -> np.ndarray:
 
 
 def _without_holes(region) -> Iterator:
-    """A region, or the pieces on both sides of a vertical line through its first hole."""
+    """Yield a region, or the pieces on both sides of a vertical line through its first hole."""
     shapely = geometry()
     if region.is_empty:
         return
@@ -81,7 +81,7 @@ def _without_holes(region) -> Iterator:
 
 
 def decoded_rle(rle: dict) -> np.ndarray:
-    """The mask [H, W] uint8 of an RLE, whose counts are a list of run lengths or compressed text."""
+    """Return the mask [H, W] uint8 of an RLE, whose counts are a list of run lengths or compressed text."""
     masks = coco_masks()
     if isinstance(rle['counts'], list):
         rle = masks.frPyObjects(rle, *rle['size'])

@@ -81,7 +81,7 @@ class DetectionTask(Task):
         return Losses(sum(parts.values()), parts)
 
     def example(self, batch_size: int) -> Batch:
-        """See `Task`; each image holds two squares."""
+        """See `Task`; each image has two objects."""
         side, channels = self.config.DATA.IMAGE_SIZE, self.config.DATA.IMAGE_CHANNELS
         corners = np.array([[0.1, 0.1, 0.5, 0.5], [0.3, 0.4, 0.9, 0.8]]) * side
         squares = [[box[[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2)] for box in corners]
@@ -97,7 +97,7 @@ class DetectionTask(Task):
     # ------------------------------------------------------------------------------------------------ evaluation
     @paddle.no_grad()
     def infer(self, model: nn.Layer, batch: Batch) -> list[Detected]:
-        """Objects in the coordinates of the stored images."""
+        """Return detections in the coordinates of the stored images."""
         sizes, stored = batch.targets[VALID], batch.targets[IMAGE_SIZE].tolist()
         rows = zip(model.detect(batch.images, sizes), batch.images, sizes.tolist(), stored)
         return [in_stored_image(found, image, tuple(size), tuple(full)) for found, image, size, full in rows]
@@ -107,14 +107,14 @@ class DetectionTask(Task):
         return DetectionEvaluator(self._validation, self._class_names(), self.config.DATA, self.config.VAL.SHOW_SCORE)
 
     def _class_names(self) -> list[str]:
-        """Names of the classes as far as they are known and as many as the model has."""
+        """Return the class names if known and as many as the model has, else numbers."""
         count = self.config.MODEL.NUM_CLASSES or 0
         names = self._names or [category.name for category in known_categories(self.config) or ()]
         return names if len(names) == count else [str(number) for number in range(count)]
 
     # ------------------------------------------------------------------------------------------------ predictions
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
-        """Class, name, score and box of each of the objects with the highest scores."""
+        """Return class, name, score and box for each of the top objects."""
         return tuple(f'{column}{rank}' for rank in range(1, options.topk + 1) for column in COLUMNS)
 
     def preprocessing(self) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class DetectionTask(Task):
         yield
 
     def predictions(self, outputs: Sequence[Detected], options: PredictionOptions) -> list[Prediction]:
-        """All objects with box and mask, and a picture of those from VAL.SHOW_SCORE on."""
+        """Return all objects with box and mask, and a picture of those with a score of at least VAL.SHOW_SCORE."""
         names = list(options.class_names or self._class_names())
         return [self._prediction(output, names, options.topk) for output in outputs]
 
@@ -176,7 +176,7 @@ def _place(box: Sequence[float]) -> str:
 
 
 def in_stored_image(found: ImageDetections, image: Tensor, size: tuple[int, int], stored: tuple[int, int]) -> Detected:
-    """Detections of a network input in its stored image, sorted by score as before.
+    """Convert the detections of a network input to its stored image; the order is kept.
 
     Args:
         found: boxes in pixels of the input, masks as probabilities in their boxes.
@@ -197,7 +197,7 @@ def in_stored_image(found: ImageDetections, image: Tensor, size: tuple[int, int]
 
 
 def encoded(masks: np.ndarray) -> list[dict[str, Any]]:
-    """Masks [k, H, W] bool -> compressed RLEs."""
+    """Encode masks [k, H, W] bool as compressed RLEs."""
     if not len(masks):
         return []
     codes = coco_masks().encode(np.asfortranarray(masks.transpose(1, 2, 0).astype('uint8')))

@@ -18,7 +18,7 @@ from datasets.batch import Batch
 from datasets.detection import BOXES, CLASSES, DetectionDataset
 from tasks.base import Evaluator, Group
 from tasks.detection_pictures import Drawn, colors_of, drawn
-from tasks.pictures import draw, pixels
+from tasks.pictures import image_grid, pixels
 
 KINDS = {'box': 'bbox', 'mask': 'segm'}  # prefix of the metrics -> pycocotools' name
 METRICS = (
@@ -41,7 +41,7 @@ ABSENT = -1.0  # pycocotools' value of a mean over nothing
 
 
 class Detected(NamedTuple):
-    """Objects that were found in an image.
+    """Detections in an image.
 
     Attributes:
         boxes: (left, top, right, bottom) in pixels of the stored image, [k, 4] float32.
@@ -66,10 +66,10 @@ def coco_statistics(truth: dict[str, list], detections: Sequence[dict], kind: st
     Args:
         truth: images, annotations and categories in COCO's format.
         detections: COCO's results, with `bbox` and `segmentation`.
-        kind: 'bbox' or 'segm'. Of masks the boxes are not looked at: areas are those of the masks.
+        kind: 'bbox' or 'segm'. For masks the boxes are dropped, so that areas are mask areas.
 
     Returns:
-        The numbers of METRICS [12] and the AP of each category, sorted by id, [K]; ABSENT where there is no object.
+        The values of METRICS [12] and the AP of each category, sorted by id, [K]; ABSENT if there is no object.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -105,7 +105,7 @@ def coco_statistics(truth: dict[str, list], detections: Sequence[dict], kind: st
 
 
 def coco_results(found: Detected, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
-    """COCO's results of an image: boxes are [left, top, width, height]."""
+    """Return COCO's results of an image; boxes are [left, top, width, height]."""
     corners = found.boxes.astype('float64')
     boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1).tolist()
     return [
@@ -115,13 +115,13 @@ def coco_results(found: Detected, image_id: int, category_ids: Sequence[int]) ->
 
 
 class DetectionEvaluator(Evaluator):
-    """COCO's metrics of boxes and masks. The detections of all processes are gathered, and evaluated once.
+    """COCO's metrics of boxes and masks. The detections of all ranks are gathered, and rank 0 evaluates them once.
 
     Args:
-        dataset: the validation images; None where nothing will be evaluated.
-        names: of the classes.
-        data: DATA of the configuration, of which mean and standard deviation are read.
-        shown_score: pictures show objects from this score on.
+        dataset: validation images; None: nothing will be evaluated.
+        names: class names.
+        data: DATA of the configuration; mean and standard deviation are read.
+        shown_score: minimum score of objects in pictures.
     """
 
     titles = {'box_ap': 'box AP', 'box_ap50': 'box AP50', 'mask_ap': 'mask AP', 'mask_ap50': 'mask AP50'}
@@ -161,12 +161,12 @@ class DetectionEvaluator(Evaluator):
         self._values = np.where(values == ABSENT, np.nan, values)
 
     def result(self) -> dict[str, float]:
-        """The numbers of METRICS for boxes and masks, as fractions of 1; NaN where there is no such object."""
+        """Return METRICS of boxes and masks as fractions of 1; NaN: no such object."""
         rows = zip(KINDS, self._values.tolist())
         return {f'{kind}_{name}': value for kind, row in rows for name, value in zip(METRICS, row)}
 
     def details(self) -> list[str]:
-        """The metrics of boxes and of masks, and a line per class."""
+        """Return the metrics of boxes and of masks, and a line per class."""
         tables = zip(KINDS, self._values)
         lines = [f'{kind:<4}  {"  ".join(map(_labeled, METRICS, row))}' for kind, row in tables]
         width, classes = max(map(len, self.names)), self._values[:, len(METRICS) :].T
@@ -176,13 +176,13 @@ class DetectionEvaluator(Evaluator):
         ]
 
     def files(self) -> dict[str, str]:
-        """COCO's results, as pycocotools and COCO's server take them."""
+        """Return COCO's results file, which pycocotools and COCO's server read."""
         return {RESULTS: json.dumps(self._results)}
 
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
-        """Truth and predictions of some images."""
+        """Return ground truth and detections of some images."""
         rows = [self._row(*shown) for shown in self._shown]
-        return {'detection': draw(rows)} if rows else {}
+        return {'detection': image_grid(rows)} if rows else {}
 
     def _row(self, found: Detected, boxes: np.ndarray, classes: np.ndarray) -> list[np.ndarray]:
         image = picture_of(found.image, *self._statistics)

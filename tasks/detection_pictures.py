@@ -18,7 +18,7 @@ _DARK = 128  # mean of a color below which text on it is white
 
 
 class Drawn(NamedTuple):
-    """Objects to draw, the first one at last, on top.
+    """Objects to draw; the first is drawn last, on top.
 
     Attributes:
         boxes: (left, top, right, bottom) in pixels of the picture, [k, 4].
@@ -34,12 +34,12 @@ class Drawn(NamedTuple):
 
 
 def colors_of(count: int) -> np.ndarray:
-    """A color per class, [count, 3] uint8; the first color of the palette is black, and is left out."""
+    """Return a color per class, [count, 3] uint8, without black, the first color of the palette."""
     return default_palette(count + 1)[1:]
 
 
 def drawn(image: Image.Image, objects: Drawn) -> Image.Image:
-    """A copy of an RGB picture with objects."""
+    """Draw objects on a copy of an RGB picture."""
     image = _with_masks(image, objects)
     width = max(1, round(min(image.size) / 250))
     font = ImageFont.load_default(max(_LEAST_FONT, min(image.size) // 40))
