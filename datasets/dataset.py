@@ -69,6 +69,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.storage)
 
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """All storages, that of the images first."""
+        return (self.storage,)
+
     def load(self, index: int) -> Image.Image:
         """Image `index` as an RGB picture. Raises BadImageError."""
         with self.naming(index):

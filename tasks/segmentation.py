@@ -19,9 +19,9 @@ from PIL import Image
 from datasets.batch import Batch, to_device
 from datasets.classes import ClassTable, numbered_classes
 from datasets.dense import crop_size, dense_transform
+from datasets.known_classes import known_classes
 from datasets.sample import IMAGE_SIZE, Plane
 from datasets.segmentation import LABELS, SegmentationDataset, label_type
-from datasets.segmentation_layouts import known_classes
 from models.layers.resize import resize_maps
 from models.segmentation.inference import slide_inference, whole_inference
 from models.segmentation.losses import segmentation_loss
@@ -64,6 +64,7 @@ class SegmentationTask(Task):
     def dataset(self, split: str) -> SegmentationDataset:
         """See `Task`."""
         dataset = super().dataset(split)
+        dataset.check()
         self.classes = dataset.classes
         return dataset
 
