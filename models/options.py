@@ -47,9 +47,14 @@ def dense_options(config) -> dict:
     """`encoder_options` of an encoder whose feature maps a dense head takes.
 
     Raises:
-        UserError: attention that fades in training; only classification has a schedule for it.
+        UserError: reduced tokens, since maps need all of them; attention that fades in training, for which only classification
+            has a schedule.
     """
     options = encoder_options(config)
+    if config.MODEL.EVIT.KEEP_RATE < 1 or config.MODEL.TOME.R or config.MODEL.TOME.SCHEDULE:
+        raise UserError(
+            f'MODEL.TYPE {config.MODEL.TYPE} takes no MODEL.EVIT or MODEL.TOME: feature maps need all tokens; remove them.'
+        )
     removal = options['removal']
     if removal.prune_layers or removal.done_layers:
         raise UserError(

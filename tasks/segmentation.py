@@ -106,11 +106,15 @@ class SegmentationTask(Task):
         accuracy = pixel_accuracy(logits.detach(), labels, ignored)
         return Losses(losses.total, parts, {'acc': accuracy * len(batch)})
 
+    def image_shape(self) -> list[int]:
+        """See `Task`."""
+        return [self.config.DATA.IMAGE_CHANNELS, *crop_size(self.config)]
+
     def example(self, batch_size: int) -> Batch:
         """See `Task`."""
-        size, channels = crop_size(self.config), self.config.DATA.IMAGE_CHANNELS
-        labels = paddle.randint(max(self.config.MODEL.NUM_CLASSES or 1, 1), shape=[batch_size, *size], dtype='int32')
-        return Batch(paddle.randn([batch_size, channels, *size]), {LABELS: labels}, np.arange(batch_size))
+        shape, classes = self.image_shape(), max(self.config.MODEL.NUM_CLASSES or 1, 1)
+        labels = paddle.randint(classes, shape=[batch_size, *shape[1:]], dtype='int32')
+        return Batch(paddle.randn([batch_size, *shape]), {LABELS: labels}, np.arange(batch_size))
 
     # ------------------------------------------------------------------------------------------------ evaluation
     @paddle.no_grad()

@@ -20,7 +20,7 @@ class Dot(NamedTuple):
         removed, keep_rate, r: what it is; they become colour, shade and shape.
         images_per_second: the height, as (first quartile, median, third quartile).
         macs: multiply-accumulates of an image.
-        acc1: top-1 accuracy, from 0 to 1; None: not known.
+        score: metric of the task, from 0 to 1; None: not known.
         number: on the frontier; None: not on it.
     """
 
@@ -29,7 +29,7 @@ class Dot(NamedTuple):
     r: str
     images_per_second: tuple[float, float, float]
     macs: int
-    acc1: float | None
+    score: float | None
     number: int | None
 
 
@@ -56,9 +56,9 @@ PALEST = 0.8  # how white the smallest keep rate is
 PANEL, KEY, HEIGHT, ROW, BORDER = 5.4, 4.1, 5.0, 0.21, 1.2  # inches; BORDER: above and below the panels
 
 
-def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str) -> None:
-    """Writes a PNG: speed against computation, and against accuracy where it is known; the frontier has numbers."""
-    known = dots[0].acc1 is not None
+def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str, metric: str) -> None:
+    """Write a PNG: speed against computation, and against `metric` where it is known; the frontier has numbers."""
+    known = dots[0].score is not None
     frontier = sorted((dot for dot in dots if dot.number is not None), key=lambda dot: dot.number)
     columns = 1 + known
     looks = Looks(dots)
@@ -69,9 +69,9 @@ def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str) -> None
     panels[0].set_xlabel('MACs of an image, G')
     panels[0].set_ylabel('images/s')
     if known:
-        draw_panel(panels[1], dots, [100 * dot.acc1 for dot in dots], looks, joined=True)
-        panels[1].set_xlabel('top-1 accuracy, %')
-    draw_key(key, frontier, dots[0], looks)
+        draw_panel(panels[1], dots, [100 * dot.score for dot in dots], looks, joined=True)
+        panels[1].set_xlabel(f'{metric}, %')
+    draw_key(key, frontier, dots[0], looks, metric)
     figure.suptitle(f'{title}: {len(dots)} combinations, {len(frontier)} on the frontier', color=INK, weight='bold')
     figure.supxlabel(caption, color=FAINT, fontsize=8.5)
     figure.savefig(file, format='png')
@@ -139,20 +139,20 @@ def draw_panel(axes: Axes, dots: Sequence[Dot], places: Sequence[float], looks: 
             )  # fmt: skip
 
 
-def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks) -> None:
+def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks, metric: str) -> None:
     """The frontier as a table, and the legends below."""
     axes.axis('off')
-    known = given.acc1 is not None
+    known = given.score is not None
     line = ROW / (axes.figure.get_figheight() - BORDER)
     columns = (0.06, 0.13, 0.46, 0.60, 0.77, 0.98) if known else (0.06, 0.13, 0.52, 0.70, 0.97)
 
     def write(row: float, x: float, text: str, **style) -> None:
         axes.text(x, 1 - row * line, text, transform=axes.transAxes, fontsize=9, va='top', **style)
 
-    titles = ('', 'removed', 'keep', 'r', 'speed', 'top-1')
+    titles = ('', 'removed', 'keep', 'r', 'speed', metric.removesuffix(' accuracy'))
     rows = [
         (str(dot.number), dot.removed, dot.keep_rate, dot.r,
-         f'{dot.images_per_second[1] / given.images_per_second[1]:.2f} ×', f'{100 * (dot.acc1 or 0):.2f}')
+         f'{dot.images_per_second[1] / given.images_per_second[1]:.2f} ×', f'{100 * (dot.score or 0):.2f}')
         for dot in frontier
     ]  # fmt: skip
     for row, cells in enumerate([titles, *rows]):

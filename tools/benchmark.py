@@ -169,10 +169,11 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
 
 def cost(subject: Subject) -> dict:
     """Name, input and what can be counted without running the model."""
-    found = profile(build_model(subject.config), [1, *subject.image_shape()])
+    shape = subject.image_shape()
+    found = profile(build_model(subject.config), [1, *shape])
     return {
         'name': subject.name,
-        'image_size': subject.config.DATA.IMAGE_SIZE,
+        'image_size': shape[1] if shape[1] == shape[2] else shape[1:],
         'params': found.params,
         'macs': found.macs,
     }
