@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with a label map each: a class per pixel."""
+"""Data sets of semantic segmentation: images with label maps."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from datasets.sample import LabelMap, Sample
 from utils.errors import UserError
 
 LABELS = 'labels'  # name of the target
-VALUES = 1 << 16  # that a map of 16 bits can hold
+VALUES = 1 << 16  # number of values of a 16-bit map
 INVALID = -1
-_PROBES = 4  # maps that are read at the start
+_PROBES = 4  # maps that are checked at the start
 _SINGLE_CHANNEL = ('L', 'P', '1', 'I', 'I;16', 'I;16B', 'I;16L')
 
 
@@ -43,13 +43,13 @@ class SegmentationDataset(Images):
     """Images with label maps.
 
     Args:
-        storage: of the images.
-        maps: of the maps, in the order of the images.
+        storage: storage of the images.
+        maps: storage of the label maps, in the order of the images.
         source: see `Images`.
-        classes: names and colors.
-        coding: of the maps.
-        ignored: label of the pixels without a class.
-        missing: indices of the images whose map is known to be missing.
+        classes: names and colors of the classes.
+        coding: what the values of the maps mean.
+        ignored: label of pixels without a class.
+        missing: indices of images whose map is known to be missing.
 
     Attributes:
         num_classes: number of classes.
@@ -83,7 +83,7 @@ class SegmentationDataset(Images):
         return self.storage, self.maps
 
     def sample(self, index: int, exif_rotate: bool = False) -> Sample:
-        """Image and label map. Raises UserError where they differ in size."""
+        """Return image and label map. Raises UserError if their sizes differ."""
         picture, labels = self.picture(index, exif_rotate), self.label_map(index)
         if tuple(picture.size) != labels.pixels.shape[::-1]:
             rotated = ' after its EXIF rotation (DATA.EXIF_ROTATE)' if exif_rotate else ''
@@ -94,11 +94,11 @@ class SegmentationDataset(Images):
         return Sample(picture, {LABELS: labels})
 
     def label_map(self, index: int) -> LabelMap:
-        """The label map of image `index`, with labels 0 to n - 1 and `ignored`.
+        """Return the label map of image `index`, with labels 0 to n - 1 and `ignored`.
 
         Raises:
-            BadImageError: it cannot be read.
-            UserError: a value that is no class.
+            BadImageError: the map cannot be read.
+            UserError: the map holds an invalid value.
         """
         try:
             values = read_values(self.maps.read(index))
@@ -120,9 +120,9 @@ class SegmentationDataset(Images):
             self.sample(index)
 
     def check(self) -> None:
-        """Read a few maps, so that a wrong number of classes shows at the start of a run. Raises UserError.
+        """Check a few maps, so that missing maps and a wrong number of classes are errors at the start. Raises UserError.
 
-        It is not part of the construction, so that tools find all faults, and pack maps whatever their values mean.
+        The constructor does not check, so that tools find all faults, and pack maps whatever their values mean.
         """
         if self._missing:
             index = self._missing[0]
@@ -131,7 +131,7 @@ class SegmentationDataset(Images):
                 f'{len(self)} images have none: add the maps or remove the images.'
             )
         for index in np.unique(np.linspace(0, len(self) - 1, _PROBES).astype(int)).tolist():
-            with contextlib.suppress(BadImageError):  # which DATA.BAD_IMAGE may skip
+            with contextlib.suppress(BadImageError):  # DATA.BAD_IMAGE may skip it
                 self.label_map(index)
 
     def with_storages(self, change: Callable[[Storage], Storage]) -> SegmentationDataset:
@@ -142,12 +142,12 @@ class SegmentationDataset(Images):
 
 
 def label_type(num_classes: int, ignored: int) -> str:
-    """Type of the label maps of a batch."""
+    """Return the dtype of the label maps of a batch."""
     return 'uint8' if max(num_classes - 1, ignored) < 256 else 'int32'
 
 
 def label_table(num_classes: int, ignored: int, coding: LabelCoding = PLAIN) -> np.ndarray:
-    """Label of each value that a map may store, [VALUES] int32; INVALID for all other values."""
+    """Return the label of each stored value, [VALUES] int32; INVALID for invalid values."""
     table = np.full(VALUES, INVALID, 'int32')
     if coding.ids is not None:
         table[: len(coding.ids)] = [ignored if label is None else label for label in coding.ids]
@@ -160,10 +160,10 @@ def label_table(num_classes: int, ignored: int, coding: LabelCoding = PLAIN) -> 
 
 
 def read_values(data: bytes) -> np.ndarray:
-    """The stored values of a label map, [H, W]: of a palette image the indices.
+    """Read the stored values of a label map, [H, W]; for a palette image its indices.
 
     Raises:
-        UnreadableImage: something else than an image with one channel of 1, 8 or 16 bits.
+        UnreadableImage: the file is no image with one channel of 1, 8 or 16 bits.
     """
     if not data:
         raise UnreadableImage('the file is empty')
@@ -173,7 +173,7 @@ def read_values(data: bytes) -> np.ndarray:
             mode, values = image.mode, np.array(image)
     except Image.UnidentifiedImageError:
         raise UnreadableImage('not a PNG, BMP, TIFF or GIF image') from None
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can raise any exception
         raise UnreadableImage(str(error) or type(error).__name__) from None
     if mode not in _SINGLE_CHANNEL:
         raise UnreadableImage(f'a label map has one channel of whole numbers, or a palette, but this image is {mode}')

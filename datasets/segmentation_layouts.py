@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets with label maps as their publishers lay them out on disk, and any folder of images and maps."""
+"""Data sets of semantic segmentation in their published layouts, and any folder of images and label maps."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from utils.errors import UserError
 
 CLASSES = 'classes.txt'
 BUILTIN = ('ade20k', 'voc2012', 'cityscapes')
-# Values of Cityscapes' labelIds maps in the order of the classes; the others of 0 to 33 are ignored.
+# Values of Cityscapes' labelIds maps in the order of the classes; other values of 0 to 33 are ignored.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 @register_dataset('segmentation')
 def build_segmentation(config, split: str) -> SegmentationDataset:
-    """`DATA_PATH/images/<split>/**`, `DATA_PATH/annotations/<split>/**.png` of the same names, `DATA_PATH/classes.txt`."""
+    """Any folder with `images/<split>/**`, `annotations/<split>/**.png` of the same names, and `classes.txt`."""
     root = data_path(config)
     return segmentation_folder(config, root, split, read_classes(os.path.join(root, CLASSES)))
 
 
 @register_dataset('ade20k')
 def build_ade20k(config, split: str) -> SegmentationDataset:
-    """ADEChallengeData2016; 0 in its maps is ignored."""
+    """ADE20K: the folder ADEChallengeData2016; the value 0 of its maps is ignored."""
     folder = {'train': 'training', 'val': 'validation'}[split]
     return segmentation_folder(
         config, data_path(config), folder, builtin_classes('ade20k'), LabelCoding(reduce_zero=True)
@@ -37,13 +37,13 @@ def build_ade20k(config, split: str) -> SegmentationDataset:
 
 @register_dataset('voc2012')
 def build_voc(config, split: str) -> SegmentationDataset:
-    """VOCdevkit/VOC2012: 1464 training images."""
+    """Pascal VOC 2012: the folder VOCdevkit/VOC2012, 1464 training images."""
     return _voc(config, split, 'SegmentationClass')
 
 
 @register_dataset('voc2012aug')
 def build_augmented_voc(config, split: str) -> SegmentationDataset:
-    """The same with the further maps of SBD in SegmentationClassAug: 10582 training images, listed in trainaug.txt."""
+    """Pascal VOC 2012 with SBD's maps in SegmentationClassAug: 10582 training images, listed in trainaug.txt."""
     maps = 'SegmentationClassAug' if split == 'train' else 'SegmentationClass'
     return _voc(config, 'trainaug' if split == 'train' else split, maps)
 
@@ -60,7 +60,7 @@ def _voc(config, name: str, maps: str) -> SegmentationDataset:
 
 @register_dataset('cityscapes')
 def build_cityscapes(config, split: str) -> SegmentationDataset:
-    """leftImg8bit and gtFine; maps of train ids where they are, else of label ids."""
+    """Cityscapes: the folders leftImg8bit and gtFine; maps of train ids if they exist, else of label ids."""
     root, ending = data_path(config), '_leftImg8bit.png'
     found = _files(os.path.join(root, 'leftImg8bit', split))
     names = [name[: -len(ending)] for name in found if name.endswith(ending)]
@@ -79,7 +79,7 @@ def build_cityscapes(config, split: str) -> SegmentationDataset:
 def segmentation_folder(
     config, root: str, split: str, classes: ClassTable, coding: LabelCoding = PLAIN
 ) -> SegmentationDataset:
-    """Images below `root/images/split`, and maps of the same names below `root/annotations/split`."""
+    """Build a data set of images below `root/images/split` and maps of the same names below `root/annotations/split`."""
     images, maps = (os.path.join(root, folder, split) for folder in ('images', 'annotations'))
     names = _files(images)
     if not names:
@@ -87,7 +87,7 @@ def segmentation_folder(
     stems = [os.path.splitext(name)[0] for name in names]
     twice = _first_twice(stems)
     if twice:
-        raise UserError(f"two images in '{images}' have the name '{twice}' but for their endings; rename one.")
+        raise UserError(f"two images in '{images}' have the name '{twice}' with different extensions; rename one.")
     annotated = {os.path.splitext(name)[0]: name for name in _files(maps)}
     left_over = len(annotated.keys() - stems)
     notes = [f"{left_over} label maps in '{maps}' belong to no image."] if left_over else []
@@ -97,7 +97,7 @@ def segmentation_folder(
 
 
 def _files(folder: str) -> list[str]:
-    """Image files anywhere below a folder, relative to it."""
+    """List the image files below a folder, relative to it."""
     return [os.path.normpath(path) for path in images_below(folder)[0]]
 
 
@@ -113,7 +113,7 @@ def _first_twice(names: list[str]) -> str | None:
 def _paired(
     config, root: str, images: list[str], maps: list[str], classes: ClassTable, coding: LabelCoding = PLAIN, notes=()
 ) -> SegmentationDataset:
-    """Image files and map files in the same order."""
+    """Build a data set of image files and map files in the same order."""
     missing, storages = _missing(root, maps), (FileStorage(root, images), FileStorage(root, maps))
     return paired(config, *storages, f"'{root}'", classes, coding, notes, missing)
 
@@ -121,14 +121,14 @@ def _paired(
 def paired(
     config, images, maps, source: str, classes: ClassTable, coding: LabelCoding, notes=(), missing=()
 ) -> SegmentationDataset:
-    """Images and maps from two storages, by DATA.IGNORE_INDEX and DATA.REDUCE_ZERO_LABEL."""
+    """Build a data set of images and maps from two storages, by DATA.IGNORE_INDEX and DATA.REDUCE_ZERO_LABEL."""
     data = config.DATA
     coding = coding._replace(reduce_zero=coding.reduce_zero or data.REDUCE_ZERO_LABEL)
     return SegmentationDataset(images, maps, source, classes, coding, data.IGNORE_INDEX, notes, missing)
 
 
 def _missing(root: str, paths: list[str]) -> list[int]:
-    """Indices of the files that are missing; each folder is read once."""
+    """Return the indices of missing files; each folder is listed once."""
     listed: dict[str, set[str]] = {}
     missing = []
     for index, path in enumerate(paths):

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in one zip file per part, as the trainers that descend from Swin Transformer (MS-MLP) read ImageNet.
+"""Images in one zip file per split, the format of Swin Transformer and MS-MLP for ImageNet.
 
     train.zip, val.zip              image files; tools/make_zip.py stores them uncompressed
-    train_map.txt, val_map.txt      a line per image: name in the archive, TAB, label; further fields do not count
+    train_map.txt, val_map.txt      a line per image: name in the archive, TAB, label; further fields are ignored
 
-A data set with label maps has these in the archive too, and its lines name an image, TAB, and its label map. The member MAPS
-describes their values, see datasets/packed_maps.py.
+A data set with label maps has these in the archive, too, and its lines are: image, TAB, label map. The member MAPS describes the
+values of the maps, see datasets/packed_maps.py.
 
-Samples come in the order of the map. What is needed to read them is looked up once, in arrays that worker processes share;
-an image is then two reads at known places, which move no file position and so need no handle per process.
+Samples are in the order of the map. The positions of all members are read once into arrays that worker processes share. An
+image then needs two positional reads (`pread`), so that workers can share the file handle.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
 
-MAPS = '__label_maps__.json'  # member that describes the label maps, where there are some
-_LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, length of the name and of the extra field behind it
+MAPS = '__label_maps__.json'  # member that describes the label maps, if there are some
+_LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, lengths of the name and of the extra field
 _ENCRYPTED = 1  # bit of a member's flags
 _QUOTED = 200  # characters of a line in a message
 _HINT = '`python tools/make_zip.py` writes it'
@@ -39,7 +39,7 @@ _HINT = '`python tools/make_zip.py` writes it'
 
 @register_dataset('zip')
 def build_zip(config, split: str) -> Images:
-    """`DATA_PATH/<split>.zip` and `DATA_PATH/<split>_map.txt`."""
+    """Zip file `DATA_PATH/<split>.zip` with the map `DATA_PATH/<split>_map.txt`."""
     archive, listing = zip_paths(data_path(config), split)
     known = read_directory(archive)
     if MAPS in known:
@@ -93,7 +93,7 @@ def packed_classes(root: str) -> ClassTable | None:
 
 
 def zip_paths(root: str, split: str) -> tuple[str, str]:
-    """Archive and map of a part."""
+    """Return the paths of archive and map of a split."""
     return os.path.join(root, f'{split}.zip'), os.path.join(root, f'{split}_map.txt')
 
 
@@ -103,10 +103,10 @@ def _name_and_label(line: str) -> list[str]:
 
 
 def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
-    """Members of an archive by name.
+    """Return the members of an archive by name.
 
     Raises:
-        UserError: no such file, another kind of file, or a damaged one.
+        UserError: the file is missing, damaged, or no zip file.
     """
     try:
         with zipfile.ZipFile(archive) as file:
@@ -115,7 +115,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         raise UserError(f"'{archive}' does not exist; {_HINT}, or give another -data_path.") from None
     except OSError as error:
         raise UserError(f"cannot read '{archive}': {error.strerror or error}.") from None
-    except Exception as error:  # a damaged directory can raise anything
+    except Exception as error:  # a damaged directory can raise any exception
         raise UserError(f"'{archive}' is damaged or no zip file: {error}; copy or write it again.") from None
     size = os.path.getsize(archive)
     for member in members.values():

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes train.zip, train_map.txt, val.zip and val_map.txt from list files, a folder per class, or other image files
-with a class or a label map each.
+"""Write train.zip, train_map.txt, val.zip and val_map.txt from list files, class folders, or other image files with a class or a
+label map each.
 
     python tools/make_zip.py -data_path /dataset/imagenet -output /ssd/imagenet
     python main_single_gpu.py -dataset zip -data_path /ssd/imagenet -opts DATA.CACHE part
     python tools/make_zip.py -dataset ade20k -data_path /dataset/ADEChallengeData2016 -output /ssd/ade20k
 
-Image files are stored as they are, uncompressed. A zip file takes its name when each of its members has been read back, its map
-after that: interrupted, the tool leaves nothing, or complete parts. datasets/zip.py describes the format.
+Image files are stored unchanged and uncompressed. A zip file gets its name after each member has been verified, then its map
+is written. So an interrupted run leaves only complete splits. datasets/zip.py describes the format.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import atomic_write
 
-_DATE = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal images make equal files
+_DATE = (1980, 1, 1, 0, 0, 0)  # date of all members, so that equal images give equal files
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -49,12 +49,12 @@ def main(argv: list[str] | None = None) -> int | None:
         for split, (archive, listing) in targets.items():
             write_part(source_of(args, split), archive, listing)
     except KeyboardInterrupt as error:
-        print('interrupted; the part that was being written is gone.', file=sys.stderr)
+        print('interrupted; the unfinished file is removed.', file=sys.stderr)
         return exit_status(error)
 
 
 def write_part(dataset: Images, archive: str, listing: str) -> None:
-    """Writes `archive`, then `listing`; in between neither is there, so that no map meets an archive it was not made for."""
+    """Write `archive`, then `listing`. The old map is removed before the new archive appears, so that they never disagree."""
     names = [member_names(storage) for storage in dataset.storages]
     labels = dataset.labels.tolist() if isinstance(dataset, Dataset) else names[1]
     with atomic_write(archive, 'w+b') as file:
@@ -68,16 +68,16 @@ def write_part(dataset: Images, archive: str, listing: str) -> None:
 
 
 def member_names(storage: FileStorage) -> list[str]:
-    """What files are called in the archive: their paths as the data set lists them."""
+    """Return the names of all files in the archive."""
     return [member_name(storage, index) for index in range(len(storage))]
 
 
 def member_name(storage: FileStorage, index: int) -> str:
-    """What a file is called in the archive."""
+    """Return the name of a file in the archive: its path in the data set."""
     path = storage.describe(index)
     name = os.path.relpath(path, storage.root).replace(os.sep, '/')
     if '\t' in name or len(name.splitlines()) != 1:
-        raise UserError(f'{path!r} has a tabulator or a line break in its name; rename it.')
+        raise UserError(f'{path!r} has a tab or a line break in its name; rename it.')
     if not name.lower().endswith(EXTENSIONS):
         raise UserError(f"'{path}' is not an image by its name ({' '.join(EXTENSIONS)}); rename or unlist it.")
     try:
@@ -88,7 +88,7 @@ def member_name(storage: FileStorage, index: int) -> str:
 
 
 def write_members(file: IO[bytes], dataset: Images, names: list[list[str]], archive: str) -> None:
-    """Stores each file once, also where it is listed several times; the description of label maps comes first."""
+    """Store each file once, even if it is listed several times; the description of label maps comes first."""
     seen = set()
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as target:
         if isinstance(dataset, SegmentationDataset):
@@ -101,12 +101,12 @@ def write_members(file: IO[bytes], dataset: Images, names: list[list[str]], arch
 
 
 def files_of(dataset: Images, names: list[list[str]], index: int) -> Iterator[tuple[FileStorage, str]]:
-    """Storage and name of the image `index`, and of its label map."""
+    """Return storage and name of the image `index`, and of its label map."""
     return zip(dataset.storages, (column[index] for column in names))
 
 
 def verify(file: IO[bytes], dataset: Images, names: list[list[str]], archive: str) -> None:
-    """Compares each member as it is on disk with its file."""
+    """Compare each member on disk with its file."""
     file.flush()
     with zipfile.ZipFile(file) as written:
         for index in tqdm(range(len(dataset)), f'verifying {archive}', unit='image', disable=None):
@@ -117,7 +117,7 @@ def verify(file: IO[bytes], dataset: Images, names: list[list[str]], archive: st
                     same = False
                 if not same:
                     raise UserError(
-                        f"'{name}' came back from '{archive}' differently than it was written; is the disk sound?"
+                        f"'{name}' in '{archive}' differs from its image file; check the disk and try again."
                     )
 
 

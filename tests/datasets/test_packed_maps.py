@@ -11,7 +11,7 @@ from PIL import Image
 
 from config import get_config
 from datasets import build_dataset
-from datasets.cache import cached
+from datasets.cache import cache_images
 from datasets.classes import default_palette
 from datasets.dataset import BadImageError
 from datasets.known_classes import known_classes
@@ -156,7 +156,7 @@ def test_settings_apply_to_packed_maps(tmp_path, kind):
 @KINDS
 def test_packed_maps_in_memory(packed, kind):
     dataset = build(packed(kind)[1], kind)
-    kept = cached(dataset, np.arange(3), show_progress=False)
+    kept = cache_images(dataset, np.arange(3), show_progress=False)
     for index in range(3):
         np.testing.assert_array_equal(kept.label_map(index).pixels, dataset.label_map(index).pixels)
 

@@ -89,7 +89,7 @@ def test_does_not_overwrite(tree):
     ('listed', 'message'),
     [
         ('images/gone.png', r'images/gone\.png.*No such file.*repair it or remove it from the list'),
-        ('images/a\tb.png', 'tabulator or a line break'),
+        ('images/a\tb.png', 'tab or a line break'),
         ('images/note.txt', 'not an image by its name'),
         ('images/\udcff.png', 'not UTF-8'),
     ],
@@ -112,7 +112,7 @@ def test_verification(tree, monkeypatch):
         original(self, member, data[:-1] + b'?' if member.filename == 'a/2.png' else data)
 
     monkeypatch.setattr(zipfile.ZipFile, 'writestr', writestr)
-    with pytest.raises(UserError, match=r"'a/2\.png' came back .*differently"):
+    with pytest.raises(UserError, match=r"'a/2\.png' in .* differs from its image file"):
         make_zip.main(['-data_path', str(path), '-split', 'train'])
     assert os.listdir(path) == ['train']
 
