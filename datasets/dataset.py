@@ -71,7 +71,7 @@ class Images:
 
     @property
     def storages(self) -> tuple[Storage, ...]:
-        """All storages, that of the images first."""
+        """All storages; the first one holds the images."""
         return (self.storage,)
 
     def load(self, index: int) -> Image.Image:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and colors of classes, as far as they are known without opening the images of DATA.DATASET."""
+"""Names and colors of the classes of DATA.DATASET, without its images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKED = {'zip': zip.packed_classes, 'lmdb': lmdb.packed_classes}
 
 
 def known_classes(config) -> ClassTable | None:
-    """The classes of DATA.DATASET: built in, of a packed file, or of DATA_PATH/classes.txt; None where there are none."""
+    """Return the classes of DATA.DATASET: built in, of a zip or LMDB file, or of DATA_PATH/classes.txt; None if unknown."""
     name, root = config.DATA.DATASET.removesuffix('aug'), expand_user(config.DATA.DATA_PATH)
     if name in BUILTIN:
         return builtin_classes(name)

@@ -84,7 +84,7 @@ def _with_maps(config, path: str) -> Images:
 
 
 def packed_classes(root: str) -> ClassTable | None:
-    """The classes that a file in `root` describes; None where there is none with label maps."""
+    """Return the classes of an LMDB file in `root`; None if no file has label maps."""
     for path in (os.path.join(root, f'{split}.lmdb') for split in ('train', 'val')):
         with contextlib.suppress(UnreadableImage):
             description = read_value(path, MAPS_KEY) if os.path.isfile(path) else None
@@ -138,12 +138,12 @@ def _unpack_upstream(record: bytes) -> tuple[bytes, int]:
 
 
 def record_key(index: int) -> bytes:
-    """Key of an image."""
+    """Return the key of an image."""
     return str(index).encode()
 
 
 def map_key(index: int) -> bytes:
-    """Key of a label map."""
+    """Return the key of a label map."""
     return b'map/' + record_key(index)
 
 
@@ -152,7 +152,7 @@ class LmdbStorage(EncodedStorage):
     """Image files in an LMDB file.
 
     Args:
-        unpack: makes (image file, label) of a record or raises ValueError.
+        unpack: converts a record to (image file, label) or raises ValueError.
         key: of a record, by its index.
     """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Label maps in zip and LMDB files: what the files store besides images and maps, so that they need no other file.
+"""Description of the label maps in zip and LMDB files, which makes them independent of the packed folders.
 
-A description in JSON: `classes`, a [name, '#rrggbb'] per class, and `reduce_zero` and `ids` of `LabelCoding`.
+It is JSON: `classes`, a [name, '#rrggbb'] per class, and `reduce_zero` and `ids` of `LabelCoding`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from utils.errors import UserError
 
 
 def describe_maps(dataset: SegmentationDataset) -> bytes:
-    """The description of a data set's maps."""
+    """Return the description of the maps of a data set."""
     colors = (f'#{bytes(color).hex()}' for color in dataset.classes.palette)
     return json.dumps({'classes': list(zip(dataset.class_names, colors)), **dataset.coding._asdict()}).encode()
 
 
 def read_description(data: bytes, path: str) -> tuple[ClassTable, LabelCoding]:
-    """Classes and coding of the file `path`. Raises UserError."""
+    """Return classes and coding of the file `path`. Raises UserError."""
     try:
         found = json.loads(data)
         names, colors = zip(*found['classes'])
@@ -39,5 +39,5 @@ def read_description(data: bytes, path: str) -> tuple[ClassTable, LabelCoding]:
 def packed_dataset(
     config, images: EncodedStorage, maps: EncodedStorage, path: str, description: bytes
 ) -> SegmentationDataset:
-    """Images and label maps of the file `path`. Raises UserError."""
+    """Build a data set of the images and label maps of the file `path`. Raises UserError."""
     return paired(config, images, maps, f"'{path}'", *read_description(description, path))

@@ -25,11 +25,11 @@ _SINGLE_CHANNEL = ('L', 'P', '1', 'I', 'I;16', 'I;16B', 'I;16L')
 
 
 class LabelCoding(NamedTuple):
-    """What the stored values of label maps mean, but for the ignored value, which means the same everywhere.
+    """Meaning of the stored values of label maps, apart from the ignored value.
 
     Attributes:
         reduce_zero: 0 is ignored, and k > 0 is class k - 1, as in ADE20K.
-        ids: label of each value from 0, None where it is ignored; None: values are the labels.
+        ids: label of each value from 0, None for an ignored value; None: the values are the labels.
     """
 
     reduce_zero: bool = False

@@ -65,7 +65,7 @@ def _with_maps(config, archive: str, listing: str, known: dict[str, zipfile.ZipI
 def _storage(
     archive: str, known: dict[str, zipfile.ZipInfo], names: Sequence[str], where: Callable[[int], str]
 ) -> ZipStorage:
-    """The members `names`. Raises UserError for the first that is not one; `where`: file and line of a name."""
+    """Build a storage of the members `names`. Raises UserError for a name that is missing, with file and line by `where`."""
     members = []
     for index, name in enumerate(names):
         if not name.lower().endswith(EXTENSIONS):
@@ -84,7 +84,7 @@ def _read_member(archive: str, member: zipfile.ZipInfo) -> bytes:
 
 
 def packed_classes(root: str) -> ClassTable | None:
-    """The classes that an archive in `root` describes; None where there is none with label maps."""
+    """Return the classes of an archive in `root`; None if no archive has label maps."""
     for archive, _ in (zip_paths(root, split) for split in ('train', 'val')):
         known = read_directory(archive) if os.path.isfile(archive) else {}
         if MAPS in known:

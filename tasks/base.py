@@ -274,7 +274,7 @@ class Task:
         raise NotImplementedError
 
     def image_shape(self) -> list[int]:
-        """[C, H, W] of the images that a model is trained on."""
+        """Return [C, H, W] of the training images."""
         data = self.config.DATA
         return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
 

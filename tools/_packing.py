@@ -64,7 +64,7 @@ def stored_file(storage: FileStorage, index: int) -> bytes:
 
 
 def summary(target: str, dataset: Images) -> str:
-    """What a written file holds."""
+    """Describe a written file in one line."""
     maps = ' with label maps' if isinstance(dataset, SegmentationDataset) else ''
     size = os.path.getsize(target) / 1e6
     return f'{target}: {len(dataset)} images{maps}, {dataset.num_classes} classes, {size:.1f} MB'

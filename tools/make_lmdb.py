@@ -151,7 +151,7 @@ class _Missing:
 
 
 def records_of(dataset: Images, index: int) -> list[tuple[bytes, bytes]]:
-    """Keys and values of an image and of its label map."""
+    """Return keys and values of an image and of its label map."""
     label = label_of(dataset, index)
     return [
         (key(index), pack_record(stored_file(storage, index), label))
@@ -160,7 +160,7 @@ def records_of(dataset: Images, index: int) -> list[tuple[bytes, bytes]]:
 
 
 def label_of(dataset: Images, index: int) -> int:
-    """The class of an image; 0 where it has a label map."""
+    """Return the class of an image; 0 if it has a label map."""
     return int(dataset.labels[index]) if isinstance(dataset, Dataset) else 0
 
 

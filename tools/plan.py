@@ -133,12 +133,12 @@ def caption(info: dict) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """What combinations are compared by, besides speed.
+    """Metric by which combinations are compared, besides speed.
 
     Attributes:
-        name: of a result that the task's evaluation gives and selects the best weights by; 'macs' where none is known.
-        title: of its column.
-        text: what the picture calls it.
+        name: metric that selects the best weights of the task; 'macs' if it is not evaluated.
+        title: title of its column.
+        text: axis label in the plot.
     """
 
     name: str
@@ -147,7 +147,7 @@ class Metric:
 
     @classmethod
     def of(cls, config: CfgNode, known: bool) -> Metric:
-        """The metric of TRAIN.TASK; `known`: it is evaluated."""
+        """Return the metric of TRAIN.TASK; `known`: it is evaluated."""
         evaluator = build_task(config).evaluator()
         best = evaluator.best[0]
         title = 'top-1' if best == 'acc1' else evaluator.titles[best]

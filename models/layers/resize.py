@@ -19,7 +19,7 @@ def resize_maps(x: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def scale_maps(x: Tensor, scale: float) -> Tensor:
-    """The same by a factor, not to a size: of odd sides, coordinates scale by the factor itself."""
+    """Resize by a factor, not to a size: the coordinates of odd sides then scale by exactly this factor."""
     if scale == 1:
         return x
     if paddle.in_dynamic_mode():
@@ -28,5 +28,5 @@ def scale_maps(x: Tensor, scale: float) -> Tensor:
 
 
 def _in_program(x: Tensor, **size) -> Tensor:
-    """The same values by trilinear resizing at depth 1: oneDNN of Paddle 3.3 does not run bilinear resizing in a program."""
+    """Compute the same by trilinear resizing at depth 1: oneDNN of Paddle 3.3 cannot run bilinear resizing in a program."""
     return F.interpolate(x.unsqueeze(2), mode='trilinear', data_format='NCDHW', **size).squeeze(2)
