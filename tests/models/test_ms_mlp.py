@@ -196,7 +196,7 @@ def check_outputs(model: MSMLP, parameters: list, variant: str) -> None:
         np.testing.assert_allclose(model.forward_head(x), g[f'out/{variant}_logits'], 0, 1e-4)
 
 
-def test_initialisation_and_cost():
+def test_initialization_and_cost():
     paddle.seed(0)
     model = create_model(name_of('tiny'))
     values = {name: value.numpy().astype('float64') for name, value in model.state_dict().items()}

@@ -125,7 +125,7 @@ def test_schedules_are_mae_lites():
 
 
 def test_the_recipe():
-    """Rates of 1024 images; weight decay on all that is trained, and nothing else in the optimiser."""
+    """Rates of 1024 images; weight decay on all that is trained, and nothing else in the optimizer."""
     config = get_config(config_file('mocov3_tiny_patch16_224'))
     lr = lr_schedule(config, 1024)
     assert [lr(1, 0.0), lr(41, 0.0)] == pytest.approx([1e-6, 6e-4])
@@ -182,7 +182,7 @@ def test_the_best_weights_are_those_of_the_last_epoch(images, tmp_path):
 
 
 def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
-    """With micro-batches: the momentum encoder takes one step per step of the optimiser."""
+    """With micro-batches: the momentum encoder takes one step per step of the optimizer."""
     config = recipe(
         DATA__DATA_PATH=images, SAVE_STEPS=2, TRAIN__ACCUM_ITER=2, TRAIN__OPTIMIZER__NAME='LARS', TRAIN__BASE_LR=0.5
     )

@@ -113,7 +113,7 @@ def test_too_little_memory_is_a_reason(trained, monkeypatch, capsys):
         transforms.ResizeShort, 'apply', lambda self, image, placement: (_ for _ in ()).throw(MemoryError())
     )
     assert in_process(*flags(trained), os.path.join(trained.images, 'class0', '0.png')) == 1
-    assert '0.png: it needs more memory than there is' in capsys.readouterr().out
+    assert '0.png: there is not enough memory to read it' in capsys.readouterr().out
 
 
 def test_orientation(trained, tmp_path, capsys):
