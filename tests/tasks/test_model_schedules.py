@@ -100,7 +100,7 @@ def test_no_decay_in_a_model_without_that_attention():
 @pytest.mark.parametrize('changes', [{}, {'MODEL__EVIT__KEEP_RATE': 0.5, 'MODEL__LAMBDA__PRUNE_LAYERS': ()}])
 def test_models_that_have_no_such_setting(changes):
     model = GMLP(img_size=16, patch_size=4, embed_dim=8, depth=1)
-    with pytest.raises(UserError, match='GMLP has no such setting'):
+    with pytest.raises(UserError, match='GMLP does not support it'):
         ClassificationTask(configured(**changes)).update_schedules(model, 0.0)
 
 

@@ -238,7 +238,7 @@ def test_class_maps_of_many_classes():
 def test_wrong_settings(pairs):
     with pytest.raises(UserError, match='VAL.SCALE_RATIOS is empty'):
         build_task(config_of(VAL__SCALE_RATIOS=()))
-    with pytest.raises(UserError, match='no random erasing'):
+    with pytest.raises(UserError, match='does not support repeated augmentation and random erasing'):
         build_task(config_of(TRAIN__RANDOM_ERASE_PROB=0.5))
     with pytest.raises(UserError, match='DATA.DATASET digits does not have the targets of TRAIN.TASK segmentation'):
         build_task(config_of(DATA__DATASET='digits').clone()).dataset('train')
