@@ -188,9 +188,9 @@ def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
     )
     whole = build_trainer(config, str(tmp_path / 'whole'))
     saved, averaged = [], []
-    save, average = whole._save, whole.model._average
+    save, average = whole._save, whole.model._update_momentum_encoder
     whole._save = lambda: (save(), saved.append(read_file(os.path.join(whole.folder, 'last.pdparams'))))
-    whole.model._average = lambda momentum: (averaged.append(momentum), average(momentum))
+    whole.model._update_momentum_encoder = lambda momentum: (averaged.append(momentum), average(momentum))
     whole.fit()
     assert len(averaged) == whole.state.step == 10
     middle = next(state for state in saved if state['sampler']['samples'])
@@ -203,7 +203,7 @@ def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
     assert [row['knn_acc1'] for row in rows(again, 'val')] == [row['knn_acc1'] for row in rows(whole, 'val')]
 
 
-def test_a_frozen_patch_embedding_rests(images, tmp_path):
+def test_a_frozen_patch_embedding_does_not_change(images, tmp_path):
     config = recipe(DATA__DATA_PATH=images, MODEL__MOCO__FREEZE_PATCH=True, TRAIN__NUM_EPOCHS=1)
     trainer = build_trainer(config, str(tmp_path / 'run'))
     frozen = ('patch_embed.', 'pos_embed')
