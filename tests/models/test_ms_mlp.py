@@ -431,7 +431,7 @@ def test_layer_ids():
 @pytest.mark.parametrize(
     'changes, words',
     [
-        ({'depths': [1, 2, 1]}, 'MIX_SIZE is for 2 stages'),
+        ({'depths': [1, 2, 1]}, 'MIX_SIZE has 2 stages'),
         ({'depths': [1, 0]}, 'each stage needs a block'),
         ({'depths': []}, 'DEPTHS must be a list of whole numbers'),
         ({'shift_dist': [0, 1]}, 'stage 0 has 3 kernels for the 2 groups'),
