@@ -97,7 +97,7 @@ class Trainer:
             return
         self.reporter.open(state)
         self.reporter.start(state.epoch + 1, self.global_batch)
-        self.parallel = self.context.parallel(self.model, getattr(self.model, 'leaves_parameters_out', False))
+        self.parallel = self.context.parallel(self.model, getattr(self.model, 'has_unused_parameters', False))
         try:
             if not state.validated:
                 self._finish_epoch()

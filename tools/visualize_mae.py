@@ -26,8 +26,8 @@ from engine import distributed
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.weights.load import load_pretrained
-from tasks.mae_pictures import rebuild
-from tasks.pictures import draw
+from tasks.mae_pictures import reconstruct
+from tasks.pictures import image_grid
 from tools._common import find_images, trained_config
 from tools._output import add_output_file
 from tools._pictures import readable, single_batch
@@ -48,10 +48,10 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(args.target) as target:
         for index, image in readable(paths, config):
             noise = paddle.to_tensor(np.random.default_rng([args.seed, index]).random((1, patches), 'float32'))
-            rows += rebuild(
+            rows += reconstruct(
                 model, single_batch(image, config), noise, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
             )
-        draw(rows).save(target, 'PNG')
+        image_grid(rows).save(target, 'PNG')
     print(f'{args.target}: {len(rows)} of {len(paths)} images')
 
 

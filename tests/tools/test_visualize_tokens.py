@@ -107,14 +107,14 @@ def test_positions_and_masks_are_those_of_the_original(mode, sample):
 
 @st.composite
 def reduced_rows(draw):
-    """(number of patches, fuse, places kept by each reduction)."""
+    """(number of patches, fuse, positions kept by each reduction)."""
     count = total = draw(st.integers(2, 25))
     fuse = draw(st.booleans())
     kept = []
     while count > 1 and len(kept) < 5 and draw(st.booleans()):
-        places = draw(st.permutations(range(count)))[: draw(st.integers(1, count - 1))]
-        kept.append(np.array(places))
-        count = len(places) + fuse
+        positions = draw(st.permutations(range(count)))[: draw(st.integers(1, count - 1))]
+        kept.append(np.array(positions))
+        count = len(positions) + fuse
     return total, fuse, kept
 
 
@@ -126,9 +126,9 @@ def test_every_patch_is_where_its_set_is(case):
     row = [({patch}, False) for patch in range(total)]
     stages = trace_tokens(kept, total, fuse)
     assert len(stages) == len(kept)
-    for places, stage in zip(kept, stages):
-        rest = [row[i][0] for i in range(len(row)) if i not in places]
-        row = [row[i] for i in places] + ([(set().union(*rest), True)] if fuse else [])
+    for positions, stage in zip(kept, stages):
+        rest = [row[i][0] for i in range(len(row)) if i not in positions]
+        row = [row[i] for i in positions] + ([(set().union(*rest), True)] if fuse else [])
         assert len(stage.row) == len(row)
         for token, (patches, is_fused) in zip(stage.row, row):
             assert set(np.flatnonzero(stage.owners == token)) == patches
