@@ -63,7 +63,7 @@ def test_table_and_json(files, tmp_path):
 
 
 def test_training_step(files, tmp_path, capsys):
-    """Recomputing saves at least half of what blocks keep for the backward pass; its cost in time is told."""
+    """Recomputing saves at least half of what blocks keep for the backward pass; its cost in time is reported."""
     output = tmp_path / 'out.json'
     keys = {'PATCH_SIZE': 4, 'EMBED_DIM': 64, 'DEPTH': 8, 'MLP_RATIO': 8}
     options = [str(item) for key, value in keys.items() for item in (f'MODEL.MIXER.{key}', value)]

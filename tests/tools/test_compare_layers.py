@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/compare_layers.py: what it writes for two models, how their flags are told apart, and what it refuses."""
+"""tools/compare_layers.py: what it writes for two models, how their flags are distinguished, and what it refuses."""
 
 import json
 import os
