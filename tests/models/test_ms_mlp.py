@@ -359,7 +359,7 @@ def test_published_recipe(run):
     }
     train = config.TRAIN
     assert max(theirs['TRAIN']['ACCUMULATION_STEPS'], 1) == train.ACCUM_ITER
-    assert theirs['TEST']['CROP'] == (config.DATA.EVAL_CROP == 'centre')
+    assert theirs['TEST']['CROP'] == (config.DATA.EVAL_CROP == 'center')
     assert train.RAND_AUGMENT and train.RAND_AUGMENT_SPACE == 'timm'
     assert (train.LR_SCHEDULER.NAME, train.LR_SCHEDULER.UPDATE) == ('timmcosine', 'step')
     scale = lr_scale(config, config.DATA.BATCH_SIZE * case['world'] * train.ACCUM_ITER)
