@@ -92,7 +92,7 @@ class Trainer:
     def fit(self) -> None:
         """Train from the current state to the last step. Raises SystemExit after a signal."""
         state = self.state
-        if self._finished and state.validated:
+        if self.finished:
             self._report_finished()
             return
         self.reporter.open(state)
@@ -116,6 +116,11 @@ class Trainer:
     @property
     def _finished(self) -> bool:
         return self._schedule_step >= self.length.num_steps
+
+    @property
+    def finished(self) -> bool:
+        """True if the last step is taken and validated, so that `fit` has nothing to do."""
+        return self._finished and self.state.validated
 
     def _train_epoch(self, epoch: int) -> None:
         """Take the steps of an epoch up to its end or to a validation within it."""

@@ -222,6 +222,7 @@ def test_a_frozen_patch_embedding_does_not_change(images, tmp_path):
     [
         ({'DATA__VIEWS': 1}, 'remove DATA.VIEWS or set it to 2'),
         ({'AMP': True, 'AMP_LEVEL': 'O2'}, 'needs AMP_LEVEL O1'),
+        ({'DATA__BATCH_SIZE': 1}, 'DATA.BATCH_SIZE is 1 on one process'),
     ],
 )
 def test_mistakes(changes, words):
