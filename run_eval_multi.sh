@@ -1,5 +1,5 @@
 #!/bin/sh
-# Evaluate the run trained last, or CFG with -pretrained=FILE. Flags of main_multi_gpu.py may follow and override the variables.
+# Evaluate the run trained last, or CFG with -pretrained=FILE. Flags of main_multi_gpu.py may follow and override these variables:
 #   CFG, DATASET, DATA_PATH, BATCH_SIZE   what to evaluate (default: the configuration and best weights in ./output/latest)
 #   CUDA_VISIBLE_DEVICES, NPROC           GPUs, number of processes
 #   PYTHON                                the interpreter (default: .venv of the repository, else python3)

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on every visible GPU, else in two processes on the CPU. Flags of main_multi_gpu.py may follow and override the variables.
+# Train on all visible GPUs, else in two processes on the CPU. Flags of main_multi_gpu.py may follow and override these variables:
 #   CFG, DATASET, DATA_PATH, BATCH_SIZE   what to train (default: the embedded handwritten digits)
 #   CUDA_VISIBLE_DEVICES, NPROC           GPUs, number of processes
 #   NNODES, NODE_RANK, MASTER=HOST:PORT   several machines, one call on each
