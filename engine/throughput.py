@@ -121,8 +121,7 @@ class BenchmarkCase:
 
     def image_shape(self) -> list[int]:
         """Return [C, H, W]."""
-        data = self.config.DATA
-        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+        return build_task(self.config).image_shape()
 
     def calls(self, batch_sizes: list[int], context: Context) -> list[Call]:
         """Build the model with random weights and return a forward pass for each batch size."""

@@ -47,9 +47,14 @@ def dense_options(config) -> dict:
     """Return `encoder_options` for the backbone of a dense model.
 
     Raises:
-        UserError: MODEL.LAMBDA decays attention; only classification has a schedule for λ.
+        UserError: tokens are reduced, but maps need all of them; or MODEL.LAMBDA decays attention, and only classification has a
+            schedule for λ.
     """
     options = encoder_options(config)
+    if config.MODEL.EVIT.KEEP_RATE < 1 or config.MODEL.TOME.R or config.MODEL.TOME.SCHEDULE:
+        raise UserError(
+            f'MODEL.TYPE {config.MODEL.TYPE} takes no MODEL.EVIT or MODEL.TOME: feature maps need all tokens; remove them.'
+        )
     removal = options['removal']
     if removal.prune_layers or removal.done_layers:
         raise UserError(

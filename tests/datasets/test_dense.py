@@ -25,7 +25,7 @@ from datasets.dense import (
 )
 from datasets.loader import Batch
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
-from datasets.segmentation import LABELS, label_table
+from datasets.segmentation import LABELS, LabelCoding, label_table
 from datasets.transforms import FastFlip
 from tests.conftest import golden
 from utils.errors import UserError
@@ -126,7 +126,7 @@ def test_draws_of_a_distortion_cover_their_ranges():
 
 def test_stored_values_with_the_zero_reduced():
     reduced = golden('segmentation-pipeline')['out/reduced_0_to_255']
-    np.testing.assert_array_equal(label_table(254, 255, reduce_zero=True)[:256], reduced)
+    np.testing.assert_array_equal(label_table(254, 255, LabelCoding(reduce_zero=True))[:256], reduced)
 
 
 @pytest.mark.parametrize('index', range(4))

@@ -163,19 +163,19 @@ def test_continues_after_an_interruption(list_data, make_config, tmp_path, monke
     path, output = list_data(20), tmp_path / 'out'
     monkeypatch.setattr(make_lmdb, '_CHUNK', 3)
     read = []
-    original = make_lmdb.record_of
+    original = make_lmdb.records_of
 
-    def record_of(dataset, index):
+    def records_of(dataset, index):
         if len(read) == 10:
             raise KeyboardInterrupt
         read.append(index)
         return original(dataset, index)
 
-    monkeypatch.setattr(make_lmdb, 'record_of', record_of)
+    monkeypatch.setattr(make_lmdb, 'records_of', records_of)
     assert convert(path, output, '-split', 'train') == 130
     assert os.listdir(output) == ['train.lmdb.partial']
     read.clear()
-    monkeypatch.setattr(make_lmdb, 'record_of', lambda dataset, index: read.append(index) or original(dataset, index))
+    monkeypatch.setattr(make_lmdb, 'records_of', lambda dataset, index: read.append(index) or original(dataset, index))
     assert convert(path, output, '-split', 'train') is None
     assert read == list(range(9, 20))
     assert 'continues after 9 images' in capsys.readouterr().out

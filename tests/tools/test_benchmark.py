@@ -85,6 +85,22 @@ def test_training_step(files, tmp_path, capsys):
 TRAINED = {
     'supervised': ['MODEL.TYPE', 'vit', 'MODEL.TRANS.DISTILLED', True, 'TRAIN.DISTILLATION_TYPE', 'hard'],
     'mae': ['MODEL.TYPE', 'mae', 'TRAIN.TASK', 'mae', 'MODEL.MAE.DECODER_EMBED_DIM', 16, 'MODEL.MAE.DECODER_DEPTH', 1],
+    'segmentation': [
+        'MODEL.TYPE',
+        'upernet',
+        'TRAIN.TASK',
+        'segmentation',
+        'MODEL.NUM_CLASSES',
+        5,
+        'TRAIN.RANDOM_ERASE_PROB',
+        0.0,
+        'MODEL.UPERNET.OUT_INDICES',
+        (0, 0, 0, 0),
+        'MODEL.UPERNET.CHANNELS',
+        8,
+        'MODEL.UPERNET.AUX_CHANNELS',
+        8,
+    ],  # fmt: skip
     'mocov3': ['MODEL.TYPE', 'mocov3', 'TRAIN.TASK', 'mocov3', 'DATA.VIEWS', 2, 'MODEL.MOCO.MLP_DIM', 16],
 }
 
