@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ import paddle.distributed as dist
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, forking
 
 JOIN_NOTICE = 10.0  # seconds of waiting for other ranks until a note is printed
 JOIN_LIMIT = 300.0  # seconds until the wait is an error
@@ -127,8 +126,7 @@ def _join_timeout(name: str) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handle_signals(signal.SIG_DFL)
     watched = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # a fork beside threads; the child uses no lock of theirs
+    with forking():
         watcher = os.fork()
     if watcher == 0:
         _watch(watched, name)
