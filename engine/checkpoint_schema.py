@@ -16,6 +16,7 @@ from utils.errors import UserError
 from utils.weights import choose_state_dict, find_metadata
 
 _OTHER_MODEL = 'set MODEL and DATA.IMAGE_SIZE as in the run that wrote it, or start from the weights with -pretrained'
+MASTER_WEIGHT = 'master_weight'  # optimizer state of version 0.1.0 at AMP_LEVEL O2: the weights in float32
 TOTALS = 6  # sums over the unfinished epoch
 FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in all versions
 SCALER = (
@@ -119,8 +120,10 @@ def validate_checkpoint(content: dict, path: str) -> Checkpoint:
     part.get('config', (str, dict), optional=True)
     ours = 'progress' in content
     where, weights = choose_state_dict({'model': content['model']}, source=f'{source}: model')
-    optimizer = part.get('optimizer', dict, {}, optional=not ours)
+    optimizer = dict(part.get('optimizer', dict, {}, optional=not ours))
     (_check_optimizer if ours else _check_flat)(optimizer, f'{source}: optimizer')
+    if ours:
+        weights = {**weights, **optimizer.pop(MASTER_WEIGHT, {})}
     progress = _progress(part.get('progress', dict), source) if ours else {}
     return Checkpoint(
         path,
