@@ -22,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from utils.files import TEXT, atomic_write, json_text, writing
+from utils.text import printable, printable_lines
 
 
 class RunLog:
@@ -49,13 +50,13 @@ class RunLog:
         self._early.clear()
 
     def local(self, message: str) -> None:
-        """A line about this process, to its own file."""
-        self._write(message, f'log_{self.rank}.txt')
+        """A line about this process, to its own file, or several lines."""
+        self._write(printable_lines(message), f'log_{self.rank}.txt')
 
     def master(self, message: str) -> None:
         """A line about the run: printed and logged by the main process, dropped by the others."""
         if self.rank == 0:
-            line = self._write(f'MASTER_LOG {message}', 'log.txt')
+            line = self._write(f'MASTER_LOG {printable(message)}', 'log.txt')
             with writing('standard output'):
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()

@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from utils.files import atomic_write
+from utils.formats.limits import check_key, check_shape
 from utils.formats.pickles import PickleReader, mapped
 
 
@@ -24,11 +25,12 @@ def read(file: IO[bytes], size: int) -> Any:
 
 
 def _join_slices(state: dict) -> None:
-    """Protocols 2 and 3 cut arrays beyond 1 GiB into several entries."""
+    """Protocols 2 and 3 cut arrays beyond 1 GiB into several entries. Each is taken out, so that none is used twice."""
     for name, parts in state.pop('UnpackBigParamInfor@@', {}).items():
-        state[name] = np.concatenate([state[part] for part in parts['slices']]).reshape(parts['OriginShape'])
-        for part in parts['slices']:
-            del state[part]
+        slices = [state.pop(check_key(part)) for part in parts['slices']]
+        if not all(isinstance(part, np.ndarray) and part.ndim == 1 for part in slices):
+            raise ValueError('slices that are no arrays')
+        state[name] = np.concatenate(slices).reshape(check_shape(tuple(parts['OriginShape'])))
 
 
 def _without_names(value: Any, seen: dict[int, Any]) -> Any:
