@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
+from datasets.images import MAX_FILE, Jpeg, UnreadableImage, decode_image, open_image
 from datasets.sample import Sample
 from utils.errors import UserError
+from utils.files import read_regular
 
 _PLAUSIBLE = 1000  # classes; if a list has more and most have no image, a label is wrong
 _LISTED, _SHOWN = 1000, 5  # classes without an image, in a list and in a sentence
@@ -186,8 +187,7 @@ class FileStorage(EncodedStorage):
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.describe(index), 'rb') as file:
-                return file.read()
+            return read_regular(self.describe(index), MAX_FILE)
         except (OSError, ValueError, MemoryError) as error:  # ValueError: a name with a zero byte
             raise UnreadableImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from None
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from datasets.images import UnreadableImage
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
-from datasets.transforms import FastFlip, Geometric, Picture, Transform, opencv, size_of
+from datasets.transforms import THIN, FastFlip, Geometric, Picture, Transform, opencv, size_of
 from utils.errors import UserError
 
 TRIES = 10  # crops that are checked for the share of their largest class
@@ -68,7 +69,9 @@ def scaled_size(size: Size, scale: Sequence[int]) -> Size:
 
 
 def window_size(size: Size, short: int) -> Size:
-    """The size whose shorter side is `short`, whatever the longer one becomes."""
+    """The size whose shorter side is `short`, whatever the longer one becomes, up to THIN times as much."""
+    if max(size) > THIN * min(size):
+        raise UnreadableImage(f'{size[0]} x {size[1]} pixels, more than {THIN} times as long as wide')
     return tuple(max(int(side * short / min(size) + 0.5), 1) for side in size)
 
 

@@ -24,6 +24,7 @@ from datasets.folder import data_path, read_listing
 from datasets.images import EXTENSIONS, UnreadableImage
 from datasets.registry import register_dataset
 from utils.errors import UserError
+from utils.files import open_regular
 
 _LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, length of the name and of the extra field behind it
 _ENCRYPTED = 1  # bit of a member's flags
@@ -63,7 +64,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         UserError: no such file, another kind of file, or a damaged one.
     """
     try:
-        with zipfile.ZipFile(archive) as file:
+        with open_regular(archive) as content, zipfile.ZipFile(content) as file:
             members = {member.filename: member for member in file.infolist()}
     except FileNotFoundError:
         raise UserError(f"'{archive}' does not exist; {_HINT}, or give another -data_path.") from None

@@ -18,9 +18,11 @@ import yaml
 from yacs.config import CfgNode
 
 from utils.errors import UserError
+from utils.files import open_regular
 from utils.run_paths import follow_latest
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MAX_FILE = 1 << 18  # bytes of a YAML file; PyYAML reads 100 kB in a second, and all keys with comments take 40 kB
 SHOWN = 80  # characters of a value in a message
 SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values own other keys
 EXEMPT = -1  # layer of values that may be without effect
@@ -378,7 +380,7 @@ class Schema:
     def _read(self, path: str, named: str) -> list[tuple[str, Any, str]]:
         """(dotted key, value, 'file:line') of every value of a file; an empty file has none."""
         try:
-            with open(path, encoding='utf-8') as file:
+            with open_regular(path, MAX_FILE, encoding='utf-8') as file:
                 root = yaml.compose(file, Loader=yaml.SafeLoader)
         except OSError as error:
             raise UserError(
