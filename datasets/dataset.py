@@ -8,7 +8,7 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -138,7 +138,7 @@ class Dataset(Images):
     ):
         super().__init__(storage, source, notes)
         self.labels = _whole_numbers(labels, source)
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = None if class_names is None else _names(class_names, source)
         self._locate = locate
         if len(storage) != len(self.labels):
             raise UserError(f'{source} has {len(storage)} images, but {len(self.labels)} labels.')
@@ -160,11 +160,18 @@ class Dataset(Images):
         return self._locate(index) if self._locate else f"'{self.describe(index)}'"
 
 
+def _names(names: Any, source: str) -> list[str]:
+    """Class names. Raises UserError for anything that is not a list of texts."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{source} has class names that are not a list of texts.')
+    return list(names)
+
+
 def _whole_numbers(labels: Sequence[int], source: str) -> np.ndarray:
     """Labels [N] int64. Raises UserError for anything that is not a list of whole numbers of 64 bits."""
     try:
         array = np.asarray(labels)
-    except ValueError:  # lists of different lengths
+    except (ValueError, TypeError, OverflowError):  # such as lists of different lengths
         array = np.empty(1, object)
     whole = array.ndim == 1 and array.dtype.kind in 'iu'
     if array.size and not (whole and array.max() <= np.iinfo(np.int64).max):

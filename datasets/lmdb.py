@@ -18,11 +18,13 @@ Their labels lie among the images. They are collected once and kept beside the f
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -30,14 +32,17 @@ from tqdm import tqdm
 from datasets.arrow import deserialize
 from datasets.dataset import Dataset, EncodedStorage
 from datasets.folder import data_path
-from datasets.images import UnreadableImage
+from datasets.images import MAX_FILE, UnreadableImage
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_regular
+from utils.text import NAME, printable
 
 FORMAT_KEY, FORMAT = b'__format__', b'leanvit-lmdb-1'
 LABELS_KEY, CLASSES_KEY = b'__labels__', b'__classes__'
 _HEAD = struct.Struct('<iI')
+MAX_CLASSES = 64 << 20  # bytes of all class names; a million names
+_HEADER = 4096  # bytes of the head of a .npy file, at most
 
 
 @register_dataset('lmdb')
@@ -60,13 +65,28 @@ def build_lmdb(config, split: str) -> Dataset:
 
 def _own(path: str) -> Dataset:
     labels = np.frombuffer(read_value(path, LABELS_KEY) or b'', '<i4')
-    names = read_value(path, CLASSES_KEY)
+    if len(labels) > _entries(path):
+        raise ValueError(f'it has {len(labels)} labels, but {_entries(path)} records')
     storage = LmdbStorage(path, len(labels), unpack_record)
-    return Dataset(storage, labels, f"'{path}'", None if names is None else json.loads(names))
+    return Dataset(storage, labels, f"'{path}'", _class_names(read_value(path, CLASSES_KEY)))
+
+
+def _class_names(stored: bytes | None) -> Any:
+    if stored is None:
+        return None
+    if len(stored) > MAX_CLASSES:
+        raise ValueError('its class names are too long')
+    try:
+        return json.loads(stored)
+    except RecursionError:
+        raise ValueError('its class names are nested') from None
 
 
 def _upstream(path: str) -> Dataset:
-    storage = LmdbStorage(path, int(deserialize(read_value(path, b'__len__'))), _unpack_upstream)
+    length, records = deserialize(read_value(path, b'__len__')), _entries(path)
+    if not isinstance(length, int) or not 0 <= length < records:
+        raise ValueError(f'its length is {printable(repr(length), NAME)}, but it has {records} records')
+    storage = LmdbStorage(path, length, _unpack_upstream)
     return Dataset(storage, _upstream_labels(storage), f"'{path}'")
 
 
@@ -74,7 +94,7 @@ def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
     kept = storage.path + '.labels.npy'
     with contextlib.suppress(OSError, ValueError, EOFError):
         if os.path.getmtime(kept) >= os.path.getmtime(storage.path):
-            labels = np.load(kept)
+            labels = np.load(io.BytesIO(read_regular(kept, _HEADER + len(storage) * np.dtype(np.int64).itemsize)))
             if labels.shape == (len(storage),) and labels.dtype.kind == 'i':
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
@@ -158,10 +178,22 @@ def read_value(path: str, key: bytes) -> bytes | None:
         environment = open_readonly(path)
         _OPEN[os.path.realpath(path)] = os.getpid(), environment
     try:
-        with environment.begin() as transaction:
-            return transaction.get(key)
+        with environment.begin(buffers=True) as transaction:
+            return _copied(transaction.get(key))
     except lmdb_module().Error as error:
         raise UnreadableImage(str(error)) from None
+
+
+def _copied(value: memoryview | None) -> bytes | None:
+    """A value of the file, whose length a damaged file may state as anything."""
+    if value is not None and len(value) > MAX_FILE:
+        raise UnreadableImage(f'a value of {len(value)} bytes, more than the {MAX_FILE} that are read')
+    return None if value is None else bytes(value)
+
+
+def _entries(path: str) -> int:
+    """Number of values in a file that is open."""
+    return _OPEN[os.path.realpath(path)][1].stat()['entries']
 
 
 def close_file(path: str) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from datasets.dataset import Dataset, EncodedStorage, PackedStrings
 from datasets.folder import data_path, read_listing
-from datasets.images import EXTENSIONS, UnreadableImage
+from datasets.images import EXTENSIONS, MAX_FILE, UnreadableImage
 from datasets.registry import register_dataset
 from utils.errors import UserError
 from utils.files import open_regular
@@ -74,7 +74,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         raise UserError(f"'{archive}' is damaged or no zip file: {error}; copy or write it again.") from None
     size = os.path.getsize(archive)
     for member in members.values():
-        if not 0 <= member.header_offset <= size - member.compress_size:
+        if not 0 <= member.header_offset <= size - member.compress_size or member.file_size >= 1 << 63:
             raise UserError(f"'{archive}' is cut off within '{member.filename}'; copy or write it again.")
     return members
 
@@ -99,6 +99,10 @@ class ZipStorage(EncodedStorage):
 
     def read(self, index: int) -> bytes:
         offset, stored_size, size, checksum, method, flags = self._members[index].tolist()
+        if max(size, stored_size) > MAX_FILE:
+            raise UnreadableImage(
+                f'the member has {max(size, stored_size)} bytes, more than the {MAX_FILE} that are read'
+            )
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or flags & _ENCRYPTED:
             raise UnreadableImage('the member is encrypted or compressed by another method than deflate')
         try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
+import resource
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +19,8 @@ from typing import Any
 from utils.cli import SIGNALS
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+MEMORY = 1 << 30  # bytes that a function of `run_apart` may take: a thousand times the largest MATLAB file that is read
+SECONDS = 15  # of processor time
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -26,10 +31,10 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
 
 
 def run_apart(function: Callable, *args: Any) -> Any:
-    """What a function returns that may crash: it runs in a process of its own.
+    """What a function returns that may crash or never end: it runs in a process of its own, within MEMORY and SECONDS.
 
     Raises:
-        Exception: what the function raises; BrokenProcessPool when its process died.
+        Exception: what the function raises; BrokenProcessPool when its process died, also at the end of its time.
     """
     forks = 'fork' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('fork' if forks else None)
@@ -42,5 +47,21 @@ def run_apart(function: Callable, *args: Any) -> Any:
 def _crash_silently() -> None:
     """Without the report that Paddle or faulthandler would write of it."""
     die_with_parent()
-    for number in (signal.SIGSEGV, *SIGNALS):
+    for number in (signal.SIGSEGV, signal.SIGXCPU, *SIGNALS):
         signal.signal(number, signal.SIG_DFL)
+    _limit(resource.RLIMIT_AS, _address_space() + MEMORY)
+    _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + SECONDS)
+
+
+def _limit(kind: int, value: int) -> None:
+    with contextlib.suppress(OSError, ValueError):  # a lower limit is set already
+        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
+
+
+def _address_space() -> int:
+    """Bytes of virtual memory of this process."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:  # elsewhere than on Linux
+        return 1 << 40
