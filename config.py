@@ -439,7 +439,7 @@ def _finish(config: CN) -> None:
     """Ends the layer of the command line and checks the result."""
     SCHEMA.end_layer(config)
     validate(config)
-    SCHEMA.drop_foreign(config)
+    SCHEMA.reset_unused(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
         if node[key] is not None:  # this run, or another, may soon be the latest
             node[key] = follow_latest(node[key])

@@ -19,7 +19,7 @@ def main() -> None:
     config = update_config(get_config(), args)  # in the parent too: a mistake is told once, before anything starts
     if not is_worker():
         sys.exit(launch(getattr(args, 'ngpus', None)))
-    start_paddle(alone=False)
+    start_paddle(single_process=False)
     from engine.run import run_config
 
     run_config(config)

@@ -19,9 +19,9 @@ from utils.errors import UserError
 
 PATCH_DISTANCE = 14.0  # between neighbouring patches, whatever their size: the constant of the published figures
 LOG_EPS = 1e-6
-SLICE = 16  # images whose attention is looked at together, so that its float64 copies stay small
+CHUNK = 16  # images whose attention is looked at together, so that its float64 copies stay small
 MIN_BATCH = 4  # images that the unbiased estimate of HSIC needs
-CONSTANT = 1e-13  # of a layer's squared products, what its HSIC must exceed to be more than rounding
+MIN_HSIC_RATIO = 1e-13  # of a layer's squared products, what its HSIC must exceed to be more than rounding
 
 
 # ---------------------------------------------------------------------------------------------------- attention
@@ -34,7 +34,7 @@ class AttentionStatistics:
         entropy(b, h, p) = -sum_q A[p, q] ln(A[p, q] + 1e-6)
         distance(b, h, p) = sum_q A[p, q] D[p, q],
 
-    where D[p, q] is the Euclidean distance between the places of p and q. Both are averaged over p and b, then over
+    where D[p, q] is the Euclidean distance between the positions of p and q. Both are averaged over p and b, then over
     the batches. Softmax and logarithm are float32, distances and means float64.
 
     Args:
@@ -50,14 +50,14 @@ class AttentionStatistics:
         self._sums: list[Tensor | None] = [None] * depth
         self._weights = [0] * depth
 
-    def add(self, layer: int, scores: Tensor, num_prefix: int = 1, places: Tensor | None = None) -> None:
+    def add(self, layer: int, scores: Tensor, num_prefix: int = 1, positions: Tensor | None = None) -> None:
         """Takes in the attention of a layer for a batch.
 
         Args:
             layer: its number, from 0.
             scores: scaled scores before the softmax, [B, H, P + N, P + N].
             num_prefix: P, tokens before the patch tokens.
-            places: of the patch tokens, [N, 2] or [B, N, 2], neighbouring patches being 1 apart; None: token i is patch
+            positions: of the patch tokens, [N, 2] or [B, N, 2], neighbouring patches being 1 apart; None: token i is patch
                 i of a square grid, row by row.
 
         Raises:
@@ -65,12 +65,14 @@ class AttentionStatistics:
         """
         scores = scores[:, :, num_prefix:, num_prefix:]
         batch, heads, tokens, _ = scores.shape
-        if places is None:
-            places = square_grid(tokens)
+        if positions is None:
+            positions = square_grid(tokens)
         sums = paddle.zeros([2, heads], 'float64')
-        for begin in range(0, batch, SLICE):
-            part = slice(begin, begin + SLICE)
-            distances = self.patch_distance * _pairwise(places if places.ndim == 2 else places[part].unsqueeze(1))
+        for begin in range(0, batch, CHUNK):
+            part = slice(begin, begin + CHUNK)
+            distances = self.patch_distance * _pairwise(
+                positions if positions.ndim == 2 else positions[part].unsqueeze(1)
+            )
             sums = sums + _entropy_and_distance(scores[part], distances)
         weight = batch if self.per_image else 1
         sums = sums * (weight / batch)
@@ -108,9 +110,9 @@ def mean_grid_distance(patches: int, patch_distance: float = PATCH_DISTANCE) -> 
     return patch_distance * _pairwise(square_grid(patches)).mean().item()
 
 
-def _pairwise(places: Tensor) -> Tensor:
+def _pairwise(positions: Tensor) -> Tensor:
     """Euclidean distances of points [..., N, 2] -> [..., N, N]."""
-    return (places.unsqueeze(-2) - places.unsqueeze(-3)).square().sum(-1).sqrt()
+    return (positions.unsqueeze(-2) - positions.unsqueeze(-3)).square().sum(-1).sqrt()
 
 
 def _entropy_and_distance(scores: Tensor, distances: Tensor) -> Tensor:
@@ -130,7 +132,7 @@ def measure_attention(
     """Entropy and distance of all heads of a model over images, each of which counts the same.
 
     Where tokens have become fewer (EViT, ToMe), the attention is that among those which are left, and a token of
-    several patches stands at the mean of their places.
+    several patches stands at the mean of their positions.
 
     Args:
         batches: normalised images [b, C, S, S].
@@ -142,8 +144,8 @@ def measure_attention(
     model.eval()
     statistics, images = AttentionStatistics(model.depth, patch_distance, per_image=True), 0
     for batch in batches:
-        for layer, scores, places in _attention(model, batch):
-            statistics.add(layer, scores, model.num_prefix, places)
+        for layer, scores, positions in _attention(model, batch):
+            statistics.add(layer, scores, model.num_prefix, positions)
         images += len(batch)
     return {'images': images, 'tokens': statistics.tokens, **statistics.result()}
 
@@ -151,14 +153,14 @@ def measure_attention(
 def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Yield the number of each block with attention, and the arguments of `AttentionStatistics.add`; one at a time."""
     source, prefix = None, model.num_prefix
-    for layer, seen in enumerate(model.iter_intermediates(images, want=('attn_logits', 'source'))):
-        if seen.attn_logits is not None:
-            places = None
+    for layer, results in enumerate(model.iter_intermediates(images, want=('attn_logits', 'source'))):
+        if results.attn_logits is not None:
+            positions = None
             if source is not None:
                 source = source[:, prefix:, prefix:].astype('float64')
-                places = paddle.matmul(source, square_grid(source.shape[2])) / source.sum(-1, keepdim=True)
-            yield layer, seen.attn_logits, places
-        source = seen.source
+                positions = paddle.matmul(source, square_grid(source.shape[2])) / source.sum(-1, keepdim=True)
+            yield layer, results.attn_logits, positions
+        source = results.source
 
 
 # ---------------------------------------------------------------------------------------------------- similarity
@@ -217,7 +219,7 @@ class CKA:
         for model, layers in (('first', own[: self._first]), ('second', own[self._first :])):
             for layer in np.flatnonzero(~np.isfinite(layers)):
                 raise UserError(f'layer {layer} of the {model} model is not finite: the weights are damaged.')
-        own = np.where(own > CONSTANT * self._scale.numpy() / self._batches, own, np.nan)
+        own = np.where(own > MIN_HSIC_RATIO * self._scale.numpy() / self._batches, own, np.nan)
         return hsic[: self._first, self._first :] / np.sqrt(np.outer(own[: self._first], own[self._first :]))
 
 
@@ -269,9 +271,9 @@ def representations(model: VisionTransformer, images: Tensor) -> Iterator[Tensor
     represented by the token it is in, and dropped patches are 0.
     """
     source, prefix = None, model.num_prefix
-    for seen in model.iter_intermediates(images, want=('inputs', 'source', 'tokens')):
-        yield _by_patch(seen.inputs, source, prefix)
-        source, last = seen.source, seen.tokens
+    for results in model.iter_intermediates(images, want=('inputs', 'source', 'tokens')):
+        yield _by_patch(results.inputs, source, prefix)
+        source, last = results.source, results.tokens
     norm = model.fc_norm if model.global_pool else model.norm
     yield _by_patch(norm(last), source, prefix)
 

@@ -141,11 +141,11 @@ def _outputs(model: VisionTransformer, images: Tensor, layers: list[int], target
     Up to a layer the model without it is the whole model: that part is computed once.
     """
     model.eval()
-    for layer, seen in enumerate(model.iter_intermediates(images, want=('given',))):
+    for layer, results in enumerate(model.iter_intermediates(images, want=('block_input',))):
         if layer in layers:
             model.blocks[layer].set_attn_weight(0.0, identity=1.0)
             try:
-                yield layer, _output(model, model.run_blocks(*seen.given, first=layer)[0], target)
+                yield layer, _output(model, model.run_blocks(*results.block_input, first=layer)[0], target)
             finally:
                 model.blocks[layer].set_attn_weight(1.0)
     if whole:
@@ -172,8 +172,8 @@ def branch_entropies(
         'mlp': {layer: ChannelStatistics() for layer in range(model.depth)},
     }
     for images in batches:
-        for layer, seen in enumerate(model.iter_intermediates(images, want=('attn_out', 'mlp_out'))):
-            for name, output in (('attn', seen.attn_out), ('mlp', seen.mlp_out)):
+        for layer, results in enumerate(model.iter_intermediates(images, want=('attn_out', 'mlp_out'))):
+            for name, output in (('attn', results.attn_out), ('mlp', results.mlp_out)):
                 if layer in sums[name]:
                     sums[name][layer].add(output.flatten(0, 1))
     return {

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, augmentation and loading. Importing this package does not import Paddle; `datasets.batch` and
-`datasets.mixing` do.
+"""Data sets, augmentation and data loading. Only `datasets.batch` and `datasets.mixing` import Paddle.
 
 A new data set is a function from a configuration and a split to a `Dataset`:
 
@@ -30,14 +29,17 @@ __all__ = [
 
 
 def build_dataset(config, split: str) -> Dataset:
-    """The part `split`, 'train' or 'val', of the data set that DATA.DATASET names.
+    """Build the data set that DATA.DATASET names.
+
+    Args:
+        split: 'train' or 'val'.
 
     Raises:
-        UserError: an unknown name, or data that are missing or malformed; names file and line.
+        UserError: an unknown name, or missing or malformed data; the text names file and line.
     """
     return DATASETS[config.DATA.DATASET](config, split)
 
 
 def list_datasets() -> list[str]:
-    """Names that DATA.DATASET may take."""
+    """Return the names that DATA.DATASET may take."""
     return list(DATASETS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what pyarrow's retired `serialize()` wrote, as found in the LMDB files of several training codes.
+"""Reader of pyarrow's removed `serialize()` format, which LMDB files of several training codes use.
 
-A value is 16 bytes that count attachments (there are none) and an Arrow IPC stream
-(https://arrow.apache.org/docs/format/Columnar.html) with one record batch of one column. Python objects become dense unions,
-one child per type. Only what bytes, integers and lists of them need is read.
+A value has 16 bytes for the number of attachments (zero), then an Arrow IPC stream
+(https://arrow.apache.org/docs/format/Columnar.html) with one record batch of one column. Python objects are dense unions
+with one child per type. Only bytes, integers and lists of them are supported.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from collections.abc import Iterator
 
 _PREFIX = 16
 
-# Message.fbs and Schema.fbs of the Arrow format: kinds of messages and of types, and the first version without a validity
-# bitmap for unions (V5).
+# Constants of Message.fbs and Schema.fbs of the Arrow format: message types, data types, and the first version without a
+# validity bitmap for unions (V5).
 _SCHEMA, _RECORD_BATCH = 1, 3
 _NULL, _INT, _BINARY, _LIST, _UNION = 1, 2, 4, 12, 14
 _VERSION_5 = 4
 
 
 def deserialize(data: bytes | memoryview):
-    """The object that `pyarrow.serialize` wrote, tuples as lists.
+    """Return the object that `pyarrow.serialize` wrote; tuples become lists.
 
     Raises:
-        ValueError: something else, or damaged.
+        ValueError: the data have another format or are damaged.
     """
     try:
         (value,) = _read_stream(memoryview(data)[_PREFIX:])
@@ -34,50 +34,50 @@ def deserialize(data: bytes | memoryview):
 
 
 def _read_stream(data: memoryview) -> list:
-    """Values of the column."""
+    """Return the values of the column."""
     column = None
-    place = 0
+    position = 0
     while True:
-        (size,) = struct.unpack_from('<i', data, place)
-        place += 4
-        if size == -1:  # a marker since Arrow 0.15, the size comes behind it
-            (size,) = struct.unpack_from('<i', data, place)
-            place += 4
+        (size,) = struct.unpack_from('<i', data, position)
+        position += 4
+        if size == -1:  # a marker since Arrow 0.15, before the size
+            (size,) = struct.unpack_from('<i', data, position)
+            position += 4
         if size <= 0:
             raise ValueError('not a value serialized by pyarrow (no record)')
-        metadata = data[place : place + size]
+        metadata = data[position : position + size]
         message = _Table(metadata, *struct.unpack_from('<I', metadata))
-        place += size
+        position += size
         kind, header, body_size = message.number(1, 'B'), message.table(2), message.number(3, 'q')
         if body_size < 0:  # it would lead back
             raise ValueError('not a value serialized by pyarrow (a body of negative size)')
         if kind == _SCHEMA:
             (column,) = header.tables(1)
         elif kind == _RECORD_BATCH and column is not None:
-            body = data[place : place + body_size]
+            body = data[position : position + body_size]
             return _RecordBatch(header, body, message.number(0, 'h')).values(column)
-        place += body_size
+        position += body_size
 
 
 class _RecordBatch:
-    """The buffers of a batch, taken in the order in which the fields of its schema, depth first, need them."""
+    """Buffers of a record batch, consumed in depth-first order of the fields of its schema."""
 
     def __init__(self, header: _Table, body: memoryview, version: int):
         self._lengths = iter(header.structs(1, '<qq'))
-        self._places = iter(header.structs(2, '<qq'))
+        self._positions = iter(header.structs(2, '<qq'))
         self._body = body
         self._left = len(body)  # values that may still come: each takes a byte, or is one of a union that has
         self._union_has_validity = version < _VERSION_5
 
     def _buffer(self) -> memoryview:
-        offset, size = next(self._places)
+        offset, size = next(self._positions)
         return self._body[offset : offset + size]
 
     def _array(self, code: str, count: int) -> tuple:
         return struct.unpack_from(f'<{count}{code}', self._buffer())
 
     def values(self, field: _Table) -> list:
-        """Python values of a field: None, int, bytes, or lists of them."""
+        """Return the Python values of a field: None, int, bytes, or lists of them."""
         length, _ = next(self._lengths)
         self._left -= length
         if length < 0 or self._left < 0:
@@ -87,7 +87,7 @@ class _RecordBatch:
             return [None] * length
         if kind == _UNION:
             return self._union(field, length)
-        self._buffer()  # validity: absent values are a union's business
+        self._buffer()  # validity bitmap: unused, since unions mark missing values
         if kind == _INT:
             code = {8: 'b', 16: 'h', 32: 'i', 64: 'q'}[field.table(3).number(0, 'i')]
             return list(self._array(code, length))
@@ -113,45 +113,47 @@ class _RecordBatch:
 
 
 class _Table:
-    """A table of a flatbuffer (https://flatbuffers.dev/internals): fields are found through a vector of offsets."""
+    """A flatbuffer table (https://flatbuffers.dev/internals), whose vtable holds the offsets of its fields."""
 
-    def __init__(self, data: memoryview, place: int):
+    def __init__(self, data: memoryview, position: int):
         self._data = data
-        self._place = place
+        self._position = position
 
     def _field(self, number: int) -> int | None:
-        (back,) = struct.unpack_from('<i', self._data, self._place)
-        fields = self._place - back
+        (back,) = struct.unpack_from('<i', self._data, self._position)
+        fields = self._position - back
         (size,) = struct.unpack_from('<H', self._data, fields)
         if 4 + 2 * number >= size:
             return None
         (offset,) = struct.unpack_from('<H', self._data, fields + 4 + 2 * number)
-        return self._place + offset if offset else None
+        return self._position + offset if offset else None
 
     def number(self, field: int, code: str) -> int:
-        place = self._field(field)
-        return 0 if place is None else struct.unpack_from('<' + code, self._data, place)[0]
+        position = self._field(field)
+        return 0 if position is None else struct.unpack_from('<' + code, self._data, position)[0]
 
     def table(self, field: int) -> _Table:
-        place = self._field(field)
-        if place is None:
+        position = self._field(field)
+        if position is None:
             raise IndexError(f'field {field} is absent')
-        return self._follow(place)
+        return self._follow(position)
 
     def tables(self, field: int) -> list[_Table]:
-        return [self._follow(place) for place in self._items(field, 4)]
+        return [self._follow(position) for position in self._items(field, 4)]
 
     def structs(self, field: int, layout: str) -> list[tuple]:
-        return [struct.unpack_from(layout, self._data, place) for place in self._items(field, struct.calcsize(layout))]
+        return [
+            struct.unpack_from(layout, self._data, position) for position in self._items(field, struct.calcsize(layout))
+        ]
 
-    def _follow(self, place: int) -> _Table:
-        return _Table(self._data, place + struct.unpack_from('<I', self._data, place)[0])
+    def _follow(self, position: int) -> _Table:
+        return _Table(self._data, position + struct.unpack_from('<I', self._data, position)[0])
 
     def _items(self, field: int, size: int) -> Iterator[int]:
-        """Places of the items of a vector."""
-        place = self._field(field)
-        if place is None:
+        """Yield the positions of the items of a vector."""
+        position = self._field(field)
+        if position is None:
             return
-        place += struct.unpack_from('<I', self._data, place)[0]
-        (count,) = struct.unpack_from('<I', self._data, place)
-        yield from range(place + 4, place + 4 + count * size, size)
+        position += struct.unpack_from('<I', self._data, position)[0]
+        (count,) = struct.unpack_from('<I', self._data, position)
+        yield from range(position + 4, position + 4 + count * size, size)

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Operations on pictures and the policies that choose among them.
+"""Image operations and augmentation policies.
 
-RandAugment: https://arxiv.org/abs/1909.13719, in timm's `rand-m9-mstd0.5-inc1` form, where severity grows with magnitude.
+RandAugment: https://arxiv.org/abs/1909.13719, as timm's `rand-m9-mstd0.5-inc1`, where severity increases with magnitude.
 AutoAugment: https://arxiv.org/abs/1805.09501, the ImageNet policy of table 9.
 
-An operation takes and returns a Pillow image (RGB or L); its magnitude runs from 0 to 10. Geometric operations take a
-`Style`: how they resample and what they fill uncovered corners with.
+An operation takes and returns a Pillow image (RGB or L); its magnitude ranges from 0 to 10. Geometric operations also take
+a `Style`: the resampling filter and the fill color of uncovered corners.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from typing import NamedTuple, Union
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-Colour = Union[int, tuple[int, int, int]]
+Color = Union[int, tuple[int, int, int]]
 
 BILINEAR, BICUBIC, NEAREST = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.NEAREST
 
 
 # ---------------------------------------------------------------------------------------------------- operations
 def posterize(image: Image.Image, bits: int) -> Image.Image:
-    """Keeps the `bits` highest bits; 0 bits, which Pillow may refuse, are a black picture."""
+    """Keep the `bits` highest bits; 0 bits, which Pillow may refuse, give a black image."""
     mask = 0xFF & ~(0xFF >> bits)
     return _look_up(image, [value & mask for value in range(256)])
 
 
 def solarize(image: Image.Image, threshold: int) -> Image.Image:
-    """Inverts values of `threshold` and above."""
+    """Invert values of at least `threshold`."""
     return _look_up(image, [value if value < threshold else 255 - value for value in range(256)])
 
 
 def solarize_add(image: Image.Image, addend: int) -> Image.Image:
-    """Adds to values below 128, up to 255."""
+    """Add `addend` to values below 128, up to 255."""
     return _look_up(image, [min(255, value + addend) if value < 128 else value for value in range(256)])
 
 
 def color(image: Image.Image, factor: float) -> Image.Image:
-    """Saturation: 0 is grey, 1 the image itself."""
+    """Change the saturation: factor 0 gives a gray image, 1 the image itself."""
     return ImageEnhance.Color(image).enhance(factor)
 
 
@@ -56,7 +56,7 @@ def sharpness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turns the colour circle by a share of it, in 256 steps of which int(255 * shift) are made; L has no hue."""
+    """Shift the hue by int(255 * shift) of 256 steps of the color circle; L has no hue."""
     if image.mode == 'L':
         return image
     turned = [(value + int(255 * shift)) % 256 for value in range(256)]
@@ -64,24 +64,24 @@ def hue(image: Image.Image, shift: float) -> Image.Image:
 
 
 def grayscale(image: Image.Image) -> Image.Image:
-    """The luminance in all channels."""
+    """Copy the luminance to all channels."""
     return image.convert('L').convert(image.mode)
 
 
 def blur(image: Image.Image, radius: float) -> Image.Image:
-    """Gaussian; Pillow's radius is the standard deviation in pixels."""
+    """Apply a Gaussian blur; Pillow's radius is the standard deviation in pixels."""
     return image.filter(ImageFilter.GaussianBlur(radius))
 
 
 class Style(NamedTuple):
-    """How a geometric operation makes its pixels."""
+    """Resampling filter and fill color of a geometric operation."""
 
     resample: Image.Resampling
-    fill: Colour
+    fill: Color
 
 
 def rotate(image: Image.Image, degrees: float, style: Style) -> Image.Image:
-    """Counter-clockwise about the centre."""
+    """Rotate counter-clockwise about the center."""
     return image.rotate(degrees, resample=style.resample, fillcolor=style.fill)
 
 
@@ -101,14 +101,14 @@ def translate_y(image: Image.Image, pixels: float, style: Style) -> Image.Image:
     return _affine(image, (1, 0, 0, 0, 1, pixels), style)
 
 
-def translate_x_relative(image: Image.Image, share: float, style: Style) -> Image.Image:
-    """By a share of the width."""
-    return translate_x(image, share * image.width, style)
+def translate_x_relative(image: Image.Image, fraction: float, style: Style) -> Image.Image:
+    """Translate by a fraction of the width."""
+    return translate_x(image, fraction * image.width, style)
 
 
-def translate_y_relative(image: Image.Image, share: float, style: Style) -> Image.Image:
-    """By a share of the height."""
-    return translate_y(image, share * image.height, style)
+def translate_y_relative(image: Image.Image, fraction: float, style: Style) -> Image.Image:
+    """Translate by a fraction of the height."""
+    return translate_y(image, fraction * image.height, style)
 
 
 def _affine(image: Image.Image, matrix: tuple, style: Style) -> Image.Image:
@@ -121,13 +121,13 @@ def _look_up(image: Image.Image, table: list[int]) -> Image.Image:
 
 # ---------------------------------------------------------------------------------------------------- magnitudes
 class Operation(NamedTuple):
-    """What a policy applies.
+    """An operation of a policy.
 
     Attributes:
-        function: takes the image, the argument unless `argument` is None, and the style when `geometric`.
-        argument: the argument at severity m = magnitude / 10.
-        signed: whether m is negated half of the time.
-        geometric: whether the function takes a style.
+        function: takes the image, the argument unless `argument` is None, and the style if `geometric`.
+        argument: maps the severity m = magnitude / 10 to the argument.
+        signed: True if m is negated with probability 1/2.
+        geometric: True if the function takes a style.
     """
 
     function: Callable
@@ -169,14 +169,14 @@ INCREASING = {
     'TranslateYRel': _geometry(translate_y_relative, 0.45),
 }
 
-# PaddleViT translates by up to 100 pixels, whatever the size of the image.
+# PaddleViT translates by up to 100 pixels, independently of the image size.
 INCREASING_PADDLEVIT = {
     **{name: operation for name, operation in INCREASING.items() if not name.startswith('Translate')},
     'TranslateX': _geometry(translate_x, 100.0),
     'TranslateY': _geometry(translate_y, 100.0),
 }
 
-# AutoAugment's severities do not all grow with the magnitude, and enhancement is by a factor of 0.1 to 1.9.
+# In AutoAugment, some severities decrease with the magnitude, and enhancement factors range from 0.1 to 1.9.
 ORIGINAL = {
     **{name: INCREASING[name] for name in ('AutoContrast', 'Equalize', 'Invert', 'Rotate', 'ShearX')},
     'PosterizeOriginal': Operation(posterize, lambda m: 4 + int(m * 4)),
@@ -186,7 +186,7 @@ ORIGINAL = {
     'Sharpness': Operation(sharpness, lambda m: m * 1.8 + 0.1),
 }
 
-# (operation, probability, magnitude) twice per sub-policy.
+# Sub-policies of two (operation, probability, magnitude) each.
 IMAGENET_POLICY = (
     (('PosterizeOriginal', 0.4, 8), ('Rotate', 0.6, 9)),
     (('Solarize', 0.6, 5), ('AutoContrast', 0.6, 5)),
@@ -217,14 +217,14 @@ IMAGENET_POLICY = (
 
 
 # ---------------------------------------------------------------------------------------------------- policies
-class Canvas:
-    """The style of each operation of a policy.
+class StyleSampler:
+    """Chooses the style of each operation of a policy.
 
-    timm: the interpolation of the run, or one of two at random, on the mean colour of the data.
-    paddlevit: nearest pixels on mid-grey, but black behind rotations.
+    timm: the interpolation of the run, or bilinear or bicubic at random; filled with the mean color of the data.
+    paddlevit: nearest neighbor; filled with mid-gray, after rotations with black.
     """
 
-    def __init__(self, space: str, interpolation: str, mean: Colour):
+    def __init__(self, space: str, interpolation: str, mean: Color):
         self.space = space
         self.resamples = RESAMPLES[interpolation]
         self.mean = mean
@@ -240,21 +240,23 @@ RESAMPLES = {'bicubic': (BICUBIC,), 'bilinear': (BILINEAR,), 'random': (BILINEAR
 
 
 def choose(options: tuple, rng: np.random.Generator):
-    """One of `options` with equal probability; draws only when there is a choice."""
+    """Return one of `options` with equal probability; draws no random number for a single option."""
     return options[0] if len(options) == 1 else options[rng.integers(len(options))]
 
 
 class RandAugment:
-    """Applies `layers` operations, drawn with replacement, each with probability 0.5 at a magnitude ~ N(magnitude, 0.5)
-    that is clipped to [0, 10]."""
+    """RandAugment: `layers` operations drawn with replacement.
+
+    Each is applied with probability 0.5, at a magnitude ~ N(magnitude, 0.5) clipped to [0, 10].
+    """
 
     PROBABILITY, DEVIATION = 0.5, 0.5
 
-    def __init__(self, layers: int, magnitude: float, canvas: Canvas):
+    def __init__(self, layers: int, magnitude: float, styles: StyleSampler):
         self.layers = layers
         self.magnitude = magnitude
-        self.canvas = canvas
-        self.operations = INCREASING_PADDLEVIT if canvas.space == 'paddlevit' else INCREASING
+        self.styles = styles
+        self.operations = INCREASING_PADDLEVIT if styles.space == 'paddlevit' else INCREASING
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         names = tuple(self.operations)
@@ -264,27 +266,30 @@ class RandAugment:
             name = names[choice]
             magnitude = min(10.0, max(0.0, rng.normal(self.magnitude, self.DEVIATION)))
             negative = rng.random() < 0.5
-            image = self.operations[name](image, magnitude, negative, self.canvas.style(name, rng))
+            image = self.operations[name](image, magnitude, negative, self.styles.style(name, rng))
         return image
 
 
 class AutoAugment:
-    """One of the 25 sub-policies for ImageNet per image."""
+    """AutoAugment: one of the 25 sub-policies for ImageNet per image."""
 
-    def __init__(self, canvas: Canvas):
-        self.canvas = canvas
+    def __init__(self, styles: StyleSampler):
+        self.styles = styles
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         for name, probability, magnitude in IMAGENET_POLICY[rng.integers(len(IMAGENET_POLICY))]:
             if rng.random() < probability:
                 negative = rng.random() < 0.5
-                image = ORIGINAL[name](image, magnitude, negative, self.canvas.style(name, rng))
+                image = ORIGINAL[name](image, magnitude, negative, self.styles.style(name, rng))
         return image
 
 
 class ColorJitter:
-    """Brightness, contrast and saturation, each by a factor uniform in [1 - strength, 1 + strength], and, if there is a fourth
-    strength, hue by a shift uniform in [-strength, strength]; in random order."""
+    """Color jitter: changes of brightness, contrast, saturation and optionally hue, in random order.
+
+    Factors are uniform in [1 - strength, 1 + strength]. The hue shift, if there is a fourth strength, is uniform in
+    [-strength, strength].
+    """
 
     FUNCTIONS = (brightness, contrast, color, hue)
 
@@ -295,6 +300,6 @@ class ColorJitter:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
         arguments = rng.uniform(self.low, self.high)
-        for place in rng.permutation(len(arguments)):
-            image = self.FUNCTIONS[place](image, arguments[place])
+        for index in rng.permutation(len(arguments)):
+            image = self.FUNCTIONS[index](image, arguments[index])
         return image

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the loader's uint8 batch to the tensors that a model takes. Imports Paddle: not for worker processes."""
+"""Conversion of a uint8 batch to model inputs. It imports Paddle, so worker processes must not import it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batc
 
     Args:
         batch: images [b, ..., H, W, C] uint8, or a list of b such images of different sizes.
-        mean: per channel, of images scaled to [0, 1]; grayscale images take the first.
+        mean: per channel, of images scaled to [0, 1]; grayscale images use the first.
         std: per channel, like `mean`.
 
     Returns:
-        A batch of tensors: images [b, ..., C, H, W] float32, (x / 255 - mean) / std, 0 in the padding that the target VALID
-        leaves, and targets of fixed shape. A list
-        of images becomes a list of [C, H, W]; ragged targets stay lists of arrays.
+        A batch of tensors. Images are [b, ..., C, H, W] float32, (x / 255 - mean) / std, and 0 in the padding, which the
+        target VALID defines. A list of images becomes a list of [C, H, W]; ragged targets stay lists of arrays.
     """
     if isinstance(batch.images, list):
         images = [_normalize(image[None], None, mean, std)[0] for image in batch.images]
@@ -46,7 +45,7 @@ def _normalize(images: np.ndarray, erase, mean: Sequence[float], std: Sequence[f
 
 
 def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
-    """Copy bytes, a quarter of the size of the result, and compute on the device."""
+    """Copy uint8 pixels to the device, a quarter of the size of float32, and compute there."""
     images = paddle.to_tensor(pixels).astype('float32').moveaxis(-1, -3)
     images = images * paddle.to_tensor(scale) + paddle.to_tensor(shift)
     if valid is not None:
@@ -58,17 +57,17 @@ def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarr
 
 
 def _mask(valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[b, 1, H, W] bool: which pixels are no padding, by (height, width) [b, 2] of what is none."""
+    """Return a mask [b, 1, H, W] bool of the pixels without padding, from their (height, width) [b, 2]."""
     rows, columns = (np.arange(side) < valid[:, [axis]] for axis, side in enumerate(size))
     return (rows[:, :, None] & columns[:, None])[:, None]
 
 
 def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
-    """Bit-equal to `_on_the_device`, in a twentieth of the time that Paddle takes on the CPU."""
+    """Compute the same bits as `_on_the_device` with numpy, 20 times faster than Paddle on the CPU."""
     *many, height, width, channels = pixels.shape
     images = np.empty((*many, channels, height, width), 'float32')
     one_by_one = images.reshape(-1, channels, height, width), pixels.reshape(-1, height, width, channels)
-    for image, source in zip(*one_by_one):  # one at a time, so that an image stays in the processor's cache
+    for image, source in zip(*one_by_one):  # one at a time, so that an image fits into the CPU cache
         image[:] = source.transpose(2, 0, 1)
         image *= scale
         image += shift

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files held in memory, DATA.CACHE, as in Swin Transformer and MS-MLP.
+"""Cache of image files in memory (DATA.CACHE), as in Swin Transformer and MS-MLP.
 
-    full    each training process holds all images
-    part    process r of w holds the images i with i % w == r, and trains on those alone
+    full    each rank caches all training images
+    part    rank r of w caches the images i with i % w == r, and trains on those alone
 
-Validation holds the share of its process in both cases, since that never changes. A cache belongs to one data set of one run
-and is never written anywhere: training and validation cannot be confused, and nothing stale can be found.
+In both cases each rank caches its own validation images. A cache belongs to one data set of one run and is never written to
+disk, so it can be neither stale nor mixed up.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from datasets.images import UnreadableImage
 from utils.errors import UserError
 
 
-def cached(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
-    """The same data set with the image files of `indices` in memory; data that are in memory anyway are left as they are.
+def cache_images(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
+    """Return the data set with the image files of `indices` in memory; data sets without image files are returned unchanged.
 
     Raises:
-        UserError: not enough memory.
+        UserError: there is not enough memory.
     """
     if not isinstance(dataset.storage, EncodedStorage):
         return dataset
@@ -40,12 +40,12 @@ def cached(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
     except MemoryError as error:
         raise UserError(
             f'{len(indices)} images of {dataset.source} do not fit into memory ({error}); set DATA.CACHE to '
-            'part, which shares them out among the processes, or to no.'
+            'part, which splits them among the processes, or to no.'
         ) from None
 
 
 class CachedStorage(EncodedStorage):
-    """Another storage, with the image files of `indices` in memory."""
+    """A storage with the image files of `indices` in memory."""
 
     def __init__(self, storage: EncodedStorage, indices: Iterable[int]):
         self.storage = storage
@@ -53,7 +53,7 @@ class CachedStorage(EncodedStorage):
         for index in indices:
             try:
                 self.files[index] = storage.read(index)
-            except UnreadableImage:  # will be met again, and dealt with, when the image is wanted
+            except UnreadableImage:  # `read` raises it again when the image is needed
                 continue
 
     def __len__(self) -> int:
@@ -67,45 +67,45 @@ class CachedStorage(EncodedStorage):
 
 
 class PackedBytes:
-    """Byte strings by number, some of them absent, one behind the other in anonymous memory maps.
+    """Byte strings by index in anonymous memory maps; some may be missing.
 
-    Worker processes that are forked later share them: reading touches no reference count beside the bytes, which would copy
-    their page. Python objects would end up copied to each worker.
+    Worker processes that are forked later share the maps. Python objects would be copied to each worker, since reading one
+    changes its reference count and with it the memory page.
     """
 
     MAP_SIZE = 1 << 28
 
     def __init__(self, count: int):
         self._maps: list[mmap.mmap] = []
-        self._end = 0  # of what is used of the last map
-        self._places = np.full((count, 3), -1, np.int64)  # map, begin, end
+        self._end = 0  # end of the used part of the last map
+        self._positions = np.full((count, 3), -1, np.int64)  # map, begin, end
 
     def __contains__(self, index: int) -> bool:
-        return self._places[index, 0] >= 0
+        return self._positions[index, 0] >= 0
 
     def __getitem__(self, index: int) -> bytes:
-        number, begin, end = self._places[index].tolist()
+        number, begin, end = self._positions[index].tolist()
         return self._maps[number][begin:end]
 
     def __setitem__(self, index: int, data: bytes) -> None:
-        """Raises MemoryError, whose text says how much there is."""
+        """Store a byte string. Raises MemoryError, whose text gives the sizes."""
         if not self._maps or self._end + len(data) > len(self._maps[-1]):
             self._maps.append(self._new_map(max(len(data), self.MAP_SIZE)))
             self._end = 0
         begin, self._end = self._end, self._end + len(data)
         self._maps[-1][begin : self._end] = data
-        self._places[index] = len(self._maps) - 1, begin, self._end
+        self._positions[index] = len(self._maps) - 1, begin, self._end
 
     def _new_map(self, size: int) -> mmap.mmap:
         free = free_memory()
-        if free is not None and free < size:  # the kernel would grant it, and kill the process that uses it
+        if free is not None and free < size:  # the kernel would grant the map, then kill the process on use
             used = sum(map(len, self._maps))
             raise MemoryError(f'{used / 1e9:.1f} GB are read, {free / 1e9:.1f} GB are free')
         return mmap.mmap(-1, size)
 
 
 def free_memory() -> int | None:
-    """Bytes that this machine can still give without swapping; None where that is not known."""
+    """Return the bytes that are available without swapping; None if unknown."""
     try:
         with open('/proc/meminfo', encoding='ascii') as file:
             fields = dict(line.split(':') for line in file)

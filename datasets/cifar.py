@@ -21,20 +21,20 @@ MAX_FILE = 1 << 29  # bytes; CIFAR-100's train has 155 MB
 
 @register_dataset('cifar10')
 def build_cifar10(config, split: str) -> Dataset:
-    """`DATA_PATH/cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}`, or DATA_PATH is that folder."""
+    """CIFAR-10: `DATA_PATH/cifar-10-batches-py/{data_batch_1..5,test_batch,batches.meta}`, or DATA_PATH is that folder."""
     files = [f'data_batch_{i}' for i in range(1, 6)] if split == 'train' else ['test_batch']
     return _build(config, 'cifar-10', 'cifar-10-batches-py', files, 'labels', 'batches.meta', 'label_names')
 
 
 @register_dataset('cifar100')
 def build_cifar100(config, split: str) -> Dataset:
-    """`DATA_PATH/cifar-100-python/{train,test,meta}` with the fine labels, or DATA_PATH is that folder."""
+    """CIFAR-100 with the fine labels: `DATA_PATH/cifar-100-python/{train,test,meta}`, or DATA_PATH is that folder."""
     files = ['train'] if split == 'train' else ['test']
     return _build(config, 'cifar-100', 'cifar-100-python', files, 'fine_labels', 'meta', 'fine_label_names')
 
 
 class ArrayStorage:
-    """Pictures held in memory, uint8 [N, H, W, 3]."""
+    """Images in memory, [N, H, W, 3] uint8."""
 
     def __init__(self, images: np.ndarray, name: str):
         self.images = images
@@ -71,7 +71,7 @@ def _build(config, name: str, folder: str, files: list[str], label_key: str, met
 
 
 def _fields(path: str, name: str, *keys: str) -> list:
-    """Entries of a pickled dict."""
+    """Return entries of a pickled dict."""
     try:
         with open_regular(path, MAX_FILE) as file, mapped(file) as stream:
             content = PickleReader().load(stream)
@@ -85,6 +85,6 @@ def _fields(path: str, name: str, *keys: str) -> list:
         raise UserError(
             f"'{path}' is missing; unpack https://www.cs.toronto.edu/~kriz/{name}-python.tar.gz into DATA.DATA_PATH."
         ) from None
-    except Exception as error:  # a damaged pickle can raise anything
+    except Exception as error:  # a damaged pickle can raise any exception
         reason = printable(getattr(error, 'strerror', None) or error, NAME) or type(error).__name__
         raise UserError(f"'{path}' is damaged ({reason}); unpack {name}-python.tar.gz again.") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A data set: a labelled list of items, and a storage that opens them."""
+"""Data sets: a list of labels, and a storage that opens the images."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from datasets.sample import Sample
 from utils.errors import UserError
 from utils.files import read_regular
 
-_PLAUSIBLE = 1000  # classes; if a list has more and most have no image, a label is wrong
-_LISTED, _SHOWN = 1000, 5  # classes without an image, in a list and in a sentence
+_PLAUSIBLE = 1000  # classes; if a list has more and most have no image, a label is probably wrong
+_LISTED, _SHOWN = 1000, 5  # maximum of classes without an image, in a list and in a sentence
 
 
 class Storage(Protocol):
-    """Where the items of a data set lie. Used by several worker processes: handles are opened on first use, per process."""
+    """Storage of the items of a data set. Each worker process opens its own file handles on first use."""
 
     def __len__(self) -> int: ...
 
     def open(self, index: int) -> Image.Image:
-        """The item as RGB. Raises UnreadableImage with the reason."""
+        """Return an item as an RGB image. Raises UnreadableImage with the reason."""
 
     def describe(self, index: int) -> str:
-        """What a person can look the item up by: its path, or file and key."""
+        """Return the path of an item, or file and key, for messages."""
 
 
 class EncodedStorage(Storage):
-    """A storage of image files, wherever these lie."""
+    """A storage of encoded image files."""
 
     def read(self, index: int) -> bytes:
-        """The image file as it is. Raises UnreadableImage."""
+        """Return the bytes of an image file. Raises UnreadableImage."""
         raise NotImplementedError
 
     def open(self, index: int) -> Image.Image:
@@ -46,15 +46,15 @@ class EncodedStorage(Storage):
 
 
 class BadImageError(UserError):
-    """An image that cannot be read; names the image."""
+    """An image cannot be read; the text names the image."""
 
 
 class Images:
     """Images without targets. Subclasses add targets, as `columns` or in `sample`.
 
     Attributes:
-        source: the file or folder that the list of images comes from, for messages.
-        notes: sentences on the data that a user should read once.
+        source: file or folder of the list of images, for messages.
+        notes: sentences about the data, logged once.
         columns: targets that are known without reading an image: name -> [N, ...].
     """
 
@@ -71,12 +71,12 @@ class Images:
         return len(self.storage)
 
     def load(self, index: int) -> Image.Image:
-        """Image `index` as an RGB picture. Raises BadImageError."""
+        """Return image `index` as an RGB image. Raises BadImageError."""
         with self.naming(index):
             return self.storage.open(index)
 
     def sample(self, index: int, exif_rotate: bool = False) -> Sample:
-        """Image `index` with the targets that are not in `columns`, for a transform; to be used within `naming`.
+        """Return image `index` with the targets that are not in `columns`, for a transform. Call it within `naming`.
 
         Args:
             exif_rotate: see `decode_image`.
@@ -84,10 +84,10 @@ class Images:
         return Sample(self.picture(index, exif_rotate))
 
     def check_targets(self, index: int) -> None:
-        """Read the targets of image `index`, which can be read itself. Raises UserError with what is wrong."""
+        """Check the targets of a readable image. Raises UserError."""
 
     def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
-        """Image `index` for a transform, which may be what decodes it: to be used within `naming`."""
+        """Return image `index` for a transform, which may decode it. Call it within `naming`."""
         if isinstance(self.storage, EncodedStorage):
             return open_image(self.storage.read(index), exif_rotate)
         return self.storage.open(index)
@@ -104,13 +104,13 @@ class Images:
             ) from None
 
     def with_storages(self, change: Callable[[Storage], Storage]) -> Images:
-        """The same images and targets, with what `change` makes of each storage."""
+        """Return a copy of the data set with `change(storage)` in place of each storage."""
         other = copy.copy(self)
         other.storage = change(self.storage)
         return other
 
     def describe(self, index: int) -> str:
-        """Path, or file and key, of an image."""
+        """Return the path of an image, or file and key."""
         return self.storage.describe(index)
 
 
@@ -119,12 +119,12 @@ class Dataset(Images):
 
     Attributes:
         labels: [N] int64.
-        num_classes: number of classes, taken from the data.
-        class_names: one name per class; None when the data do not name classes, in which case `num_classes` is only
-            the largest label plus one, and the true number may be larger.
+        num_classes: number of classes in the data.
+        class_names: one name per class, or None. Without names `num_classes` is the largest label plus one, and the true
+            number may be larger.
 
     Args:
-        locate: file and line that say the label of an image, by index; None: the image itself does.
+        locate: maps an index to the file and line of the label; None: the image defines its label.
     """
 
     def __init__(
@@ -152,11 +152,11 @@ class Dataset(Images):
 
     @property
     def columns(self) -> Mapping[str, np.ndarray]:
-        """The classes under the name 'label'."""
+        """Return the labels under the name 'label'."""
         return {'label': self.labels}
 
     def locate(self, index: int) -> str:
-        """What says the label of an image: file and line, or the image itself."""
+        """Return the source of a label: file and line, or the image itself."""
         return self._locate(index) if self._locate else f"'{self.describe(index)}'"
 
 
@@ -168,7 +168,7 @@ def _names(names: Any, source: str) -> list[str]:
 
 
 def _whole_numbers(labels: Sequence[int], source: str) -> np.ndarray:
-    """Labels [N] int64. Raises UserError for anything that is not a list of whole numbers of 64 bits."""
+    """Return labels as [N] int64. Raises UserError if they are no list of 64-bit integers."""
     try:
         array = np.asarray(labels)
     except (ValueError, TypeError, OverflowError):  # such as lists of different lengths
@@ -195,15 +195,15 @@ class FileStorage(EncodedStorage):
     def read(self, index: int) -> bytes:
         try:
             return read_regular(self.describe(index), MAX_FILE)
-        except (OSError, ValueError, MemoryError) as error:  # ValueError: a name with a zero byte
+        except (OSError, ValueError, MemoryError) as error:  # ValueError: zero byte in the name
             raise UnreadableImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from None
 
 
 class PackedStrings:
     """A read-only list of strings in two arrays.
 
-    A million Python strings cost every worker process its own copy, since reading one touches its reference count and
-    with it the page shared with the parent. Arrays stay shared.
+    Python strings would be copied to each worker process, since reading one changes its reference count and with it the
+    shared memory page. Arrays stay shared.
     """
 
     def __init__(self, strings: Iterable[str]):
@@ -222,16 +222,15 @@ class PackedStrings:
 def _encoded(name: str) -> bytes:
     try:
         return os.fsencode(name)
-    except UnicodeEncodeError:  # half a character, which JSON can hold
+    except UnicodeEncodeError:  # an unpaired surrogate, which JSON allows
         raise UserError(f'{name!r} cannot be the name of a file; fix it where it is listed.') from None
 
 
 def resolve_num_classes(config, dataset: Dataset) -> int:
-    """Number of classes of the classifier: MODEL.NUM_CLASSES, or that of the data where it is None.
+    """Return MODEL.NUM_CLASSES, or the number of classes in the data if it is None.
 
     Raises:
-        UserError: when the data contradict MODEL.NUM_CLASSES. Data that do not name their classes (list files) may use
-            fewer.
+        UserError: the data contradict MODEL.NUM_CLASSES. Data without class names (list files) may use fewer classes.
     """
     wanted = config.MODEL.NUM_CLASSES
     if wanted is None:
@@ -243,7 +242,7 @@ def resolve_num_classes(config, dataset: Dataset) -> int:
         found = f'{dataset.num_classes} classes' if named else _largest_label(dataset)
         raise UserError(
             f'MODEL.NUM_CLASSES is {wanted}, but {dataset.source} has {found}; '
-            f'set it to {dataset.num_classes} (where it is not set, the training data decide).'
+            f'set it to {dataset.num_classes} (if it is not set, the training data decide).'
         )
     return wanted
 
@@ -254,7 +253,7 @@ def _largest_label(dataset: Dataset) -> str:
 
 
 def _check_plausible(dataset: Dataset) -> None:
-    """A single label that is far too large must not make millions of classes."""
+    """Raise UserError if a wrong, very large label would create many empty classes."""
     count, used = dataset.num_classes, len(np.unique(dataset.labels))
     if count > _PLAUSIBLE and 2 * used < count:
         largest = int(dataset.labels.argmax())
@@ -265,14 +264,14 @@ def _check_plausible(dataset: Dataset) -> None:
 
 
 def empty_classes(dataset: Dataset, num_classes: int) -> tuple[int, list[int]]:
-    """Number of classes without an image, and the first of them."""
+    """Return the number of classes without an image, and the first of them."""
     used = np.unique(dataset.labels)
     candidates = np.arange(min(num_classes, len(used) + _LISTED))
     return num_classes - len(used), np.setdiff1d(candidates, used)[:_LISTED].tolist()
 
 
 def describe_empty(dataset: Dataset, num_classes: int) -> str:
-    """One sentence on the classes without an image, empty where there are none."""
+    """Describe the classes without an image in one sentence; '' if there are none."""
     count, first = empty_classes(dataset, num_classes)
     if not count:
         return ''

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transforms of dense prediction, those of mmsegmentation: pixels [H, W, C] uint8 are resized by OpenCV without antialiasing.
+"""Transforms of dense prediction, as in mmsegmentation: OpenCV resizes pixels [H, W, C] uint8 without antialiasing.
 
 Training: resize by a random factor, crop, flip, photometric distortion, pad. Evaluation: resize the image, not its targets.
 """
@@ -14,15 +14,15 @@ from PIL import Image
 
 from datasets.images import UnreadableImage
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
-from datasets.transforms import THIN, FastFlip, Geometric, Picture, Transform, opencv, size_of
+from datasets.transforms import MAX_ASPECT_RATIO, FastFlip, Geometric, Picture, Transform, opencv, size_of
 from utils.errors import UserError
 
-TRIES = 10  # crops that are checked for the share of their largest class
+TRIES = 10  # maximum number of redraws of a crop that one class dominates
 Size = tuple[int, int]
 
 
 def dense_transform(config, training: bool, targets: Sequence[Plane] = ()) -> Transform:
-    """The transform that DATA and TRAIN describe.
+    """Build the transform that DATA and TRAIN describe.
 
     Args:
         targets: planes of the targets in training.
@@ -50,12 +50,12 @@ def dense_transform(config, training: bool, targets: Sequence[Plane] = ()) -> Tr
 
 
 def crop_size(config) -> Size:
-    """(height, width) of the training images."""
+    """Return (height, width) of the training images."""
     return tuple(config.DATA.CROP_SIZE or [config.DATA.IMAGE_SIZE] * 2)
 
 
 def as_pixels(image: Picture | np.ndarray) -> np.ndarray:
-    """Picture -> [H, W, 3] or [H, W] uint8."""
+    """Convert an image to [H, W, 3] or [H, W] uint8."""
     if isinstance(image, np.ndarray):
         return image
     return np.asarray(image if isinstance(image, Image.Image) else image.convert('RGB'))
@@ -63,26 +63,26 @@ def as_pixels(image: Picture | np.ndarray) -> np.ndarray:
 
 # ---------------------------------------------------------------------------------------------------- resizing
 def scaled_size(size: Size, scale: Sequence[int]) -> Size:
-    """The largest size of the same ratio whose longer side is at most max(scale) and whose shorter at most min(scale)."""
+    """Scale a size, with its aspect ratio, so that its longer side is at most max(scale), its shorter at most min(scale)."""
     factor = min(max(scale) / max(size), min(scale) / min(size))
     return tuple(max(int(side * factor + 0.5), 1) for side in size)
 
 
 def window_size(size: Size, short: int) -> Size:
-    """The size whose shorter side is `short`, whatever the longer one becomes, up to THIN times as much."""
-    if max(size) > THIN * min(size):
-        raise UnreadableImage(f'{size[0]} x {size[1]} pixels, more than {THIN} times as long as wide')
+    """Scale a size, with its aspect ratio, so that its shorter side is `short`. Raises UnreadableImage for thin images."""
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise UnreadableImage(f'{size[0]} x {size[1]} pixels, more than {MAX_ASPECT_RATIO} times as long as wide')
     return tuple(max(int(side * short / min(size) + 0.5), 1) for side in size)
 
 
 def resized(pixels: np.ndarray, size: Size) -> np.ndarray:
-    """[H, W, ...] resized to `size` (width, height), bilinear."""
+    """Resize [H, W, ...] to `size` (width, height), bilinear."""
     cv2 = opencv()
     return pixels if size_of(pixels) == tuple(size) else cv2.resize(pixels, size, interpolation=cv2.INTER_LINEAR)
 
 
 class ScaledResize(Geometric):
-    """Resizes to fit into `scale` (longer, shorter side) times a uniform factor, and keeps the ratio of the sides."""
+    """Resizes to fit into `scale` (longer, shorter side) times a uniform factor; keeps the aspect ratio."""
 
     def __init__(self, scale: Sequence[int], factors: tuple[float, float]):
         self.scale = scale
@@ -111,14 +111,14 @@ class ImageList:
 
 
 class ScaledImages:
-    """Evaluation: the image at one or several scales; targets keep the size of the stored image.
+    """Resizes an image to one or several scales for evaluation; targets keep the size of the stored image.
 
-    Adds the targets IMAGE_SIZE, (height, width) as stored, and 'scales', the images of all scales but the first.
+    Adds the targets IMAGE_SIZE, (height, width) of the stored image, and 'scales', the images of all scales but the first.
 
     Args:
         scale: (longer, shorter side) at ratio 1.
-        ratios: of the scales.
-        window: side of sliding windows; with several ratios the shorter side is then at least this, the longer without limit.
+        ratios: ratios of the scales.
+        window: side of sliding windows; with several ratios it is the minimum of the shorter side.
     """
 
     def __init__(self, scale: Sequence[int], ratios: Sequence[float], window: int | None):
@@ -137,7 +137,7 @@ class ScaledImages:
         return Sample(first, targets)
 
     def size(self, size: Size, ratio: float) -> Size:
-        """(width, height) at a ratio."""
+        """Return (width, height) at a ratio."""
         scale = [int(side * ratio) for side in self.scale]
         if self.window is None or len(self.ratios) == 1:
             return scaled_size(size, scale)
@@ -146,11 +146,11 @@ class ScaledImages:
 
 # ---------------------------------------------------------------------------------------------------- cropping
 class ClassCrop(Geometric):
-    """Crops at random where no class covers `share` of the labeled pixels or more, or at random after ten such draws.
+    """Random crop in which no class covers the fraction `share` of the labeled pixels or more, if ten draws find one.
 
     Args:
         size: (height, width); a shorter side stays.
-        share: 1: the first draw is used.
+        share: fraction in (0, 1]; 1: the first draw is used.
     """
 
     def __init__(self, size: Size, share: float):
@@ -186,7 +186,7 @@ class ClassCrop(Geometric):
 
 
 class Pad(Geometric):
-    """Pads at the right and bottom. The target VALID, (height, width) without padding, says what the batch sets to 0."""
+    """Pads at the right and bottom. Adds the target VALID, (height, width) without padding, for the mask in the batch."""
 
     def __init__(self, size: Size):
         self.size = size
@@ -210,7 +210,7 @@ class Pad(Geometric):
 
 # ---------------------------------------------------------------------------------------------------- colors
 class Distortion(NamedTuple):
-    """Draws of a photometric distortion; None: that operation is left out."""
+    """Draws of a photometric distortion; None: the operation is skipped."""
 
     brightness: float | None
     contrast_first: bool
@@ -226,7 +226,7 @@ class PhotometricDistortion:
         return distort(pixels, self.draw(rng))
 
     def draw(self, rng: np.random.Generator) -> Distortion:
-        """In the order of the operations."""
+        """Draw the parameters in the order of the operations."""
         brightness = _maybe(rng, lambda: rng.uniform(-32, 32))
         first = bool(rng.integers(2))
         contrast = _maybe(rng, lambda: rng.uniform(0.5, 1.5)) if first else None
@@ -257,19 +257,19 @@ def distort(pixels: np.ndarray, draws: Distortion) -> np.ndarray:
 
 
 def linear(values: np.ndarray, factor: float = 1.0, offset: float = 0.0) -> np.ndarray:
-    """values * factor + offset in float32, clipped and truncated to uint8."""
+    """Compute values * factor + offset in float32, clipped and truncated to uint8."""
     return np.clip(values.astype('float32') * np.float32(factor) + np.float32(offset), 0, 255).astype('uint8')
 
 
 def saturated(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Saturation times a factor, in OpenCV's HSV of 8 bits."""
+    """Multiply the saturation by a factor, in OpenCV's 8-bit HSV."""
     hsv = _to_hsv(pixels)
     hsv[..., 1] = linear(hsv[..., 1], factor)
     return _to_rgb(hsv)
 
 
 def hue_shifted(pixels: np.ndarray, shift: int) -> np.ndarray:
-    """Hue, 0 to 179, plus a shift."""
+    """Add a shift to the hue, 0 to 179."""
     hsv = _to_hsv(pixels)
     hsv[..., 0] = (hsv[..., 0].astype(int) + shift) % 180
     return _to_rgb(hsv)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The embedded default: scikit-learn's 1797 handwritten digits, 8 x 8 pixels, ten classes, nothing to download.
+"""The embedded default: scikit-learn's 1797 handwritten digits, 8 x 8 pixels, ten classes, without a download.
 
-They are written once as a tree of PNG files, so that training on them runs through the same code as any other data:
-`$LEANVIT_CACHE/digits/{train,val}/<digit>/<number>.png`, by default below ~/.cache/leanvit. The validation part is every
-fifth picture of each digit.
+They are written once as PNG files, so that they use the same code as other data sets:
+`$LEANVIT_CACHE/digits/{train,val}/<digit>/<number>.png`, by default below ~/.cache/leanvit. Every fifth image of each digit
+belongs to the validation split.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from datasets.embedded import load_digits, written_once
 from datasets.folder import class_folders, image_folder
 from datasets.registry import register_dataset
 
-_HELD_OUT = 5  # every fifth picture of a class
+_HELD_OUT = 5  # every fifth image of a class
 
 
 @register_dataset('digits')
 def build_digits(config, split: str) -> Dataset:
-    """scikit-learn's digits; DATA_PATH is not used."""
+    """scikit-learn's digits; ignores DATA_PATH."""
     folder = os.path.join(digits_folder(), split)
     return image_folder(folder, class_folders(folder))
 
 
 def digits_folder() -> str:
-    """The folder with `train/` and `val/`, written at the first call."""
+    """Return the folder with `train/` and `val/`, which the first call writes."""
     return written_once('digits', _write_digits)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Folders of embedded data, written once below `$LEANVIT_CACHE`, by default ~/.cache/leanvit."""
+"""Embedded data sets, written once below `$LEANVIT_CACHE`, by default ~/.cache/leanvit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 
 def written_once(name: str, write: Callable[[str], None]) -> str:
-    """The folder `name` of the cache; the first call lets `write` fill it. Several processes may call at the same time.
+    """Return the folder `name` of the cache, which the first call fills with `write`. Safe for concurrent processes.
 
     Raises:
         UserError: the cache cannot be written.
@@ -31,7 +31,7 @@ def written_once(name: str, write: Callable[[str], None]) -> str:
         os.chmod(unfinished, 0o755)
         os.rename(unfinished, folder)
     except OSError as error:
-        if not os.path.isdir(folder):  # otherwise another process was faster, with the same files
+        if not os.path.isdir(folder):  # otherwise another process wrote the same files
             raise UserError(f"cannot write the digits to '{folder}': {error.strerror}; set LEANVIT_CACHE.") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -39,7 +39,7 @@ def written_once(name: str, write: Callable[[str], None]) -> str:
 
 
 def load_digits():
-    """scikit-learn's handwritten digits: `images` [1797, 8, 8], 0 to 16, and `target` [1797]."""
+    """Load scikit-learn's handwritten digits: `images` [1797, 8, 8], 0 to 16, and `target` [1797]."""
     try:
         from sklearn import datasets
     except ImportError:

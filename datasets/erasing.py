@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random erasing, https://arxiv.org/abs/1708.04896, as in timm: boxes of a normalised image are overwritten with noise."""
+"""Random erasing (https://arxiv.org/abs/1708.04896), as in timm: noise overwrites boxes of a normalized image."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class RandomErasing:
-    """Chooses values that overwrite parts of a normalised image.
+    """Draws the boxes of random erasing and their values.
 
-    With `probability` an image gets 1 to `count` boxes (uniform), each of an area uniform in [0.02, 1/3] of the image divided
-    by their number and a log-uniform aspect ratio in [0.3, 1/0.3]; a box that is not smaller than the image is drawn again,
-    up to ten times.
+    With `probability` an image gets 1 to `count` boxes (uniform). The area of a box is uniform in [0.02, 1/3] of the image,
+    divided by the number of boxes; its aspect ratio is log-uniform in [0.3, 1/0.3]. A box that does not fit into the image
+    is drawn again, up to ten times.
 
     Args:
-        mode: pixel: N(0, 1) per value; rand: one N(0, 1) colour per box; const: 0, the mean of the data.
+        mode: pixel: N(0, 1) per value; rand: one N(0, 1) color per box; const: 0, the mean of the data.
     """
 
     AREA = (0.02, 1 / 3)
@@ -29,7 +29,7 @@ class RandomErasing:
         self.count = count
 
     def __call__(self, shape: tuple[int, int, int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray] | None:
-        """Flat positions int32 [E] in an image laid out (C, H, W), each once, and their values float32 [E]; or None.
+        """Return unique flat positions int32 [E] in an image of layout (C, H, W) and their values float32 [E], or None.
 
         Args:
             shape: (H, W, C) of the image.

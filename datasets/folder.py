@@ -18,7 +18,7 @@ from utils.environment import expand_user
 from utils.errors import UserError
 from utils.files import open_regular
 
-_DIGITS = 9  # of a label, which LMDB files store in 32 bits
+_DIGITS = 9  # maximum of a label, since LMDB files store it in 32 bits
 _QUOTED = 200  # characters of a line in a message
 _LINE = 65536  # characters of a line that are read; paths have at most 4096
 
@@ -26,31 +26,31 @@ _LINE = 65536  # characters of a line that are read; paths have at most 4096
 # ---------------------------------------------------------------------------------------------------- folders
 @register_dataset('folder')
 def build_folder(config, split: str) -> Dataset:
-    """`DATA_PATH/train/<class>/**` and `DATA_PATH/val/<class>/**`; classes are numbered in sorted order."""
+    """Class folders `DATA_PATH/{train,val}/<class>/**`; classes are numbered in sorted order."""
     root = data_path(config)
     folder = os.path.join(root, split)
-    # Validation may lack classes; they are numbered as in training. Only folder names of the training part are read.
+    # `val` may lack classes, so class numbers always come from the folder names of `train`.
     train = os.path.join(root, 'train')
     names = class_folders(train if os.path.isdir(train) else folder)
     return image_folder(folder, names)
 
 
 def image_folder(folder: str, names: list[str]) -> Dataset:
-    """Images below `folder/<name>` for each class name."""
+    """Build a data set of the images below `folder/<name>` for each class name."""
     paths, labels, left_out = listed_images(folder, names)
     notes = [left_out] if left_out else []
     return Dataset(FileStorage(folder, paths), labels, source=f"'{folder}'", class_names=names, notes=notes)
 
 
 def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray, str]:
-    """Images below the class folders of `folder`.
+    """List the images below the class folders of `folder`.
 
     Returns:
-        Paths relative to `folder`, in the order of torchvision's ImageFolder, labels, which are indices of `names`, and a
-        sentence on the files that are left out, empty where there are none.
+        Paths relative to `folder` in the order of torchvision's ImageFolder, labels (indices of `names`), and a sentence
+        about skipped files, '' if there are none.
 
     Raises:
-        UserError: a class folder that `names` lacks, or one without an image. A name without a folder has no images.
+        UserError: a class folder is missing in `names`, or has no image. A name without a folder has no images.
     """
     present = class_folders(folder)
     unknown = sorted(set(present) - set(names))
@@ -72,7 +72,7 @@ def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray,
 
 
 def class_folders(folder: str) -> list[str]:
-    """Sorted names of the sub-folders of `folder`; hidden ones do not count."""
+    """Return the sorted names of the subfolders of `folder`, without hidden ones."""
     names = folders_in(folder)
     if not names:
         raise UserError(f"'{folder}' has no class folders; images are expected in {folder}/<class>/.")
@@ -82,7 +82,7 @@ def class_folders(folder: str) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- lists
 @register_dataset('list')
 def build_list(config, split: str) -> Dataset:
-    """`DATA_PATH/train_list.txt` and `DATA_PATH/val_list.txt`, a line per image: relative path, white space, label."""
+    """List files `DATA_PATH/{train,val}_list.txt`. A line per image holds a relative path, white space and a label."""
     root = data_path(config)
     listing = _read_image_list(list_path(root, split), config.MODEL.NUM_CLASSES)
     dataset = listing.dataset(FileStorage(root, listing.names))
@@ -92,7 +92,7 @@ def build_list(config, split: str) -> Dataset:
 
 @register_dataset('imagenet2012', 'imagenet')
 def build_imagenet(config, split: str) -> Dataset:
-    """List files as PaddleViT writes them; where there are none, `train/` and `val/` with a folder per class."""
+    """ImageNet: PaddleViT's list files; without them class folders below `train/` and `val/`."""
     root = data_path(config)
     if not os.path.exists(list_path(root, split)) and os.path.isdir(os.path.join(root, split)):
         return build_folder(config, split)
@@ -104,13 +104,13 @@ def list_path(root: str, split: str) -> str:
 
 
 def read_list(path: str, num_classes: int | None = None) -> tuple[list[str], np.ndarray]:
-    """Reads a list file; blank lines do not count.
+    """Read a list file; skip blank lines.
 
     Returns:
         Relative paths, which may contain blanks, and labels [N] int64.
 
     Raises:
-        UserError: naming file and line, for a line that is not 'path label' or a label outside `num_classes`.
+        UserError: a line is not 'path label', or a label is not below `num_classes`; the text names file and line.
     """
     listing = _read_image_list(path, num_classes)
     return listing.names, listing.labels
@@ -135,9 +135,9 @@ class Listing:
     """Content of a list file.
 
     Attributes:
-        path: of the list file.
-        numbers: line of each item [N], from 1.
-        names: of the items.
+        path: path of the list file.
+        numbers: [N] line numbers of the items, from 1.
+        names: names of the items.
         labels: [N] int64.
     """
 
@@ -147,16 +147,16 @@ class Listing:
     labels: np.ndarray
 
     def where(self, index: int) -> str:
-        """File and line of an item."""
+        """Return file and line of an item."""
         return f'{self.path}:{self.numbers[index]}'
 
     def dataset(self, storage: Storage) -> Dataset:
-        """The items, opened by a storage."""
+        """Build the data set of the items, which `storage` opens."""
         path, numbers, notes = self.path, self.numbers, self._contradictions()
         return Dataset(storage, self.labels, f"'{path}'", notes=notes, locate=lambda index: f'{path}:{numbers[index]}')
 
     def _contradictions(self) -> list[str]:
-        """A sentence on names that are there more than once with different labels, or none."""
+        """Return a sentence about names with several different labels, or an empty list."""
         if len(set(self.names)) == len(self.names):
             return []
         first: dict[str, int] = {}
@@ -164,7 +164,7 @@ class Listing:
         pairs = [(one, other) for one, other in pairs if self.labels[one] != self.labels[other]]
         return [
             f"{self.where(other)}: '{self.names[other]}' has label {self.labels[other]}, but {self.labels[one]} in line "
-            f'{self.numbers[one]}; {len(pairs)} lines in all contradict an earlier one.'
+            f'{self.numbers[one]}; {len(pairs)} lines in total contradict an earlier one.'
             for one, other in pairs[:1]
         ]
 
@@ -172,15 +172,15 @@ class Listing:
 def read_listing(
     path: str, fields: Callable[[str], list[str]], form: str, hint: str, num_classes: int | None
 ) -> Listing:
-    """Reads the lines of a list file that are not blank.
+    """Read a list file; skip blank lines.
 
     Args:
         fields: splits a line into name and label.
-        form: what a line should look like, for messages.
-        hint: how to get the file where it is missing.
+        form: expected form of a line, for messages.
+        hint: how to get a missing file, for messages.
 
     Raises:
-        UserError: naming file and line, for a line of another form or a label outside `num_classes`.
+        UserError: a line has another form, or a label is not below `num_classes`; the text names file and line.
     """
     numbers, names, labels = [], [], []
     for number, line in read_lines(path, hint):
@@ -208,10 +208,10 @@ def _label(digits: str, num_classes: int | None, where: str) -> int:
 
 
 def read_lines(path: str, hint: str) -> Iterator[tuple[int, str]]:
-    """Yields (number, line) of each line of a list file that is not blank.
+    """Yield (number, line) of each non-blank line of a list file.
 
     Args:
-        hint: how to get the file where it is missing.
+        hint: how to get a missing file, for messages.
     """
     try:
         with open_regular(path, encoding='utf-8-sig', errors='surrogateescape') as file:
@@ -229,19 +229,19 @@ def read_lines(path: str, hint: str) -> Iterator[tuple[int, str]]:
 
 
 def _check_any_exists(dataset: Dataset, path: str, probes: int = 16) -> None:
-    """A wrong DATA_PATH should show at once: of a few entries all over the list at least one must be there."""
-    places = np.unique(np.linspace(0, len(dataset) - 1, probes).astype(int))
-    if not any(os.path.exists(dataset.describe(index)) for index in places):
+    """Raise UserError if none of a few evenly spaced entries exists, which shows a wrong DATA_PATH at the start."""
+    indices = np.unique(np.linspace(0, len(dataset) - 1, probes).astype(int))
+    if not any(os.path.exists(dataset.describe(index)) for index in indices):
         raise UserError(
-            f"'{path}' names '{dataset.describe(0)}', which does not exist, nor do others that were tried; "
+            f"'{path}' names '{dataset.describe(0)}', which does not exist, and neither do other entries; "
             'paths are relative to the folder of the list (DATA.DATA_PATH).'
         )
 
 
 def data_path(config) -> str:
-    """DATA.DATA_PATH, an existing folder."""
+    """Return DATA.DATA_PATH, an existing folder."""
     path = expand_user(config.DATA.DATA_PATH)
     if not os.path.isdir(path):
-        state = 'is no folder' if os.path.exists(path) else 'does not exist'
+        state = 'is not a folder' if os.path.exists(path) else 'does not exist'
         raise UserError(f"the data folder '{path}' {state}; set -data_path (DATA.DATA_PATH).")
     return path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the bytes of an image file to an RGB picture, or to the reason why not."""
+"""Decoding of image files to RGB images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from PIL import ExifTags, Image, features
 
 from utils.text import NAME, printable
 
-# Raster formats by Pillow's names. Its other readers stay shut: some start programs (EPS), most read what no camera writes.
+# Allowed raster formats, by Pillow's names. Pillow's other readers are disabled: some start programs (EPS), and most read
+# formats that photographs do not use.
 _AVIF = 'avif' in features.modules and features.check_module('avif')
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'DIB', 'GIF', 'TIFF', 'PPM', 'JPEG2000', *(('AVIF',) if _AVIF else ()))
 EXTENSIONS = (
@@ -38,30 +39,30 @@ warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # re
 
 
 class UnreadableImage(Exception):
-    """An image that cannot be decoded; the text is the reason. `Dataset.load` adds which image it is."""
+    """An image cannot be decoded; the text is the reason. `Dataset.load` adds the name of the image."""
 
 
 def decode_image(data: bytes, exif_rotate: bool = False) -> Image.Image:
-    """Decodes the bytes of an image file to RGB.
+    """Decode the bytes of an image file to RGB.
 
-    Grey is copied to the three channels, 16 bits are reduced to 8, alpha is dropped, palettes and CMYK are converted; of
-    animations the first frame is read.
+    Grayscale is copied to three channels, 16 bits are reduced to 8, alpha is dropped, palettes and CMYK are converted. Of an
+    animation the first frame is read.
 
     Args:
-        exif_rotate: turn and mirror the pixels as the EXIF orientation says. The pipelines that published accuracies were
-            measured with ignore it.
+        exif_rotate: rotate and mirror the pixels by the EXIF orientation. The pipelines behind published accuracies ignore
+            it.
 
     Raises:
-        UnreadableImage: empty, truncated or damaged data, something else than an image, or a decompression bomb.
+        UnreadableImage: the data are empty, truncated, damaged, no image, or a decompression bomb.
     """
     return open_image(data, exif_rotate).convert('RGB')
 
 
 def open_image(data: bytes, exif_rotate: bool = False) -> Image.Image | Jpeg:
-    """The same picture, but a sound JPEG file is only decoded when, and as far as, a transform asks for its pixels.
+    """Open an image like `decode_image`, but decode a valid JPEG file lazily, as far as a transform needs its pixels.
 
     Raises:
-        UnreadableImage: here or, for a `Jpeg`, when its pixels are asked for.
+        UnreadableImage: here or, for a `Jpeg`, when its pixels are decoded.
     """
     if len(data) > MAX_FILE:
         raise UnreadableImage(f'the file has {len(data)} bytes, more than the {MAX_FILE} that are read')
@@ -72,26 +73,26 @@ def open_image(data: bytes, exif_rotate: bool = False) -> Image.Image | Jpeg:
 
 
 class Orientation:
-    """How stored pixels become those to look at: rows and columns are swapped, then mirrored.
+    """EXIF orientation: rows and columns of the stored pixels are swapped, then mirrored.
 
     Args:
-        value: of the EXIF tag, 1 to 8; anything else changes nothing, as 1.
+        value: value of the EXIF tag, 1 to 8; any other value means 1, no change.
     """
 
     def __init__(self, value: object = 1):
         self.swap, self.mirror, self.flip = value in (5, 6, 7, 8), value in (2, 3, 6, 7), value in (3, 4, 7, 8)
 
     def size(self, stored: tuple[int, int]) -> tuple[int, int]:
-        """(width, height) of the result."""
+        """Return (width, height) of the result."""
         return stored[::-1] if self.swap else stored
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
-        """Stored pixels [h, w, C] -> the result, a view of them."""
+        """Return the result as a view of the stored pixels [h, w, C]."""
         pixels = pixels.swapaxes(0, 1) if self.swap else pixels
         return pixels[:: -1 if self.flip else 1, :: -1 if self.mirror else 1]
 
     def stored_box(self, box: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """Where a box of a result of `size` lies among the stored pixels."""
+        """Convert a box in a result of `size` to the box in the stored pixels."""
         (width, height), (left, top, right, bottom) = size, box
         left, right = (width - right, width - left) if self.mirror else (left, right)
         top, bottom = (height - bottom, height - top) if self.flip else (top, bottom)
@@ -99,9 +100,9 @@ class Orientation:
 
 
 class Jpeg:
-    """A JPEG file, with what the first step of a transform uses of Pillow's interface.
+    """A JPEG file with the part of Pillow's interface that the first step of a transform uses.
 
-    The pixels are those that Pillow gives: libjpeg-turbo decodes for both, but simplejpeg spends less around it.
+    The pixels equal Pillow's: both use libjpeg-turbo, but simplejpeg has less overhead.
 
     Args:
         size: (width, height) as stored.
@@ -120,7 +121,7 @@ class Jpeg:
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         left, top, right, bottom = self._orientation.stored_box(box, self.size)
         pixels = self._orientation.apply(self._whole('RGBX')[top:bottom, left:right])
-        pixels = np.ascontiguousarray(pixels)  # the layout Pillow has in memory
+        pixels = np.ascontiguousarray(pixels)  # Pillow's memory layout
         return Image.frombytes('RGB', pixels.shape[1::-1], pixels.data, 'raw', 'RGBX')
 
     def convert(self, mode: str) -> Image.Image:
@@ -131,9 +132,9 @@ class Jpeg:
         return self.convert('RGB').resize(size, resample)
 
     def reduced(self, box: tuple[int, int, int, int], side: int) -> np.ndarray:
-        """Pixels of a box [h, w, 3] uint8, decoded at 1/2, 3/8, 1/4 or 1/8 where both sides stay at least `side`.
+        """Decode a box [h, w, 3] uint8 at 1/2, 3/8, 1/4 or 1/8 size if both sides stay at least `side`.
 
-        The box then grows to whole decoded pixels.
+        The box is then enlarged to whole decoded pixels.
         """
         left, top, right, bottom = self._orientation.stored_box(box, self.size)
         full_width, full_height = self._stored_size
@@ -148,7 +149,7 @@ class Jpeg:
         return self._orientation.apply(pixels[rows, columns])
 
     def _whole(self, layout: str) -> np.ndarray:
-        """All stored pixels [H, W, 3 or 4], decoded once for any number of crops."""
+        """Return all stored pixels [H, W, 3 or 4], decoded once for any number of crops."""
         if layout not in self._decoded:
             self._decoded[layout] = self._pixels(layout)
         return self._decoded[layout]
@@ -156,22 +157,22 @@ class Jpeg:
     def _pixels(self, layout: str, **reduction: int) -> np.ndarray:
         try:
             return simplejpeg.decode_jpeg(self._data, layout, **reduction)
-        except ValueError:  # damaged: Pillow decides whether it can be used
+        except ValueError:  # damaged: Pillow may still decode a part of it
             return np.asarray(_decode(self._data).convert(layout))
 
 
 def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of a JPEG file, None for anything out of the ordinary, which is left to Pillow."""
+    """Return (width, height) of a regular JPEG file; None for other files, which Pillow decodes."""
     if not data.startswith(b'\xff\xd8\xff'):
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
         return None
     _check_scans(data, width * height)
-    return (width, height) if colours in ('YCbCr', 'Gray') else None
+    return (width, height) if colors in ('YCbCr', 'Gray') else None
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
@@ -205,7 +206,7 @@ def count_scans(data: bytes, limit: int) -> int:
 
 
 def _decode(data: bytes, exif_rotate: bool = False) -> Image.Image:
-    """Decodes any image file to RGB with Pillow."""
+    """Decode an image file to RGB with Pillow."""
     with loaded(data) as image:
         picture = to_rgb(image)
         return _rotated(picture, _orientation(image)) if exif_rotate else picture
@@ -234,7 +235,7 @@ def loaded(data: bytes, formats: Sequence[str] = FORMATS) -> Iterator[Image.Imag
         raise
     except Image.UnidentifiedImageError:
         raise UnreadableImage(_refused(data, formats)) from None
-    except Exception as error:  # decoders raise whatever damaged bytes lead them to
+    except Exception as error:  # damaged bytes can raise any exception
         raise UnreadableImage(printable(error, NAME) or type(error).__name__) from None
 
 
@@ -262,14 +263,14 @@ def _refused(data: bytes, formats: Sequence[str]) -> str:
 
 
 def _orientation(image: Image.Image) -> Orientation:
-    """That of the EXIF data, or XMP data, of an open file; damaged ones say nothing."""
+    """Return the orientation in the EXIF or XMP data of an open file; ignore damaged data."""
     with contextlib.suppress(Exception):
         return Orientation(image.getexif().get(ExifTags.Base.Orientation))
     return Orientation()
 
 
 def _jpeg_orientation(data: bytes) -> Orientation:
-    """The same of a JPEG file, whose pixels are not decoded."""
+    """Return the orientation of a JPEG file without decoding its pixels."""
     with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS[:1]) as image:
         return _orientation(image)
     return Orientation()
@@ -280,12 +281,12 @@ def _rotated(image: Image.Image, orientation: Orientation) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts any Pillow mode to RGB."""
+    """Convert any Pillow mode to RGB."""
     if image.mode == 'RGB':
         return image
     if image.mode == 'F':
         raise UnreadableImage('32-bit floating point pixels have no fixed range')
-    if image.mode.startswith('I'):  # Pillow's own conversion would clip 16 bits at 255
+    if image.mode.startswith('I'):  # Pillow's conversion would clip 16 bits at 255
         high_byte = np.clip(np.asarray(image), 0, 65535) >> 8
         image = Image.fromarray(high_byte.astype(np.uint8))
     elif image.mode == 'P' and 'transparency' in image.info:

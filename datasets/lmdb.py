@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in one LMDB file per part, for storage that is slow with a million small files.
+"""Images in one LMDB file per split, for storage that is slow with a million small files.
 
-`DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`, single files. Two formats are read and told apart by their keys:
+The files are `DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`. Their keys decide between two formats:
 
-LeanViT's, written by tools/make_lmdb.py; numbers are little-endian:
+LeanViT's format, written by tools/make_lmdb.py; numbers are little-endian:
     __format__      b'leanvit-lmdb-1'
     __labels__      a label per image, int32
-    __classes__     class names as a JSON list; absent where classes have no names
-    0, 1, ...       (decimal) label int32, CRC-32 of the image uint32, the image file as it was
+    __classes__     class names as a JSON list; absent if classes have no names
+    0, 1, ...       (decimal) label int32, CRC-32 of the image uint32, the image file
 
-Those of pyarrow's serialize(), as in EViT (https://github.com/youweiliang/evit) and many other codes:
+The format of pyarrow's serialize(), as in EViT (https://github.com/youweiliang/evit) and other codes:
     __len__         number of images
     0, 1, ...       (image file, label)
-Their labels lie among the images. They are collected once and kept beside the file, `train.lmdb.labels.npy`.
+It stores labels with the images. They are collected once and saved beside the file as `train.lmdb.labels.npy`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _HEADER = 4096  # bytes of the head of a .npy file, at most
 
 @register_dataset('lmdb')
 def build_lmdb(config, split: str) -> Dataset:
-    """`DATA_PATH/<split>.lmdb` in either format."""
+    """LMDB file `DATA_PATH/<split>.lmdb` in either format."""
     path = os.path.join(data_path(config), f'{split}.lmdb')
     try:
         marker = read_value(path, FORMAT_KEY)
@@ -58,7 +58,7 @@ def build_lmdb(config, split: str) -> Dataset:
     except (UnreadableImage, ValueError) as error:
         raise UserError(f"'{path}' is damaged: {error}.") from None
     finally:
-        close_file(path)  # workers open their own
+        close_file(path)  # each worker opens its own
     kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
     raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it again.")
 
@@ -99,19 +99,19 @@ def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
     labels = np.array([storage.record(number)[1] for number in numbers], np.int64)
-    with contextlib.suppress(UserError), atomic_write(kept) as file:  # no harm done where the data cannot be written to
+    with contextlib.suppress(UserError), atomic_write(kept) as file:  # optional: the folder may be read-only
         np.save(file, labels)
     return labels
 
 
 # ---------------------------------------------------------------------------------------------------- records
 def pack_record(image: bytes, label: int) -> bytes:
-    """What LeanViT's format stores for an image file."""
+    """Return the record of an image file in LeanViT's format."""
     return _HEAD.pack(label, zlib.crc32(image)) + image
 
 
 def unpack_record(record: bytes) -> tuple[bytes, int]:
-    """Image file and label. Raises ValueError when the image is not what was stored."""
+    """Return image file and label. Raises ValueError if the checksum does not match."""
     if len(record) < _HEAD.size:
         raise ValueError('the record is cut off')
     label, checksum = _HEAD.unpack_from(record)
@@ -134,7 +134,7 @@ def record_key(index: int) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------- reading
 class LmdbStorage(EncodedStorage):
-    """Images in an LMDB file; `unpack` makes (image file, label) of a record or raises ValueError."""
+    """Images in an LMDB file; `unpack` converts a record to (image file, label) or raises ValueError."""
 
     def __init__(self, path: str, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
         self.path = path
@@ -148,7 +148,7 @@ class LmdbStorage(EncodedStorage):
         return self.record(index)[0]
 
     def record(self, index: int) -> tuple[bytes, int]:
-        """Image file and label of an item. Raises UnreadableImage."""
+        """Return image file and label of an item. Raises UnreadableImage."""
         record = read_value(self.path, record_key(index))
         if record is None:
             raise UnreadableImage(f'there is no record {index}')
@@ -161,20 +161,20 @@ class LmdbStorage(EncodedStorage):
         return f'{self.path}, key {index}'
 
 
-# Files open in this process, by real path: LMDB allows each once. (process id, lmdb.Environment)
+# Open files of this process, since LMDB may open each only once: real path -> (process id, lmdb.Environment).
 _OPEN: dict = {}
 
 
 def read_value(path: str, key: bytes) -> bytes | None:
-    """The value of a key, None when there is none; opens the file where this process has not.
+    """Return the value of a key, None if it is missing; open the file if this process has not.
 
     Raises:
         UnreadableImage: the file is damaged.
-        UserError: it cannot be opened.
+        UserError: the file cannot be opened.
     """
     owner, environment = _OPEN.get(os.path.realpath(path), (None, None))
     if owner != os.getpid():
-        close_file(path)  # carried through a fork it must not be used; closing it leaves the parent's alone
+        close_file(path)  # an environment must not be used after a fork; closing it does not affect the parent
         environment = open_readonly(path)
         _OPEN[os.path.realpath(path)] = os.getpid(), environment
     try:
@@ -197,17 +197,17 @@ def _entries(path: str) -> int:
 
 
 def close_file(path: str) -> None:
-    """Closes a file in this process; the next `read_value` opens it again."""
+    """Close a file in this process; the next `read_value` opens it again."""
     _, environment = _OPEN.pop(os.path.realpath(path), (None, None))
     if environment is not None:
         environment.close()
 
 
 def open_readonly(path: str):
-    """An lmdb.Environment without lock and read-ahead.
+    """Open an lmdb.Environment without lock and read-ahead.
 
     Raises:
-        UserError: no such file, another kind of file, or one that was cut off, which LMDB itself would answer with a crash.
+        UserError: the file is missing, no LMDB file, or truncated (LMDB itself would crash on it).
     """
     lmdb = lmdb_module()
     if not os.path.isfile(path):
@@ -227,7 +227,7 @@ def open_readonly(path: str):
 
 
 def lmdb_module():
-    """The lmdb package, which only these data need."""
+    """Import the lmdb package, which only these data need."""
     try:
         import lmdb
     except ImportError:

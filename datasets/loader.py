@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of an epoch, prepared by worker processes.
+"""Data loader: worker processes prepare the batches of an epoch.
 
-A worker gets the indices of a whole batch and writes its pixels into memory it shares with the training process, so that no
-pixel is pickled. Each image's randomness is seeded by (SEED, epoch, index, repeat): how many workers or processes there are,
-and where a run was resumed, changes nothing.
+A worker gets the indices of a whole batch and writes its pixels into shared memory, so that no pixel is pickled. The seed of
+an image is (SEED, epoch, index, repeat), so batches do not depend on the number of workers or ranks, or on a resume.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from datasets.cache import cached
+from datasets.cache import cache_images
 from datasets.dataset import BadImageError, Images
 from datasets.erasing import RandomErasing
 from datasets.sample import IMAGE, Sample
@@ -27,21 +26,21 @@ from utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
 
-# An unreadable training image is replaced by the one after it; so many in a row are no accident.
+# An unreadable training image is replaced by the next one; this many in a row are an error.
 _TRIES = 16
 
 
 @dataclasses.dataclass
 class Batch:
-    """What the loader yields; `datasets.batch.to_device` makes tensors of the arrays.
+    """A batch of arrays; `datasets.batch.to_device` converts them to tensors.
 
     Attributes:
-        images: [b, H, W, C] uint8, of several views [b, views, H, W, C]; or a list of b images of different sizes.
+        images: [b, H, W, C] uint8, with several views [b, views, H, W, C]; or a list of b images of different sizes.
         targets: by name: an array [b, ...], or a list of b arrays of different sizes.
         indices: [b] int64, indices of the images in the data set.
-        erase: flat positions [e] int64 in the images laid out [b, C, H, W], each once, and the values [e] float32 that
-            overwrite them after normalization; or None.
-        skipped: unreadable images that were replaced (training) or left out (evaluation, where b may even be 0).
+        erase: random erasing after normalization: unique flat positions [e] int64 in images of layout [b, C, H, W] and
+            their values [e] float32; or None.
+        skipped: number of unreadable images that were replaced (training) or dropped (evaluation, where b may be 0).
     """
 
     images: np.ndarray | list
@@ -56,16 +55,16 @@ class Batch:
 
 @dataclasses.dataclass
 class Filled:
-    """A worker's result beside the memory it wrote to: one entry per image, and the messages of skipped images."""
+    """Result of a worker beside the shared memory: one entry per image, and the messages of skipped images."""
 
     indices: list[int] = dataclasses.field(default_factory=list)
-    erased: list[int] = dataclasses.field(default_factory=list)  # numbers of erased values
-    ragged: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)  # arrays without a plane
+    erased: list[int] = dataclasses.field(default_factory=list)  # number of erased values
+    ragged: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)  # targets without a fixed shape
     skipped: list[str] = dataclasses.field(default_factory=list)
 
 
 class BatchMaker:
-    """Reads, transforms and lays out the images of a batch. Runs in worker processes, or in the training process."""
+    """Reads, transforms and collates the images of a batch, in a worker process or in the training process."""
 
     def __init__(
         self, dataset: Images, transform: Transform, training: bool, seed: int, skip: bool, exif_rotate: bool = False
@@ -80,17 +79,17 @@ class BatchMaker:
         self.erase_second_half_only = False
 
     def __call__(self, job: Job, memory: BatchMemory) -> Filled:
-        """Fills `memory` from its start; erased positions count from the start of their image."""
+        """Fill `memory` with a batch; erased positions are relative to their image."""
         filled = Filled()
         end = 0
-        for place, (index, repeat) in enumerate(zip(job.indices.tolist(), job.repeats.tolist())):
+        for position, (index, repeat) in enumerate(zip(job.indices.tolist(), job.repeats.tolist())):
             memory.current = index
             found = self._prepare(index, [self.seed, job.epoch, index, repeat], filled.skipped)
             if found is None:
                 continue
             index, sample, rng = found
             filled.ragged.append(_write(sample, memory.planes, len(filled.indices)))
-            erase = self._erase(place, len(job.indices), rng)
+            erase = self._erase(position, len(job.indices), rng)
             count = 0
             if erase is not None:
                 count = len(erase[0])
@@ -102,7 +101,7 @@ class BatchMaker:
         return filled
 
     def _prepare(self, index: int, seed: list[int], skipped: list[str]):
-        """(index, transformed sample, generator to draw further from) to use for `index`, or None: leave the image out."""
+        """Return (index, transformed sample, random generator) for `index`, or None to drop the image."""
         for step in range(_TRIES if self.training else 1):
             candidate = (index + step) % len(self.dataset)
             rng = np.random.default_rng(seed)
@@ -124,36 +123,36 @@ class BatchMaker:
             raise UserError(f'{_TRIES} images in a row cannot be read; the last one: {skipped[-1]}')
         return None
 
-    def _erase(self, place: int, batch_size: int, rng: np.random.Generator):
-        if self.erasing is None or (self.erase_second_half_only and place < batch_size // 2):
+    def _erase(self, position: int, batch_size: int, rng: np.random.Generator):
+        if self.erasing is None or (self.erase_second_half_only and position < batch_size // 2):
             return None
         return self.erasing(self.transform.planes[0].shape, rng)
 
 
-def _write(sample: Sample, planes: dict[str, np.ndarray], place: int) -> dict[str, np.ndarray]:
-    """Copy the arrays of a sample to their planes; return those that have none."""
+def _write(sample: Sample, planes: dict[str, np.ndarray], position: int) -> dict[str, np.ndarray]:
+    """Copy the arrays of a sample to their planes; return the arrays without a plane."""
     ragged = {}
     for name, array in {IMAGE: sample.image, **sample.arrays()}.items():
         if name in planes:
-            planes[name][place] = array
+            planes[name][position] = array
         else:
             ragged[name] = array
     return ragged
 
 
 class Loader:
-    """Iterates over batches; made by `build_dataloader`.
+    """Iterates over batches; built by `build_dataloader`.
 
-    Worker processes are started by the first `epoch()` call and stay until `close()`, or the end of the `with` block. On
-    Linux they die with the thread that made that call.
+    The first `epoch()` call starts worker processes, which run until `close()` or the end of the `with` block. On Linux they
+    end with the thread that made this call.
 
     Args:
-        sampler: says which images this rank sees in an epoch.
+        sampler: chooses the images of this rank in an epoch.
         batch_size: images per rank and batch; the last batch of an epoch may be smaller.
-        drop_last: leave an incomplete last batch out.
+        drop_last: drop an incomplete last batch.
         workers: number of processes; 0 prepares batches in this process.
-        prefetch: batches per worker that are prepared ahead.
-        timeout: seconds to wait for a batch; 0 waits for ever.
+        prefetch: batches per worker that are prepared in advance.
+        timeout: seconds to wait for a batch; 0: no limit.
     """
 
     def __init__(
@@ -187,7 +186,7 @@ class Loader:
 
     @property
     def num_samples(self) -> int:
-        """Images of one epoch over all ranks; in training including those that fill up to equal shares."""
+        """Images of one epoch over all ranks; in training including the padding to equal numbers per rank."""
         return sum(self._length(rank) for rank in range(self._sampler.world_size))
 
     @property
@@ -196,7 +195,7 @@ class Loader:
         return -(-self._length(self._rank) // self.batch_size)
 
     def batch_size_at(self, index: int) -> int:
-        """Images in batch `index` of an epoch over all ranks."""
+        """Return the number of images in batch `index` of an epoch over all ranks."""
         begin = index * self.batch_size
         lengths = [self._length(rank) for rank in range(self._sampler.world_size)]
         return sum(min(max(length - begin, 0), self.batch_size) for length in lengths)
@@ -206,10 +205,10 @@ class Loader:
         return length - length % self.batch_size if self._drop_last else length
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """Batches `start_batch`, `start_batch + 1`, ... of an epoch. Ends the iterator of any earlier call.
+        """Return an iterator over the batches of an epoch from `start_batch` on. Ends the iterator of an earlier call.
 
         Raises (while iterating):
-            UserError: an unreadable image, a worker that died or one that does not answer; names the images in work.
+            UserError: an image is unreadable, or a worker died or does not answer; the text names the current images.
         """
         indices, repeats = self._sampler.epoch(epoch, self._rank)
         begins = range(start_batch * self.batch_size, self._length(self._rank), self.batch_size)
@@ -244,7 +243,7 @@ class Loader:
         return self._collect(self._maker(job, self._own_memory), self._own_memory)
 
     def _collect(self, filled: Filled, memory: BatchMemory) -> Batch:
-        """Copies a batch out of the memory that the worker is about to use again."""
+        """Copy a batch out of the memory, which a worker will use again."""
         for message in sorted(set(filled.skipped) - self._reported):
             _LOG.warning('skipped: %s', message)
             self._reported.add(message)
@@ -262,7 +261,7 @@ class Loader:
         return Batch(images, targets=arrays, indices=indices, erase=erase, skipped=len(filled.skipped))
 
     def close(self) -> None:
-        """Ends the worker processes. A later `epoch()` starts new ones."""
+        """Stop the worker processes. A later `epoch()` starts new ones."""
         self._latest += 1
         if self._pool is not None:
             self._pool.close()
@@ -283,18 +282,18 @@ def build_dataloader(
     world_size: int = 1,
     transform: Transform | None = None,
 ) -> Loader:
-    """The loader that DATA and TRAIN describe, for process `rank` of `world_size`.
+    """Build the loader that DATA and TRAIN describe, for rank `rank` of `world_size`.
 
     Args:
-        transform: from a sample of the data set to the arrays of a batch, of which the first plane gets random erasing;
-            None: that of image classification.
+        transform: converts a sample to the arrays of a batch, of which the first plane gets random erasing; None: the
+            transform of image classification.
     """
     data, train = config.DATA, config.TRAIN
     transform = build_transform(config, training) if transform is None else transform
     if data.CACHE != 'no':
         all_of_it = training and data.CACHE == 'full'
         indices = np.arange(len(dataset)) if all_of_it else np.arange(rank, len(dataset), world_size)
-        dataset = cached(dataset, indices, show_progress=rank == 0)
+        dataset = cache_images(dataset, indices, show_progress=rank == 0)
     maker = BatchMaker(dataset, transform, training, config.SEED, data.BAD_IMAGE == 'skip', data.EXIF_ROTATE)
     if training and train.RANDOM_ERASE_PROB > 0:
         maker.erasing = RandomErasing(train.RANDOM_ERASE_PROB, train.RANDOM_ERASE_MODE, train.RANDOM_ERASE_COUNT)
@@ -314,18 +313,18 @@ def build_dataloader(
     if training and loader.num_batches == 0:
         raise UserError(
             f'{dataset.source} has {len(dataset)} images, fewer than one batch of {batch_size} on each of {world_size} '
-            'processes, and TRAIN.DROP_LAST leaves incomplete batches out; lower DATA.BATCH_SIZE.'
+            'processes, and TRAIN.DROP_LAST drops incomplete batches; lower DATA.BATCH_SIZE.'
         )
     return loader
 
 
 def build_sampler(config, size: int, training: bool, world_size: int) -> TrainSampler | EvalSampler:
-    """Deals `size` images out to processes as DATA.CACHE and TRAIN say."""
+    """Build the sampler that DATA.CACHE and TRAIN describe, for `size` images."""
     if not training:
         return EvalSampler(size, world_size)
     repeats, part = config.TRAIN.REPEATED_AUG, config.DATA.CACHE == 'part'
     if repeats > 1 and part and world_size > 1:
-        raise UserError('TRAIN.REPEATED_AUG deals images out to all processes: set DATA.CACHE to full or no.')
+        raise UserError('TRAIN.REPEATED_AUG distributes images over all processes: set DATA.CACHE to full or no.')
     if repeats > 1:
         return RepeatedSampler(size, world_size, config.SEED, repeats)
     if part:

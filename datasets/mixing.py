@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixup (https://arxiv.org/abs/1710.09412) and CutMix (https://arxiv.org/abs/1905.04899) of a batch, as in timm.
 
-Each image is mixed with its partner, the image at the mirrored place of the batch. One formula covers all variants: with a
-weight map w, constant for mixup, 0 inside and 1 outside a box for cutmix, the result is w * image + (1 - w) * partner, and
-the targets are mixed with the mean of w. Imports Paddle: not for worker processes.
+Image i of b is mixed with its partner, image b - 1 - i: w * image + (1 - w) * partner. The weight map w is constant for
+mixup, and 0 inside and 1 outside a box for CutMix. Targets are mixed with the mean of w. This module imports Paddle, so
+worker processes must not import it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from utils.errors import UserError
 
 
 class Mixup:
-    """Mixes images and targets.
+    """Mixup and CutMix of images and targets.
 
     Args:
         num_classes: K of the targets.
         mixup_alpha: the weight is ~ Beta(alpha, alpha); 0: no mixup.
-        cutmix_alpha: the area outside the box, before it is clipped, is ~ Beta(alpha, alpha); 0: no cutmix.
-        cutmix_minmax: (low, high) share of each side of the box instead, uniform; turns cutmix on.
-        prob: probability of mixing at all, per draw.
-        switch_prob: probability of cutmix where both are on.
-        mode: batch: one draw for all; pair: one per pair of partners; elem: one per image.
-        smoothing: of the targets; also where nothing is mixed.
+        cutmix_alpha: the fraction of the area outside the unclipped box is ~ Beta(alpha, alpha); 0: no CutMix.
+        cutmix_minmax: (low, high) of the uniform ratio of the box's sides to the image's; replaces `cutmix_alpha`.
+        prob: probability of mixing, per draw.
+        switch_prob: probability of CutMix if both are enabled.
+        mode: batch: one draw for the batch; pair: one per pair of partners; elem: one per image.
+        smoothing: label smoothing, also without mixing.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Mixup:
     def __call__(
         self, images: paddle.Tensor, labels: paddle.Tensor, rng: np.random.Generator
     ) -> tuple[paddle.Tensor, paddle.Tensor]:
-        """Mixes a batch of any size; an unpaired image stays as it is.
+        """Mix a batch of any size; an unpaired image is not changed.
 
         Args:
             images: [b, C, H, W] float.
@@ -79,24 +79,24 @@ class Mixup:
         return images, mix_targets(labels, self.num_classes, shares, self.smoothing)
 
     def draw(self, size: int, height: int, width: int, rng) -> tuple[np.ndarray | None, np.ndarray]:
-        """Draws how a batch is mixed, in timm's order of random numbers.
+        """Draw the weights of a batch, in timm's order of random numbers.
 
         Returns:
-            Weight maps float32 [b or 1, H or 1, W or 1] of the images themselves, None where nothing is mixed, and the
-            share of their own target [b or 1] float32.
+            Weight maps float32 [b or 1, H or 1, W or 1] of the images, None without mixing, and the weights of their
+            targets [b or 1] float32.
         """
         if self.mode == 'batch':
             cutmix, shares = self._draw_one(rng)
         else:
             cutmix, shares = self._draw_many(size // 2 if self.mode == 'pair' else size, rng)
         maps = np.ones((len(shares), height, width), np.float32)
-        for place in np.flatnonzero(shares != 1):
-            if cutmix[place]:
-                y0, y1, x0, x1 = self._box(height, width, shares[place], rng)
-                maps[place, y0:y1, x0:x1] = 0
-                shares[place] = 1 - (y1 - y0) * (x1 - x0) / (height * width)
+        for index in np.flatnonzero(shares != 1):
+            if cutmix[index]:
+                y0, y1, x0, x1 = self._box(height, width, shares[index], rng)
+                maps[index, y0:y1, x0:x1] = 0
+                shares[index] = 1 - (y1 - y0) * (x1 - x0) / (height * width)
             else:
-                maps[place] = shares[place]
+                maps[index] = shares[index]
         shares = shares.astype(np.float32)
         if self.mode == 'pair':
             middle = slice(0, size % 2)
@@ -105,7 +105,7 @@ class Mixup:
         return (None if (maps == 1).all() else maps), shares
 
     def _draw_one(self, rng) -> tuple[np.ndarray, np.ndarray]:
-        """Whether it is cutmix [1], and its weight [1]: 1 is no mixing."""
+        """Draw once: True for CutMix [1], and the weight [1], where 1 means no mixing."""
         if rng.random() >= self.prob:
             return np.zeros(1, bool), np.ones(1)
         cutmix = self.cutmix_alpha > 0 and (self.mixup_alpha <= 0 or rng.random() < self.switch_prob)
@@ -113,7 +113,7 @@ class Mixup:
         return np.array([cutmix]), np.array([rng.beta(alpha, alpha)])
 
     def _draw_many(self, count: int, rng) -> tuple[np.ndarray, np.ndarray]:
-        """The same for `count` draws at once."""
+        """Draw `count` times at once, like `_draw_one`."""
         if self.mixup_alpha > 0 and self.cutmix_alpha > 0:
             cutmix = rng.random(count) < self.switch_prob
             by_cutmix = rng.beta(self.cutmix_alpha, self.cutmix_alpha, count)
@@ -135,14 +135,14 @@ class Mixup:
 
 
 def cutmix_box(height: int, width: int, share: float, cy: int, cx: int) -> tuple[int, int, int, int]:
-    """(y0, y1, x0, x1) of the box about a centre that leaves `share` of the area before it is clipped to the image."""
+    """Return (y0, y1, x0, x1) of the box around a center, clipped; the unclipped box covers 1 - `share` of the area."""
     ratio = np.sqrt(1 - share)
     half_h, half_w = int(height * ratio) // 2, int(width * ratio) // 2
     return max(cy - half_h, 0), min(cy + half_h, height), max(cx - half_w, 0), min(cx + half_w, width)
 
 
 def mix_targets(labels: paddle.Tensor, num_classes: int, shares: np.ndarray, smoothing: float) -> paddle.Tensor:
-    """Soft targets share * t + (1 - share) * partner's t, where t is 1 - s + s/K at the label and s/K elsewhere.
+    """Compute soft targets w * t + (1 - w) * t of the partner, with t = 1 - s + s/K at the label and s/K elsewhere.
 
     Args:
         labels: [b] int64.
@@ -158,6 +158,6 @@ def mix_targets(labels: paddle.Tensor, num_classes: int, shares: np.ndarray, smo
 
 
 def _integer(rng, low: int, high: int) -> int:
-    """Uniform in low .. high - 1; `low` itself where the range is empty."""
+    """Draw an integer, uniform in low .. high - 1; `low` if the range is empty."""
     draw = getattr(rng, 'integers', None) or rng.randint
     return int(draw(low, max(high, low + 1)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where data sets are filed under their `DATA.DATASET` name."""
+"""Registry of data sets by their `DATA.DATASET` name."""
 
 from utils.registry import Registry
 

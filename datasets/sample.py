@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One item of a data set, with its targets, on its way through a transform.
+"""Samples: an image and its targets in a transform.
 
-A geometric operation is drawn once. It is described by a `Placement`, which the image and every target then follow.
+A geometric operation draws one `Placement`, which is applied to the image and to all targets.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Plane:
 
 
 class Placement(NamedTuple):
-    """Where the pixels of an image go: a box of the source is resized to the size of the result, then mirrored.
+    """A geometric operation: a box of the source is cropped, resized and mirrored.
 
     Attributes:
-        box: (left, top, right, bottom) in the source, pixels; what lies outside of the source is padding.
+        box: (left, top, right, bottom) in pixels of the source; the part outside the source is padding.
         size: (width, height) of the result.
-        mirrored: left and right are exchanged.
-        resample: filter for the image, where that is drawn too; label maps are always resized by nearest neighbor.
+        mirrored: True for a horizontal flip.
+        resample: resampling filter of the image, if it is drawn; label maps always use nearest neighbor.
     """
 
     box: tuple[float, float, float, float]
@@ -44,7 +44,7 @@ class Placement(NamedTuple):
     resample: Any = None
 
     def points(self, xy: np.ndarray) -> np.ndarray:
-        """Points [..., 2] in the source, as (x, y) in pixels -> the same points in the result."""
+        """Map points [..., 2], (x, y) in pixels, from the source to the result."""
         left, top, right, bottom = self.box
         scale = np.array([self.size[0] / (right - left), self.size[1] / (bottom - top)])
         moved = (np.asarray(xy, 'float64') - (left, top)) * scale
@@ -54,13 +54,13 @@ class Placement(NamedTuple):
 
 
 class Target(Protocol):
-    """A target that follows the image through geometric operations."""
+    """A target that geometric operations change with the image."""
 
     def placed(self, placement: Placement) -> Target:
-        """The target of the image that `placement` results in."""
+        """Apply a geometric operation."""
 
     def array(self) -> np.ndarray:
-        """What a batch holds."""
+        """Return the target as a batch holds it."""
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class LabelMap:
 
     Attributes:
         pixels: [H, W] uint8 or int32.
-        ignored: class of pixels that the loss ignores, which padding gets.
+        ignored: label of padding and of other pixels that the loss ignores.
     """
 
     pixels: np.ndarray
     ignored: int = 255
 
     def placed(self, placement: Placement) -> LabelMap:
-        """Resized by nearest neighbor."""
+        """Apply a geometric operation by nearest neighbor."""
         left, top, right, bottom = (int(edge) for edge in placement.box)
         width, height = placement.size
         columns, rows = left + nearest(right - left, width), top + nearest(bottom - top, height)
@@ -88,12 +88,12 @@ class LabelMap:
         return LabelMap(result, self.ignored)
 
     def array(self) -> np.ndarray:
-        """[H, W]."""
+        """Return [H, W]."""
         return self.pixels
 
 
 def nearest(old: int, new: int) -> np.ndarray:
-    """Index of the source pixel of each of `new` pixels, floor(i * old / new), rounded as OpenCV's INTER_NEAREST rounds."""
+    """Return the source index floor(i * old / new) of each of `new` pixels, with the rounding of OpenCV's INTER_NEAREST."""
     return np.minimum(np.floor(np.arange(new) * (1.0 / (new / old))).astype(int), old - 1)
 
 
@@ -102,19 +102,19 @@ class Boxes:
     """Axis-aligned boxes.
 
     Attributes:
-        corners: [n, 4] float, (left, top, right, bottom) in pixels. They may stick out of the image after a crop: the task
-            clips them, and drops what is too small, where it knows which other targets belong to them.
+        corners: [n, 4] float, (left, top, right, bottom) in pixels. After a crop they may exceed the image. The task clips
+            them and drops small ones, together with the other targets of the object.
     """
 
     corners: np.ndarray
 
     def placed(self, placement: Placement) -> Boxes:
-        """Mirroring exchanges left and right, so that left <= right stays true."""
+        """Apply a geometric operation; a flip swaps left and right, so that left <= right."""
         moved = placement.points(self.corners.reshape(-1, 2, 2))
         return Boxes(np.concatenate([moved.min(1), moved.max(1)], axis=1))
 
     def array(self) -> np.ndarray:
-        """[n, 4] float32."""
+        """Return [n, 4] float32."""
         return self.corners.astype('float32')
 
 
@@ -128,32 +128,32 @@ class Polygons:
         return Polygons(tuple(tuple(map(placement.points, polygons)) for polygons in self.objects))
 
     def array(self) -> np.ndarray:
-        """[n] lists of arrays [k, 2] float32."""
+        """Return [n] lists of arrays [k, 2] float32."""
         result = np.empty(len(self.objects), object)
         result[:] = [[polygon.astype('float32') for polygon in polygons] for polygons in self.objects]
         return result
 
 
 class Sample(NamedTuple):
-    """A picture and its targets by name; targets that are no `Target` do not depend on geometry.
+    """An image and its targets by name; geometric operations do not change targets that are no `Target`.
 
     Attributes:
-        image: what a transform starts from (a Pillow image or a `Jpeg`), and the array [H, W, C] uint8 it ends with.
-        targets: by name.
+        image: input of a transform (a Pillow image or a `Jpeg`), or its output [H, W, C] uint8.
+        targets: targets by name.
     """
 
     image: Any
     targets: Mapping[str, Any] = NOTHING
 
     def placed(self, placement: Placement) -> Mapping[str, Any]:
-        """The targets after a geometric operation."""
+        """Return the targets after a geometric operation."""
         return {
             name: target.placed(placement) if hasattr(target, 'placed') else target
             for name, target in self.targets.items()
         }
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The targets as a batch holds them."""
+        """Return the targets as a batch holds them."""
         return {
             name: target.array() if hasattr(target, 'array') else np.asarray(target)
             for name, target in self.targets.items()

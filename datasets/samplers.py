@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images a process sees in an epoch, in which order. Pure functions of (seed, epoch, rank)."""
+"""Samplers: the images of a rank in an epoch and their order, as pure functions of (seed, epoch, rank)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from utils.errors import UserError
 
 
 class TrainSampler:
-    """A permutation of the data per epoch, continued from its start to a multiple of the world size, dealt out by rank.
+    """A random permutation of the data per epoch; rank r of w takes positions r, r + w, ...
 
-    Batch i of all ranks together holds the same images for any number of processes with the same global batch.
+    The permutation is padded from its start to a multiple of the world size. The images of global batch i do not depend on
+    the world size if the global batch size is the same.
     """
 
     def __init__(self, size: int, world_size: int, seed: int):
@@ -20,48 +21,47 @@ class TrainSampler:
         self.seed = seed
 
     def length(self, rank: int) -> int:
-        """Images of one epoch on `rank`."""
+        """Return the number of images of one epoch on `rank`."""
         return -(-self.size // self.world_size)
 
     def epoch(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Indices [n] int64 and, for each, how often the epoch drew that image before [n] int64."""
-        places = deal(self.size, self.world_size, rank)
-        return permutation(self.size, self.seed, epoch)[places % self.size], places // self.size
+        """Return indices [n] int64, and for each the number of earlier draws of that image in the epoch [n] int64."""
+        positions = rank_positions(self.size, self.world_size, rank)
+        return permutation(self.size, self.seed, epoch)[positions % self.size], positions // self.size
 
 
 class RepeatedSampler(TrainSampler):
     """Repeated augmentation, https://arxiv.org/abs/1901.09335, as in DeiT.
 
-    Each image is drawn `repeats` times in a row, the copies augmented independently; an epoch ends after about as many
-    samples as there are images (a multiple of 256), so that it sees about a third of the images at 3 repeats.
+    Each image is drawn `repeats` times in a row, and each copy is augmented independently. An epoch has about as many samples
+    as there are images, rounded down to a multiple of 256, so with 3 repeats it covers a third of the images.
     """
 
-    GRAIN = 256
+    MULTIPLE = 256
 
     def __init__(self, size: int, world_size: int, seed: int, repeats: int = 3):
         super().__init__(size, world_size, seed)
         self.repeats = repeats
         if self.length(0) == 0:
             raise UserError(
-                f'TRAIN.REPEATED_AUG needs at least {max(self.GRAIN, world_size)} training images, but there are {size}; '
+                f'TRAIN.REPEATED_AUG needs at least {max(self.MULTIPLE, world_size)} training images, but there are {size}; '
                 'set it to 0.'
             )
 
     def length(self, rank: int) -> int:
-        return self.size // self.GRAIN * self.GRAIN // self.world_size
+        return self.size // self.MULTIPLE * self.MULTIPLE // self.world_size
 
     def epoch(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         draws = self.repeats * self.size
-        places = deal(draws, self.world_size, rank)[: self.length(rank)] % draws
-        return permutation(self.size, self.seed, epoch)[places // self.repeats], places % self.repeats
+        positions = rank_positions(draws, self.world_size, rank)[: self.length(rank)] % draws
+        return permutation(self.size, self.seed, epoch)[positions // self.repeats], positions % self.repeats
 
 
 class PartSampler(TrainSampler):
-    """Each rank trains on its own share for ever, the images i with i % world_size == rank, in the order of the epoch's
-    permutation (DATA.CACHE part). One process sees what `TrainSampler` gives it.
+    """Each rank trains only on the images i with i % world_size == rank, in the order of the epoch's permutation.
 
-    Shares differ by one image where the world size does not divide the number of images: with `drop_last` the surplus is left
-    out, otherwise ranks without one see their first image again, so that all take equally many steps.
+    For DATA.CACHE part. A single process gets the same order as from `TrainSampler`. If the numbers of images per rank
+    differ, `drop_last` drops the surplus; otherwise ranks with fewer images repeat their first one.
     """
 
     def __init__(self, size: int, world_size: int, seed: int, drop_last: bool):
@@ -76,12 +76,12 @@ class PartSampler(TrainSampler):
     def epoch(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(self.size, self.seed, epoch)
         own = order[order % self.world_size == rank]
-        places = np.arange(self.length(rank))
-        return own[places % len(own)], places // len(own)
+        positions = np.arange(self.length(rank))
+        return own[positions % len(own)], positions // len(own)
 
 
 class EvalSampler:
-    """Every image exactly once, dealt out by rank without padding: ranks may get unequal numbers."""
+    """Every image exactly once: rank r of w takes images r, r + w, ... without padding."""
 
     def __init__(self, size: int, world_size: int):
         self.size = size
@@ -96,10 +96,10 @@ class EvalSampler:
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, [size] int64."""
+    """Return the order of an epoch, [size] int64."""
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def deal(count: int, world_size: int, rank: int) -> np.ndarray:
-    """Places rank, rank + world_size, ... below the next multiple of `world_size`; those from `count` on start over."""
+def rank_positions(count: int, world_size: int, rank: int) -> np.ndarray:
+    """Return positions rank, rank + world_size, ... up to `count`, rounded up to a multiple of `world_size`."""
     return np.arange(rank, -(-count // world_size) * world_size, world_size)

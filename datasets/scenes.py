@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes of handwritten digits for dense tasks: nothing to download, labels and boxes are known.
+"""Embedded scenes of handwritten digits for dense prediction, with label maps and boxes, without a download.
 
-Each scene is textured ground with digits of scikit-learn's data on it, of random number, size, place and color; later ones
-cover earlier ones. They are written once in the layout of user data:
+Each scene shows scikit-learn's digits on a textured background, in random number, size, position and color; later digits
+cover earlier ones. Scenes are written once in the layout of user data:
 
     $LEANVIT_CACHE/digit_scenes-1/classes.txt                      ground, 0 to 9
                                   images/{train,val}/NNNN.png
                                   annotations/{train,val}/NNNN.png label maps
-                                  annotations/instances_{train,val}.json     boxes of what is visible, in COCO's format
+                                  annotations/instances_{train,val}.json     boxes of the visible parts, in COCO's format
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from datasets.segmentation_layouts import CLASSES, segmentation_folder
 
 NAMES = ('ground', *map(str, range(10)))
 SCENES = {'train': 800, 'val': 200}
-SIDE = 64  # of a scene, pixels
+SIDE = 64  # side of a scene in pixels
 _VERSION = 1
 _HELD_OUT = 5  # every fifth digit appears in validation scenes only
-_INK = 96  # of 255: darker pixels of an enlarged digit belong to it
-_LEAST = 0.4  # visible share of a digit below which it is not listed as an object
+_INK = 96  # threshold, of 255: brighter pixels of an enlarged digit belong to it
+_LEAST = 0.4  # minimum visible fraction of a digit that is listed as an object
 
 
 @register_dataset('digit_scenes')
 def build_scenes(config, split: str) -> SegmentationDataset:
-    """The embedded scenes; DATA_PATH is not used."""
+    """Embedded scenes of digits; ignores DATA_PATH."""
     root = scenes_folder()
     return segmentation_folder(config, root, split, read_classes(os.path.join(root, CLASSES)))
 
 
 def scenes_folder() -> str:
-    """The folder of the scenes, written at the first call."""
+    """Return the folder of the scenes, which the first call writes."""
     return written_once(f'digit_scenes-{_VERSION}', _write_scenes)
 
 
@@ -51,8 +51,8 @@ class Scene(NamedTuple):
 
     Attributes:
         image: [SIDE, SIDE, 3] uint8.
-        labels: [SIDE, SIDE] uint8, 0 for the ground, k + 1 for the digit k.
-        objects: (label, box (left, top, width, height), visible pixels) of each digit that is visible enough.
+        labels: [SIDE, SIDE] uint8, 0 for the background, k + 1 for the digit k.
+        objects: (label, box (left, top, width, height), visible pixels) of each sufficiently visible digit.
     """
 
     image: np.ndarray
@@ -61,7 +61,7 @@ class Scene(NamedTuple):
 
 
 def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> Scene:
-    """Compose a scene of some of the digits [n, 8, 8] uint8 of the classes `targets` [n]."""
+    """Compose a scene from digits [n, 8, 8] uint8 with the classes `targets` [n]."""
     image = _ground(rng)
     owner, stamps = np.full((SIDE, SIDE), -1), []
     for _ in range(rng.integers(2, 6)):
@@ -74,7 +74,7 @@ def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
         image[rows, columns] = rng.integers(150, 256, 3) + rng.normal(0, 6, (len(rows), 3))
         owner[rows, columns] = len(stamps)
         stamps.append((int(targets[number]) + 1, int(ink.sum())))
-    labels = np.array([label for label, _ in stamps] + [0], 'uint8')[owner]  # -1 is the ground
+    labels = np.array([label for label, _ in stamps] + [0], 'uint8')[owner]  # -1 is the background
     objects = []
     for index, (label, full) in enumerate(stamps):
         rows, columns = np.nonzero(owner == index)
@@ -86,7 +86,7 @@ def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
 
 
 def _ground(rng: np.random.Generator) -> np.ndarray:
-    """Smooth dark blotches and grain, [SIDE, SIDE, 3] float64."""
+    """Draw a dark background of smooth blotches and noise, [SIDE, SIDE, 3] float64."""
     blotches = Image.fromarray(rng.integers(20, 110, (6, 6, 3)).astype('uint8'))
     smooth = np.asarray(blotches.resize((SIDE, SIDE), Image.Resampling.BICUBIC), 'float64')
     return smooth + rng.normal(0, 8, (SIDE, SIDE, 1))
@@ -119,7 +119,7 @@ def _write_split(folder: str, split: str, scenes: list[Scene]) -> None:
 
 
 def _coco(scenes: list[Scene]) -> dict:
-    """Boxes in COCO's format; its category of the digit k has the id k + 1, as in the label maps."""
+    """Return the boxes in COCO's format; the digit k has the category id k + 1, as in the label maps."""
     objects = [(number, *found) for number, scene in enumerate(scenes) for found in scene.objects]
     return {
         'images': [

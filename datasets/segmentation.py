@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images with a label map each: a class per pixel."""
+"""Data sets of semantic segmentation: images with label maps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from datasets.sample import LabelMap, Sample
 from utils.errors import UserError
 
 LABELS = 'labels'  # name of the target
-VALUES = 1 << 16  # that a map of 16 bits can hold
+VALUES = 1 << 16  # number of values of a 16-bit map
 INVALID = -1
-_PROBES = 4  # maps that are read at the start
-_FORMATS = ('PNG', 'BMP', 'TIFF', 'GIF')  # without loss
+_PROBES = 4  # maps that are checked at the start
+_FORMATS = ('PNG', 'BMP', 'TIFF', 'GIF')  # lossless
 _SINGLE_CHANNEL = ('L', 'P', '1', 'I', 'I;16', 'I;16B', 'I;16L')
 
 
@@ -26,12 +26,12 @@ class SegmentationDataset(Images):
     """Images with label maps.
 
     Args:
-        storage: of the images.
-        maps: of the maps, in the order of the images.
+        storage: storage of the images.
+        maps: storage of the label maps, in the order of the images.
         source: see `Images`.
-        classes: names and colors.
-        labels: label of each stored value, [VALUES] int32, INVALID for values that must not occur; see `label_table`.
-        ignored: label of the pixels without a class.
+        classes: names and colors of the classes.
+        labels: label of each stored value, [VALUES] int32, INVALID for invalid values; see `label_table`.
+        ignored: label of pixels without a class.
 
     Attributes:
         num_classes: number of classes.
@@ -57,7 +57,7 @@ class SegmentationDataset(Images):
         self._valid = labels != INVALID
 
     def sample(self, index: int, exif_rotate: bool = False) -> Sample:
-        """Image and label map. Raises UserError where they differ in size."""
+        """Return image and label map. Raises UserError if their sizes differ."""
         picture, labels = self.picture(index, exif_rotate), self.label_map(index)
         if tuple(picture.size) != labels.pixels.shape[::-1]:
             rotated = ' after its EXIF rotation (DATA.EXIF_ROTATE)' if exif_rotate else ''
@@ -68,11 +68,11 @@ class SegmentationDataset(Images):
         return Sample(picture, {LABELS: labels})
 
     def label_map(self, index: int) -> LabelMap:
-        """The label map of image `index`, with labels 0 to n - 1 and `ignored`.
+        """Return the label map of image `index`, with labels 0 to n - 1 and `ignored`.
 
         Raises:
-            BadImageError: it cannot be read.
-            UserError: a value that is no class.
+            BadImageError: the map cannot be read.
+            UserError: the map holds an invalid value.
         """
         try:
             values = read_values(self.maps.read(index))
@@ -94,9 +94,9 @@ class SegmentationDataset(Images):
             self.sample(index)
 
     def check(self) -> None:
-        """Read a few maps, so that a wrong number of classes shows at the start."""
+        """Check a few maps, so that a wrong number of classes is an error at the start."""
         for index in np.unique(np.linspace(0, len(self) - 1, _PROBES).astype(int)).tolist():
-            with contextlib.suppress(BadImageError):  # which DATA.BAD_IMAGE may skip
+            with contextlib.suppress(BadImageError):  # DATA.BAD_IMAGE may skip it
                 self.label_map(index)
 
     def with_storages(self, change: Callable[[Storage], Storage]) -> SegmentationDataset:
@@ -107,16 +107,16 @@ class SegmentationDataset(Images):
 
 
 def label_type(num_classes: int, ignored: int) -> str:
-    """Type of the label maps of a batch."""
+    """Return the dtype of the label maps of a batch."""
     return 'uint8' if max(num_classes - 1, ignored) < 256 else 'int32'
 
 
 def label_table(num_classes: int, ignored: int, reduce_zero: bool = False, ids: Mapping[int, int] | None = None):
-    """Label of each value that a map may store, [VALUES] int32; INVALID for all other values.
+    """Return the label of each stored value, [VALUES] int32; INVALID for invalid values.
 
     Args:
-        reduce_zero: 0 is ignored, and k > 0 is class k - 1, as in ADE20K; the ignored value stays what it is.
-        ids: label of each stored value, where these are other numbers.
+        reduce_zero: 0 is ignored, and k > 0 is class k - 1, as in ADE20K; the value `ignored` stays ignored.
+        ids: stored value -> label, if they differ.
     """
     table = np.full(VALUES, INVALID, 'int32')
     if ids is not None:
@@ -130,10 +130,10 @@ def label_table(num_classes: int, ignored: int, reduce_zero: bool = False, ids: 
 
 
 def read_values(data: bytes) -> np.ndarray:
-    """The stored values of a label map, [H, W]: of a palette image the indices.
+    """Read the stored values of a label map, [H, W]; for a palette image its indices.
 
     Raises:
-        UnreadableImage: something else than an image with one channel of 1, 8 or 16 bits.
+        UnreadableImage: the file is no image with one channel of 1, 8 or 16 bits.
     """
     with loaded(data, _FORMATS) as image:
         mode, values = image.mode, np.array(image)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets with label maps as their publishers lay them out on disk, and any folder of images and maps."""
+"""Data sets of semantic segmentation in their published layouts, and any folder of images and label maps."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from utils.errors import UserError
 
 CLASSES = 'classes.txt'
 BUILTIN = ('ade20k', 'voc2012', 'cityscapes')
-# Values of Cityscapes' labelIds maps in the order of the classes; the others of 0 to 33 are ignored.
+# Values of Cityscapes' labelIds maps in the order of the classes; other values of 0 to 33 are ignored.
 _CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 @register_dataset('segmentation')
 def build_segmentation(config, split: str) -> SegmentationDataset:
-    """`DATA_PATH/images/<split>/**`, `DATA_PATH/annotations/<split>/**.png` of the same names, `DATA_PATH/classes.txt`."""
+    """Any folder with `images/<split>/**`, `annotations/<split>/**.png` of the same names, and `classes.txt`."""
     root = data_path(config)
     return segmentation_folder(config, root, split, read_classes(os.path.join(root, CLASSES)))
 
 
 @register_dataset('ade20k')
 def build_ade20k(config, split: str) -> SegmentationDataset:
-    """ADEChallengeData2016; 0 in its maps is ignored."""
+    """ADE20K: the folder ADEChallengeData2016; the value 0 of its maps is ignored."""
     folder = {'train': 'training', 'val': 'validation'}[split]
     return segmentation_folder(config, data_path(config), folder, builtin_classes('ade20k'), reduce_zero=True)
 
 
 @register_dataset('voc2012')
 def build_voc(config, split: str) -> SegmentationDataset:
-    """VOCdevkit/VOC2012: 1464 training images."""
+    """Pascal VOC 2012: the folder VOCdevkit/VOC2012, 1464 training images."""
     return _voc(config, split, 'SegmentationClass')
 
 
 @register_dataset('voc2012aug')
 def build_augmented_voc(config, split: str) -> SegmentationDataset:
-    """The same with the further maps of SBD in SegmentationClassAug: 10582 training images, listed in trainaug.txt."""
+    """Pascal VOC 2012 with SBD's maps in SegmentationClassAug: 10582 training images, listed in trainaug.txt."""
     maps = 'SegmentationClassAug' if split == 'train' else 'SegmentationClass'
     return _voc(config, 'trainaug' if split == 'train' else split, maps)
 
@@ -59,7 +59,7 @@ def _voc(config, name: str, maps: str) -> SegmentationDataset:
 
 @register_dataset('cityscapes')
 def build_cityscapes(config, split: str) -> SegmentationDataset:
-    """leftImg8bit and gtFine; maps of train ids where they are, else of label ids."""
+    """Cityscapes: the folders leftImg8bit and gtFine; maps of train ids if they exist, else of label ids."""
     root, ending = data_path(config), '_leftImg8bit.png'
     found = _files(os.path.join(root, 'leftImg8bit', split))
     names = [name[: -len(ending)] for name in found if name.endswith(ending)]
@@ -78,7 +78,7 @@ def build_cityscapes(config, split: str) -> SegmentationDataset:
 def segmentation_folder(
     config, root: str, split: str, classes: ClassTable, reduce_zero: bool = False
 ) -> SegmentationDataset:
-    """Images below `root/images/split`, and maps of the same names below `root/annotations/split`."""
+    """Build a data set of images below `root/images/split` and maps of the same names below `root/annotations/split`."""
     images, maps = (os.path.join(root, folder, split) for folder in ('images', 'annotations'))
     names = _files(images)
     if not names:
@@ -93,7 +93,7 @@ def segmentation_folder(
         )
     twice = _first_twice(stems)
     if twice:
-        raise UserError(f"two images in '{images}' have the name '{twice}' but for their endings; rename one.")
+        raise UserError(f"two images in '{images}' have the name '{twice}' with different extensions; rename one.")
     left_over = len(annotated) - len(names)
     notes = [f"{left_over} label maps in '{maps}' belong to no image."] if left_over else []
     paths = [os.path.join('annotations', split, annotated[stem]) for stem in stems]
@@ -102,7 +102,7 @@ def segmentation_folder(
 
 
 def _files(folder: str) -> list[str]:
-    """Image files anywhere below a folder, relative to it."""
+    """List the image files below a folder, relative to it."""
     return [os.path.normpath(path) for path in images_below(folder)[0]]
 
 
@@ -118,7 +118,7 @@ def _first_twice(names: list[str]) -> str | None:
 def _paired(
     config, root: str, images: list[str], maps: list[str], classes: ClassTable, **options
 ) -> SegmentationDataset:
-    """Image files and map files in the same order."""
+    """Build a data set of image files and map files in the same order."""
     _check_exist(root, maps)
     return paired(config, FileStorage(root, images), FileStorage(root, maps), f"'{root}'", classes, **options)
 
@@ -126,7 +126,7 @@ def _paired(
 def paired(
     config, images, maps, source: str, classes: ClassTable, reduce_zero: bool = False, ids=None, notes=()
 ) -> SegmentationDataset:
-    """Images and maps from two storages, by DATA.IGNORE_INDEX and DATA.REDUCE_ZERO_LABEL."""
+    """Build a data set of images and maps from two storages, by DATA.IGNORE_INDEX and DATA.REDUCE_ZERO_LABEL."""
     data = config.DATA
     table = label_table(len(classes.names), data.IGNORE_INDEX, reduce_zero or data.REDUCE_ZERO_LABEL, ids)
     dataset = SegmentationDataset(images, maps, source, classes, table, data.IGNORE_INDEX, notes)
@@ -135,7 +135,7 @@ def paired(
 
 
 def _check_exist(root: str, paths: list[str]) -> None:
-    """Raises UserError for the first file that is missing; each folder is read once."""
+    """Raise UserError for the first missing file; each folder is listed once."""
     listed: dict[str, set[str]] = {}
     for path in paths:
         folder, name = os.path.split(os.path.join(root, path))
@@ -146,7 +146,7 @@ def _check_exist(root: str, paths: list[str]) -> None:
 
 
 def known_classes(config) -> ClassTable | None:
-    """The classes of DATA.DATASET as far as they are known without its images."""
+    """Return the classes of DATA.DATASET if they are known without its images, else None."""
     name = config.DATA.DATASET.removesuffix('aug')
     if name in BUILTIN:
         return builtin_classes(name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of a data set."""
+"""Subsets of a data set."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from datasets.dataset import Dataset, EncodedStorage, Storage
 
 
 def random_subset(dataset: Dataset, size: int, seed: int) -> Dataset:
-    """`size` images drawn by `seed` without repetition, in the order of the data set; all of them where it has fewer."""
+    """Draw at most `size` images by `seed` without replacement, in the order of the data set."""
     return _subset(dataset, np.sort(np.random.default_rng(seed).permutation(len(dataset))[:size]))
 
 
 def first_images(dataset: Dataset, size: int) -> Dataset:
-    """The first `size` images; all of them where it has fewer."""
+    """Take the first images, at most `size`."""
     return _subset(dataset, np.arange(min(size, len(dataset))))
 
 
 def evenly_spaced(dataset: Dataset, size: int) -> Dataset:
-    """`size` images at equal distances over the data set; all of them where it has fewer."""
+    """Take evenly spaced images, at most `size`."""
     size = min(size, len(dataset))
     return _subset(dataset, np.arange(size) * len(dataset) // size)
 
@@ -51,7 +51,7 @@ class SubsetStorage(Storage):
 
 
 class EncodedSubset(SubsetStorage, EncodedStorage):
-    """The same of image files."""
+    """The items `indices` of a storage of image files."""
 
     def read(self, index: int) -> bytes:
         return self.storage.read(int(self.indices[index]))

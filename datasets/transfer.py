@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets that pre-trained models are transferred to, in the layouts their authors publish.
+"""Data sets for transfer learning, in their published layouts.
 
-Parts and the numbering of classes are those of MAE-Lite: what an author calls validation is trained on too, where a test part
-with labels is there to validate on.
+Splits and class numbers are those of MAE-Lite. If a data set has a labeled test split, that is used for validation, and the
+published validation split belongs to training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from datasets.folder import data_path, read_lines
 from datasets.registry import register_dataset
 from utils.errors import UserError
 from utils.files import open_regular, read_regular
-from utils.processes import SECONDS, run_apart
+from utils.processes import SECONDS, run_in_subprocess
 from utils.text import NAME, printable
 
 MAX_JSON = 1 << 28  # bytes; train2018.json has 120 MB
@@ -34,7 +34,7 @@ MAX_MAT = 16 << 20  # bytes; cars_annos.mat has 500 kB
 # ---------------------------------------------------------------------------------------------------- Flowers-102
 @register_dataset('flowers102')
 def build_flowers(config, split: str) -> Dataset:
-    """`DATA_PATH/{imagelabels.mat,setid.mat,jpg/image_00001.jpg,...}`; classes are called by their numbers."""
+    """Flowers-102: `DATA_PATH/{imagelabels.mat,setid.mat,jpg/image_00001.jpg,...}`; class names are their numbers."""
     root = _root(config, 'setid.mat', '', 'flowers-102')
     source = 'it is published, as are the images, at https://www.robots.ox.ac.uk/~vgg/data/flowers/102/'
     labels_path, parts_path = os.path.join(root, 'imagelabels.mat'), os.path.join(root, 'setid.mat')
@@ -51,7 +51,7 @@ def build_flowers(config, split: str) -> Dataset:
 # ---------------------------------------------------------------------------------------------------- Oxford-IIIT Pet
 @register_dataset('pets')
 def build_pets(config, split: str) -> Dataset:
-    """`DATA_PATH/{annotations/trainval.txt,annotations/test.txt,images/NAME.jpg}`, 37 classes."""
+    """Oxford-IIIT Pet: `DATA_PATH/{annotations/trainval.txt,annotations/test.txt,images/NAME.jpg}`, 37 classes."""
     root = _root(config, 'annotations', '', 'oxford-iiit-pet')
     source = 'it is in annotations.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/pets/, images are in images.tar.gz'
     path = os.path.join(root, 'annotations', 'trainval.txt' if split == 'train' else 'test.txt')
@@ -64,13 +64,13 @@ def build_pets(config, split: str) -> Dataset:
             )
         paths.append(os.path.join('images', f'{fields[0]}.jpg'))
         labels.append(int(fields[1]) - 1)
-        class_names[labels[-1]] = fields[0].rsplit('_', 1)[0]  # images are called by their class and a number
+        class_names[labels[-1]] = fields[0].rsplit('_', 1)[0]  # the name of an image is its class and a number
     return Dataset(FileStorage(root, paths), labels, f"'{path}'", class_names)
 
 
 # ---------------------------------------------------------------------------------------------------- FGVC-Aircraft
 def _build_aircraft(level: str, config, split: str) -> Dataset:
-    """`DATA_PATH/fgvc-aircraft-2013b/data/{images_LEVEL_trainval.txt,images_LEVEL_test.txt,images/ID.jpg}`.
+    """FGVC-Aircraft: `fgvc-aircraft-2013b/data/{images_LEVEL_trainval.txt,images_LEVEL_test.txt,images/ID.jpg}`.
 
     Args:
         level: variant, family or manufacturer.
@@ -78,7 +78,7 @@ def _build_aircraft(level: str, config, split: str) -> Dataset:
     lists = {'train': f'images_{level}_trainval.txt', 'val': f'images_{level}_test.txt'}
     root = _root(config, lists[split], os.path.join('fgvc-aircraft-2013b', 'data'), 'data', '')
     entries = _read_aircraft(os.path.join(root, lists[split]))
-    # A test list may lack classes; they are numbered as in training.
+    # A test list may lack classes, so class numbers always come from the training list.
     train_path = os.path.join(root, lists['train'])
     training = _read_aircraft(train_path) if split == 'val' and os.path.exists(train_path) else entries
     class_names = sorted({name for _, _, name in training})
@@ -100,7 +100,7 @@ for _level, _name in (
 
 
 def _read_aircraft(path: str) -> list[tuple[str, str, str]]:
-    """('file:line', image, name of its class) of each line of a list; names may contain blanks."""
+    """Return ('file:line', image, class name) of each line of a list; class names may contain blanks."""
     source = 'it is in fgvc-aircraft-2013b.tar.gz of https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/'
     entries = []
     for number, line in read_lines(path, source):
@@ -114,12 +114,12 @@ def _read_aircraft(path: str) -> list[tuple[str, str, str]]:
 # ---------------------------------------------------------------------------------------------------- Stanford Cars
 @register_dataset('cars')
 def build_cars(config, split: str) -> Dataset:
-    """`DATA_PATH/{cars_annos.mat,car_ims/000001.jpg,...}`, 196 classes."""
+    """Stanford Cars: `DATA_PATH/{cars_annos.mat,car_ims/000001.jpg,...}`, 196 classes."""
     root = data_path(config)
     path = os.path.join(root, 'cars_annos.mat')
     source = (
         'it was published, beside car_ims.tgz, at http://ai.stanford.edu/~jkrause/car196/cars_annos.mat, which '
-        'is gone: look at https://web.archive.org and in https://github.com/pytorch/vision/issues/7545'
+        'is offline: see https://web.archive.org and https://github.com/pytorch/vision/issues/7545'
     )
     content = _read_mat(path, source, ['annotations'])
     cars = np.atleast_1d(content['annotations'])
@@ -137,10 +137,10 @@ def build_cars(config, split: str) -> Dataset:
 # ---------------------------------------------------------------------------------------------------- iNaturalist 2018
 @register_dataset('inaturalist2018')
 def build_inaturalist(config, split: str) -> Dataset:
-    """`DATA_PATH/{categories.json,train2018.json,val2018.json,train_val2018/SUPER/CATEGORY/*.jpg}`, 8142 classes.
+    """iNaturalist 2018: `{categories.json,train2018.json,val2018.json,train_val2018/SUPER/CATEGORY/*.jpg}`, 8142 classes.
 
-    A class is a category's name. They are numbered in the order in which the annotations of training first mention them, for
-    both parts. The category of an image is the third part of its path.
+    A class is the name of a category. Classes of both splits are numbered in the order of their first occurrence in the
+    training annotations. The category of an image is the third part of its path.
     """
     root = data_path(config)
     categories_path, train_path, path = (
@@ -150,24 +150,26 @@ def build_inaturalist(config, split: str) -> Dataset:
     names = _fields(_read_json(categories_path), categories_path, None, 'name', str)
     train = _read_json(train_path)
     numbers: dict[str, int] = {}
-    for place, category in enumerate(_fields(train, train_path, 'annotations', 'category_id', int)):
+    for position, category in enumerate(_fields(train, train_path, 'annotations', 'category_id', int)):
         if not 0 <= category < len(names):
-            raise UserError(f"'{train_path}', annotations[{place}]: '{categories_path}' has no category {category}.")
+            raise UserError(f"'{train_path}', annotations[{position}]: '{categories_path}' has no category {category}.")
         numbers.setdefault(names[category], len(numbers))
     paths = _fields(train if path == train_path else _read_json(path), path, 'images', 'file_name', str)
     labels = []
-    for place, name in enumerate(paths):
+    for position, name in enumerate(paths):
         category = (name.split('/') + [''] * 3)[2]
         if not re.fullmatch('[0-9]{1,9}', category) or int(category) >= len(names):
-            raise UserError(f"'{path}', images[{place}]: '{name}' is not below a folder that is called by a category.")
+            raise UserError(f"'{path}', images[{position}]: '{name}' is not below a folder named by a category.")
         if names[int(category)] not in numbers:
-            raise UserError(f"'{path}', images[{place}]: no annotation of '{train_path}' has the category of '{name}'.")
+            raise UserError(
+                f"'{path}', images[{position}]: no annotation of '{train_path}' has the category of '{name}'."
+            )
         labels.append(numbers[names[int(category)]])
     return Dataset(FileStorage(root, paths), labels, f"'{path}'", list(numbers))
 
 
 def _read_json(path: str) -> Any:
-    """Content of a file of iNaturalist."""
+    """Read a JSON file of iNaturalist."""
     try:
         return json.loads(read_regular(path, MAX_JSON))
     except FileNotFoundError:
@@ -190,39 +192,41 @@ def _read_json(path: str) -> Any:
 
 
 def _fields(content: Any, path: str, key: str | None, field: str, kind: type) -> list:
-    """`field` of each entry of the list `content[key]`; None: `content` is the list."""
+    """Return `field` of each entry of the list `content[key]`; None: `content` is the list."""
     what = key or 'entries'
     if key:
         content = content.get(key) if isinstance(content, dict) else None
     if not isinstance(content, list):
         raise UserError(f"'{path}' has no list of {what}; is it another file?")
-    for place, entry in enumerate(content):
+    for position, entry in enumerate(content):
         if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
-            raise UserError(f"'{path}', {what}[{place}] has no {field}; is it another file?")
+            raise UserError(f"'{path}', {what}[{position}] has no {field}; is it another file?")
     return [entry[field] for entry in content]
 
 
 # ---------------------------------------------------------------------------------------------------- shared
 def _root(config, landmark: str, *folders: str) -> str:
-    """The first of some folders below DATA_PATH that has `landmark` in it; without any, the first one."""
+    """Return the first of `folders` below DATA_PATH that contains `landmark`, else the first folder."""
     roots = [os.path.join(data_path(config), folder) for folder in folders]
     return next((root for root in roots if os.path.exists(os.path.join(root, landmark))), roots[0])
 
 
 def _numbers(count: int) -> list[str]:
-    """Names of classes that have none: '1' to `count`."""
+    """Return the names '1' to `count` for classes without names."""
     return [str(number) for number in range(1, count + 1)]
 
 
 def _read_mat(path: str, source: str, names: Iterable[str]) -> dict[str, Any]:
-    """Variables of a MATLAB file, dimensions of size 1 dropped. SciPy executes nothing in it, but may crash where it is damaged.
+    """Read the variables of a MATLAB file, without dimensions of size 1.
+
+    SciPy runs no code of the file, but a damaged file may crash it, so it runs in a subprocess.
 
     Args:
-        source: where it is published, for messages.
-        names: variables that must be there.
+        source: where the file is published, for messages.
+        names: required variables.
     """
     try:
-        content = run_apart(_load_mat, path)
+        content = run_in_subprocess(_load_mat, path)
     except ImportError:
         raise UserError(f"reading '{path}' needs SciPy: pip install scipy.") from None
     except FileNotFoundError:
@@ -231,7 +235,7 @@ def _read_mat(path: str, source: str, names: Iterable[str]) -> dict[str, Any]:
         raise UserError(
             f"'{path}' is damaged: SciPy crashes on it, or does not read it in {SECONDS} seconds; {source}."
         ) from None
-    except Exception as error:  # a damaged file can raise anything
+    except Exception as error:  # a damaged file can raise any exception
         reason = printable(getattr(error, 'strerror', None) or error, NAME) or type(error).__name__
         raise UserError(f"'{path}' cannot be read ({reason}); {source}.") from None
     for name in names:
@@ -252,14 +256,14 @@ def _load_mat(path: str) -> dict[str, Any]:
 
 
 def _whole_numbers(values: Any, low: int, high: int, where: str) -> np.ndarray:
-    """An array of MATLAB, or a field of its structs, as [N] int64: it stores them as bytes, doubles or objects.
+    """Convert a MATLAB array, or a field of structs, of bytes, doubles or objects to [N] int64.
 
     Raises:
-        UserError: naming the first that is not a whole number from `low` to `high`.
+        UserError: a value is not a whole number from `low` to `high`; the text names the first one.
     """
     numbers = np.atleast_1d(values).ravel().tolist()
-    for place, value in enumerate(numbers, 1):
+    for position, value in enumerate(numbers, 1):
         if not isinstance(value, (int, float)) or not low <= value <= high or value % 1:
             shown = printable(repr(value), NAME)
-            raise UserError(f'{where}: number {place} is {shown}, not a whole number from {low} to {high}.')
+            raise UserError(f'{where}: number {position} is {shown}, not a whole number from {low} to {high}.')
     return np.array(numbers, dtype=np.int64)

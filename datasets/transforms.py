@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a picture and its targets to the arrays of a batch. The transforms of classification are those of DeiT and timm.
+"""Transforms of images and targets to the arrays of a batch. Those of classification are DeiT's and timm's.
 
 Training: random crop, flip, RandAugment (else AutoAugment, else color jitter). Evaluation: resize, center crop.
-Normalization happens once per batch on the device (datasets/batch.py), and so does random erasing.
+Normalization and random erasing run once per batch on the device (datasets/batch.py).
 
-A step is a callable `step(image, rng) -> image` on Pillow images; all randomness comes from the numpy generator. Steps that
-move pixels are `Geometric`: they are drawn once, and targets follow. The first step may get a `Jpeg` and so decides how much
-of it is decoded. With DATA.FAST_RESIZE the first steps of training work on arrays.
+A step is a callable `step(image, rng) -> image` on Pillow images; all random numbers come from the numpy generator. Steps
+that move pixels are `Geometric`: one draw is applied to the image and to all targets. The first step may get a `Jpeg` and
+decode only a part of it. With DATA.FAST_RESIZE the first steps of training work on arrays.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any, Union
 import numpy as np
 from PIL import Image
 
-from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, Canvas, ColorJitter, RandAugment, choose
+from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, ColorJitter, RandAugment, StyleSampler, choose
 from datasets.images import Jpeg
 from datasets.sample import IMAGE, NOTHING, Placement, Plane, Sample
 from datasets.views import Views, check_views, view_steps
@@ -27,22 +27,22 @@ from datasets.views import Views, check_views, view_steps
 Picture = Union[Image.Image, Jpeg]
 Step = Callable[[Picture, np.random.Generator], Image.Image]
 
-SMALL = 32  # up to this side images are cropped with padding, as for CIFAR, unless DATA.CROP says otherwise
+SMALL = 32  # DATA.CROP auto crops images up to this side with padding, as usual for CIFAR
 PADDING = 4
-THIN = 32  # pictures that are so many times as long as wide are cut before they are enlarged
-MILD = 1.4  # up to this factor shrinking aliases little
+MAX_ASPECT_RATIO = 32  # images with a larger ratio are cropped before they are resized
+MAX_UNSMOOTHED = 1.4  # reduction factor up to which resizing without smoothing aliases little
 
 
 class Transform:
-    """Applies steps to an RGB picture and its targets.
+    """Applies steps to an RGB image and its targets.
 
     Args:
-        steps: applied in order.
-        shape: of the image that the steps end with, (H, W, C); H and W None: images of different sizes.
-        targets: shapes and types of the targets that have the same for all images; other targets are ragged.
+        steps: steps in order.
+        shape: (H, W, C) of the resulting image; H and W None: images of different sizes.
+        targets: planes of the targets of fixed shape; other targets are ragged.
 
     Attributes:
-        planes: what has the same shape for all images; the image is the first, where it has.
+        planes: arrays of fixed shape; the image is the first if its shape is fixed.
     """
 
     def __init__(self, steps: Sequence[Step], shape: tuple[int | None, int | None, int], targets: Sequence[Plane] = ()):
@@ -51,11 +51,11 @@ class Transform:
         self.planes = (*([Plane(IMAGE, shape)] if None not in shape else []), *targets)
 
     def image(self, picture: Picture, rng: np.random.Generator | None = None) -> np.ndarray:
-        """RGB picture without targets -> [H, W, C] uint8."""
+        """Transform an RGB image without targets to [H, W, C] uint8."""
         return self(Sample(picture), rng).image
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None) -> Sample:
-        """RGB picture -> [H, W, C] uint8, and the targets that follow it."""
+        """Transform an RGB image to [H, W, C] uint8, together with its targets."""
         channels = self.shape[-1]
         if channels == 1:
             sample = Sample(sample.image.convert('L'), sample.targets)
@@ -70,32 +70,32 @@ class Transform:
 
 
 class Geometric:
-    """A step that moves pixels: one draw, which is applied to the image and to all targets."""
+    """A step that moves pixels: one draw is applied to the image and to all targets."""
 
     def draw(self, size: tuple[int, int], rng: np.random.Generator, targets: Mapping[str, Any]) -> Placement:
-        """Where the pixels of an image of `size` (width, height) go."""
+        """Draw the geometric operation for an image of `size` (width, height)."""
         raise NotImplementedError
 
     def apply(self, image: Picture, placement: Placement) -> Image.Image | np.ndarray:
-        """The image after the operation."""
+        """Return the image after the operation."""
         raise NotImplementedError
 
     def __call__(self, image: Picture, rng: np.random.Generator | None = None) -> Image.Image | np.ndarray:
         return self.apply(image, self.draw(size_of(image), rng, {}))
 
     def joint(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """The image and its targets after the operation."""
+        """Return the image and its targets after the operation."""
         placement = self.draw(size_of(sample.image), rng, sample.targets)
         return Sample(self.apply(sample.image, placement), sample.placed(placement))
 
 
 def size_of(image: Picture | np.ndarray) -> tuple[int, int]:
-    """(width, height)."""
+    """Return (width, height)."""
     return (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
 
 
 def build_transform(config, training: bool) -> Transform:
-    """The transform of image classification that DATA and TRAIN describe."""
+    """Build the transform of image classification that DATA and TRAIN describe."""
     data = config.DATA
     padded = data.CROP == 'padded' or (data.CROP == 'auto' and data.IMAGE_SIZE <= SMALL)
     if training:
@@ -105,12 +105,12 @@ def build_transform(config, training: bool) -> Transform:
         short = data.IMAGE_SIZE if padded else math.floor(data.IMAGE_SIZE / data.CROP_PCT)
         squash = data.EVAL_CROP == 'squash'
         resize = Squash(data.IMAGE_SIZE, resample) if squash else ResizeShort(short, resample)
-        steps = [resize, CentreCrop(data.IMAGE_SIZE)]
+        steps = [resize, CenterCrop(data.IMAGE_SIZE)]
     return Transform(steps, _shape(config))
 
 
 def two_view_transform(config) -> Views:
-    """The transform of MoCo v3: two views of each training image."""
+    """Build the transform of MoCo v3: two views of each training image."""
     check_views(config)
     crop = [_resized_crop(config), *([as_pillow] if _is_fast(config) else [])]
     views = view_steps(crop, RandomFlip(config.TRAIN.HFLIP))
@@ -138,7 +138,7 @@ def _training_steps(config, padded: bool) -> list[Step]:
 
 
 def _is_fast(config) -> bool:
-    """Whether what is not cropped with padding is resized by OpenCV; grey is left to Pillow."""
+    """Return True if OpenCV resizes random resized crops; grayscale images always use Pillow."""
     return config.DATA.FAST_RESIZE and config.DATA.IMAGE_CHANNELS == 3
 
 
@@ -149,14 +149,14 @@ def _resized_crop(config) -> RandomResizedCrop:
 
 
 def _policy(config) -> Step | None:
-    """What changes colours and shapes at random."""
+    """Return the augmentation policy, or None."""
     data, train = config.DATA, config.TRAIN
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
-    canvas = Canvas(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
+    styles = StyleSampler(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
     if train.RAND_AUGMENT:
-        return RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, canvas)
+        return RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, styles)
     if train.AUTO_AUGMENT:
-        return AutoAugment(canvas)
+        return AutoAugment(styles)
     return ColorJitter(*[train.COLOR_JITTER] * 3) if train.COLOR_JITTER > 0 else None
 
 
@@ -164,7 +164,7 @@ def _policy(config) -> Step | None:
 class ResizeShort(Geometric):
     """Resizes the shorter side to `size` pixels, the longer one to int(size * long / short).
 
-    Of a thin picture only the middle is computed, THIN times as long as wide, so that memory does not grow with its shape.
+    Images with an aspect ratio above MAX_ASPECT_RATIO are cropped to it at the center, which bounds the memory.
     """
 
     def __init__(self, size: int, resample: Image.Resampling):
@@ -178,10 +178,10 @@ class ResizeShort(Geometric):
         resized = int(self.size * width / short), int(self.size * height / short)
         axis = int(height > width)
         box, stored = [0, 0, width, height], size[axis]
-        left_out, length = _left_out(resized[axis], THIN * self.size), resized[axis]
-        if left_out:
-            box[axis], box[axis + 2] = (place * stored / length for place in (left_out, length - left_out))
-            resized = tuple(side - 2 * left_out * (number == axis) for number, side in enumerate(resized))
+        margin, length = _crop_margin(resized[axis], MAX_ASPECT_RATIO * self.size), resized[axis]
+        if margin:
+            box[axis], box[axis + 2] = (edge * stored / length for edge in (margin, length - margin))
+            resized = tuple(side - 2 * margin * (number == axis) for number, side in enumerate(resized))
         return Placement(tuple(box), resized)
 
     def apply(self, image: Picture, placement: Placement) -> Image.Image:
@@ -192,7 +192,7 @@ class ResizeShort(Geometric):
 
 
 class Squash(Geometric):
-    """Resizes both sides to `size` pixels, whatever they were."""
+    """Resizes both sides to `size` pixels, without keeping the aspect ratio."""
 
     def __init__(self, size: int, resample: Image.Resampling):
         self.size = size
@@ -207,8 +207,8 @@ class Squash(Geometric):
         return image.resize(placement.size, self.resample)
 
 
-class CentreCrop(Geometric):
-    """Cuts the central square of `size` pixels; offsets are rounded half to even."""
+class CenterCrop(Geometric):
+    """Center crop to a square of `size` pixels; offsets are rounded half to even."""
 
     def __init__(self, size: int):
         self.size = size
@@ -223,21 +223,21 @@ class CentreCrop(Geometric):
         return image.crop(placement.box)
 
 
-def _left_out(full: int, length: int) -> int:
-    """Pixels to leave out on both sides of `full` so that `length` to `length + 3` stay.
+def _crop_margin(full: int, length: int) -> int:
+    """Return the pixels to drop on both sides of `full` so that `length` to `length + 3` remain.
 
-    The number is even, so that CentreCrop cuts the pixels that it would cut from the whole.
+    The number is even, so that CenterCrop gives the same pixels as without the crop.
     """
     return max(full - length, 0) // 4 * 2
 
 
 def resize_box(image: Picture, placement: Placement, resample: Image.Resampling) -> Image.Image:
-    """Resize a box of a picture, which may end between pixels, without computing the rest."""
+    """Resize a box of an image, with fractional edges, without resizing the rest."""
     cut = []
     for axis in (0, 1):
         begin, end, stored = placement.box[axis], placement.box[axis + 2], image.size[axis]
         shrinking = max(1.0, (end - begin) / placement.size[axis])
-        margin = math.ceil(2 * shrinking) + 1  # a cubic filter reaches two pixels, more where it shrinks
+        margin = math.ceil(2 * shrinking) + 1  # support of the bicubic filter: two pixels times the reduction factor
         cut.append((max(0, math.floor(begin) - margin), min(stored, math.ceil(end) + margin)))
     (left, right), (top, bottom) = cut
     box = tuple(edge - start for edge, start in zip(placement.box, (left, top, left, top)))
@@ -246,9 +246,9 @@ def resize_box(image: Picture, placement: Placement, resample: Image.Resampling)
 
 # ---------------------------------------------------------------------------------------------------- training
 class RandomResizedCrop(Geometric):
-    """Cuts a box whose area is a uniform share of the image and whose log aspect ratio is uniform, and resizes it.
+    """Random resized crop: the fraction of the area is uniform in `scale`, the log aspect ratio is uniform in log `ratio`.
 
-    After ten boxes that stick out: the largest centred box whose ratio is in range.
+    If ten draws do not fit into the image, the largest center crop with a ratio in range is used.
     """
 
     TRIES = 10
@@ -269,7 +269,7 @@ class RandomResizedCrop(Geometric):
         return image.crop(placement.box).resize(placement.size, placement.resample)
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-        """(left, top, right, bottom) inside an image of the given size."""
+        """Draw (left, top, right, bottom) in an image of the given size."""
         log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for _ in range(self.TRIES):
             area = width * height * rng.uniform(*self.scale)
@@ -285,7 +285,7 @@ class RandomResizedCrop(Geometric):
 
 
 class PaddedCrop(Geometric):
-    """Pads with black and cuts a square at random."""
+    """Pads with black and takes a random square crop."""
 
     def __init__(self, size: int, padding: int):
         self.size = size
@@ -302,7 +302,7 @@ class PaddedCrop(Geometric):
 
 
 class RandomFlip(Geometric):
-    """Mirrors left and right with a probability."""
+    """Random horizontal flip."""
 
     def __init__(self, probability: float):
         self.probability = probability
@@ -321,9 +321,9 @@ class RandomFlip(Geometric):
 
 # ---------------------------------------------------------------------------------------------------- FAST_RESIZE
 class FastResizedCrop(RandomResizedCrop):
-    """The same boxes, resized by OpenCV, as arrays [H, W, 3].
+    """`RandomResizedCrop` with OpenCV, which returns arrays [H, W, 3].
 
-    JPEG files are decoded at half size or less where a box stays at least as large as the input on both sides.
+    JPEG files are decoded at half size or less if the decoded box stays at least as large as the result on both sides.
     """
 
     def __init__(self, *args):
@@ -338,15 +338,15 @@ class FastResizedCrop(RandomResizedCrop):
 
 
 def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
-    """Resizes [h, w, C] to [size, size, C] nearly as Pillow's antialiased filters do, in a fifth of the time.
+    """Resize [h, w, C] to [size, size, C], close to Pillow's antialiased filters and five times faster.
 
-    OpenCV's filters do not widen where they shrink. A kernel (a, 1 - 2a, a) before them, whose variance is 2a, makes up for
-    it: a tent filter widened by s has s^2 / 6, so a = (s^2 - 1) / 12, for each side its own. From s = 2 on, where a would be
-    too large, the area filter shrinks first; up to MILD the linear filter alone aliases so little that it saves the time.
+    OpenCV's filters do not antialias. A smoothing kernel (a, 1 - 2a, a) before them, with variance 2a, compensates for that.
+    A tent filter widened by the reduction factor s has variance s^2 / 6, so a = (s^2 - 1) / 12, per side. From s = 2 on the
+    area filter reduces the image first, since a would be too large. Up to MAX_UNSMOOTHED no smoothing is needed.
 
-    On photographs of 500 x 375 pixels the mean difference from Pillow's bicubic pixels is then 0.8 to 0.9 of 255. With smoothing
-    always it is 0.7, which makes the whole way from the file a tenth slower; OpenCV's linear filter alone has 1.2, its cubic
-    one 1.5, and its area filter 0.9 in twice the time.
+    On photographs of 500 x 375 pixels the mean difference from Pillow's bicubic filter is 0.8 to 0.9 of 255. Smoothing at
+    all factors gives 0.7, but makes loading 10 % slower. OpenCV's linear filter alone gives 1.2, its cubic filter 1.5, and
+    its area filter 0.9 in twice the time.
     """
     cv2 = opencv()
     height, width = (min(side, 2 * size) for side in pixels.shape[:2])
@@ -354,36 +354,36 @@ def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     interpolation = cv2.INTER_LINEAR if resample == BILINEAR else cv2.INTER_CUBIC
     shrinking = max(height, width) / size
-    if 1 < shrinking <= MILD:
+    if 1 < shrinking <= MAX_UNSMOOTHED:
         interpolation = cv2.INTER_LINEAR
-    elif shrinking > MILD:
+    elif shrinking > MAX_UNSMOOTHED:
         across, down = (smoothing_kernel(side / size) for side in (width, height))
         pixels = cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REPLICATE)
     return cv2.resize(pixels, (size, size), interpolation=interpolation)
 
 
 def smoothing_kernel(shrinking: float) -> np.ndarray:
-    """[3] weights of neighbouring pixels before they are shrunk by a factor; of one below 1, which enlarges, [1]."""
+    """Return the smoothing kernel [3] for a reduction factor; [1] for a factor of at most 1."""
     outer = (shrinking**2 - 1) / 12
     return np.array([outer, 1 - 2 * outer, outer] if outer > 0 else [1.0])
 
 
 class FastFlip(RandomFlip):
-    """The same on arrays."""
+    """`RandomFlip` on arrays."""
 
     def mirror(self, image: np.ndarray) -> np.ndarray:
         return opencv().flip(image, 1)
 
 
 def as_pillow(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """The step from arrays back to what policies take."""
+    """Convert an array to a Pillow image, the input of policies."""
     return Image.fromarray(pixels)
 
 
 @functools.cache
 def opencv():
-    """The cv2 module, which takes a third of a second to import, so that only those wait for it who use it."""
+    """Import cv2 on first use, since the import takes a third of a second."""
     import cv2
 
-    cv2.setNumThreads(0)  # worker processes are what runs in parallel
+    cv2.setNumThreads(0)  # worker processes already run in parallel
     return cv2

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two views of each training image, augmented independently and differently, for MoCo-v3 (DATA.VIEWS 2).
+"""Two augmented views of each training image for MoCo v3 (DATA.VIEWS 2).
 
-MoCo-v3: https://arxiv.org/abs/2104.02057, whose views are those of BYOL: https://arxiv.org/abs/2006.07733. The order of the
-steps is that of MAE-Lite: https://arxiv.org/abs/2205.14443. They work on Pillow images, RGB or L; what concerns colours
-leaves L as it is.
+MoCo v3 (https://arxiv.org/abs/2104.02057) uses the views of BYOL (https://arxiv.org/abs/2006.07733). The order of the steps
+is that of MAE-Lite (https://arxiv.org/abs/2205.14443). Steps take Pillow images, RGB or L; color steps do not change L.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from datasets.augment import ColorJitter, blur, grayscale, solarize
 from datasets.sample import IMAGE, Plane, Sample
 from utils.errors import UserError
 
-JITTER, GREY = 0.8, 0.2  # probabilities in both views
-BLUR, SOLARIZE = 0.1, 0.2  # in the second view; the first is always blurred, and never solarised
-STRENGTHS = (0.4, 0.4, 0.2, 0.1)  # of the jitter: brightness, contrast, saturation, hue
-RADII = (0.1, 2.0)  # of the blur, pixels
-THRESHOLD = 128  # values that solarising inverts begin here
+JITTER, GRAY = 0.8, 0.2  # probabilities in both views
+BLUR, SOLARIZE = 0.1, 0.2  # probabilities in the second view; the first is always blurred and never solarized
+STRENGTHS = (0.4, 0.4, 0.2, 0.1)  # color jitter: brightness, contrast, saturation, hue
+RADII = (0.1, 2.0)  # range of the blur radius, pixels
+THRESHOLD = 128  # solarization inverts values of at least this
 
 
 class Views:
-    """Several transforms of the same picture, one after the other from one generator.
+    """Several transforms of the same image, with one random generator.
 
     Attributes:
-        planes: of the result, one of shape (views, H, W, C).
+        planes: one plane of shape (views, H, W, C).
     """
 
     def __init__(self, transforms: Sequence):
@@ -36,24 +35,29 @@ class Views:
         self.planes = (Plane(IMAGE, (len(self.transforms), *self.transforms[0].planes[0].shape)),)
 
     def image(self, picture, rng: np.random.Generator) -> np.ndarray:
-        """RGB picture -> [views, H, W, C] uint8."""
+        """Transform an RGB image to [views, H, W, C] uint8."""
         return self(Sample(picture), rng).image
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """RGB picture -> [views, H, W, C] uint8."""
+        """Transform an RGB image to [views, H, W, C] uint8."""
         return Sample(np.stack([transform(sample, rng).image for transform in self.transforms]))
 
 
 def view_steps(crop: list[Callable], flip: Callable) -> tuple[list[Callable], list[Callable]]:
-    """The steps of the first and of the second view, around the same crop, which ends in a Pillow image, and flip."""
-    jitter, grey = Sometimes(JITTER, ColorJitter(*STRENGTHS)), Sometimes(GREY, _grey)
-    first = [*crop, jitter, random_blur, grey, flip]
-    second = [*crop, jitter, Sometimes(BLUR, random_blur), grey, flip, Sometimes(SOLARIZE, _solarize)]
+    """Return the steps of the first and of the second view.
+
+    Args:
+        crop: steps of the crop, which return a Pillow image.
+        flip: step of the flip.
+    """
+    jitter, gray = RandomApply(JITTER, ColorJitter(*STRENGTHS)), RandomApply(GRAY, _grayscale)
+    first = [*crop, jitter, random_blur, gray, flip]
+    second = [*crop, jitter, RandomApply(BLUR, random_blur), gray, flip, RandomApply(SOLARIZE, _solarize)]
     return first, second
 
 
 def check_views(config) -> None:
-    """Raises UserError where other keys ask for what the two views are not made with."""
+    """Raise UserError if other keys set augmentation that the two views do not use."""
     train = config.TRAIN
     changes = {
         'TRAIN.RAND_AUGMENT False': train.RAND_AUGMENT,
@@ -64,12 +68,12 @@ def check_views(config) -> None:
     }
     wanted = [change for change, needed in changes.items() if needed]
     if wanted:
-        raise UserError(f'DATA.VIEWS 2 augments as MoCo-v3 does and in no other way: set {", ".join(wanted)}.')
+        raise UserError(f'DATA.VIEWS 2 uses the augmentation of MoCo v3 only: set {", ".join(wanted)}.')
 
 
 # ---------------------------------------------------------------------------------------------------- steps
-class Sometimes:
-    """Takes a step with a probability."""
+class RandomApply:
+    """Applies a step with a probability."""
 
     def __init__(self, probability: float, step: Callable):
         self.probability = probability
@@ -83,7 +87,7 @@ def random_blur(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return blur(image, rng.uniform(*RADII))
 
 
-def _grey(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _grayscale(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return grayscale(image)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image files below a folder: which files count, and which are left out."""
+"""Search for image files below a folder."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from collections.abc import Iterator
 from datasets.images import EXTENSIONS
 from utils.errors import UserError
 
-# Thumbnails, copies and deleted files that systems keep beside pictures under names that are not hidden.
+# Folders of operating systems and NAS devices for thumbnails, copies and deleted files.
 _SYSTEM_FOLDERS = {'__MACOSX', '@eaDir', '@Recycle', '#recycle', '$RECYCLE.BIN', 'System Volume Information'}
 _SHOWN = 5  # extensions in a message
 
 
 def folders_in(folder: str) -> list[str]:
-    """Sorted names of the folders in `folder`. Raises UserError."""
+    """Return the sorted names of the folders in `folder`. Raises UserError."""
     real = os.path.realpath(folder)
     return [entry.name for entry in _entries(folder) if _is_folder(entry, real)]
 
 
 def images_below(folder: str, name: str = '') -> tuple[list[str], Counter]:
-    """Image files anywhere below `folder/name`.
+    """Find the image files below `folder/name`, recursively.
+
+    Each folder is read once, even if several symbolic links point to it. Links to a parent folder are not followed.
 
     Returns:
-        Their paths relative to `folder`, in the order of torchvision's ImageFolder, and the number of other files by
-        extension. Each folder is read once, however many symbolic links lead to it; links to a folder that they lie in are
-        not followed.
+        Paths relative to `folder` in the order of torchvision's ImageFolder, and the number of other files by extension.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: a folder cannot be read.
     """
     paths, left_out = [], Counter()
     for directory, files in sorted(_folders(os.path.join(folder, name))):
@@ -44,7 +44,7 @@ def images_below(folder: str, name: str = '') -> tuple[list[str], Counter]:
 
 
 def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields each folder from `top` on, with the names of its files that count; folders before links to them."""
+    """Yield each folder from `top` on with the names of its files; folders come before links to them."""
     seen, plain, links = set(), [top], []
     while plain or links:
         directory = plain.pop() if plain else links.pop(0)
@@ -60,7 +60,7 @@ def _folders(top: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _entries(folder: str) -> list[os.DirEntry]:
-    """Entries of a folder that are neither hidden nor a system's own, sorted by name. Raises UserError."""
+    """Return the entries of a folder, sorted by name, without hidden and system folders. Raises UserError."""
     try:
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not entry.name.startswith('.') and entry.name not in _SYSTEM_FOLDERS]
@@ -70,7 +70,7 @@ def _entries(folder: str) -> list[os.DirEntry]:
 
 
 def _is_folder(entry: os.DirEntry, parent: str) -> bool:
-    """Whether an entry of the folder with the real path `parent` is one, or a link to one that it does not lie in."""
+    """Return True for a folder, or a link to a folder that is no parent of the entry; `parent`: real path of its folder."""
     if not entry.is_symlink():
         return entry.is_dir()
     real = os.path.realpath(entry.path)
@@ -78,14 +78,14 @@ def _is_folder(entry: os.DirEntry, parent: str) -> bool:
 
 
 def _is_file(entry: os.DirEntry) -> bool:
-    """Whether an entry is a file, or a link to none, which is a missing image. Pipes and devices are not."""
+    """Return True for a file or a broken link, which is a missing image; False for pipes and devices."""
     if not entry.is_symlink():
         return entry.is_file()
     return os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
 def describe_left_out(left_out: Counter, folder: str) -> str:
-    """One sentence on the files that are no images by their names, empty where there are none."""
+    """Describe skipped files, which have no image extension, in one sentence; '' if there are none."""
     if not left_out:
         return ''
     kinds, total = describe_counts(left_out), sum(left_out.values())
@@ -93,7 +93,7 @@ def describe_left_out(left_out: Counter, folder: str) -> str:
 
 
 def describe_counts(extensions: Counter) -> str:
-    """'12 .heic, 1 .txt', the most frequent first."""
+    """Format counts such as '12 .heic, 1 .txt', most frequent first."""
     kinds = [f'{count} {extension or "without extension"}' for extension, count in extensions.most_common(_SHOWN)]
     rest = sum(extensions.values()) - sum(count for _, count in extensions.most_common(_SHOWN))
     return ', '.join(kinds + ([f'{rest} of other kinds'] if rest else []))

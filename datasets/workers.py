@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker processes that fill batches in memory shared with the process that started them.
+"""Worker processes that write batches to shared memory.
 
-Workers are forked: they inherit the data set and the shared memory, and pass only indices and counts through pipes. They
-ignore SIGINT, SIGTERM and SIGHUP, which the training process answers by finishing its step, and are killed with it.
+Workers are forked: they inherit the data set and the shared memory, so only indices and counts pass through pipes. They
+ignore SIGINT, SIGTERM and SIGHUP, so that the training process can finish its step, and are killed with it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class WorkerError(UserError, RuntimeError):
 
 @dataclasses.dataclass
 class Job:
-    """One batch to prepare: images [b] and, for each, how often the epoch drew it before [b]."""
+    """A batch to prepare: image indices [b], and for each the number of earlier draws in the epoch [b]."""
 
     epoch: int
     indices: np.ndarray
@@ -42,15 +42,15 @@ class Job:
 
 
 class BatchMemory:
-    """Room for one batch in anonymous shared memory. Only the pages that are written to exist.
+    """Anonymous shared memory for one batch. Pages are allocated on first write.
 
     Args:
         batch_size: b.
-        planes: the arrays [b, *shape] to hold.
-        erasing: number of erased values per image that there is room for.
+        planes: arrays [b, *shape].
+        erasing: maximum number of erased values per image.
 
     Attributes:
-        planes: the arrays by name.
+        planes: arrays by name.
         positions, values: erased values, [b * erasing] int32 and float32.
     """
 
@@ -65,7 +65,7 @@ class BatchMemory:
 
     @property
     def current(self) -> int:
-        """Index of the image that is being prepared, -1 when there is none; visible to the training process."""
+        """Index of the image in preparation, or -1; the training process can read it."""
         return int(self._current[0])
 
     @current.setter
@@ -74,7 +74,7 @@ class BatchMemory:
 
 
 def _shared_arrays(batch_size: int, planes: Sequence[Plane]) -> list[np.ndarray]:
-    """Arrays [batch_size, *shape] of zeros, one behind the other in one shared memory map, aligned to 8 bytes."""
+    """Allocate zeroed arrays [batch_size, *shape] in one shared memory map, aligned to 8 bytes."""
     sizes = [batch_size * math.prod(plane.shape) * np.dtype(plane.dtype).itemsize for plane in planes]
     starts = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
     memory = mmap.mmap(-1, starts[-1])
@@ -85,14 +85,14 @@ def _shared_arrays(batch_size: int, planes: Sequence[Plane]) -> list[np.ndarray]
 
 
 class WorkerPool:
-    """Runs `make(job, memory)` in forked processes, over and over on the same few memories.
+    """Runs `make(job, memory)` in forked processes, with a fixed set of memories.
 
     Args:
         make: fills a memory and returns a small picklable result.
-        memories: one for each job that may be under way, or waiting to be collected, at a time.
+        memories: one per job that is running or waits for collection.
         processes: number of workers.
-        timeout: seconds to wait for a result; 0 waits for ever.
-        describe: what an image is called in messages, by index.
+        timeout: seconds to wait for a result; 0: no limit.
+        describe: maps an index to the name of the image in messages.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class WorkerPool:
             initargs=(make, memories, os.getpid()),
         )
         with warnings.catch_warnings():
-            # Python warns of forking beside threads; workers use nothing that those could hold.
+            # Python warns of a fork beside threads; workers use no lock that another thread may hold.
             warnings.simplefilter('ignore', DeprecationWarning)
-            # Workers inherit the mask: they never see these, not even before their first line of Python.
+            # Workers inherit the mask, so signals are blocked before their first line of Python.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:
                 self._executor.submit(os.getpid)  # starts all workers now
@@ -127,9 +127,9 @@ class WorkerPool:
         self._finalizer = weakref.finalize(self, _end, self._executor, processes)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[object, BatchMemory]]:
-        """Yields (result, memory) of each job in order; the memory is used again for a later job at the next step.
+        """Return an iterator over (result, memory) of the jobs in order; its next step reuses the memory.
 
-        Jobs of an earlier call that was not iterated to its end are dropped.
+        Remaining jobs of an earlier call are dropped.
         """
         for future in self._futures:
             if future is not None:
@@ -147,7 +147,7 @@ class WorkerPool:
                 under_way.append(slot)
 
     def _submit(self, jobs: Iterator[Job], slot: int) -> bool:
-        """Starts the next job, if there is one, on memory `slot`, once whatever was dropped there has ended."""
+        """Start the next job on memory `slot`, after a dropped job there has ended; return False without a next job."""
         job = next(jobs, None)
         if job is None:
             return False
@@ -188,7 +188,7 @@ class WorkerPool:
         return not self._finalizer.alive
 
     def close(self) -> None:
-        """Ends the workers at once, hung ones too. Happens by itself when the pool is no longer referred to."""
+        """Kill the workers, also hung ones. The garbage collection of the pool calls this too."""
         self._finalizer()
 
 
@@ -209,7 +209,7 @@ def _start_worker(make: Callable, memories: list[BatchMemory], parent: int) -> N
     global _make, _memories
     _make, _memories = make, memories
     die_with_parent()
-    if os.getppid() != parent:  # it went before it could be watched
+    if os.getppid() != parent:  # the parent ended before PR_SET_PDEATHSIG was set
         os._exit(1)
 
 

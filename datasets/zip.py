@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images in one zip file per part, as the trainers that descend from Swin Transformer (MS-MLP) read ImageNet.
+"""Images in one zip file per split, the format of Swin Transformer and MS-MLP for ImageNet.
 
     train.zip, val.zip              image files; tools/make_zip.py stores them uncompressed
-    train_map.txt, val_map.txt      a line per image: name in the archive, TAB, label; further fields do not count
+    train_map.txt, val_map.txt      a line per image: name in the archive, TAB, label; further fields are ignored
 
-Samples come in the order of the map. What is needed to read them is looked up once, in arrays that worker processes share;
-an image is then two reads at known places, which move no file position and so need no handle per process.
+Samples are in the order of the map. The positions of all members are read once into arrays that worker processes share. An
+image then needs two positional reads (`pread`), so that workers can share the file handle.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from datasets.registry import register_dataset
 from utils.errors import UserError
 from utils.files import open_regular
 
-_LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, length of the name and of the extra field behind it
+_LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, lengths of the name and of the extra field
 _ENCRYPTED = 1  # bit of a member's flags
 _HINT = '`python tools/make_zip.py` writes it'
 
 
 @register_dataset('zip')
 def build_zip(config, split: str) -> Dataset:
-    """`DATA_PATH/<split>.zip` and `DATA_PATH/<split>_map.txt`."""
+    """Zip file `DATA_PATH/<split>.zip` with the map `DATA_PATH/<split>_map.txt`."""
     archive, listing = zip_paths(data_path(config), split)
     known = read_directory(archive)
     listed = read_listing(listing, _name_and_label, "'name<TAB>label'", _HINT, config.MODEL.NUM_CLASSES)
@@ -48,7 +48,7 @@ def build_zip(config, split: str) -> Dataset:
 
 
 def zip_paths(root: str, split: str) -> tuple[str, str]:
-    """Archive and map of a part."""
+    """Return the paths of archive and map of a split."""
     return os.path.join(root, f'{split}.zip'), os.path.join(root, f'{split}_map.txt')
 
 
@@ -58,10 +58,10 @@ def _name_and_label(line: str) -> list[str]:
 
 
 def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
-    """Members of an archive by name.
+    """Return the members of an archive by name.
 
     Raises:
-        UserError: no such file, another kind of file, or a damaged one.
+        UserError: the file is missing, damaged, or no zip file.
     """
     try:
         with open_regular(archive) as content, zipfile.ZipFile(content) as file:
@@ -70,7 +70,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         raise UserError(f"'{archive}' does not exist; {_HINT}, or give another -data_path.") from None
     except OSError as error:
         raise UserError(f"cannot read '{archive}': {error.strerror or error}.") from None
-    except Exception as error:  # a damaged directory can raise anything
+    except Exception as error:  # a damaged directory can raise any exception
         raise UserError(f"'{archive}' is damaged or no zip file: {error}; copy or write it again.") from None
     size = os.path.getsize(archive)
     for member in members.values():

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop and everything it needs."""
+"""The training loop and its parts: state, optimizer, EMA, checkpoints, evaluation, reports, process group, launcher."""

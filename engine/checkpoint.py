@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: the whole state of a run in one file, under names that do not depend on the process that wrote it.
 
-last.pdparams        everything needed to go on as if nothing had happened
+last.pdparams        the full training state; a resumed run continues exactly
 epoch_NNNN.pdparams  the same, every SAVE_FREQ epochs
 best.pdparams        flat weights of the best evaluation, for `paddle.load` + `set_state_dict`
 """
@@ -28,7 +28,7 @@ BEST = 'best.pdparams'
 
 # ---------------------------------------------------------------------------------------------------- writing
 def to_arrays(state: dict) -> dict:
-    """Tensors of a (nested) state dict as numpy arrays; half precision becomes float32, which loses nothing."""
+    """Convert the tensors of a (nested) state dict to numpy arrays; half precision becomes float32 without loss."""
     return {key: _to_array(value) for key, value in state.items()}
 
 
@@ -42,14 +42,14 @@ def _to_array(value):
 
 
 def save_last(folder: str, state: dict) -> None:
-    """Writes last.pdparams: the old file stays until the new one is complete."""
+    """Write last.pdparams atomically."""
     write_pdparams(to_arrays(state), os.path.join(folder, LAST))
 
 
-def keep_epoch(folder: str, epoch: int, keep: int) -> str:
-    """Files the last.pdparams just written under its epoch too, and drops the oldest beyond `keep` (0: none)."""
+def save_epoch(folder: str, epoch: int, keep: int) -> str:
+    """Hard-link last.pdparams to epoch_NNNN.pdparams and delete all but the newest `keep` (0: keep all)."""
     path = os.path.join(folder, f'epoch_{epoch:04d}.pdparams')
-    with writing(path):  # last.pdparams is replaced, never rewritten, so a link keeps this content
+    with writing(path):  # last.pdparams is replaced, never modified, so the link keeps this content
         link_or_copy(os.path.join(folder, LAST), path)
     for old in epoch_files(folder)[:-keep] if keep else []:
         os.unlink(old)
@@ -57,26 +57,26 @@ def keep_epoch(folder: str, epoch: int, keep: int) -> str:
 
 
 def epoch_files(folder: str) -> list[str]:
-    """The periodic checkpoints of a run, oldest first."""
+    """Return the periodic checkpoints of a run, oldest first."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), 'epoch_[0-9]*.pdparams')))
 
 
 def save_best(folder: str, weights: dict) -> None:
-    """Writes best.pdparams."""
+    """Write best.pdparams."""
     write_pdparams(to_arrays(weights), os.path.join(folder, BEST))
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
-    """Reads what `-resume` names.
+    """Read the checkpoint that `-resume` names.
 
     Args:
-        path: a run folder, where a damaged last.pdparams falls back to the newest periodic one; or a file, with or
-            without `.pdparams`.
+        path: a run folder, or a file with or without `.pdparams`. In a folder, a damaged last.pdparams falls back to the
+            newest periodic checkpoint.
 
     Returns:
-        The file that was read and its content: a checkpoint of this suite or of PaddleViT, or flat weights. The `.pdopt`
-        beside an old PaddleViT file is taken in under `optimizer`.
+        The path of the file and its content: a checkpoint of this suite or of PaddleViT, or flat weights. A `.pdopt` file
+        beside PaddleViT weights becomes the entry `optimizer`.
     """
     path = follow_latest(path)
     if not os.path.isdir(path):
@@ -94,7 +94,7 @@ def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
         try:
             return file, _as_dict(file)
         except UserError as error:
-            log(f'----- Resume: {error} Trying the one before it.')
+            log(f'----- Resume: {error} Trying the previous checkpoint.')
     return candidates[-1], _as_dict(candidates[-1])
 
 
@@ -118,11 +118,11 @@ def _with_pdopt(path: str, content: dict) -> dict:
     return {'model': content, 'optimizer': _as_dict(optimizer)}
 
 
-# ---------------------------------------------------------------------------------------------------- optimiser state
+# ---------------------------------------------------------------------------------------------------- optimizer state
 def optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer) -> dict[str, dict]:
-    """Moments and the like as {kind: {parameter's structured name: tensor}}.
+    """Return the optimizer state, such as moments, as {kind: {structured parameter name: tensor}}.
 
-    Paddle keys them by automatic names such as `linear_3.w_0`, which count the layers that the process built before.
+    Paddle uses automatic names such as `linear_3.w_0`, which depend on how many layers the process has built before.
     """
     names = {parameter.name: name for name, parameter in model.named_parameters()}
     return {kind: _by_name(entries, names) for kind, entries in accumulators(optimizer).items()}
@@ -133,7 +133,7 @@ def _by_name(entries: dict, names: dict[str, str]) -> dict:
 
 
 def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.Layer, state: dict[str, dict]) -> None:
-    """Puts the state of `optimizer_state` back into a fresh optimiser. Raises UserError where it does not fit the model."""
+    """Load the state of `optimizer_state` into a new optimizer. Raises UserError if it does not fit the model."""
     names = {parameter.name: name for name, parameter in model.named_parameters()}
     known = set().union(*state.values()) if state else set()
     unknown = sorted(known - set(names.values()))
@@ -160,13 +160,13 @@ _AUTOMATIC = re.compile(r'^(?P<parameter>(?P<layer>.+)_(?P<number>\d+)\.(?P<slot
 
 
 def from_automatic_names(state: dict, model: paddle.nn.Layer) -> dict[str, dict] | None:
-    """Optimiser state of a PaddleViT file, keyed by automatic names, under this model's structured names.
+    """Convert the optimizer state of a PaddleViT file from automatic names to this model's structured names.
 
-    Layers of one kind are numbered in the order they were built, in the writing process as in this one; so the n-th of
-    each kind is the same layer, provided that counts and shapes agree.
+    Automatic names number the layers of one kind in the order of their construction, in both processes. So the n-th layer
+    of each kind is the same, provided that counts and shapes agree.
 
     Returns:
-        What `set_optimizer_state` takes, or None when the file's layers cannot be told apart.
+        Input of `set_optimizer_state`, or None if the layers cannot be matched.
     """
     entries = {key: _AUTOMATIC.match(key) for key in state if not key.startswith(('LR_Scheduler', 'master_weights'))}
     if not entries or not all(match and match['kind'] for match in entries.values()):
@@ -187,7 +187,7 @@ def from_automatic_names(state: dict, model: paddle.nn.Layer) -> dict[str, dict]
 
 
 def _in_order(names) -> dict[tuple[str, str], list[str]]:
-    """Automatic parameter names by (kind of layer, weight or bias), in the order their layers were built."""
+    """Group automatic parameter names by (kind of layer, weight or bias), in the order of construction."""
     groups: dict[tuple[str, str], list] = {}
     for name in names:
         match = _AUTOMATIC.match(name)

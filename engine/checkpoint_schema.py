@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a checkpoint, checked before any is used; errors name the file, the part and what was found."""
+"""Validation of checkpoints before any part is used; errors name the file, the part and the value found."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.weights import choose_state_dict, find_metadata
 
 _OTHER_MODEL = 'set MODEL and DATA.IMAGE_SIZE as in the run that wrote it, or start from the weights with -pretrained'
 TOTALS = 6  # sums over the unfinished epoch
-FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in any version
+FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in all versions
 SCALER = (
     'scale', 'incr_ratio', 'decr_ratio', 'incr_every_n_steps', 'decr_every_n_nan_or_inf', 'incr_count', 'decr_count',
     'use_dynamic_loss_scaling',
@@ -26,23 +26,23 @@ SCALER = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint of this suite or of PaddleViT holds, or a file of weights alone.
+    """Content of a checkpoint of this suite or of PaddleViT, or of a file with weights alone.
 
     Attributes:
         path: the file.
         weights: name -> array.
         metadata: see `utils.weights.METADATA`.
-        average: averaged weights; None: there are none.
-        complete: it holds a training state, not weights alone.
-        ours: it was written by this suite, so that position, optimizer names and seed are known.
+        average: EMA of the weights, or None.
+        complete: True if the file holds a training state, not weights alone.
+        ours: True if this suite wrote the file, so that training state, optimizer names and seed are known.
         optimizer: this suite: {kind: {parameter: array}}; PaddleViT: {automatic name: array}.
-        scaler: state of the loss scaling; empty: it was off.
-        epoch: finished epochs; None: not known.
+        scaler: state of the loss scaling; empty if it was off.
+        epoch: finished epochs; None: unknown.
         step: optimizer steps taken.
-        samples: images of the next epoch taken.
-        progress: fields of `engine.train.Position` beside these.
-        seed: SEED of the run; None: not known.
-        lr: learning rate of the last step; 0: not known.
+        samples: images of the next epoch that were trained on.
+        progress: the other fields of `engine.state.TrainState`.
+        seed: SEED of the run; None: unknown.
+        lr: learning rate of the last step; 0: unknown.
     """
 
     path: str
@@ -62,21 +62,21 @@ class Checkpoint:
 
     @property
     def source(self) -> str:
-        """What errors call it."""
+        """Name of the checkpoint in error messages."""
         return f"'{self.path}'"
 
-    def fit_average(self, model: nn.Layer) -> MatchResult | None:
-        """The averaged weights in the model's shapes. Raises UserError where they do not fit."""
+    def match_average(self, model: nn.Layer) -> MatchResult | None:
+        """Match the EMA weights to the model's shapes. Raises UserError if they do not fit."""
         if self.average is None:
             return None
         arrays = {name: array for name, array in self.average.items() if not name.endswith(REBUILT_SUFFIXES)}
         return match_state(model, arrays, f'{self.source}: model_ema')
 
     def check_optimizer(self, model: nn.Layer, kinds: Collection[str], name: str) -> None:
-        """Raises UserError where the optimizer state of this suite does not fit model and optimizer.
+        """Raise UserError if the optimizer state, written by this suite, does not fit model and optimizer.
 
         Args:
-            kinds: accumulators of the optimizer.
+            kinds: names of the optimizer's accumulators.
             name: TRAIN.OPTIMIZER.NAME.
         """
         shapes = {parameter: tuple(value.shape) for parameter, value in model.named_parameters()}
@@ -100,15 +100,15 @@ class Checkpoint:
                     )
 
 
-def read_parts(content: dict, path: str) -> Checkpoint:
-    """Checks what `read_checkpoint` returned.
+def validate_checkpoint(content: dict, path: str) -> Checkpoint:
+    """Validate the content that `read_checkpoint` returned.
 
     Args:
         content: a checkpoint of this suite or of PaddleViT, or weights alone.
         path: the file it was read from.
 
     Raises:
-        UserError: a part of another kind than it has to be, a missing one, NaN.
+        UserError: a part is missing, has a wrong type, or holds NaN.
     """
     source = f"'{path}'"
     if 'model' not in content:
@@ -141,13 +141,13 @@ def read_parts(content: dict, path: str) -> Checkpoint:
 
 
 class _Parts:
-    """Looks up entries of a dict and checks their kinds; `prefix` is what errors put before their names."""
+    """Looks up entries of a dict and checks their types; error messages put `prefix` before the names."""
 
     def __init__(self, content: dict, source: str, prefix: str = ''):
         self.content, self.source, self.prefix = content, source, prefix
 
     def get(self, name: str, kind: type | tuple, default: Any = None, optional: bool = False) -> Any:
-        """The entry; `default` where it is optional and missing or None. Whole numbers must not be negative."""
+        """Return an entry, or `default` if it is optional and missing or None. Integers must not be negative."""
         value = self.content.get(name)
         if value is None and optional:
             return default
@@ -169,7 +169,7 @@ class _Parts:
 
 
 def found_value(value: Any) -> str:
-    """A value in a few characters."""
+    """Describe a value in a few characters."""
     if isinstance(value, np.ndarray):
         return f'an array of shape {list(value.shape)}'
     if isinstance(value, (dict, list, tuple)):
@@ -193,7 +193,7 @@ def _average(content: dict, source: str) -> dict | None:
 
 
 def _check_optimizer(state: dict, source: str) -> None:
-    """Checks {kind: {parameter: array}}."""
+    """Check an optimizer state {kind: {parameter: array}}."""
     for kind in state:
         entries = _Parts(state, source, '').get(kind, dict)
         for name, value in entries.items():
@@ -203,7 +203,7 @@ def _check_optimizer(state: dict, source: str) -> None:
 
 
 def _check_flat(state: dict, source: str) -> None:
-    """Checks {name: array}; PaddleViT has other entries beside the arrays."""
+    """Check a flat state {name: array}; PaddleViT's files hold other entries beside the arrays."""
     for name in state:
         if not isinstance(name, str):
             raise UserError(f'{source} has the key {found_value(name)}, but keys must be text.')
@@ -225,7 +225,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 
 def _are_totals(value: Any) -> bool:
-    """Sums by name, or as version 0.1.0 has them, in a list."""
+    """Return True for sums by name, or for a list of sums, as version 0.1.0 wrote them."""
     if isinstance(value, dict):
         numbers = list(value.values()) if all(isinstance(name, str) for name in value) else [None]
     else:
@@ -243,7 +243,7 @@ def _progress(progress: dict, source: str) -> dict:
         if name not in progress or not fits(progress[name]):
             raise part.error(name, wanted)
     part.get('unwritten', dict, optional=True)
-    name = 'best_score' if 'best_score' in progress else 'best'  # version 0.1.0: with a minus sign where less is better
+    name = 'best_score' if 'best_score' in progress else 'best'  # version 0.1.0: negative loss if lower is better
     best = progress.get(name)
     if name not in progress or not (_is_scalar(best) and not math.isnan(best) or (best is None and name == 'best')):
         raise part.error(name, 'a number')

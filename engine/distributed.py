@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device and the process group: the one place that knows whether a run is on GPUs or CPUs, on one process or many."""
+"""Device and process group. No other module depends on whether a run uses GPUs or CPUs, one rank or many."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from utils.environment import launched
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
-JOIN_PATIENCE = 10.0  # seconds to wait for other processes before saying so
-JOIN_LIMIT = 300.0  # seconds until that wait is an error
+JOIN_NOTICE = 10.0  # seconds of waiting for other ranks until a note is printed
+JOIN_LIMIT = 300.0  # seconds until the wait is an error
 
 
 @dataclass(frozen=True)
 class Context:
-    """Where this process runs."""
+    """Rank, world size and device of this process."""
 
     rank: int
     world_size: int
@@ -37,13 +37,13 @@ class Context:
         return self.rank == 0
 
     def sum(self, values: paddle.Tensor) -> paddle.Tensor:
-        """Adds a tensor over all processes, in place; every process gets the sum. Does not wait for the device."""
+        """All-reduce a tensor in place with a sum over the ranks. Does not wait for the device."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
 
     def broadcast_text(self, text: str) -> str:
-        """The main process's text, on every process."""
+        """Return the text of rank 0 on every rank."""
         if self.world_size == 1:
             return text
         values = [text]
@@ -51,26 +51,26 @@ class Context:
         return values[0]
 
     def barrier(self) -> None:
-        """Waits until every process is here."""
+        """Wait until every rank calls this."""
         if self.world_size > 1:
             dist.barrier()
 
     def parallel(self, model: paddle.nn.Layer, find_unused_parameters: bool = False) -> paddle.nn.Layer:
-        """Wraps a model so that its gradients are averaged over the processes; the main process's weights win."""
+        """Wrap a model in DataParallel: broadcast the weights of rank 0 and average the gradients over the ranks."""
         if self.world_size == 1:
             return model
         return paddle.DataParallel(model, find_unused_parameters=find_unused_parameters)
 
     def synchronize(self) -> None:
-        """Waits for the device's queue; for measuring time."""
+        """Wait until the device has finished its queue, to measure time."""
         if self.on_gpu:
             paddle.device.synchronize()
 
 
 def start() -> Context:
-    """Chooses the device and joins the process group: NCCL on GPUs, gloo on CPUs.
+    """Choose the device and join the process group: NCCL on GPUs, gloo on CPUs.
 
-    Rank and size come from the variables that a launcher sets; without them this is a single process.
+    Rank and world size come from the launcher's environment variables; without them, this is a single process.
     """
     rank, world_size = launched() or (0, 1)
     on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
@@ -85,9 +85,9 @@ def start() -> Context:
 
 
 def _join(rank: int, world_size: int) -> None:
-    remarks = io.StringIO()  # of Paddle, on the variables that are set
+    output = io.StringIO()  # Paddle's notes on environment variables
     try:
-        with _watched_wait(f'process {rank} of {world_size}'), contextlib.redirect_stderr(remarks):
+        with _join_timeout(f'process {rank} of {world_size}'), contextlib.redirect_stderr(output):
             dist.init_parallel_env()
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1]
@@ -95,17 +95,17 @@ def _join(rank: int, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _watched_wait(name: str) -> Iterator[None]:
-    """Announce a long wait for other processes, and end it after `JOIN_LIMIT` seconds.
+def _join_timeout(name: str) -> Iterator[None]:
+    """Print a note after `JOIN_NOTICE` seconds of the block, and end the process after `JOIN_LIMIT` seconds.
 
-    Paddle waits without limit and holds the interpreter meanwhile: no thread and no signal handler of Python runs. So a child
-    process watches, and signals have their default effect.
+    Paddle waits without limit and holds the interpreter, so no Python thread or signal handler runs. Therefore a child
+    process measures the time, and signals have their default effect.
     """
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handle_signals(signal.SIG_DFL)
     watched = os.getpid()
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # forking beside threads; the child uses none of them
+        warnings.simplefilter('ignore', DeprecationWarning)  # a fork beside threads; the child uses no lock of theirs
         watcher = os.fork()
     if watcher == 0:
         _watch(watched, name)
@@ -120,11 +120,11 @@ def _watched_wait(name: str) -> Iterator[None]:
 
 def _watch(process: int, name: str) -> None:
     die_with_parent()
-    time.sleep(JOIN_PATIENCE)
+    time.sleep(JOIN_NOTICE)
     master = os.environ.get('PADDLE_MASTER') or os.environ['PADDLE_TRAINER_ENDPOINTS'].partition(',')[0]
     hint = 'if no launcher started it, unset PADDLE_TRAINER_ID'
-    os.write(2, f'note: {name} waits for the others at {master}, {JOIN_LIMIT:.0f} s at most; {hint}.\n'.encode())
-    time.sleep(JOIN_LIMIT - JOIN_PATIENCE)
-    os.write(2, f'error: {name} waited {JOIN_LIMIT:.0f} s for the others at {master} in vain; {hint}.\n'.encode())
+    os.write(2, f'note: {name} waits for the other ranks at {master}, at most {JOIN_LIMIT:.0f} s; {hint}.\n'.encode())
+    time.sleep(JOIN_LIMIT - JOIN_NOTICE)
+    os.write(2, f'error: {name} waited {JOIN_LIMIT:.0f} s for the other ranks at {master}; {hint}.\n'.encode())
     os.kill(process, signal.SIGTERM)
     os._exit(0)

@@ -12,11 +12,10 @@ from models.weights.match import STATISTICS_SUFFIXES
 
 
 class ModelEma:
-    """average <- decay * average + (1 - decay) * weight after each optimiser step (timm's ModelEmaV2).
+    """EMA of the weights after each optimizer step: average <- decay * average + (1 - decay) * weight (timm's ModelEmaV2).
 
-    Parameters and the statistics of normalisation layers are averaged; other buffers, which say how the model computes
-    (index tables, the weight of fading attention), are copied. Averages are float32 whatever the weights are. Create it
-    after pretrained weights are loaded.
+    Parameters and the statistics of normalization layers are averaged in float32. Other buffers, such as index tables and
+    the weight of the decaying attention, are copied. Create it after pretrained weights are loaded.
     """
 
     def __init__(self, model: paddle.nn.Layer, decay: float):
@@ -28,7 +27,7 @@ class ModelEma:
 
     @paddle.no_grad()
     def update(self) -> None:
-        """Takes the current weights in."""
+        """Update the averages with the current weights."""
         for name, value in self.model.state_dict().items():
             average = self.average[name]
             if name in self.copied:
@@ -39,7 +38,7 @@ class ModelEma:
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The model computes with the averages inside the block and has its own weights back after it."""
+        """Load the averages into the model for the block, then restore its own weights."""
         state = self.model.state_dict()
         kept = {name: value.clone() for name, value in state.items()}
         self._write(state, self.average)
@@ -52,7 +51,7 @@ class ModelEma:
         return self.average
 
     def set_state_dict(self, state: dict) -> None:
-        """Takes averages from a checkpoint; the caller has checked names and shapes."""
+        """Load averages from a checkpoint; the caller has checked names and shapes."""
         for name, value in state.items():
             tensor = value if isinstance(value, paddle.Tensor) else paddle.to_tensor(value)
             self.average[name].set_value(tensor.astype('float32'))

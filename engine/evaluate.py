@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exact evaluation: each image counts once, on any number of processes."""
+"""Exact evaluation: each image counts once, on any number of ranks."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def evaluate(
 ) -> dict:
     """Evaluate a model on a data set.
 
-    Processes see disjoint images in their own number of batches; all reductions follow the last batch, so there is no
-    padding and no communication in between.
+    Ranks evaluate disjoint images, each in its own number of batches. All-reduces follow the last batch, so no images are
+    padded and ranks do not communicate between batches.
 
     Returns:
-        The metrics of the evaluator by name, `images`, `skipped` (unreadable images left out), `seconds`.
+        The metrics of the evaluator by name, `images`, `skipped` (unreadable images), `seconds`.
 
     Raises:
-        Interrupted: on every process, when `should_stop()` was true between two batches of any process.
-        UserError: when not a single image could be read.
+        Interrupted: on every rank, if `should_stop()` was true between two batches on any rank.
+        UserError: no image could be read.
     """
     was_training = model.training
     model.eval()
@@ -62,7 +62,7 @@ def evaluate(
     finally:
         if was_training:
             model.train()
-    # The stop flag is all-reduced, so that all processes stop together.
+    # The stop flag is all-reduced, so that all ranks stop together.
     counts = context.sum(paddle.to_tensor([images, skipped, stopped], 'float64'))
     images, skipped, stopped = counts.tolist()
     if stopped:
@@ -79,6 +79,6 @@ def evaluate(
 
 
 def describe_metrics(evaluator: Evaluator, metrics: dict, prefix: str) -> str:
-    """'Avg Loss: 0.1234, Avg Acc@1: 0.9000' for the prefix 'Avg'."""
+    """Format metrics, such as 'Avg Loss: 0.1234, Avg Acc@1: 0.9000' for the prefix 'Avg'."""
     titles = evaluator.titles.items()
     return ', '.join(f'{prefix} {title}: {metrics[name]:.4f}' for name, title in titles if name in metrics)

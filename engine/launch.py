@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process per device on one machine: starts them, passes signals on, and ends them all when one fails.
+"""Launcher for one machine: start one process per device, forward signals, and stop all processes if one fails.
 
-Workers see the variables that `paddle.distributed.launch` would set, so a worker does not know which of the two started
-it. For several machines use Paddle's own launcher.
+Workers get the same variables as from `paddle.distributed.launch`. For several machines use Paddle's own launcher.
 """
 
 from __future__ import annotations
@@ -15,28 +14,35 @@ import tempfile
 import time
 
 from utils.cli import SIGNALS, handle_signals
-from utils.environment import command_line, cpu_settings, forget_launcher, import_paddle, is_gpu_build, launched
+from utils.environment import (
+    clear_launcher_variables,
+    command_line,
+    cpu_settings,
+    import_paddle,
+    is_gpu_build,
+    launched,
+)
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
-GRACE = 30.0  # seconds a process has to finish its step and save, as under Paddle's launcher
+GRACE = 30.0  # seconds for a process to finish its step and save, as under Paddle's launcher
 
 
 def is_worker() -> bool:
-    """Whether a launcher, this one or Paddle's, started this process."""
+    """Return True if this launcher or Paddle's started this process."""
     return launched() is not None
 
 
 def launch(processes: int | None = None) -> int:
-    """Runs the command line of this process in one process per device and waits.
+    """Run the command line of this process in one process per device and wait for them.
 
     Args:
-        processes: how many; None or -1 is one per visible GPU, on the CPU `NPROC` or two.
+        processes: number of processes; None or -1: `NPROC`, else one per visible GPU, or two on the CPU.
 
     Returns:
-        Exit status: 0 when all ended well, 128 + n after signal n, else that of the first process that failed.
+        Exit status: 0 if all processes succeed, 128 + n after signal n, else that of the first process that failed.
     """
-    forget_launcher()
+    clear_launcher_variables()
     devices = _devices(processes)
     settings = {} if is_gpu_build() else cpu_settings(len(devices))
     endpoints = [f'127.0.0.1:{port}' for port in _free_ports(len(devices))]
@@ -50,7 +56,7 @@ def launch(processes: int | None = None) -> int:
             'PADDLE_MASTER': endpoints[0],
             'LEANVIT_FIRST_ERROR': os.path.join(folder, 'error'),
         }
-        for name in ('MASTER_ADDR', 'MASTER_PORT'):  # other frameworks'; Paddle prefers them to its own
+        for name in ('MASTER_ADDR', 'MASTER_PORT'):  # set by other frameworks; Paddle prefers them to PADDLE_MASTER
             shared.pop(name, None)
         workers: list[subprocess.Popen] = []
         received = _forward_signals(workers)
@@ -64,14 +70,16 @@ def launch(processes: int | None = None) -> int:
 
 
 def _start_worker(workers: list[subprocess.Popen], command: list[str], variables: dict[str, str]) -> None:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes meanwhile reaches this worker too
+    mask = signal.pthread_sigmask(
+        signal.SIG_BLOCK, SIGNALS
+    )  # a signal that arrives here is forwarded to this worker too
     try:
-        workers.append(subprocess.Popen(command, env=variables, preexec_fn=_settle_child))
+        workers.append(subprocess.Popen(command, env=variables, preexec_fn=_set_up_worker))
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _settle_child() -> None:
+def _set_up_worker() -> None:
     os.setsid()  # Ctrl-C reaches the workers once, through this process
     die_with_parent(signal.SIGTERM)
     handle_signals(signal.SIG_DFL)
@@ -79,7 +87,7 @@ def _settle_child() -> None:
 
 
 def _forward_signals(workers: list[subprocess.Popen]) -> list[int]:
-    """Pass signals on to the workers, as SIGTERM; a second one means: at once. Returns a list of those that came."""
+    """Forward signals to the workers: SIGTERM first, SIGKILL for a second one. Returns the list of received signals."""
     received: list[int] = []
 
     def forward(number: int, _frame) -> None:
@@ -99,7 +107,7 @@ def _supervise(workers: list[subprocess.Popen], received: list[int]) -> int:
         failed = [worker.returncode for worker in workers if worker.returncode]
         if (failed or received) and deadline is None:
             deadline = time.monotonic() + GRACE
-            if failed and not received:  # the others wait for it in a collective, or fail there themselves
+            if failed and not received:  # the other ranks wait for it in a collective, or fail there
                 status = failed[0]
                 deadline = time.monotonic() + 5.0
                 for worker in workers:
@@ -117,7 +125,7 @@ def _supervise(workers: list[subprocess.Popen], received: list[int]) -> int:
 
 
 def _devices(processes: int | None) -> list[str | None]:
-    """Local ids of the devices to use, one per process; None stands for the CPU."""
+    """Return the local ids of the devices to use, one per process; None stands for the CPU."""
     if not is_gpu_build():
         count = _count(processes, 'NPROC', default=2)
         return [None] * count
@@ -127,13 +135,11 @@ def _devices(processes: int | None) -> list[str | None]:
     visible = paddle.device.cuda.device_count()
     if visible == 0:
         raise UserError(
-            'this Paddle was built for GPUs but sees none; set CUDA_VISIBLE_DEVICES or install paddlepaddle.'
+            'this Paddle was built for GPUs, but no GPU is visible; set CUDA_VISIBLE_DEVICES or install paddlepaddle.'
         )
     count = _count(processes, 'NPROC', default=visible)
     if count > visible:
-        raise UserError(
-            f'{count} processes were asked for, but only {visible} GPUs are visible; lower -ngpus or NPROC.'
-        )
+        raise UserError(f'{count} processes are requested, but only {visible} GPUs are visible; lower -ngpus or NPROC.')
     return [str(index) for index in range(count)]
 
 
@@ -145,7 +151,7 @@ def _count(processes: int | None, variable: str, default: int) -> int:
         except ValueError:
             raise UserError(f"{variable} is '{text}', but must be a number of processes.") from None
     if processes < 1:
-        raise UserError(f'{processes} processes were asked for; give at least 1 with -ngpus or {variable}.')
+        raise UserError(f'{processes} processes are requested; give at least 1 with -ngpus or {variable}.')
     return processes
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The learning rate of a run: a schedule of utils/schedules.py with the values of TRAIN."""
+"""Learning-rate schedule of a run: a function of utils/schedules.py with the values of TRAIN."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from utils.schedules import SCHEDULES
 
 
 def lr_schedule(config, global_batch: int, steps_per_epoch: int = 1) -> Callable[[int, float], float]:
-    """The learning rate of a run.
+    """Return the learning-rate schedule of a run.
 
     Args:
-        config: the tree; TRAIN's BASE_LR, WARMUP_START_LR, END_LR, LINEAR_SCALED_LR and LR_SCHEDULER are read.
-        global_batch: images per optimiser step over all processes and micro-batches.
-        steps_per_epoch: converts TRAIN.NUM_ITERS and WARMUP_ITERS, where they are set, to fractional epochs.
+        config: the configuration; its section TRAIN is read.
+        global_batch: images per optimizer step over all ranks and micro-batches.
+        steps_per_epoch: converts TRAIN.NUM_ITERS and WARMUP_ITERS, if set, to fractional epochs.
 
     Returns:
-        `lr(epoch, progress)` with `epoch` from 1 and `progress` in [0, 1), the share of that epoch's steps already taken.
-        Updated per step, t = epoch - 1 + progress. Updated per epoch, t = epoch - LAG: PaddleViT trains epoch e at
-        index e (LAG 0); DeiT's loop sets the rate after each epoch from its number before it, which is LAG 2.
+        `lr(epoch, progress)` with `epoch` from 1 and `progress` in [0, 1), the fraction of the epoch's steps already taken.
+        With UPDATE step, t = epoch - 1 + progress. With UPDATE epoch, t = epoch - LAG. LAG 0 is PaddleViT's rule. LAG 2 is
+        DeiT's: its loop sets the rate after each epoch from the index of that epoch, counted from 0.
     """
     train = config.TRAIN
     function = SCHEDULES[train.LR_SCHEDULER.NAME]
@@ -41,6 +41,6 @@ def lr_schedule(config, global_batch: int, steps_per_epoch: int = 1) -> Callable
 
 
 def lr_scale(config, global_batch: int) -> float:
-    """The linear scaling rule: images per step / LINEAR_SCALED_LR, or 1 where that is None."""
+    """Return the factor of the linear scaling rule: images per step / LINEAR_SCALED_LR, or 1 if that is None."""
     reference = config.TRAIN.LINEAR_SCALED_LR
     return 1.0 if reference is None else global_batch / reference

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a run is and where it validates, counted in optimizer steps, by epochs or by iterations."""
+"""Length of a run and its validation interval in optimizer steps, from epochs or iterations."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class RunLength:
     Attributes:
         steps_per_epoch: optimizer steps of one epoch.
         num_steps: optimizer steps of the run; the last epoch may be incomplete.
-        validate_every: steps between validations; the end of the run is validated in any case.
+        validate_every: steps between validations; the last step is always validated.
     """
 
     steps_per_epoch: int
@@ -22,8 +22,8 @@ class RunLength:
     validate_every: int
 
     @classmethod
-    def of(cls, config, steps_per_epoch: int) -> RunLength:
-        """By TRAIN.NUM_ITERS and VALIDATE_ITERS, where they are set, else by TRAIN.NUM_EPOCHS and VALIDATE_FREQ."""
+    def from_config(cls, config, steps_per_epoch: int) -> RunLength:
+        """Read TRAIN.NUM_ITERS and VALIDATE_ITERS if they are set, else TRAIN.NUM_EPOCHS and VALIDATE_FREQ."""
         return cls(
             steps_per_epoch,
             config.TRAIN.NUM_ITERS or config.TRAIN.NUM_EPOCHS * steps_per_epoch,
@@ -32,14 +32,14 @@ class RunLength:
 
     @property
     def num_epochs(self) -> int:
-        """Epochs of the run, an incomplete last one included."""
+        """Number of epochs, including an incomplete last one."""
         return math.ceil(self.num_steps / self.steps_per_epoch)
 
     def next_stop(self, step: int) -> int:
-        """The next step after `step` at which an epoch or the run ends, or a validation is due."""
+        """Return the next step after `step` at which an epoch or the run ends, or a validation is due."""
         ends = ((step // every + 1) * every for every in (self.steps_per_epoch, self.validate_every))
         return min(*ends, self.num_steps)
 
     def validation_due(self, step: int) -> bool:
-        """Whether the weights after `step` steps are validated."""
+        """Return True if a validation follows step `step`."""
         return step % self.validate_every == 0 or step >= self.num_steps

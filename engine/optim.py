@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers, their parameter groups, and the global gradient norm."""
+"""Optimizers, parameter groups and gradient clipping."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ OPTIMIZERS = Registry('optimizer (TRAIN.OPTIMIZER.NAME)')
 
 
 def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Groups the trainable parameters by weight decay and learning-rate scale.
+    """Group the trainable parameters by weight decay and learning-rate factor.
 
-    What `model.no_weight_decay()` names is not decayed, nor are tensors of fewer than two dimensions and biases, unless
-    `model.decays_all`. With `layer_decay` d < 1, layer i of n learns at d^(n - i) of the rate (BEiT), by the model's `layer_id`.
+    Parameters in `model.no_weight_decay()` have no weight decay. Biases and tensors of fewer than two dimensions have none
+    either, unless `model.decays_all`. With `layer_decay` d < 1, layer i of n has the learning-rate factor d^(n - i) (BEiT's
+    layer-wise decay), with i from `model.layer_id`.
 
     Returns:
-        Paddle's parameter groups: `params`, `weight_decay`, `learning_rate` (a factor on the rate).
+        Paddle's parameter groups: `params`, `weight_decay`, `learning_rate` (a factor of the learning rate).
     """
     exempt = model.no_weight_decay()
     groups: dict[tuple[float, float], list] = {}
@@ -52,7 +53,7 @@ def _adamw(groups: list[dict], options) -> paddle.optimizer.Optimizer:
 
 @OPTIMIZERS.register('SGD', 'Momentum')
 def _sgd(groups: list[dict], options) -> paddle.optimizer.Optimizer:
-    for group in groups:  # a plain number is decoupled nowhere in SGD: it is the L2 term of the gradient, as in PyTorch
+    for group in groups:  # L2 regularization, as weight decay of SGD in PyTorch
         group['weight_decay'] = paddle.regularizer.L2Decay(group['weight_decay']) if group['weight_decay'] else None
     return paddle.optimizer.Momentum(
         learning_rate=0.0,
@@ -78,13 +79,13 @@ def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
 
 
 class LARS(ScaledMomentum):
-    """Momentum whose steps follow the norm of each weight (https://arxiv.org/abs/1708.03888), as MoCo-v3 has it.
+    """LARS: layer-wise adaptive rate scaling (https://arxiv.org/abs/1708.03888), as in MoCo v3.
 
-    Of a tensor w of two or more dimensions, g <- g + decay * w, then g <- g * trust * |w| / |g| where both norms are above 0.
-    Of all tensors v <- momentum * v + g and w <- w - lr * v. Groups give their decay under `lars_weight_decay`.
+    For a tensor w of two or more dimensions, g <- g + decay * w, then g <- g * trust * |w| / |g| if both norms are positive.
+    For all tensors, v <- momentum * v + g and w <- w - lr * v. Parameter groups hold the decay as `lars_weight_decay`.
     """
 
-    trust = 0.001
+    trust_coefficient = 0.001
 
     def scaled(self, weight: paddle.Tensor, gradient: paddle.Tensor, group: dict) -> paddle.Tensor:
         """See `ScaledMomentum`."""
@@ -94,7 +95,7 @@ class LARS(ScaledMomentum):
         step = gradient.astype('float32') + group['lars_weight_decay'] * weight
         size, length = (paddle.sqrt(paddle.square(tensor).sum()) for tensor in (weight, step))
         both = paddle.logical_and(size > 0, length > 0)
-        factor = paddle.where(both, self.trust * size / length, paddle.ones([]))
+        factor = paddle.where(both, self.trust_coefficient * size / length, paddle.ones([]))
         return (step * factor).astype(gradient.dtype)
 
 
@@ -106,10 +107,10 @@ def _lars(groups: list[dict], options) -> paddle.optimizer.Optimizer:
 
 
 def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimizer:
-    """The optimiser that TRAIN.OPTIMIZER names, over `parameter_groups`."""
+    """Build the optimizer that TRAIN.OPTIMIZER names, over `parameter_groups`."""
     if config.TRAIN.OPTIMIZER.NAME == 'LARS' and config.AMP and config.AMP_LEVEL == 'O2':
         raise UserError(
-            'TRAIN.OPTIMIZER.NAME LARS needs AMP_LEVEL O1: its scaled gradients are lost in half precision.'
+            'TRAIN.OPTIMIZER.NAME LARS needs AMP_LEVEL O1: its scaled gradients underflow in half precision.'
         )
     groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
     return OPTIMIZERS[config.TRAIN.OPTIMIZER.NAME](groups, config.TRAIN.OPTIMIZER)
@@ -117,11 +118,10 @@ def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimize
 
 @paddle.no_grad()
 def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) -> paddle.Tensor:
-    """Global L2 norm of the gradients, in float32; where it exceeds `max_norm` they are scaled down to it, in place.
-    With `max_norm` None or 0 they are not (PaddleViT).
+    """Clip the gradients in place to a global L2 norm of `max_norm`; None or 0: no clipping (PaddleViT).
 
     Returns:
-        The norm before clipping, a 0-D tensor on the device; nothing is waited for.
+        The norm before clipping in float32, a 0-D tensor. Does not wait for the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     squares = [paddle.sum(paddle.square(gradient.astype('float32'))) for gradient in gradients]

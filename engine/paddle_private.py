@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All use of Paddle's private API: attributes of its objects that begin with an underscore.
+"""All uses of Paddle's private API (attributes with a leading underscore).
 
-Checked on Paddle 3.3.1. A later version may rename any of it: run tests/engine/test_paddle_private.py on it first.
+Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_paddle_private.py on it first.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ MASTER_WEIGHT = 'master_weight'  # kind of the float32 copies of weights in half
 
 
 def accumulators(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
-    """State of an optimizer by kind and by Paddle's automatic name of the parameter. It is empty before the first step."""
+    """Return the optimizer state by kind and by automatic parameter name; it is empty before the first step."""
     state = dict(optimizer._accumulators)
     master = getattr(optimizer, '_master_weights', None)
     return {**state, MASTER_WEIGHT: master} if master else state
 
 
 def accumulator_names(optimizer: Optimizer) -> set[str]:
-    """The kinds of state that an optimizer may keep, such as `moment1`."""
+    """Return the kinds of state that an optimizer may hold, such as `moment1`."""
     return {MASTER_WEIGHT, *(getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str'))}
 
 
 def create_accumulators(optimizer: Optimizer, wanted: Callable[[Tensor], bool]) -> None:
-    """Create the initial state of the parameters that are `wanted`, as their first step would."""
+    """Create the initial state of the `wanted` parameters, as their first step does."""
     block = paddle.static.default_main_program().global_block()
     for group in optimizer._param_groups:
         parameters = [parameter for parameter in group['params'] if wanted(parameter)]
@@ -36,13 +36,13 @@ def create_accumulators(optimizer: Optimizer, wanted: Callable[[Tensor], bool]) 
 
 
 class ScaledMomentum(paddle.optimizer.Momentum):
-    """Momentum on gradients that a subclass changes."""
+    """SGD with momentum on gradients that a subclass rescales."""
 
     def scaled(self, weight: Tensor, gradient: Tensor, group: dict) -> Tensor:
-        """The gradient to step with.
+        """Return the rescaled gradient.
 
         Args:
-            weight: in float32 where master weights are kept, else as the model has it.
+            weight: the master weight in float32, or the parameter itself if there is none.
             group: settings of the parameter group.
         """
         raise NotImplementedError

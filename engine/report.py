@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a training writes for people: log lines, rows of metrics.jsonl, VisualDL scalars and pictures."""
+"""Reports of a training run: log lines, rows of metrics.jsonl, VisualDL scalars and images."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from utils.runlog import MetricsFile, RunLog, VisualDLFile
 
 
 class Reporter:
-    """Reports of one training. Files are written by the main process; other processes write their own log only.
+    """Writes the reports of one training run. The main process writes all files; other ranks write their own log only.
 
     Args:
-        config: the resolved tree.
+        config: the resolved configuration.
         num_batches: micro-batches per epoch.
-        num_epochs: of the run.
-        folder: that of the run.
+        num_epochs: epochs of the run.
+        folder: folder of the run.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Reporter:
             self.writer = VisualDLFile(os.path.join(self.folder, 'vdl'))
 
     def _rewind(self, state: TrainState) -> None:
-        """Drop the rows of metrics.jsonl that the run is about to write again."""
+        """Drop the rows of metrics.jsonl that the run will write again."""
         row, state.unwritten = state.unwritten, None
         self.metrics.rewind(state.step, state.validated, trained=row is None)
         if row is not None:
@@ -64,7 +64,7 @@ class Reporter:
 
     # ------------------------------------------------------------------------------------------------ log lines
     def start(self, epoch: int, global_batch: int) -> None:
-        """The settings of a run that starts or resumes at `epoch`."""
+        """Log the settings of a run that starts or resumes at `epoch`."""
         train, scale = self.config.TRAIN, lr_scale(self.config, global_batch)
         ends = scale if train.LR_SCHEDULER.SCALE_ENDS else 1.0
         self.log.master(f'----- Total # of train batch (single gpu): {self.num_batches}')
@@ -73,15 +73,15 @@ class Reporter:
             f'{train.WARMUP_START_LR * ends}, end lr is scaled to: {train.END_LR * ends}'
         )
         if self.config.AMP and not self.context.on_gpu:
-            self.log.master('AMP is asked for, but mixed precision needs a GPU: training in float32.')
+            self.log.master('AMP is set, but mixed precision needs a GPU: training in float32.')
         self.log.master(f'----- Start training from epoch {epoch}.')
 
-    def restart_clock(self, totals: Mapping[str, float]) -> None:
-        """Measure the speed of training from now on; `totals` are the sums over the epoch so far."""
+    def restart_timer(self, totals: Mapping[str, float]) -> None:
+        """Restart the measurement of images per second; `totals` are the sums over the epoch so far."""
         self._reported, self._images = time.time(), totals['images']
 
     def due(self, window: range) -> bool:
-        """Whether a step over the micro-batches `window` is reported."""
+        """Return True if a step over the micro-batches `window` is reported."""
         every = self.config.REPORT_FREQ
         return any(index % every == 0 or index == self.num_batches - 1 for index in window)
 
@@ -98,23 +98,23 @@ class Reporter:
         totals: Mapping[str, float],
         settings: Mapping[str, float],
     ) -> None:
-        """One optimizer step.
+        """Report one optimizer step.
 
         Args:
             epoch: from 1.
             index: last micro-batch of the step.
             step: number of optimizer steps so far.
             norm: gradient norm before clipping, 0-D.
-            own: sums over the epoch so far on this process.
-            current: sums of this step over all processes.
-            totals: sums over the epoch so far over all processes.
-            settings: of the model by name, see `Task.update_schedules`.
+            own: sums over the epoch so far on this rank.
+            current: sums of this step over all ranks.
+            totals: sums over the epoch so far over all ranks.
+            settings: scheduled values of the model by name, see `Task.update_schedules`.
         """
         head = f'Epoch[{epoch:03d}/{self.num_epochs:03d}], Step[{index:04d}/{self.num_batches:04d}], Lr: {lr:.6f}, '
         self.log.local(f'{head}Avg Loss: {means(self.task, own)["loss"]:.4f}{self._counts("Avg", own)}')
         now = means(self.task, current)
         speed = (totals['images'] - self._images) / max(time.time() - self._reported, 1e-9)
-        self.restart_clock(totals)
+        self.restart_timer(totals)
         left = (self.num_batches - index - 1) * self.config.DATA.BATCH_SIZE * self.context.world_size
         loss, parts = now['loss'], {name: now[name] for name in self.task.parts}
         memory = f', Memory: {paddle.device.cuda.max_memory_allocated() / 2**30:.1f} GiB' if self.context.on_gpu else ''
@@ -127,10 +127,12 @@ class Reporter:
         self._scalars('train', scalars, step)
 
     def epoch(self, state: TrainState, lr: float, totals: Mapping[str, float], seconds: float) -> None:
-        """A finished epoch of training, or the steps of an incomplete last one. Where its row cannot be written, `state.unwritten` keeps it.
+        """Report a finished epoch, or the steps of an incomplete last epoch.
+
+        If the row of metrics.jsonl cannot be written, `state.unwritten` keeps it.
 
         Raises:
-            UserError: a full disk.
+            UserError: the disk is full.
         """
         averages = means(self.task, totals)
         values = {
@@ -157,13 +159,13 @@ class Reporter:
 
     # ------------------------------------------------------------------------------------------------ files
     def record(self, kind: str, epoch: int, step: int, **values) -> None:
-        """A row of metrics.jsonl and its VisualDL scalars."""
+        """Write a row of metrics.jsonl and its VisualDL scalars."""
         if self.metrics is not None:
             self.metrics.append({'kind': kind, 'epoch': epoch, 'step': step, **values})
             self._scalars(f'{kind}_epoch' if kind == 'train' else kind, values, step)
 
     def pictures(self, pictures: Mapping[str, Image.Image], state: TrainState) -> None:
-        """PNG files in the run's folder, and VisualDL images. An epoch may be validated several times: names then have the step."""
+        """Write PNG files and VisualDL images. Within an epoch, file names hold the step instead of the epoch."""
         when = f'step{state.step:07d}' if state.samples else f'{state.epoch:04d}'
         for name, picture in pictures.items():
             with atomic_write(os.path.join(self.folder, f'{name}_{when}.png')) as file:

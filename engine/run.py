@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a configuration to a trained or evaluated model: what both launchers call in each process."""
+"""Train or evaluate the model of a configuration; both launchers call `run_config` in each process."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import paddle
 import datasets
 from engine import distributed
 from engine.checkpoint import read_checkpoint
-from engine.checkpoint_schema import read_parts
+from engine.checkpoint_schema import validate_checkpoint
 from engine.evaluate import describe_metrics, evaluate
-from engine.run_folder import RunFolder, claim, open_folder
+from engine.run_folder import RunFolder, lock_folder, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
@@ -25,7 +25,7 @@ from utils.runlog import MetricsFile, RunLog
 
 
 def run_config(config) -> None:
-    """Train, evaluate (EVAL) or measure (THROUGHPUT) what `config` describes, in this process."""
+    """Train, evaluate (EVAL) or measure (THROUGHPUT) the model of `config` in this process."""
     context = distributed.start()
     if config.DATA.BATCH_SIZE_EVAL is None:
         config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
@@ -36,7 +36,7 @@ def run_config(config) -> None:
         return
     if config.EVAL and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError('-eval needs weights: give -pretrained=FILE.pdparams, or -resume=RUN.')
-    with claim(config, context) as folder:
+    with lock_folder(config, context) as folder:
         _run_in(folder, config, context)
 
 
@@ -48,13 +48,13 @@ def _run_in(folder: RunFolder, config, context) -> None:
             'epoch with -resume=FILE, or leave it out.'
         )
     unset = config.MODEL.NUM_CLASSES is None
-    splits = ['val'] if config.EVAL else ['train', 'val']  # the validation images must fit the classes of training
+    splits = ['val'] if config.EVAL else ['train', 'val']  # `train` first: its classes decide those of `val`
     data = {split: task.dataset(split) for split in splits}
-    paddle.seed(config.SEED)  # the same initial weights on every process
+    paddle.seed(config.SEED)  # the same initial weights on every rank
     model = build_model(config)
     weights, notes = _weights_to_evaluate(config) if config.EVAL else (None, [])
     if weights is not None:
-        _take_classes(config, model, weights, data['val'], unset)
+        _match_classes(config, model, weights, data['val'], unset)
     config.freeze()
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(RunLog(None, context.rank)))
@@ -74,27 +74,27 @@ def _run_in(folder: RunFolder, config, context) -> None:
 
 
 def build_loader(config, task: Task, dataset, split: str, context: distributed.Context) -> datasets.Loader:
-    """The loader of one split for this process."""
+    """Build the loader of one split for this rank."""
     training = split == 'train'
     transform = task.transform(training)
     return datasets.build_dataloader(config, dataset, training, context.rank, context.world_size, transform)
 
 
 def _weights_to_evaluate(config) -> tuple[Weights, list[str]]:
-    """The weights that MODEL.RESUME, else MODEL.PRETRAINED names, and what to log about reading them."""
+    """Read the weights that MODEL.RESUME, else MODEL.PRETRAINED names. Return them and the notes to log."""
     notes: list[str] = []
     if not config.MODEL.RESUME:
         return read_weights(config.MODEL.PRETRAINED), notes
     path, state = read_checkpoint(config.MODEL.RESUME, notes.append)
-    checkpoint = read_parts(state, path)
+    checkpoint = validate_checkpoint(state, path)
     return Weights(path, checkpoint.weights, checkpoint.metadata), notes
 
 
-def _take_classes(config, model, weights: Weights, data: datasets.Images, unset: bool) -> None:
-    """Give the model the classes of the weights where MODEL.NUM_CLASSES is unset and the data use only some of them.
+def _match_classes(config, model, weights: Weights, data: datasets.Images, unset: bool) -> None:
+    """Set the model's number of classes to that of the weights, if MODEL.NUM_CLASSES is unset and the data have fewer.
 
-    Labels of list files are the numbers of the classifier's outputs. Data that name their classes number those that are
-    there, so fewer classes are other classes.
+    Labels of list files are indices of the classifier's outputs. Data sets with class names number the classes they
+    contain, so with fewer classes the same index means another class: an error.
     """
     classes = stored_classes(model, weights.arrays) if isinstance(data, datasets.Dataset) else None
     if not classes or not model.num_classes or classes <= model.num_classes:
@@ -102,8 +102,8 @@ def _take_classes(config, model, weights: Weights, data: datasets.Images, unset:
     if data.class_names is not None:
         raise UserError(
             f'{weights.source} has a classifier of {classes} classes, but {data.source} has {data.num_classes} classes, '
-            'whose numbers need not be those of the weights: give the images in a list file (DATA.DATASET list) with the '
-            'labels of the training.'
+            'whose indices may differ from those of the weights: give the images in a list file (DATA.DATASET list) with '
+            'the labels of the training.'
         )
     if unset:
         model.reset_classifier(classes)
@@ -127,7 +127,7 @@ def _evaluate(config, task: Task, model, weights: Weights, loader, context, log,
 
 
 def _resumed(config, folder: RunFolder) -> str | None:
-    """The checkpoint or run that training continues from: MODEL.RESUME, or the run that has the name TAG already."""
+    """Return the checkpoint or run to resume: MODEL.RESUME, or an existing run named TAG."""
     resume = config.MODEL.RESUME
     if resume:
         return folder.path if os.path.isdir(resume) else resume
@@ -150,7 +150,7 @@ def _train(config, task: Task, model, loaders, context, log, folder: RunFolder) 
 
 
 def start_from_weights(config, model, log: Callable[[str], None]) -> None:
-    """Load the weights that a training starts from, MODEL.PRETRAINED."""
+    """Load the initial weights of a training run, MODEL.PRETRAINED."""
     load_pretrained(model, config.MODEL.PRETRAINED, log=log)
     if config.MODEL.FRESH_HEAD:
         model.reset_classifier(model.num_classes)

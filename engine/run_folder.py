@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of a run: claimed by one run at a time, and not written before the run is known to fit it."""
+"""The folder of a run: locked by one run at a time, and not written before model, data and weights are loaded."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from utils.runlog import RunLog
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run is.
+    """Location of a run.
 
     Attributes:
-        root: the folder of all runs, which holds `latest`.
-        name: of the run's folder below `root`.
+        root: folder of all runs, which holds `latest`.
+        name: path of the run's folder below `root`.
     """
 
     root: str
@@ -43,44 +43,46 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def claim(config, context: Context) -> Iterator[RunFolder]:
+def lock_folder(config, context: Context) -> Iterator[RunFolder]:
     """Find or create the run's folder, the same on all ranks, and lock it while the block runs.
 
-    `-resume=FOLDER` continues in that folder, TAG names one, else it is train- or eval- and a time stamp. Apart from the
-    lock file, an existing folder is not written. A new one that is still empty at the end is removed.
+    The folder is that of `-resume=FOLDER` or TAG, else `train-` or `eval-` with a time stamp. Only the lock file is
+    written to an existing folder. A new folder that is empty at the end is removed.
 
     Raises:
-        UserError: another run writes to the folder, or the folder cannot be written.
+        UserError: another run holds the lock, or the folder cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(_claimed(config)) if context.is_main else RunFolder('', '')
+        folder = stack.enter_context(_locked_folder(config)) if context.is_main else RunFolder('', '')
         root, name = context.broadcast_text(f'{folder.root}\0{folder.name}').split('\0')
         yield RunFolder(root, name)
 
 
 def open_folder(folder: RunFolder, config, context: Context, log: RunLog) -> None:
-    """Start to write: the resolved configuration, `latest`, and the log with the lines collected so far.
+    """Write the resolved configuration, `latest`, and the log with the lines buffered so far.
 
-    All ranks must have built and loaded everything before: an error after this point may leave a changed folder.
+    All ranks must have built and loaded everything: an error after this point may leave a changed folder.
     """
     context.barrier()
     with _disk_errors(folder.path):
         if context.is_main:
-            for stale in glob.glob(os.path.join(glob.escape(folder.path), '.*.tmp')):  # of a killed process
+            for stale in glob.glob(os.path.join(glob.escape(folder.path), '.*.tmp')):  # left by a killed process
                 os.unlink(stale)
         log.open(folder.path)
-        if context.is_main and not (config.EVAL and folder.has_checkpoint):  # config.yaml of a training resumes it
+        if context.is_main and not (
+            config.EVAL and folder.has_checkpoint
+        ):  # a training run needs its config.yaml to resume
             _write_config(config, folder)
     if context.is_main and not config.EVAL:
         try:
             point_latest(folder.root, folder.name)
-        except UserError as error:  # the run itself can be written
+        except UserError as error:  # the run itself is not affected
             log.master(f'----- {error}')
 
 
-# ---------------------------------------------------------------------------------------------------- claiming
+# ---------------------------------------------------------------------------------------------------- locking
 @contextlib.contextmanager
-def _claimed(config) -> Iterator[RunFolder]:
+def _locked_folder(config) -> Iterator[RunFolder]:
     path, is_new = follow_latest(config.MODEL.RESUME or ''), False
     with contextlib.ExitStack() as stack:
         if not os.path.isdir(path) or config.EVAL:
@@ -94,7 +96,7 @@ def _claimed(config) -> Iterator[RunFolder]:
                 raise UserError(
                     f"another run ({owner}) writes to '{path}'; wait for its end or choose another -tag."
                 ) from None
-        yield _place_of(path, config)
+        yield _locate(path, config)
 
 
 def _create(config) -> tuple[str, bool]:
@@ -106,9 +108,9 @@ def _create(config) -> tuple[str, bool]:
         os.makedirs(os.path.join(root, os.path.dirname(name)), exist_ok=True)
         for path in (os.path.join(root, name) for name in names):
             with contextlib.suppress(FileExistsError):
-                os.mkdir(path)  # fails where a run that started at the same moment has the name
+                os.mkdir(path)  # fails if a run that started at the same moment has this name
                 return path, True
-        os.makedirs(path, exist_ok=True)  # raises where it is a file
+        os.makedirs(path, exist_ok=True)  # raises if it is a file
     return path, False
 
 
@@ -121,8 +123,8 @@ def _remove_empty(path: str) -> None:
         os.rmdir(path)
 
 
-def _place_of(path: str, config) -> RunFolder:
-    """The place of a folder: below SAVE, else below the SAVE of the run in it, else below its parent."""
+def _locate(path: str, config) -> RunFolder:
+    """Locate a folder: below SAVE, else below SAVE of the run in it, else below its parent."""
     roots = [_root(config)]
     with contextlib.suppress(UserError):
         roots.append(_root(get_config(os.path.join(path, 'config.yaml'))))
@@ -134,7 +136,7 @@ def _place_of(path: str, config) -> RunFolder:
 
 
 def _name_below(root: str, path: str) -> str | None:
-    for resolve in (os.path.realpath, os.path.abspath):  # links first: the name must not lead through `latest`
+    for resolve in (os.path.realpath, os.path.abspath):  # links first, so that the name does not contain `latest`
         name = os.path.relpath(resolve(path), resolve(root))
         is_below = name.split(os.sep)[0] not in (os.curdir, os.pardir)
         with contextlib.suppress(OSError):

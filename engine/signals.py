@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SIGTERM, SIGINT and SIGHUP as a polite question: the loop finishes its step, saves and leaves."""
+"""Graceful stop on SIGTERM, SIGINT and SIGHUP: the training loop finishes its step, saves and exits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from utils.cli import handle_signals
 
 
 class StopSignal:
-    """Remembers that SIGTERM, SIGINT or SIGHUP came.
+    """True after SIGTERM, SIGINT or SIGHUP.
 
-    Paddle's launcher sends SIGTERM three times, 0.2 s apart, so only SIGINT typed a second time ends the process at once.
+    Only a second SIGINT ends the process at once, since Paddle's launcher sends SIGTERM three times, 0.2 s apart.
     """
 
     def __init__(self):

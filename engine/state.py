@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The state of a training run, and how it becomes a checkpoint and comes back."""
+"""State of a training run, and its conversion to and from checkpoints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import paddle
 from paddle import nn
 
 from engine.checkpoint import from_automatic_names, optimizer_state, set_optimizer_state
-from engine.checkpoint_schema import Checkpoint, read_parts
+from engine.checkpoint_schema import Checkpoint, validate_checkpoint
 from engine.ema import ModelEma
 from engine.paddle_private import MASTER_WEIGHT, accumulator_names
 from engine.statistics import read_totals
@@ -22,17 +22,17 @@ from utils.weights import METADATA
 
 @dataclass
 class TrainState:
-    """Where a run is. All of it goes into checkpoints; everything random is a function of SEED and this.
+    """Progress of a run, stored in checkpoints. Every random draw is a function of SEED and this state.
 
     Attributes:
         epoch: finished epochs.
         step: optimizer steps taken.
         samples: images of epoch `epoch + 1` that were trained on.
-        validated: whether the validation that was due after the last step is done.
+        validated: True if no validation of the last step is pending.
         best: best value of the task's metric so far; None: no evaluation counted yet.
-        best_epoch: its epoch.
+        best_epoch: epoch of `best`.
         totals: sums over the unfinished epoch by name.
-        unwritten: row of the finished epoch that metrics.jsonl could not take, on a full disk.
+        unwritten: row of the finished epoch that could not be written to metrics.jsonl on a full disk.
     """
 
     epoch: int = 0
@@ -46,24 +46,24 @@ class TrainState:
 
     @property
     def last_epoch(self) -> int:
-        """Epoch of the last step, from 1, finished or not."""
+        """Epoch of the last step, counted from 1, finished or not."""
         return self.epoch + (self.samples > 0)
 
     def improves(self, value: float, direction: str) -> bool:
-        """Whether `value` is better than `best`; NaN is not."""
+        """Return True if `value` is better than `best`; NaN is never better."""
         if math.isnan(value):
             return False
         return self.best is None or (value > self.best if direction == 'max' else value < self.best)
 
 
 class Snapshot:
-    """Everything that a checkpoint holds, under PaddleViT's names where it has one.
+    """Converts a run to a checkpoint and back; keys are PaddleViT's where it has them.
 
     Args:
-        config: the resolved tree.
-        model: not wrapped by DataParallel.
-        steps_per_epoch: optimizer steps.
-        global_batch: images per optimizer step over all processes.
+        config: the resolved configuration.
+        model: not wrapped in DataParallel.
+        steps_per_epoch: optimizer steps per epoch.
+        global_batch: images per optimizer step over all ranks.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Snapshot:
 
     # ------------------------------------------------------------------------------------------------ writing
     def state_dict(self) -> dict:
-        """The content of last.pdparams."""
+        """Return the content of last.pdparams."""
         progress = asdict(self.state)
         content = {
             'model': self.model.state_dict(),
@@ -113,22 +113,22 @@ class Snapshot:
         return content
 
     def metadata(self) -> dict:
-        """What travels with weights beside the arrays."""
+        """Return the metadata that is stored beside the weights, see `utils.weights.METADATA`."""
         metadata = self.model.weight_rules.metadata(self.model)
         return {METADATA: metadata} if metadata else {}
 
     # ------------------------------------------------------------------------------------------------ reading
     def load_state_dict(self, content: dict, path: str) -> None:
-        """Restore a checkpoint of this suite, one of PaddleViT, or flat weights (position from TRAIN.LAST_EPOCH).
+        """Load a checkpoint of this suite or of PaddleViT, or flat weights (with the epoch from TRAIN.LAST_EPOCH).
 
-        Everything is checked before anything changes.
+        The whole checkpoint is checked before anything changes.
 
         Raises:
             UserError: the checkpoint does not fit the run.
         """
-        checkpoint = read_parts(content, path)
+        checkpoint = validate_checkpoint(content, path)
         checkpoint.check_optimizer(self.model, accumulator_names(self.optimizer), self.config.TRAIN.OPTIMIZER.NAME)
-        average = checkpoint.fit_average(self.model) if self.ema is not None else None
+        average = checkpoint.match_average(self.model) if self.ema is not None else None
         weights = {**checkpoint.weights, METADATA: checkpoint.metadata}
         load_state(self.model, weights, checkpoint.source, self.log, replace_head=False)
         if not checkpoint.complete:
@@ -153,7 +153,7 @@ class Snapshot:
         if not checkpoint.ours:  # PaddleViT: whole epochs
             state.step = state.epoch * self.steps_per_epoch
             return
-        self.optimizer.set_lr(checkpoint.lr)  # for a save that comes before the next step
+        self.optimizer.set_lr(checkpoint.lr)  # for a save before the next step
         progress = checkpoint.progress
         state.step, state.samples = checkpoint.step, checkpoint.samples
         state.validated, state.best_epoch = progress['validated'], progress['best_epoch']
@@ -163,8 +163,8 @@ class Snapshot:
         if state.samples % self.global_batch:
             state.samples -= state.samples % self.global_batch
             self.log(
-                f'----- Resume: the checkpoint was written with another global batch; going on after image '
-                f'{state.samples} of epoch {state.epoch + 1}, so a few images are seen again.'
+                f'----- Resume: the checkpoint was written with another global batch size; training continues after image '
+                f'{state.samples} of epoch {state.epoch + 1}, so a few images are repeated.'
             )
         if checkpoint.seed != self.config.SEED:
             self.log(f'----- Resume: SEED was {checkpoint.seed} and is {self.config.SEED} from here on.')
@@ -175,7 +175,7 @@ class Snapshot:
             stored = from_automatic_names(stored, self.model) or {}
             stored = {} if stored.keys() - accumulator_names(self.optimizer) else stored
         elif MASTER_WEIGHT in stored and not _in_half_precision(self.model):
-            self.log('----- Resume: master weights are left out, since this run trains in float32.')
+            self.log('----- Resume: master weights are dropped, since this run trains in float32.')
             stored = {kind: entries for kind, entries in stored.items() if kind != MASTER_WEIGHT}
         if not stored:
             self.log('----- Resume: no optimizer state that fits; moments start at zero.')
@@ -188,7 +188,7 @@ def _in_half_precision(model: nn.Layer) -> bool:
 
 
 def _read_best(progress: dict, task: Task) -> float | None:
-    """The best value; checkpoints of version 0.1.0 have `best_score`, a loss with a minus sign, -inf for none."""
+    """Return the best value. Version 0.1.0 stored `best_score`: the negative of a loss, and -inf for no value."""
     if 'best_score' not in progress:
         return progress['best']
     score = progress['best_score']

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers that each optimizer step adds up: one small vector, one all-reduce.
+"""Sums of each optimizer step: one small vector, one all-reduce.
 
 Order of the vector: the loss, the task's parts of the loss and its counts, then `CONTROL`.
 """
@@ -20,12 +20,12 @@ _LIST_ORDER = ('loss', 'acc1', *CONTROL)
 
 
 def names_of(task: Task) -> tuple[str, ...]:
-    """Names of the numbers of a step, in the order of the vector."""
+    """Return the names of the sums, in the order of the vector."""
     return ('loss', *task.parts, *task.counts, *CONTROL)
 
 
 class StepSums:
-    """Sums over the micro-batches of one optimizer step on this process; they stay on the device."""
+    """Sums over the micro-batches of one optimizer step on this rank; they stay on the device."""
 
     def __init__(self, task: Task):
         self.names = names_of(task)
@@ -47,19 +47,19 @@ class StepSums:
         return self._sums['loss']
 
     def vector(self, finite: paddle.Tensor, stopping: bool) -> paddle.Tensor:
-        """[len(names)] float32; `finite` is a 0-D boolean."""
+        """Return the sums as a float32 vector [len(names)]; `finite` is a 0-D boolean."""
         images, skipped, stop = paddle.to_tensor([self._images, self._skipped, float(stopping)], 'float32').unbind()
         return paddle.stack([*self._sums.values(), images, skipped, 1.0 - finite.astype('float32'), stop])
 
 
 def means(task: Task, sums: Mapping[str, float]) -> dict[str, float]:
-    """Loss, parts and counts per image."""
+    """Return loss, parts of the loss and counts per image."""
     images = max(sums['images'], 1)
     return {name: sums[name] / images for name in names_of(task)[: -len(CONTROL)]}
 
 
 def read_totals(task: Task, stored: Mapping[str, float] | list[float]) -> dict[str, float]:
-    """Totals of an unfinished epoch from a checkpoint, of this version or an older one; empty before its first step."""
+    """Read the totals of an unfinished epoch from a checkpoint of any version; empty before its first step."""
     if not isinstance(stored, Mapping):
         stored = dict(zip(_LIST_ORDER, stored))
     if not any(stored.values()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a model is on this device, and how much memory it takes."""
+"""Throughput, latency and peak memory of a model on this device."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tasks import Task, build_task
 from utils.errors import UserError
 from utils.processes import die_with_parent
 
-Call = Callable[[], None]  # one pass; may return before the device has finished it
+Call = Callable[[], None]  # runs one pass; may return before the device has finished it
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,15 @@ class Throughput:
 
 
 def measure(config, context: Context, rounds: int = 10, warmup: int = 3) -> Throughput:
-    """Times the forward pass of the model that `config` describes, on DATA.BATCH_SIZE random images."""
+    """Measure the forward pass of the model of `config` on DATA.BATCH_SIZE random images."""
     batch_size = config.DATA.BATCH_SIZE
-    calls = Subject(config.MODEL.NAME, config).calls([batch_size], context)
+    calls = BenchmarkCase(config.MODEL.NAME, config).calls([batch_size], context)
     median = statistics.median(time_interleaved(calls, context, rounds, warmup)[0])
     return Throughput(batch_size, batch_size / median, median * 1000)
 
 
 def report(result: Throughput) -> None:
-    """Prints a measurement."""
+    """Print a measurement."""
     print(
         f'throughput: {result.images_per_second:.1f} images/s at batch {result.batch_size}, '
         f'{result.latency_ms:.1f} ms a batch (median)'
@@ -53,9 +53,9 @@ def report(result: Throughput) -> None:
 
 # ---------------------------------------------------------------------------------------------------- time
 def time_interleaved(calls: list[Call], context: Context, rounds: int, warmup: int) -> list[list[float]]:
-    """Seconds of each call in each round, after `warmup` rounds that do not count.
+    """Return the seconds of each call in each round, after `warmup` rounds.
 
-    A round runs every call once, so that whatever else the machine does meanwhile slows all of them alike.
+    A round runs every call once, so that other load on the machine slows all calls alike.
     """
     seconds: list[list[float]] = [[] for _ in calls]
     for index in range(warmup + rounds):
@@ -70,7 +70,7 @@ def time_interleaved(calls: list[Call], context: Context, rounds: int, warmup: i
 
 
 def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None = None) -> Call:
-    """A forward pass of random images, which lie on the device; `autocast`: arguments of `paddle.amp.auto_cast`."""
+    """Return a forward pass of random images on the device; `autocast`: arguments of `paddle.amp.auto_cast`."""
     model.eval()
     images = paddle.randn(shape)
 
@@ -82,7 +82,7 @@ def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None =
 
 
 def training_call(model: paddle.nn.Layer, task: Task, batch_size: int, autocast: dict | None = None) -> Call:
-    """Forward and backward pass of a random micro-batch, as engine/train.py has them."""
+    """Return forward and backward pass of a random micro-batch, as in engine/train.py."""
     model.train()
     batch = task.example(batch_size)
 
@@ -97,21 +97,21 @@ def training_call(model: paddle.nn.Layer, task: Task, batch_size: int, autocast:
 
 
 def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
-    """A run of an exported program, from images in main memory to logits in main memory."""
+    """Return a run of an exported program, from images in host memory to logits in host memory."""
     images = np.random.default_rng(0).standard_normal(shape, 'float32')
     return lambda: predictor(images)
 
 
-# ---------------------------------------------------------------------------------------------------- what is measured
+# ---------------------------------------------------------------------------------------------------- cases
 @dataclass(frozen=True)
-class Subject:
-    """A model to measure, described so that another process can build it.
+class BenchmarkCase:
+    """A model to measure, in a form that another process can build it from.
 
     Attributes:
-        name: what tables call it.
+        name: name in tables.
         config: its configuration; with AMP it runs in mixed precision on a GPU.
-        program: prefix of its exported files, which are then run instead of the layers.
-        precision: of the exported program, 'fp32' or 'bf16'.
+        program: prefix of exported files; they are run instead of the layers.
+        precision: precision of the exported program, 'fp32' or 'bf16'.
     """
 
     name: str
@@ -120,12 +120,12 @@ class Subject:
     precision: str = 'fp32'
 
     def image_shape(self) -> list[int]:
-        """[C, H, W]."""
+        """Return [C, H, W]."""
         data = self.config.DATA
         return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
 
     def calls(self, batch_sizes: list[int], context: Context) -> list[Call]:
-        """Builds the model, with random weights, and returns a forward pass for each batch size."""
+        """Build the model with random weights and return a forward pass for each batch size."""
         shapes = [[size, *self.image_shape()] for size in batch_sizes]
         if self.program is not None:
             predictor = Predictor(self.program, self.precision)
@@ -134,7 +134,7 @@ class Subject:
         return [layer_call(model, shape, autocast) for shape in shapes]
 
     def training_call(self, batch_size: int, context: Context) -> Call:
-        """Builds the model, with random weights, and returns forward and backward pass of TRAIN.TASK, without a teacher."""
+        """Build the model with random weights and return forward and backward pass of TRAIN.TASK, without a teacher."""
         model, autocast = self._layers(context)
         model.set_grad_checkpointing(self.config.TRAIN.RECOMPUTE)
         config = self.config.clone()
@@ -145,7 +145,7 @@ class Subject:
         return training_call(model, task, batch_size, autocast)
 
     def _layers(self, context: Context) -> tuple[paddle.nn.Layer, dict | None]:
-        """The model, and what `paddle.amp.auto_cast` takes where it runs in mixed precision."""
+        """Return the model, and the arguments of `paddle.amp.auto_cast` if it runs in mixed precision."""
         model = build_model(self.config)
         if not (self.config.AMP and context.on_gpu):
             return model, None
@@ -156,35 +156,36 @@ class Subject:
 
 
 # ---------------------------------------------------------------------------------------------------- memory
-def peak_memory(subject: Subject, batch_size: int, training: bool = False) -> int | None:
-    """Bytes that building a model and evaluating one batch need at their peak, measured in a process of its own.
+def peak_memory(case: BenchmarkCase, batch_size: int, training: bool = False) -> int | None:
+    """Measure the peak memory, in bytes, of building a model and evaluating one batch, in a subprocess.
 
-    With `training` the batch goes forward and backward; what an optimiser keeps is not part of it.
+    With `training` the batch goes forward and backward, without an optimizer.
 
-    On a GPU those that Paddle allocated there. On the CPU the growth of the resident memory since Paddle was imported,
-    which Linux tells; None elsewhere.
+    Returns:
+        On a GPU, the memory that Paddle allocated there. On the CPU under Linux, the growth of the resident memory since
+        Paddle was imported. Elsewhere None.
 
     Raises:
-        UserError: when it runs out of memory, or is killed, as systems short of memory do.
+        UserError: the subprocess ran out of memory or was killed.
     """
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context('spawn'), initializer=die_with_parent
     ) as executor:
         try:
-            return executor.submit(_peak_memory_here, subject, batch_size, training).result()
+            return executor.submit(_peak_memory_here, case, batch_size, training).result()
         except (BrokenProcessPool, MemoryError):
             raise UserError(
-                f'{subject.name}: there is not enough memory for one batch of {batch_size} images; '
+                f'{case.name}: there is not enough memory for one batch of {batch_size} images; '
                 'try a smaller -batch_size.'
             ) from None
 
 
-def _peak_memory_here(subject: Subject, batch_size: int, training: bool) -> int | None:
+def _peak_memory_here(case: BenchmarkCase, batch_size: int, training: bool) -> int | None:
     context = distributed.start()
     before = _resident('VmRSS')
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')  # the peak so far is forgotten
-    call = subject.training_call(batch_size, context) if training else subject.calls([batch_size], context)[0]
+        file.write('5')  # resets the peak
+    call = case.training_call(batch_size, context) if training else case.calls([batch_size], context)[0]
     call()
     if context.on_gpu:
         context.synchronize()
@@ -193,7 +194,7 @@ def _peak_memory_here(subject: Subject, batch_size: int, training: bool) -> int 
 
 
 def _resident(field: str) -> int | None:
-    """VmRSS, the resident memory of this process, or VmHWM, its peak, in bytes; None where there is no /proc."""
+    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes; None without /proc."""
     try:
         with open('/proc/self/status', encoding='ascii') as file:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':'))

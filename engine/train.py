@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop.
 
-One optimizer step is a window of ACCUM_ITER micro-batches. Its gradient is that of the mean loss over all images of the
-window on all processes, also for incomplete windows and uneven batches. Every random draw of a step is a function of
-(SEED, epoch, micro-batch, rank), so the state of a run is its weights, its optimizer and its position, nothing else.
+One optimizer step accumulates the gradients of ACCUM_ITER micro-batches, its window. Its gradient is that of the mean loss
+over all images of the window on all ranks, also for incomplete windows and uneven batches. Every random draw is a function
+of (SEED, epoch, micro-batch, rank), so weights, optimizer state and `TrainState` define a run completely.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import paddle
 
 from datasets.batch import to_device
-from engine.checkpoint import BEST, keep_epoch, save_best, save_last
+from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
 from engine.ema import ModelEma
 from engine.evaluate import describe_metrics, evaluate
@@ -35,14 +35,14 @@ from utils.runlog import RunLog, progress
 
 
 class Trainer:
-    """Trains a model on one process; the Trainers of the other processes take the same steps.
+    """Trains a model on one rank; the Trainers of the other ranks take the same steps.
 
     Args:
-        config: the resolved tree.
-        model: the bare model, pretrained weights loaded.
+        config: the resolved configuration.
+        model: not wrapped in DataParallel, with pretrained weights loaded.
         task: attached to the model.
-        train_loader, val_loader: those of this process.
-        folder: that of the run.
+        train_loader, val_loader: loaders of this rank.
+        folder: folder of the run.
     """
 
     def __init__(self, config, model, task: Task, train_loader, val_loader, context: Context, log: RunLog, folder: str):
@@ -58,7 +58,7 @@ class Trainer:
         self.state = TrainState()
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
         self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
-        self.length = RunLength.of(config, self.steps_per_epoch)
+        self.length = RunLength.from_config(config, self.steps_per_epoch)
         _check_schedules(config, task)
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
@@ -84,20 +84,20 @@ class Trainer:
             log=log.master,
         )
         self.stop = StopSignal()
-        self._earlier = 0.0  # seconds of earlier stretches of the epoch
-        # On a GPU the sums of a step are read this many steps late, so that the host never waits for the device.
+        self._elapsed = 0.0  # seconds spent on the unfinished epoch so far
+        # Read the sums of a step `lag` steps late on a GPU, so that the host never waits for the device.
         self.lag = 2 if context.on_gpu and config.TRAIN.NONFINITE == 'error' else 0
 
     # ------------------------------------------------------------------------------------------------ the run
     def fit(self) -> None:
-        """Train to the last step, from wherever the state is. Leaves by SystemExit after a signal."""
+        """Train from the current state to the last step. Raises SystemExit after a signal."""
         state = self.state
         if self._finished and state.validated:
-            self._nothing_left()
+            self._report_finished()
             return
         self.reporter.open(state)
         self.reporter.start(state.epoch + 1, self.global_batch)
-        self.parallel = self.context.parallel(self.model, getattr(self.model, 'leaves_parameters_out', False))
+        self.parallel = self.context.parallel(self.model, getattr(self.model, 'has_unused_parameters', False))
         try:
             if not state.validated:
                 self._finish_epoch()
@@ -109,24 +109,24 @@ class Trainer:
         self.log.master(f'----- Finished: {self._best()}')
 
     @property
-    def _place(self) -> int:
-        """Optimizer steps since the start of the schedules; `state.step` differs where only weights were resumed."""
+    def _schedule_step(self) -> int:
+        """Optimizer steps since the start of the schedules; `state.step` differs if only weights were resumed."""
         return self.state.epoch * self.steps_per_epoch + self.state.samples // self.global_batch
 
     @property
     def _finished(self) -> bool:
-        return self._place >= self.length.num_steps
+        return self._schedule_step >= self.length.num_steps
 
     def _train_epoch(self, epoch: int) -> None:
-        """Take the steps of an epoch up to its end, or to a validation inside it."""
+        """Take the steps of an epoch up to its end or to a validation within it."""
         state, accumulate, num_batches = self.state, self.config.TRAIN.ACCUM_ITER, self.train_loader.num_batches
         first = state.samples // self.global_batch
-        end = self.length.next_stop(self._place) - state.epoch * self.steps_per_epoch
+        end = self.length.next_stop(self._schedule_step) - state.epoch * self.steps_per_epoch
         totals = np.array([state.totals.get(name, 0.0) for name in names_of(self.task)])
         self.log.master(f'Train epoch {epoch}. LR={self.lr(epoch, 0.0):.6e}')
         self.model.train()
-        own, pending, started = paddle.zeros([len(totals)]), deque(), time.time() - self._earlier
-        self.reporter.restart_clock(self._named(totals))
+        own, pending, started = paddle.zeros([len(totals)]), deque(), time.time() - self._elapsed
+        self.reporter.restart_timer(self._named(totals))
         with contextlib.closing(self.train_loader.epoch(epoch, start_batch=first * accumulate)) as batches:
             steps = range(first, end)
             for step in progress(steps, len(steps), f'epoch {epoch}', self.context.is_main):
@@ -148,20 +148,20 @@ class Trainer:
                     self._check_loss_scale()
                 if current is not None and current['stop'] and not last:
                     self._read(pending, totals, keep=0)
-                    self._leave()
+                    self._save_and_exit()
                 if save:
                     self._save()
         complete, seconds = end == self.steps_per_epoch, time.time() - started
         if complete:
             state.epoch, state.samples, state.totals = epoch, 0, {}
-        state.validated = not self.length.validation_due(self._place)
-        self._earlier = 0.0 if complete else seconds
+        state.validated = not self.length.validation_due(self._schedule_step)
+        self._elapsed = 0.0 if complete else seconds
         if complete or self._finished:
             self._report_epoch(lr, self._named(totals), seconds)
 
     # ------------------------------------------------------------------------------------------------ one step
     def _step(self, epoch: int, window: range, batches, lr: float, own: paddle.Tensor):
-        """Take one optimizer step. Returns its sums over all processes and the gradient norm, both still on the device."""
+        """Take one optimizer step. Return its sums over all ranks and the gradient norm, both on the device."""
         total = sum(self.train_loader.batch_size_at(index) for index in window)
         sums = StepSums(self.task)
         for index in window:
@@ -173,14 +173,14 @@ class Trainer:
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self._autocast():
                     losses = self.task.loss(self.parallel, batch, np.random.default_rng(draws))
-                # Gradients are summed over the window and averaged over the processes.
+                # Gradients are summed over the window and averaged over the ranks.
                 share = len(batch) * self.context.world_size / total
                 self.scaler.scale(losses.total * share).backward()
             sums.add(losses, batch)
         self.scaler.unscale_(self.optimizer)
         norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
         finite = paddle.isfinite(sums.loss)
-        if not self.scaler.is_enable():  # with loss scaling the scaler handles gradients that overflow
+        if not self.scaler.is_enable():  # with loss scaling, GradScaler handles overflow
             finite = paddle.logical_and(finite, paddle.isfinite(norm))
         vector = sums.vector(finite, bool(self.stop))
         own.add_(vector)
@@ -201,10 +201,10 @@ class Trainer:
         return dict(zip(names_of(self.task), map(float, values)))
 
     def _read(self, pending: deque, totals: np.ndarray, keep: int) -> dict[str, float] | None:
-        """Read the sums of all but the last `keep` steps and add them to the totals; returns those read last.
+        """Read the sums of all but the last `keep` steps and add them to the totals. Return the sums read last.
 
         Raises:
-            UserError: on every process, a loss or gradient that is not finite (TRAIN.NONFINITE error).
+            UserError: on every rank, if the loss or gradient is not finite (TRAIN.NONFINITE error).
         """
         current = None
         while len(pending) > keep:
@@ -230,7 +230,7 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ after an epoch
     def _report_epoch(self, lr: float, totals: dict[str, float], seconds: float) -> None:
-        """Where a report fails, as on a full disk, the epoch is saved first."""
+        """Report an epoch. If that fails, as on a full disk, save the epoch before the error."""
         try:
             self.reporter.epoch(self.state, lr, totals, seconds)
         except UserError:
@@ -238,20 +238,20 @@ class Trainer:
             raise
 
     def _finish_epoch(self) -> None:
-        """Save the run. Where a validation is due, save before it too, so that a failing validation loses nothing."""
+        """Save the run. If a validation is due, save before it too, so that a failing validation loses nothing."""
         state = self.state
         if not state.validated:
             self._save()
-            self.context.barrier()  # a process that fails at once would end the one that still writes
+            self.context.barrier()  # a rank that fails early would end rank 0 during its write
             try:
                 self._validate()
             except Interrupted:
-                self._leave()
+                self._save_and_exit()
             state.validated = True
         self._save()
         due = self.config.SAVE_FREQ and state.samples == 0 and state.epoch % self.config.SAVE_FREQ == 0
         if self.context.is_main and (due or self._finished):
-            path = keep_epoch(self.folder, state.last_epoch, self.config.SAVE_KEEP)
+            path = save_epoch(self.folder, state.last_epoch, self.config.SAVE_KEEP)
             self.log.master(f'----- Save model: {path}')
 
     def _validate(self) -> None:
@@ -259,7 +259,7 @@ class Trainer:
         inside = f', step {state.step}' if state.samples else ''
         self.log.master(f'----- Validation after Epoch: {state.last_epoch}{inside}')
         taken = state.samples // self.global_batch
-        last_step = state.epoch + (taken - 1) / self.steps_per_epoch  # schedules as in the last step
+        last_step = state.epoch + (taken - 1) / self.steps_per_epoch  # same schedule values as in the last step
         self.task.update_schedules(self.model, last_step)
         counts = self.task.is_final(last_step) or self._finished
         self._validate_weights('val', self.model.state_dict, counts)
@@ -294,10 +294,10 @@ class Trainer:
                 save_best(self.folder, {**weights(), **self.snapshot.metadata()})
 
     def _evaluation_autocast(self):
-        """Float32, unless the weights are in half precision."""
+        """Evaluate in float32, unless the weights are in half precision."""
         return self._autocast() if self.config.AMP_LEVEL == 'O2' else contextlib.nullcontext()
 
-    # ------------------------------------------------------------------------------------------------ saving, leaving
+    # ------------------------------------------------------------------------------------------------ saving and exit
     def _save_due(self) -> bool:
         return self.config.SAVE_STEPS > 0 and self.state.step % self.config.SAVE_STEPS == 0
 
@@ -305,17 +305,17 @@ class Trainer:
         if self.context.is_main:
             save_last(self.folder, self.snapshot.state_dict())
 
-    def _leave(self) -> None:
-        """Save and exit after a signal: every process is at the same step."""
+    def _save_and_exit(self) -> None:
+        """Save and exit after a signal; every rank is at the same step."""
         self._save()
         self.log.master('----- Stopped by a signal; continue with -resume=' + self.folder)
         self.context.barrier()
         raise SystemExit(self.stop.exit_status)
 
-    def _nothing_left(self) -> None:
-        """Log that the run is finished already. Raises UserError where there is no run, only weights."""
+    def _report_finished(self) -> None:
+        """Log that the run is finished already. Raises UserError if only weights were resumed."""
         if self.config.TRAIN.NUM_ITERS:
-            unit, key, done, wanted = 'step', 'TRAIN.NUM_ITERS', self._place, self.length.num_steps
+            unit, key, done, wanted = 'step', 'TRAIN.NUM_ITERS', self._schedule_step, self.length.num_steps
         else:
             unit, key, done, wanted = 'epoch', 'TRAIN.NUM_EPOCHS', self.state.epoch, self.length.num_epochs
         text = f'{unit} {done} of {wanted} is done, so nothing is left to train'
@@ -325,7 +325,7 @@ class Trainer:
         self.log.master(f'----- Finished already: {text}; to train on, {more}. So far: {self._best()}')
 
     def _best(self) -> str:
-        """The best validation so far, and where its weights are."""
+        """Describe the best validation so far and the path of its weights."""
         state, title = self.state, self.evaluator.titles[self.evaluator.best[0]]
         if state.best is None:
             return f'no validation with a finite {title}, so there is no {BEST}'
@@ -335,7 +335,7 @@ class Trainer:
 
 
 def _check_schedules(config, task: Task) -> None:
-    """Settings of the model that follow TRAIN.NUM_EPOCHS would not end with the run."""
+    """Raise UserError if a schedule of the model follows TRAIN.NUM_EPOCHS while TRAIN.NUM_ITERS sets the length."""
     if config.TRAIN.NUM_ITERS and task.schedules:
         names = ', '.join(schedule.name for schedule in task.schedules)
         raise UserError(

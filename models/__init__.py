@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Model architectures. A new one is a new file here that registers a builder, and YAML files that describe it."""
+"""Model architectures. To add one, add a file that registers a builder, and YAML files that configure it."""
 
 import sys
 
-if sys.argv[:1] == ['-m']:  # `python -m models` imports this before its own first line
+if sys.argv[:1] == ['-m']:  # `python -m models` imports this file before __main__.py
     from utils import cli
 
     cli.begin()
     from utils import environment
 
-    environment.forget_launcher()
+    environment.clear_launcher_variables()
     environment.import_paddle()
 
 import importlib

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m models [PATTERN]`: a table of the models that match, such as 'evit*'; all of them by default."""
+"""`python -m models [PATTERN]`: print a table of the models that match, such as 'evit*'; default: all models."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS = '{:<44} {:>9} {:>8} {:>6} {:>6} {:>6}  {}'
 
 
 def main(pattern: str = '*') -> None:
-    """Prints one line per configuration; the accuracies are those of the published weights in the last column."""
+    """Print one line per configuration; the accuracies are those of the published weights in the last column."""
     names = list_models(pattern)
     if not names:
         raise UserError(f"no model matches '{pattern}'; `python -m models` lists all.")
@@ -27,7 +27,7 @@ def main(pattern: str = '*') -> None:
 
 
 def row(name: str) -> str:
-    """The line of one configuration."""
+    """Return the line of one configuration."""
     config = get_config(config_file(name))
     size, published = config.DATA.IMAGE_SIZE, PUBLISHED.get(name, Published(name))
     cost = profile(build_model(config), [1, config.DATA.IMAGE_CHANNELS, size, size])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models as files that run without their Python code: Paddle's inference programs.
+"""Export to and inference with Paddle inference programs, which run without the Python code of the model.
 
 `PREFIX.json` holds the program, `PREFIX.pdiparams` its weights.
 """
@@ -14,16 +14,16 @@ from paddle import inference, nn
 from paddle.static import InputSpec
 
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
-PREPROCESS = '.preprocess.json'  # what to do to an image before, written by tools/export.py
+PREPROCESS = '.preprocess.json'  # preprocessing of the images, written by tools/export.py
 INPUT_NAME = 'x'
 PRECISIONS = ('fp32', 'bf16')
-GPU_POOL_MB = 256  # what a predictor takes at first; it grows
+GPU_POOL_MB = 256  # initial size of the memory pool, which grows
 
 
 def save_program(model: nn.Layer, image_shape: Sequence[int], prefix: str) -> None:
-    """Writes the evaluation of a model as a program of one float32 input `x` [any batch, *image_shape].
+    """Export a model in evaluation mode as a program with one float32 input `x` [any batch, *image_shape].
 
-    The model is left in evaluation mode.
+    The model stays in evaluation mode.
     """
     model.eval()
     spec = InputSpec([None, *image_shape], 'float32', name=INPUT_NAME)
@@ -31,15 +31,15 @@ def save_program(model: nn.Layer, image_shape: Sequence[int], prefix: str) -> No
     try:
         paddle.jit.save(static, prefix)
     finally:
-        model.forward.rollback()  # to_static put the program in the place of the model's own forward
+        model.forward.rollback()  # to_static replaced the forward method of the model by the program
 
 
 class Predictor:
-    """Runs a program that `save_program` wrote: on the GPU when there is one, else on the CPU with oneDNN.
+    """Run a program of `save_program` on the GPU if there is one, else on the CPU with oneDNN.
 
     Args:
         prefix: path of the program without its suffix.
-        precision: 'fp32', or 'bf16' for bfloat16 where the device has kernels for it.
+        precision: 'fp32', or 'bf16': bfloat16 for the operators that have bfloat16 kernels.
     """
 
     def __init__(self, prefix: str, precision: str = 'fp32'):
@@ -54,11 +54,11 @@ class Predictor:
             config.enable_mkldnn()
             if precision == 'bf16':
                 config.enable_mkldnn_bfloat16()
-                # Paddle 3.3: it splits tensors in bfloat16 and declares them float32, so that programs fail (MS-MLP, ToMe).
+                # Paddle 3.3: this pass splits bfloat16 tensors but declares float32, so that MS-MLP and ToMe fail.
                 config.delete_pass('cpu_special_ops_bf16_pass')
         config.switch_ir_optim(True)
         config.enable_new_executor(True)
-        config.enable_new_ir(True)  # without it the oneDNN passes are not applied
+        config.enable_new_ir(True)  # oneDNN passes need it
         config.enable_memory_optim()
         config.disable_glog_info()
         self._predictor = inference.create_predictor(config)
@@ -66,7 +66,7 @@ class Predictor:
         self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Normalised images [B, C, H, W] float32 -> logits [B, K] float32."""
+        """Normalized images [B, C, H, W] float32 -> logits [B, K] float32."""
         self._input.reshape(images.shape)
         self._input.copy_from_cpu(images)
         self._predictor.run()
@@ -74,14 +74,14 @@ class Predictor:
 
 
 def cpu_threads() -> int:
-    """Threads of one operation on the CPU."""
+    """Return the number of CPU threads per operator."""
     return paddle.get_flags('FLAGS_paddle_num_threads')['FLAGS_paddle_num_threads']
 
 
 def emulates_bfloat16() -> bool:
-    """Whether bfloat16 is computed without instructions for it, a hundred times slower than float32.
+    """Return whether the CPU emulates bfloat16, which is about a hundred times slower than float32.
 
-    Known of x86 processors under Linux; others are taken at their word.
+    Only x86 processors under Linux are checked; for all others the result is False.
     """
     if paddle.device.get_device() != 'cpu':
         return False

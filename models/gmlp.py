@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gMLP: vision without attention and without position embeddings.
+"""gMLP: image classification without attention and without position embeddings.
 
-"Pay Attention to MLPs", https://arxiv.org/abs/2105.08050. Tokens are mixed only by the spatial gating unit, a linear
-map over the token axis whose output gates half of the channels. The numbers are those of timm's gmlp_*_224 (whose
-gate norm has another epsilon than the rest), the parameter names PaddleViT's.
+"Pay Attention to MLPs", https://arxiv.org/abs/2105.08050. Only the spatial gating unit mixes
+tokens: a linear map over the token axis, whose output gates half of the channels. Outputs equal those of timm's
+gmlp_*_224, whose gate norm has another epsilon than the other norms. Parameter names are PaddleViT's.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from models.weights.rules import WeightRules
 from utils.errors import UserError
 
 NORM_EPS = 1e-6
-GATE_NORM_EPS = 1e-5  # the published weights were trained with the framework's default in this one place
+GATE_NORM_EPS = 1e-5  # framework default, which only the gate norm of the published weights was trained with
 
 
 class SpatialGatingUnit(nn.Layer):
-    """Gates one half of the channels by a linear map over the tokens of the other half (paper, section 2.1).
+    """Spatial gating unit: gate half of the channels by a linear map over the tokens of the other half (section 2.1).
 
     Args:
         dim: channels of the input, even.
-        num_tokens: N, fixed: the map is a [N, N] matrix.
+        num_tokens: N; fixed, since the map is an [N, N] matrix.
     """
 
     def __init__(self, dim: int, num_tokens: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim // 2, epsilon=GATE_NORM_EPS)
         self.proj = nn.Linear(num_tokens, num_tokens)
-        # Near 0 and 1: the unit starts as the identity of its first half, the block as a plain perceptron.
+        # Near 0 and 1: the initial unit returns its first half, so that the block starts as an MLP (section 2.1).
         initializer.Normal(std=1e-6)(self.proj.weight)
         initializer.Constant(1.0)(self.proj.bias)
 
@@ -56,7 +56,7 @@ class SpatialGatingUnit(nn.Layer):
         """[B, N, dim] -> [B, N, dim / 2]."""
         u, v = x.chunk(2, axis=-1)
         v = self.norm(v)
-        # proj over the token axis. Multiplying from the left spares the two transposes around it.
+        # Apply proj over the token axis; multiplication from the left avoids two transposes.
         v = paddle.matmul(self.proj.weight, v, transpose_x=True)
         return u * (v + self.proj.bias.astype(v.dtype).unsqueeze(-1))
 
@@ -68,8 +68,8 @@ class GatedMlp(nn.Layer):
         super().__init__()
         if hidden_dim % 2:
             raise UserError(
-                f'the gate splits the hidden channels in two halves, but int(MLP_RATIO * EMBED_DIM) = {hidden_dim} '
-                'is odd; change one of the two.'
+                'the spatial gating unit splits the hidden channels in halves, but int(MLP_RATIO * EMBED_DIM) = '
+                f'{hidden_dim} is odd; change MLP_RATIO or EMBED_DIM.'
             )
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
@@ -100,7 +100,7 @@ class SpatialGatingBlock(nn.Layer):
 
 
 class GmlpWeights(WeightRules):
-    """timm's `stem.` and `blocks.` are PaddleViT's `patch_embed.` and `mixer_layers.`."""
+    """Rename timm's `stem.` and `blocks.` to PaddleViT's `patch_embed.` and `mixer_layers.`."""
 
     def rename(self, name: str) -> str | None:
         """See `WeightRules`."""
@@ -115,22 +115,22 @@ class GmlpWeights(WeightRules):
 
 
 class GMLP(Classifier):
-    """gMLP image classifier. The image size is fixed by the weights, since the gates map tokens to tokens.
+    """gMLP image classifier. The weights fix the image size, since the gates have one weight per pair of tokens.
 
     Args:
         img_size: side of the square image, pixels.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
-        num_classes: K; 0: pooled features are returned.
+        num_classes: K; 0: return pooled features.
         embed_dim: C.
         depth: number of blocks.
         mlp_ratio: hidden channels H = int(mlp_ratio * embed_dim), even.
         stem_norm: LayerNorm after the patch embedding.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout in the blocks.
-        drop_path_rate: stochastic depth.
-        drop_path_ramp: let the rate grow linearly over the depth instead of being the same everywhere.
-        head_bias: initial bias of the classifier; -log(K) starts a sigmoid loss at equal odds.
+        drop_path_rate: stochastic depth rate.
+        drop_path_ramp: increase the rate linearly over the depth; False: constant rate.
+        head_bias: initial bias of the classifier; -log(K) for a sigmoid loss starts at probability 1 / (K + 1).
     """
 
     blocks_name = 'mixer_layers'
@@ -170,7 +170,7 @@ class GMLP(Classifier):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a new one, whose logits are all equal; 0: return the pooled features."""
+        """See `Classifier`; the initial logits are all equal."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         if num_classes:
@@ -185,22 +185,22 @@ class GMLP(Classifier):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normalised tokens [B, N, C] -> logits [B, K], or with `pre_logits` their mean [B, C]."""
+        """Normalized tokens [B, N, C] -> logits [B, K], or with `pre_logits` their mean [B, C]."""
         x = x.mean(1)
         return x if pre_logits else self.head(self.head_drop(x))
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('tokens',)
     ) -> Intermediates:
-        """See `Classifier`; offers 'tokens' [B, N, C] and 'maps' [B, C, S / P, S / P]."""
-        want, seen = requested(want, indices, self.depth, ('tokens', 'maps')), {}
+        """See `Classifier`; `want` may name 'tokens' [B, N, C] and 'maps' [B, C, S / P, S / P]."""
+        want, recorded = requested(want, indices, self.depth, ('tokens', 'maps')), {}
         x = self.patch_embed(x)
         for i, block in enumerate(self.mixer_layers):
             x = run_block(block, x, checkpoint=self.grad_checkpointing)
             if i in want:
                 maps = tokens_to_maps(x, (self.patch_embed.grid_size,) * 2) if 'maps' in want[i] else None
-                seen[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
-        return Intermediates(self.norm(x), seen)
+                recorded[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
+        return Intermediates(self.norm(x), recorded)
 
 
 @register_model('gmlp', 'GatedMLP')

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masked autoencoders: "Masked Autoencoders Are Scalable Vision Learners", https://arxiv.org/abs/2111.06377.
 
-The Vision Transformer of this suite encodes the visible quarter of the patches; a small decoder reconstructs the pixels of
-the masked ones. For light encoders, as in "A Closer Look at Self-Supervised Lightweight Vision Transformers" (MAE-Lite),
+`VisionTransformer` encodes the visible patches (a quarter by default); a small decoder reconstructs the pixels of the
+masked patches. Light encoders follow "A Closer Look at Self-Supervised Lightweight Vision Transformers" (MAE-Lite),
 https://arxiv.org/abs/2205.14443. Parameter names are upstream's.
 """
 
@@ -45,18 +45,18 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         loss: mean squared error over the masked patches, 0-D float32.
-        pred: reconstructed patches [B, L, P * P * in_chans]; normalized ones where the model was trained on those.
-        mask: 1 where a patch is masked, 0 where it is visible, [B, L], rows of patches from top to bottom.
-        order: the patches in the order of their noise, [B, L] int64; the first `seen` ones are visible.
-        seen: number of visible patches.
+        pred: reconstructed patches [B, L, P * P * in_chans]; normalized patches with `norm_pix_loss`.
+        mask: 1: masked patch, 0: visible patch, [B, L] in row-major order.
+        ids_shuffle: patch indices sorted by noise, [B, L] int64; the first `num_visible` are visible.
+        num_visible: number of visible patches.
         encoder: output and intermediates of the encoder.
     """
 
     loss: Tensor
     pred: Tensor
     mask: Tensor
-    order: Tensor
-    seen: int
+    ids_shuffle: Tensor
+    num_visible: int
     encoder: Intermediates
 
 
@@ -66,19 +66,19 @@ class MaeWeights(TransformerWeights):
     optional_parts = ()
 
     def metadata(self, model) -> dict:
-        """Both numbers of heads."""
+        """Return the number of heads of encoder and decoder."""
         metadata = super().metadata(model)
         if model.decoder_depth:
             metadata['MODEL.MAE.DECODER_NUM_HEADS'] = model.decoder_blocks[0].attn.num_heads
         return metadata
 
     def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
-        """Position embeddings of another resolution are computed, not interpolated."""
+        """Compute position embeddings of another resolution instead of interpolating them."""
         fixed = {'pos_embed': model.pos_embed, 'decoder_pos_embed': getattr(model, 'decoder_pos_embed', None)}.get(name)
         return array if fixed is None else computed_table(fixed, array)
 
     def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
-        """The decoder, and the adapters of a distillation, where the model has none."""
+        """Return the decoder and the distillation adapters of the file if the model has none."""
         unused, ours = super().unused(model, arrays, source), set(model.state_dict())
         if not model.decoder_depth:
             unused.update({name: 'the model has no decoder' for name in arrays if name.startswith(DECODER_PARTS)})
@@ -89,14 +89,14 @@ class MaeWeights(TransformerWeights):
 class MaskedAutoencoder(VisionTransformer):
     """A Vision Transformer without classifier, and a decoder.
 
-    Both position embeddings are fixed (sines and cosines): part of the state dict, but not trained.
+    Both sine-cosine position embeddings are fixed: part of the state dict, but not trained.
 
     Args:
         decoder_embed_dim: channels of the decoder.
-        decoder_depth: blocks of the decoder; 0: no decoder, so that the model can only `encode`.
-        decoder_num_heads: heads per attention of the decoder.
-        mask_ratio: share of the patches to mask.
-        norm_pix_loss: reconstruct patches that are normalized by their own mean and variance.
+        decoder_depth: number of decoder blocks; 0: no decoder, so that only `encode` works.
+        decoder_num_heads: attention heads of the decoder.
+        mask_ratio: fraction of the patches to mask.
+        norm_pix_loss: reconstruct patches normalized by their own mean and variance.
         encoder: further arguments of `VisionTransformer`.
     """
 
@@ -115,10 +115,10 @@ class MaskedAutoencoder(VisionTransformer):
         super().__init__(num_classes=0, **{'drop_path_rate': 0.0, **encoder})
         self.patch_size = self.patch_embed.patch_size
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
-        seen = num_visible(self.patch_embed.num_patches, mask_ratio)
-        if not 1 <= seen < self.patch_embed.num_patches:
+        visible = num_visible(self.patch_embed.num_patches, mask_ratio)
+        if not 1 <= visible < self.patch_embed.num_patches:
             raise UserError(
-                f'a mask ratio of {mask_ratio} (MODEL.MAE.MASK_RATIO) leaves no patch visible, or none masked.'
+                f'the mask ratio {mask_ratio} (MODEL.MAE.MASK_RATIO) leaves no visible or no masked patch: change it.'
             )
         fix_(self.pos_embed, sincos_position_table(self.embed_dim, self.patch_embed.grid_size, self.num_prefix))
         initializer.Normal(std=0.02)(self.cls_token)
@@ -156,45 +156,45 @@ class MaskedAutoencoder(VisionTransformer):
 
         Args:
             x: normalized images [B, in_chans, H, W], sides divisible by the patch size.
-            noise: [B, L] numbers; the patches with the smallest are visible. None: uniform random ones.
-            indices, want: intermediates of the encoder, as in `forward_intermediates`.
+            noise: [B, L]; the patches with the smallest values are visible. None: uniform random noise.
+            indices, want: requested intermediates of the encoder, as in `forward_intermediates`.
         """
         grid = self.grid_of(x)
         noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
-        order = paddle.argsort(noise, axis=-1)
-        seen = num_visible(order.shape[1], self.mask_ratio)
-        restore = paddle.argsort(order, axis=-1)
-        mask = (restore >= seen).astype('float32')
-        encoder = self.encode_intermediates(x, order[:, :seen], indices, want)
-        pred = self.decode(encoder.features, restore, grid)
-        return Reconstruction(self.loss(x, pred, mask), pred, mask, order, seen, encoder)
+        ids_shuffle = paddle.argsort(noise, axis=-1)
+        visible = num_visible(ids_shuffle.shape[1], self.mask_ratio)
+        ids_restore = paddle.argsort(ids_shuffle, axis=-1)
+        mask = (ids_restore >= visible).astype('float32')
+        encoder = self.encode_intermediates(x, ids_shuffle[:, :visible], indices, want)
+        pred = self.decode(encoder.features, ids_restore, grid)
+        return Reconstruction(self.loss(x, pred, mask), pred, mask, ids_shuffle, visible, encoder)
 
-    def encode(self, x: Tensor, kept: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> normalized tokens [B, 1 + V, C] of the patches `kept` [B, V], in that order."""
-        return self.encode_intermediates(x, kept).features
+    def encode(self, x: Tensor, ids_keep: Tensor) -> Tensor:
+        """Images [B, in_chans, H, W] -> normalized tokens [B, 1 + V, C] of patches `ids_keep` [B, V] in this order."""
+        return self.encode_intermediates(x, ids_keep).features
 
     def encode_intermediates(
-        self, x: Tensor, kept: Tensor, indices: Sequence[int] = (), want: Collection[str] = ()
+        self, x: Tensor, ids_keep: Tensor, indices: Sequence[int] = (), want: Collection[str] = ()
     ) -> Intermediates:
-        """`encode`, with intermediates of blocks as in `forward_intermediates`."""
+        """Run `encode` and return intermediate results, as in `forward_intermediates`."""
         want = requested(want, indices, self.depth)
         x = self.embed(x)
-        x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], kept)], axis=1)
+        x = paddle.concat([x[:, : self.num_prefix], take_tokens(x[:, self.num_prefix :], ids_keep)], axis=1)
         return self._collect(*self._begin_tokens(x), want)
 
-    def decode(self, latent: Tensor, restore: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens of `encode` -> patches [B, L, P * P * in_chans] from top to bottom.
+    def decode(self, latent: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens of `encode` -> patches [B, L, P * P * in_chans] in row-major order.
 
         Args:
             latent: [B, 1 + V, C].
-            restore: position of each patch in the order of the noise, [B, L] int64.
+            ids_restore: inverse of `ids_shuffle`, [B, L] int64.
             grid: (rows, columns) of patches.
         """
-        # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
+        # Cast to the parameters' type, so that the residual stream stays in float32 under AMP.
         x = self.decoder_embed(latent).astype(self.mask_token.dtype)
         prefix, body = x[:, : self.num_prefix], x[:, self.num_prefix :]
-        removed = self.mask_token.expand([x.shape[0], restore.shape[1] - body.shape[1], -1])
-        body = take_tokens(paddle.concat([body, removed], axis=1), restore)
+        masked = self.mask_token.expand([x.shape[0], ids_restore.shape[1] - body.shape[1], -1])
+        body = take_tokens(paddle.concat([body, masked], axis=1), ids_restore)
         old = (self.patch_embed.grid_size,) * 2
         table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
         x = paddle.concat([prefix, body], axis=1) + table
@@ -204,21 +204,22 @@ class MaskedAutoencoder(VisionTransformer):
         return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix :]
 
     def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Squared error per pixel of images x [B, in_chans, H, W], averaged over the masked patches."""
+        """Compute the mean squared error over the pixels of the masked patches; x: images [B, in_chans, H, W]."""
         target = patchify(x.astype('float32'), self.patch_size)
         if self.norm_pix_loss:
             target, _, _ = normalize_patches(target)
         error = paddle.square(pred.astype('float32') - target).mean(-1)
         return (error * mask).sum() / mask.sum()
 
-    def paint(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
-        """Images of a pass: the visible patches, masked ones being 0, and those completed by the reconstruction.
+    def to_images(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
+        """Return images with masked patches set to 0, and images with masked patches reconstructed.
 
         Args:
-            x: the images of the pass, [B, in_chans, H, W].
+            x: input images, [B, in_chans, H, W].
+            output: result of `forward` for x.
 
         Returns:
-            Two batches like x. Normalized patches get the mean and the variance of the true ones.
+            Two batches of the shape of x. Normalized patches get the mean and variance of the original patches.
         """
         grid = self.grid_of(x)
         patches, pred = patchify(x, self.patch_size), output.pred.astype('float32')
@@ -226,21 +227,21 @@ class MaskedAutoencoder(VisionTransformer):
             _, mean, std = normalize_patches(patches)
             pred = pred * std + mean
         mask = output.mask.unsqueeze(-1)
-        seen = patches * (1 - mask)
-        return unpatchify(seen, self.patch_size, grid), unpatchify(seen + pred * mask, self.patch_size, grid)
+        visible = patches * (1 - mask)
+        return unpatchify(visible, self.patch_size, grid), unpatchify(visible + pred * mask, self.patch_size, grid)
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing: in pre-training the tokens are decayed, and the positions are not trained."""
+        """Return no names: weight decay applies to the tokens, and the position embedding is not trained."""
         return set()
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:
-    """Number of visible patches, rounded down as upstream does: 9 of 100 at ratio 0.9, whose 1 - ratio is below 0.1."""
+    """Return the number of visible patches, truncated as upstream does: 9 of 100 at ratio 0.9, as 1 - 0.9 < 0.1."""
     return int(num_patches * (1 - mask_ratio))
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, C, H, W] -> [B, L, P * P * C]: patches from top to bottom, in each the rows of pixels, channels last."""
+    """[B, C, H, W] -> [B, L, P * P * C]: patches in row-major order, each with rows of pixels, channels last."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     x = images.reshape([batch, channels, rows, patch_size, columns, patch_size])
@@ -248,13 +249,13 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`; `grid` is (rows, columns) of patches."""
+    """Invert `patchify`; `grid` is (rows, columns) of patches."""
     x = patches.reshape([patches.shape[0], *grid, patch_size, patch_size, -1])
     return x.transpose([0, 5, 1, 3, 2, 4]).flatten(4).flatten(2, 3)
 
 
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches [B, L, D] with mean 0 and (unbiased) variance 1, and that mean and deviation [B, L, 1]."""
+    """Normalize patches [B, L, D] to mean 0 and unbiased variance 1; return also mean and deviation [B, L, 1]."""
     mean = patches.mean(-1, keepdim=True)
     std = paddle.sqrt(patches.var(-1, keepdim=True) + TARGET_EPS)
     return (patches - mean) / std, mean, std

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MS-MLP: an attention-free pyramid that mixes tokens by shifting groups of channels.
+"""MS-MLP: attention-free pyramid with a mix-shifting token mixer.
 
 "Mixing and Shifting: Exploiting Global and Local Dependencies in Vision MLPs", https://arxiv.org/abs/2202.06510.
-Channels are split into groups; each group is rolled by its own distance and mixed by a depth-wise convolution of its
-own size, once along the width and once along the height. Numbers and parameter names are those of the published code
-(https://github.com/JegZheng/MS-MLP), which shifts before it mixes, where the paper's figure mixes first.
+Channels are split into groups. Each group is shifted by its own distance and mixed by a depthwise convolution with
+its own kernel size, once along the width and once along the height. Outputs and parameter names equal those of the
+published code (https://github.com/JegZheng/MS-MLP), which shifts before it mixes; the paper's figure mixes first.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from models.registry import register_model
 from utils.errors import UserError
 
 NORM_EPS = 1e-6
-LAYER_SCALE = 1e-6  # start of gamma: a block begins as the identity
+LAYER_SCALE = 1e-6  # initial LayerScale value: a block starts near the identity
 
 
 # ---------------------------------------------------------------------------------------------------- mixing
 def split_channels(dim: int, groups: int) -> list[int]:
-    """Sizes of `groups` runs of ceil(dim / groups) channels, of which the last takes what is left.
+    """Split channels into `groups` groups of ceil(dim / groups); the last group has the remaining channels.
 
     Raises:
-        UserError: the channels are used up before the last group.
+        UserError: there are too few channels for all groups.
     """
     size = -(-dim // groups)
     sizes = [min(size, dim - start) for start in range(0, dim, size)]
     if len(sizes) != groups:
         raise UserError(
-            f'{dim} channels in runs of ceil({dim} / {groups}) = {size} make {len(sizes)} groups, but '
-            f'MODEL.MSMLP.SHIFT_DIST has {groups} shifts; change it or MODEL.MSMLP.EMBED_DIM.'
+            f'{dim} channels in groups of ceil({dim} / {groups}) = {size} make {len(sizes)} groups, but '
+            f'MODEL.MSMLP.SHIFT_DIST has {groups} shifts; change SHIFT_DIST or EMBED_DIM.'
         )
     return sizes
 
 
 def shifted_conv(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:
-    """Rolls maps by (down, right) pixels, then convolves each channel, with zeros around the rolled map.
+    """Roll maps by (down, right) pixels, then apply a depthwise convolution with zero padding.
 
     Args:
         x: [B, C, H, W].
         weight: [C, 1, k, k], k odd.
-        shift: may exceed the size of the map.
+        shift: (down, right) pixels; may exceed the size of the map.
 
     Returns:
         [B, C, H, W]
@@ -69,10 +69,10 @@ def shifted_conv(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:
 
 
 def shifted_conv_as_products(x: Tensor, weight: Tensor, shift: tuple[int, int]) -> Tensor:
-    """`shifted_conv` of maps [C, B, H, W] as two matrix products per channel, into which shift and padding are folded.
+    """Compute `shifted_conv` of maps [C, B, H, W] by two matrix products per channel, which include shift and padding.
 
-    The first product, the same for all channels, lines up the k input rows of each output row. The second sums over
-    them and the columns: its matrix has the kernel's taps on k diagonals.
+    The first product, the same for all channels, gathers the k input rows of each output row. The second sums over
+    these rows and the columns: its matrix has the kernel weights on k diagonals.
     """
     dim, batch, height, width = x.shape
     kernel = weight.shape[-1]
@@ -85,7 +85,7 @@ def shifted_conv_as_products(x: Tensor, weight: Tensor, shift: tuple[int, int]) 
 
 @functools.lru_cache(maxsize=256)
 def _taps(size: int, kernel: int, shift: int, dtype: paddle.dtype) -> Tensor:
-    """[size, kernel, size]: 1 where tap j of output o meets input i of a line that is rolled, then padded with zeros."""
+    """Return [size, kernel, size]: 1 where kernel weight j of output o applies to input i, after roll and padding."""
     rolled = np.arange(size)[:, None] + np.arange(kernel) - kernel // 2
     inside = (rolled >= 0) & (rolled < size)
     taps = np.eye(size)[(rolled - shift) % size] * inside[..., None]
@@ -93,14 +93,14 @@ def _taps(size: int, kernel: int, shift: int, dtype: paddle.dtype) -> Tensor:
 
 
 class MixShiftBlock(nn.Layer):
-    """x + DropPath(gamma * MLP(LayerNorm(mix(x)))), where `mix` is the sum of the two shifted convolutions.
+    """x + DropPath(gamma * MLP(LayerNorm(mix(x)))); `mix` is the sum of the two shifted convolutions.
 
     Args:
         dim: channels C.
-        shift_dist: pixels by which each group of channels is rolled, to the right and, for the other sum, down.
-        mix_size: side of each group's kernel, odd.
-        mlp_ratio: hidden channels of the perceptron = int(mlp_ratio * C).
-        drop_path_rate: stochastic depth.
+        shift_dist: shift of each channel group, pixels: to the right in one branch, down in the other.
+        mix_size: kernel size of each group, odd.
+        mlp_ratio: hidden channels of the MLP = int(mlp_ratio * C).
+        drop_path_rate: stochastic depth rate.
     """
 
     def __init__(
@@ -131,24 +131,23 @@ class MixShiftBlock(nn.Layer):
         return x + self.drop_path(self.gamma * z)
 
     def mix(self, x: Tensor) -> Tensor:
-        """Sum of the branches shifted left-right and top-down, [B, H, W, C] -> [B, H, W, C]."""
-        # Paddle's depth-wise convolution is slow on the CPU. Forward and backward of this function (Tiny, batch 8, one
-        # thread; stages in order), relative to the products: 3.1, 4.4, 6.6, 9.6, nearly all of it the convolutions, not
-        # the rolls. One convolution for both branches: 2.7 to 9.5; one of 7x7 for all groups: 9.4 to 11; k * k slices
-        # summed: 11 to 35. A training step of Tiny takes 1.7 times as long. GPUs and exported models convolve.
+        """Sum the left-right and top-down branches, [B, H, W, C] -> [B, H, W, C]."""
+        # On CPUs, matrix products are 3.1 to 9.6 times faster than Paddle's depthwise convolution (Tiny, batch 8, one
+        # thread, forward and backward, by stage), and a training step of Tiny is 1.7 times faster. GPUs and exported
+        # models use the convolution.
         products = paddle.in_dynamic_mode() and x.place.is_cpu_place()
         conv, axis = (shifted_conv_as_products, 0) if products else (shifted_conv, 1)
         maps = x.transpose([3, 0, 1, 2] if products else [0, 3, 1, 2])
         groups = zip(maps.split(self.group_dims, axis), self.shift_dist, self.dwconv_lr, self.dwconv_td)
         z = [conv(group, lr.weight, (0, s)) + conv(group, td.weight, (s, 0)) for group, s, lr, td in groups]
-        # One bias for both branches: summing its gradient over all positions costs as much as a small convolution.
+        # One bias for both branches: its gradient, a sum over all positions, costs as much as a small convolution.
         bias = paddle.concat([lr.bias + td.bias for lr, td in zip(self.dwconv_lr, self.dwconv_td)])
         z = paddle.concat(z, axis) + bias.reshape([-1] + [1] * (3 - axis))
         return z.transpose([1, 2, 3, 0] if products else [0, 2, 3, 1])
 
 
 def _depthwise_convs(group_dims: Sequence[int], mix_size: Sequence[int]) -> nn.LayerList:
-    """Parameters of one branch; the forward passes of these layers are not used."""
+    """Build the layers that hold the parameters of one branch; their forward methods are not used."""
     convs = nn.LayerList(nn.Conv2D(dim, dim, kernel, groups=dim) for dim, kernel in zip(group_dims, mix_size))
     for conv in convs:
         torch_conv_(conv)
@@ -157,7 +156,7 @@ def _depthwise_convs(group_dims: Sequence[int], mix_size: Sequence[int]) -> nn.L
 
 # ---------------------------------------------------------------------------------------------------- pyramid
 class PatchProjection(nn.Layer):
-    """Maps each patch linearly, then normalizes it. Rows and columns that do not fill a patch are left out.
+    """Project each patch linearly, then normalize it. Rows and columns that do not fill a patch are dropped.
 
     Args:
         in_dim: channels of the input.
@@ -179,7 +178,7 @@ class PatchProjection(nn.Layer):
 
 
 class Stage(nn.Layer):
-    """Blocks of one resolution, then a projection that halves the sides and doubles the channels, except at the end."""
+    """Blocks of one resolution, then (except in the last stage) a projection that halves sides and doubles channels."""
 
     def __init__(self, dim: int, blocks: Sequence[MixShiftBlock], last: bool):
         super().__init__()
@@ -187,7 +186,7 @@ class Stage(nn.Layer):
         self.downsample = None if last else PatchProjection(dim, 2 * dim, 2)
 
     def forward(self, x: Tensor, checkpoint: bool = False) -> Tensor:
-        """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], at the end [B, H, W, C]."""
+        """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], or [B, H, W, C] in the last stage."""
         return self.project(self.run_blocks(x, checkpoint))
 
     def run_blocks(self, x: Tensor, checkpoint: bool = False) -> Tensor:
@@ -197,26 +196,26 @@ class Stage(nn.Layer):
         return x
 
     def project(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], at the end [B, H, W, C]."""
+        """[B, H, W, C] -> [B, H // 2, W // 2, 2 C], or [B, H, W, C] in the last stage."""
         return x if self.downsample is None else self.downsample(x.transpose([0, 3, 1, 2]))
 
 
 class MSMLP(Classifier):
-    """MS-MLP image classifier. The weights suit images of any size that leaves a pixel to the last stage.
+    """MS-MLP image classifier for any image size of at least `min_size` pixels.
 
     Args:
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
-        num_classes: K; 0: pooled features are returned.
-        embed_dim: channels of the first stage; each further stage has twice as many.
+        num_classes: K; 0: return pooled features.
+        embed_dim: channels of the first stage, doubled in each further stage.
         depths: number of blocks of each stage.
-        shift_dist: for each group of channels the pixels it is rolled by, the same in all stages.
-        mix_size: for each stage the kernel side of each group, odd.
-        mlp_ratio: hidden channels of the perceptrons / channels.
-        patch_norm: LayerNorm after the patch embedding; the projections between stages always have theirs.
+        shift_dist: shift of each channel group, pixels, in all stages.
+        mix_size: for each stage the kernel size of each group, odd.
+        mlp_ratio: hidden channels of the MLPs / channels.
+        patch_norm: LayerNorm after the patch embedding; the projections between stages always have one.
         drop_rate: dropout after the patch embedding.
-        drop_path_rate: stochastic depth.
-        drop_path_ramp: let its rate grow linearly over the depth instead of being the same everywhere.
+        drop_path_rate: stochastic depth rate.
+        drop_path_ramp: increase the rate linearly over the depth; False: constant rate.
     """
 
     def __init__(
@@ -253,13 +252,13 @@ class MSMLP(Classifier):
         self.apply(_init_linear)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a newly initialized one; 0: return the pooled features."""
+        """See `Classifier`."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         _init_linear(self.head)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises UserError where an image is too small for the number of stages."""
+        """Raise UserError if an image is too small for the number of stages."""
         if min(height, width) < self.min_size:
             raise UserError(
                 f'an image of {height}x{width} pixels is too small for {len(self.depths)} stages (MODEL.MSMLP.DEPTHS); '
@@ -276,19 +275,19 @@ class MSMLP(Classifier):
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('maps',)
     ) -> Intermediates:
-        """See `Classifier`, by stage; offers 'maps' [B, C, h, w], the output of the last block of a stage."""
-        want, seen = requested(want, indices, len(self.depths), ('maps',)), {}
+        """See `Classifier`, by stage; `want` may name 'maps' [B, C, h, w], the output of the last block of a stage."""
+        want, recorded = requested(want, indices, len(self.depths), ('maps',)), {}
         x = self._embed(x)
         for i, stage in enumerate(self.layers):
             x = stage.run_blocks(x, self.grad_checkpointing)
             if i in want:
-                seen[i] = BlockIntermediates(maps=x.transpose([0, 3, 1, 2]))
+                recorded[i] = BlockIntermediates(maps=x.transpose([0, 3, 1, 2]))
             x = stage.project(x)
-        return Intermediates(x, seen)
+        return Intermediates(x, recorded)
 
     def _embed(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, h, w, embed_dim]."""
-        if paddle.in_dynamic_mode():  # an export may leave the size open
+        if paddle.in_dynamic_mode():  # the size may be unknown in an export
             self.check_size(x.shape[2], x.shape[3])
         return self.pos_drop(self.patch_embed(x))
 
@@ -298,7 +297,7 @@ class MSMLP(Classifier):
         return x if pre_logits else self.head(x)
 
     def layer_id(self, name: str) -> int:
-        """Blocks are counted through all stages; the projection after a stage belongs to its last block."""
+        """See `Classifier`; blocks are counted through all stages, and a projection belongs to the block before it."""
         if not name.startswith('layers.'):
             return super().layer_id(name)
         _, stage, part, block, *_ = name.split('.')

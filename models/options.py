@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arguments of Vision Transformers, read from a configuration."""
+"""Arguments of `VisionTransformer` from a configuration."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from models.layers import EViTSpec, MixerSpec, ReducerSpec, RemovalSpec, ToMeSpe
 from models.layers.tokens import REDUCERS
 from utils.errors import UserError
 
-# What MODEL.TRANS says of plain blocks.
+# Keys of MODEL.TRANS that define plain blocks.
 _PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS')
 
 
 def plain_options(config) -> dict:
-    """Arguments of `VisionTransformer` that give the sizes of plain blocks."""
+    """Return arguments of `VisionTransformer` for plain blocks."""
     trans = config.MODEL.TRANS
     return {
         'img_size': config.DATA.IMAGE_SIZE,
@@ -28,7 +28,7 @@ def plain_options(config) -> dict:
 
 
 def encoder_options(config) -> dict:
-    """Arguments of `VisionTransformer` that describe its blocks and positions, without reducers and head."""
+    """Return arguments of `VisionTransformer` for all parts except reducers and head."""
     model, trans = config.MODEL, config.MODEL.TRANS
     positions = {'absolute': trans.ABS_POS, 'shared_relative': 'shared' in trans.REL_POS}
     return {
@@ -44,50 +44,50 @@ def encoder_options(config) -> dict:
 
 
 def dense_options(config) -> dict:
-    """`encoder_options` of an encoder whose feature maps a dense head takes.
+    """Return `encoder_options` for the backbone of a dense model.
 
     Raises:
-        UserError: attention that fades in training; only classification has a schedule for it.
+        UserError: MODEL.LAMBDA decays attention; only classification has a schedule for λ.
     """
     options = encoder_options(config)
     removal = options['removal']
     if removal.prune_layers or removal.done_layers:
         raise UserError(
-            f'MODEL.TYPE {config.MODEL.TYPE} takes blocks with attention or without, but none whose attention fades: set '
-            'MODEL.LAMBDA.REMOVED True.'
+            f'MODEL.TYPE {config.MODEL.TYPE} does not support attention that decays in training: set '
+            'MODEL.LAMBDA.REMOVED to True.'
         )
     return options
 
 
 def pretraining_options(config) -> dict:
-    """Arguments of `VisionTransformer` for an encoder that is pre-trained without labels: plain blocks, no dropout."""
+    """Return arguments of `VisionTransformer` for self-supervised pre-training: plain blocks, no dropout."""
     model, trans = config.MODEL, config.MODEL.TRANS
-    fading = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
-    if model.EVIT.KEEP_RATE < 1 or fading or model.TOME.R or model.TOME.SCHEDULE:
+    decaying = (*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS)
+    if model.EVIT.KEEP_RATE < 1 or decaying or model.TOME.R or model.TOME.SCHEDULE:
         raise UserError(
-            f'MODEL.TYPE {model.TYPE} takes no MODEL.EVIT, LAMBDA or TOME: all tokens and blocks are pre-trained.'
+            f'MODEL.TYPE {model.TYPE} does not support MODEL.EVIT, LAMBDA or TOME: remove them from the configuration.'
         )
     plain = get_config().MODEL.TRANS
     other = sorted(key for key in trans if key not in _PLAIN and trans[key] != plain[key])
     if other:
         raise UserError(
-            f'MODEL.TYPE {model.TYPE} takes no MODEL.TRANS.{other[0]}: leave it at {plain[other[0]]}; plain blocks are '
-            'pre-trained.'
+            f'MODEL.TYPE {model.TYPE} does not support MODEL.TRANS.{other[0]}: set it to {plain[other[0]]}.'
         )
     return plain_options(config)
 
 
 def mixer_specs(model) -> MixerSpec | list[MixerSpec]:
-    """What MODEL.TRANS.MIXER names, which REL_POS makes relative: a mixer for all blocks, or one per block."""
+    """Return the mixers of MODEL.TRANS.MIXER, with REL_POS: one for all blocks, or one per block."""
     trans = model.TRANS
     if len(trans.MIXER) not in (1, trans.DEPTH):
         raise UserError(
-            f'MODEL.TRANS.MIXER names {len(trans.MIXER)} mixers, but must name one, or one for each of {trans.DEPTH} blocks.'
+            f'MODEL.TRANS.MIXER names {len(trans.MIXER)} mixers, but must name one, or one for each of {trans.DEPTH} '
+            'blocks.'
         )
     specs = [_mixer_spec(model, name) for name in trans.MIXER]
     if 'block' in trans.REL_POS and all(spec.name != 'relative' for spec in specs):
         raise UserError(
-            'MODEL.TRANS.REL_POS block needs attention: name it in MODEL.TRANS.MIXER, or remove the one or the other.'
+            'MODEL.TRANS.REL_POS block needs attention: add it to MODEL.TRANS.MIXER, or remove block from REL_POS.'
         )
     return specs if len(specs) > 1 else specs[0]
 
@@ -100,13 +100,13 @@ def _mixer_spec(model, name: str) -> MixerSpec:
 
 
 def reducer_specs(model) -> list[ReducerSpec]:
-    """The reducers that the configuration switches on, in the order of their registration."""
+    """Return the enabled token reducers, in the order of their registration."""
     return [spec for build in REDUCERS.values() if (spec := build(model)) is not None]
 
 
 @register_reducer('evit')
 def _evit(model) -> EViTSpec:
-    """MODEL.EVIT; a pass may ask for it in any block."""
+    """Return EViT in all blocks, with keep rate 1 outside DROP_LOC: a forward pass may reduce tokens in any block."""
     evit, depth = model.EVIT, model.TRANS.DEPTH
     rate: float | list[float] = 1.0
     if evit.KEEP_RATE < 1:
@@ -122,7 +122,7 @@ def _evit(model) -> EViTSpec:
 
 @register_reducer('tome')
 def _tome(model) -> ToMeSpec | None:
-    """MODEL.TOME."""
+    """Return ToMe, or None if MODEL.TOME merges no tokens."""
     tome = model.TOME
     if not tome.R and tome.SCHEDULE is None:
         return None
@@ -131,7 +131,7 @@ def _tome(model) -> ToMeSpec | None:
 
 
 def removal_spec(removal) -> RemovalSpec:
-    """MODEL.LAMBDA; with REMOVED, all its blocks are built without attention."""
+    """Return the blocks of MODEL.LAMBDA; with REMOVED, they are built without attention."""
     if removal.REMOVED:
         return RemovalSpec(removed_layers=(*removal.PRUNE_LAYERS, *removal.DONE_LAYERS))
     return RemovalSpec(removal.PRUNE_LAYERS, removal.DONE_LAYERS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameters and multiply-accumulates of a model, exactly and without computing anything.
+"""Count parameters and multiply-accumulates (MACs) of a model without running it.
 
-The model is traced to Paddle's intermediate representation, in which every operation knows its shapes; the
-multiplications of convolutions, linear maps and matrix products are then counted. Normalisation, activations, softmax,
-additions and the moving of data count nothing, as in the papers.
+The model is traced to Paddle's intermediate representation (PIR), in which every operator has static shapes. Only the
+multiplications of convolutions, linear layers and matrix products count, as in the papers; normalization, activations,
+softmax, additions and data movement do not.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Profile:
 
     Attributes:
         params: number of parameters, buffers not included.
-        macs: multiply-accumulates of the batch.
-        by_kind: `macs` split into 'conv', 'linear' (one factor is a parameter) and 'matmul' (none is).
-        matching: multiply-accumulates that only decide which tokens ToMe merges; not in `macs`, as in its paper.
+        macs: MACs of the batch.
+        by_kind: `macs` split into 'conv', 'linear' (one factor is a parameter) and 'matmul' (no factor is).
+        matching: MACs of the token matching of ToMe; not part of `macs`, as in its paper.
     """
 
     params: int
@@ -36,10 +36,10 @@ class Profile:
 
 
 def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Profile:
-    """Counts parameters, and the multiply-accumulates of an evaluation of `input_shape` [B, C, H, W].
+    """Count parameters, and the MACs of a forward pass in evaluation mode for `input_shape` [B, C, H, W].
 
     Raises:
-        NotImplementedError: the model uses an operation that multiplies and that is not known here.
+        NotImplementedError: the model uses an operator with multiplications that this function cannot count.
     """
     training = model.training
     model.eval()
@@ -59,7 +59,7 @@ def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> P
 
 
 def _trace(model: nn.Layer, input_shape: Sequence[int]):
-    # The model's Python runs as it is: with all shapes known, no control flow has to be converted.
+    # All shapes are static, so that control flow needs no conversion.
     forward = paddle.jit.not_to_static(lambda x: model(x))
 
     def run(x):
@@ -70,7 +70,7 @@ def _trace(model: nn.Layer, input_shape: Sequence[int]):
 
 
 def _owner(op) -> str:
-    """Class of the layer that made an operation."""
+    """Return the class name of the layer that created an operator."""
     return op.attrs().get('struct_name', '').rstrip('/').rpartition('/')[2]
 
 
@@ -83,35 +83,35 @@ def _size(op) -> int:
 
 
 def _conv(op) -> tuple[str, int]:
-    """Each output value is a sum over [in / groups, kh, kw]."""
+    """Count: each output value is a sum over [in / groups, kh, kw]."""
     return 'conv', _size(op) * math.prod(_shapes(op)[1][1:])
 
 
 def _conv_transpose(op) -> tuple[str, int]:
-    """Each input value is multiplied with [out / groups, kh, kw]."""
+    """Count: each input value is multiplied by [out / groups, kh, kw]."""
     x, weight = _shapes(op)[:2]
     return 'conv', math.prod(x) * math.prod(weight[1:])
 
 
 def _matmul(op) -> tuple[str, int]:
-    """Each output value is a sum over the axis that the factors share."""
+    """Count: each output value is a sum over the shared axis of the factors."""
     x = _shapes(op)[0]
     shared = x[-2] if op.attrs().get('transpose_x') and len(x) > 1 else x[-1]
     return 'linear' if any(map(_is_parameter, op.operands_source()[:2])) else 'matmul', _size(op) * shared
 
 
 def _attention(op) -> tuple[str, int]:
-    """Fused attention of q [B, N, H, d] and k, v [B, M, H, d]: both products."""
+    """Count both matrix products of fused attention, q [B, N, H, d] and k, v [B, M, H, d]."""
     q, k = _shapes(op)[:2]
     return 'matmul', 2 * math.prod(q) * k[1]
 
 
 def _unknown(op):
-    raise NotImplementedError(f'the multiplications of {op.name()} are not counted; write it as a matmul')
+    raise NotImplementedError(f'cannot count the multiplications of {op.name()}; use a matmul instead')
 
 
 def _is_parameter(value) -> bool:
-    """Whether a value is a parameter, possibly transposed, reshaped or cast."""
+    """Return whether a value is a parameter, possibly transposed, reshaped or cast."""
     op = value.get_defining_op()
     while op is not None and op.name() in ('pd_op.transpose', 'pd_op.reshape', 'pd_op.cast', 'pd_op.unsqueeze'):
         op = op.operands_source()[0].get_defining_op()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a name to a model: builders by MODEL.TYPE, models by the name of their YAML file."""
+"""Model registry: builders by MODEL.TYPE, models by the name of their YAML file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Builder = Callable[[CfgNode], nn.Layer]
 
 
 def register_model(name: str, *aliases: str) -> Callable[[Builder], Builder]:
-    """Decorator that registers a builder under `name` and `aliases`, values of MODEL.TYPE.
+    """Return a decorator that registers a builder under `name` and `aliases`, values of MODEL.TYPE.
 
-    The builder, called directly too, gets a configuration with 1000 classes where MODEL.NUM_CLASSES is None.
+    The decorated builder replaces MODEL.NUM_CLASSES None by 1000.
     """
 
     def decorate(builder: Builder) -> Builder:
@@ -51,10 +51,10 @@ def _with_classes(config: CfgNode) -> CfgNode:
 
 
 def build_model(config: CfgNode) -> nn.Layer:
-    """Build the model that `config` describes, with initial weights; 1000 classes where MODEL.NUM_CLASSES is None.
+    """Build the model of `config` with initial weights; MODEL.NUM_CLASSES None means 1000 classes.
 
     Raises:
-        UserError: an unknown MODEL.TYPE, or sizes that do not fit together.
+        UserError: an unknown MODEL.TYPE, or inconsistent sizes.
     """
     return MODELS[config.MODEL.TYPE](config)
 
@@ -66,10 +66,10 @@ def create_model(
 
     Args:
         name: a name of `list_models()`, or the path of a YAML file.
-        num_classes: outputs of the classifier; None: what the configuration says, else 1000.
-        pretrained: a .pdparams file to load. The classifier is re-initialized, and a message says so, where its number
-            of classes differs.
-        opts: alternating keys and values that win over the configuration, such as `['DATA.IMAGE_SIZE', 384]`.
+        num_classes: outputs of the classifier; None: as in the configuration, else 1000.
+        pretrained: a .pdparams file to load. If its number of classes differs, the classifier is re-initialized, and a
+            message is printed.
+        opts: alternating keys and values that override the configuration, such as `['DATA.IMAGE_SIZE', 384]`.
     """
     opts = list(opts or [])
     if num_classes is not None:
@@ -83,13 +83,13 @@ def create_model(
 
 
 def list_models(pattern: str = '*') -> list[str]:
-    """Names of the configurations that match a shell pattern, such as 'evit*', sorted."""
+    """Return the sorted names of the configurations that match a shell pattern, such as 'evit*'."""
     names = (os.path.splitext(file)[0] for file in os.listdir(CONFIG_DIR) if file.endswith('.yaml'))
     return sorted(fnmatch.filter(names, pattern))
 
 
 def config_file(name: str) -> str:
-    """Path of the YAML file of a model name; a path is returned as it is."""
+    """Return the path of the YAML file of a model name; return a path unchanged."""
     if name.endswith(('.yaml', '.yml')):
         return name
     path = os.path.join(CONFIG_DIR, f'{name}.yaml')

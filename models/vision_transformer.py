@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Vision Transformer, once: each paper is a part that its blocks are given.
+"""Vision Transformer, the one implementation for all papers: token mixers and token reducers are parts of its blocks.
 
 ViT: https://arxiv.org/abs/2010.11929, DeiT: https://arxiv.org/abs/2012.12877, EViT: https://arxiv.org/abs/2202.07800,
 MAE-Lite: https://arxiv.org/abs/2205.14443, attention removal: https://arxiv.org/abs/2404.05657, ToMe:
-https://arxiv.org/abs/2210.09461. Parameter names and numbers are those of timm 0.4.12, on which the published weights
-of all of them rest, so that their checkpoints port without renaming.
+https://arxiv.org/abs/2210.09461. Parameter names and outputs are those of timm 0.4.12, which all the published
+weights use, so that their checkpoints port without renaming.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from utils.errors import UserError
 
 POSITIONS = ('absolute', 'shared_relative')
 PLAIN_ATTENTION, NO_REMOVAL = MixerSpec(), RemovalSpec()
-ALL_TOKENS = (EViTSpec(),)  # reduces only where a pass names `tokens`
+ALL_TOKENS = (EViTSpec(),)  # reduces tokens only if a forward pass sets `tokens`
 
 
 class VisionTransformer(Classifier):
     """Vision Transformer image classifier.
 
     Args:
-        img_size: side of the image that the position embedding is for, pixels; other sizes interpolate it.
+        img_size: side of the image, pixels; for other sizes the position embedding is interpolated.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
-        num_classes: K; 0: features are returned.
+        num_classes: K; 0: return features.
         embed_dim: channels C of a token.
         depth: number of blocks.
         num_heads: heads per attention.
@@ -67,19 +67,18 @@ class VisionTransformer(Classifier):
         mixer: token mixer of all blocks, or one per block.
         reducers: token reducers of the blocks with attention, run in this order.
         removal: blocks whose attention is removed or decays.
-        positions: 'absolute': add a learned position embedding to the tokens; 'shared_relative': add one relative position
-            bias to the attention logits of all blocks (the mixer 'relative' has one per block). Relative positions are
-            for `img_size`, and for blocks that keep all tokens.
+        positions: 'absolute': learned position embedding; 'shared_relative': one relative position bias for all blocks
+            (the mixer 'relative' has one per block). Relative positions require images of `img_size` and all tokens.
         drop_rate: dropout after the position embedding and in the blocks.
         head_drop_rate: dropout before the classifiers.
-        drop_path_rate: stochastic depth: one rate for all blocks, or one per block, see `drop_path_rates`.
-        distilled: second classifier for a teacher's labels. In training the pair of logits is returned, in evaluation
-            their mean. It reads a distillation token (DeiT), or with `global_pool` the class token (MAE-Lite).
+        drop_path_rate: stochastic depth rate: one for all blocks, or one per block, see `drop_path_rates`.
+        distilled: add a distillation classifier, on the distillation token (DeiT), or with `global_pool` on the class
+            token (MAE-Lite). Training returns both logits, evaluation their mean.
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
         representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
-        layer_scale: initial LayerScale value of each residual branch; None: no LayerScale.
-        rescaled_init: divide the last layer of each branch by sqrt(2 (number of the block, from 1)) and multiply the
-            classifiers by 0.001 (BEiT).
+        layer_scale: initial LayerScale value of each residual branch (CaiT); None: no LayerScale.
+        rescaled_init: initialization of BEiT: divide the last layer of each branch in block i (from 1) by sqrt(2 i), and
+            multiply the classifiers by 0.001.
     """
 
     stem_names = ('cls_token', 'dist_token', 'pos_embed', 'patch_embed')
@@ -149,7 +148,7 @@ class VisionTransformer(Classifier):
         return build_mixer(spec, self.embed_dim, self.num_heads, (self.patch_embed.grid_size,) * 2, drop_rate)
 
     def _check_relative(self) -> None:
-        """Relative positions need every patch token in its place, in every block."""
+        """Set `relative`. Raise UserError if tokens are reduced, as relative positions need all patch tokens."""
         mixers = [block.attn for block in self.blocks]
         self.relative = self.rel_pos_bias is not None or any(isinstance(mixer, RelativeAttention) for mixer in mixers)
         if not self.relative:
@@ -183,7 +182,7 @@ class VisionTransformer(Classifier):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers by newly initialized ones; 0: return the features."""
+        """See `Classifier`."""
         self.num_classes = num_classes
         for name in ['head', 'head_dist'][: 1 + self.distilled]:
             head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -205,7 +204,7 @@ class VisionTransformer(Classifier):
 
     # ------------------------------------------------------------------------------------------------ settings
     def set_keep_rate(self, rate: float | None) -> None:
-        """Set the EViT keep rate of the following passes in all blocks that reduce; None: each block's own."""
+        """Set the EViT keep rate of the following passes for all blocks with a rate below 1; None: the block's rate."""
         self.keep_rate = rate
 
     def set_attn_lambda(self, value: float) -> None:
@@ -213,16 +212,16 @@ class VisionTransformer(Classifier):
         self.removal.set_lambda(self, value)
 
     def attention_layers(self) -> list[int]:
-        """Blocks that keep their attention; those with another mixer have none."""
+        """Return the blocks that keep attention weights; blocks with other mixers are excluded."""
         return [i for i in self.removal.kept_layers if 'weights' in getattr(self.blocks[i].attn, 'offers', ())]
 
     @property
-    def leaves_parameters_out(self) -> bool:
-        """See `Classifier`: at λ = 0 the attention of decaying blocks gets no gradient."""
+    def has_unused_parameters(self) -> bool:
+        """See `Classifier`: at λ = 0, decaying attention gets no gradients."""
         return bool(self.removal.prune_layers)
 
     def set_state_dict(self, state_dict: Mapping, *args, **kwargs):
-        """Paddle's method; λ becomes what the state dict says."""
+        """Load a state dict as Paddle does, and restore λ from it."""
         result = super().set_state_dict(state_dict, *args, **kwargs)
         self.removal.restore_lambda(self)
         return result
@@ -230,11 +229,10 @@ class VisionTransformer(Classifier):
     set_dict = load_dict = set_state_dict
 
     def merge_tokens(self, r: int | Sequence[float], start: int = 0, prop_attn: bool = True) -> None:
-        """Merge similar tokens (ToMe) in the following passes, after the other reducers of each block.
+        """Merge similar tokens (ToMe) in the following passes, after all other reducers of a block.
 
         Args:
-            r: number of tokens to merge: one for all blocks; a list, or a tuple (r, inflect), see `merge_schedule`. 0: no
-                block merges.
+            r: tokens to merge per block, a list, or a tuple (r, inflect), see `merge_schedule`; 0: no merging.
             start: first block that merges, counted from 0 among the blocks with attention.
             prop_attn: proportional attention.
         """
@@ -250,7 +248,7 @@ class VisionTransformer(Classifier):
             block.reducers = nn.LayerList(reducers)
 
     def freeze_stages(self, last: int) -> None:
-        """Train neither the embedding nor the blocks 0 to `last`, which stay in evaluation mode; -1: train all."""
+        """Freeze the embedding and the blocks 0 to `last`, and keep them in evaluation mode; -1: train all."""
         if last >= self.depth:
             raise UserError(f'cannot freeze block {last} (FROZEN_STAGES): there are blocks 0 to {self.depth - 1}.')
         self.frozen = [self.patch_embed, self.pos_drop, *self.blocks[: last + 1]] if last >= 0 else []
@@ -274,25 +272,25 @@ class VisionTransformer(Classifier):
         tokens: int | Sequence[int | None] | None = None,
         get_idx: bool = False,
     ):
-        """Classifies images.
+        """Classify images.
 
         Args:
             x: normalized images [B, in_chans, H, W], sides divisible by the patch size.
-            keep_rate: EViT, rate for this pass, one number or one per block; None: as `set_keep_rate` says. Blocks
+            keep_rate: EViT keep rate of this pass, one number or one per block; None: see `set_keep_rate`. Blocks
                 built with rate 1 ignore it.
-            tokens: EViT, number of patch tokens to keep instead, one number or one per block with None allowed.
-            get_idx: return the kept positions too.
+            tokens: EViT: number of patch tokens to keep, one number or one per block; None: by the keep rate.
+            get_idx: also return the kept positions.
 
         Returns:
-            Logits [B, K]; in training a distilled model returns (logits, distillation logits). With `get_idx` a
-            pair of that and `TokenState.indices` as a list.
+            Logits [B, K]; in training, a distilled model returns (logits, distillation logits). With `get_idx`, a
+            pair of these and the list `TokenState.indices`.
         """
         x, state = self.forward_tokens(x, keep_rate, tokens)
         logits = self.forward_head(x)
         return (logits, list(state.indices)) if get_idx else logits
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalized unless they are pooled first, or never."""
+        """[B, in_chans, H, W] -> tokens [B, num_prefix + N, C], normalized unless `global_pool` or no `norm`."""
         return self.forward_tokens(x)[0]
 
     def forward_tokens(
@@ -302,9 +300,9 @@ class VisionTransformer(Classifier):
         tokens: int | Sequence[int | None] | None = None,
         trace: bool = False,
     ) -> tuple[Tensor, TokenState]:
-        """`forward_features` and the state of the tokens; arguments as in `forward`.
+        """Run `forward_features`, and return also the token state; arguments as in `forward`.
 
-        With `trace`, `TokenState.source` says which of the first tokens are in each of the last ones.
+        With `trace`, `TokenState.source` maps the output tokens to the input tokens of the first block.
         """
         return self.run_blocks(*self._begin(x, keep_rate, tokens, trace))
 
@@ -316,18 +314,17 @@ class VisionTransformer(Classifier):
         keep_rate: float | Sequence[float | None] | None = None,
         tokens: int | Sequence[int | None] | None = None,
     ) -> Intermediates:
-        """`forward_features` and intermediate results of blocks.
+        """Run `forward_features` and return intermediate results of blocks.
 
         Args:
             x, keep_rate, tokens: as in `forward`.
-            indices: numbers of the blocks, from 0; None: all.
-            want: names of `BlockIntermediates` to return of each.
+            indices, want: see `Classifier`.
         """
         want = requested(want, indices, self.depth)
         return self._collect(*self._begin(x, keep_rate, tokens, _traces(want)), want)
 
     def iter_intermediates(self, x: Tensor, want: Collection[str] = ('tokens',)) -> Iterator[BlockIntermediates]:
-        """Yield what `forward_intermediates` returns of each block as soon as the block has run, to save memory."""
+        """Yield the intermediates of each block as soon as it has run, which needs less memory."""
         want = requested(want, None, self.depth)
         x, state = self._begin(x, trace=_traces(want))
         for block in self.blocks:
@@ -335,22 +332,22 @@ class VisionTransformer(Classifier):
             yield state.recorded[0]
 
     def run_blocks(self, x: Tensor, state: TokenState, first: int = 0) -> tuple[Tensor, TokenState]:
-        """Run the blocks from `first` on, which takes `x` and `state`, and return what `forward_tokens` returns."""
+        """Run the blocks from `first` on, with input `x` and `state` of this block; returns as `forward_tokens`."""
         for block in self.blocks[first:]:
             x, state = run_block(block, x, state, checkpoint=self.grad_checkpointing)
         if not self.global_pool:
             return x if self.norm is None else self.norm(x), state
-        if state.size is not None:  # so that pooling averages over the tokens before merging
+        if state.size is not None:  # weight by token size, so that pooling averages over the unmerged tokens
             x = x * (state.size / state.size[:, self.num_prefix :].mean(1, keepdim=True))
         return x, state
 
     def _begin(self, x: Tensor, keep_rate=None, tokens=None, trace: bool = False) -> tuple[Tensor, TokenState]:
-        """What the first block takes; arguments as in `forward_tokens`."""
+        """Return the input of the first block; arguments as in `forward_tokens`."""
         grid = self.grid_of(x)
         return self._begin_tokens(self.embed(x), grid, keep_rate, tokens, trace)
 
     def _begin_tokens(self, x: Tensor, grid=None, keep_rate=None, tokens=None, trace: bool = False):
-        """`_begin` from embedded tokens [B, num_prefix + N, C]; `grid` as in `TokenState`."""
+        """Return the input of the first block for embedded tokens [B, num_prefix + N, C]; `grid` as in `TokenState`."""
         if self.relative and tokens is not None:
             raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens; leave `tokens` at None.')
         keep_rates = per_block('keep_rate', self.keep_rate if keep_rate is None else keep_rate, self.depth)
@@ -370,20 +367,20 @@ class VisionTransformer(Classifier):
         return Intermediates(x, dict(zip(sorted(want), state.recorded)), state)
 
     def grid_of(self, x: Tensor) -> tuple[int, int]:
-        """(rows, columns) of the patches of images [B, in_chans, H, W]."""
+        """Return (rows, columns) of the patches of images [B, in_chans, H, W]."""
         return x.shape[2] // self.patch_embed.patch_size, x.shape[3] // self.patch_embed.patch_size
 
     def embed(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> tokens with their positions [B, num_prefix + N, C]."""
+        """[B, in_chans, H, W] -> tokens with position embedding [B, num_prefix + N, C]."""
         grid = self.grid_of(x)
-        # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
+        # Cast to the parameters' type, so that the residual stream stays in float32 under AMP.
         x = self.patch_embed(x).astype(self.cls_token.dtype)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = [token.expand([x.shape[0], -1, -1]) for token in prefix]
         if self.relative and grid != (self.patch_embed.grid_size,) * 2:
             raise UserError(
-                f'relative positions are for images of {self.patch_embed.img_size} pixels; set DATA.IMAGE_SIZE to the '
-                'size of the data (the model is then built for it).'
+                f'the relative positions of this model need images of {self.patch_embed.img_size} pixels; set '
+                'DATA.IMAGE_SIZE to the size of the data, so that the model is built for it.'
             )
         x = paddle.concat([*prefix, x], axis=1)
         if self.pos_embed is None:
@@ -392,9 +389,9 @@ class VisionTransformer(Classifier):
         return self.pos_drop(x + table)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):
-        """Tokens of `forward_features` -> logits [B, K]; distilled in training: both logits.
+        """Tokens of `forward_features` -> logits [B, K]; a distilled model in training returns both logits.
 
-        With `pre_logits`, return the input of the classifiers instead: [B, C], or a pair when distilled.
+        With `pre_logits`, return the input of the classifiers instead: [B, C], or a pair for a distilled model.
         """
         features = self._pool(x)
         if pre_logits:
@@ -415,7 +412,7 @@ class VisionTransformer(Classifier):
         return features if self.pre_logits is None else (self.pre_logits(features[0]),)
 
     def no_weight_decay(self) -> set[str]:
-        """Tokens and position embedding."""
+        """Return the class token, the distillation token and the position embedding."""
         return {'cls_token', 'dist_token', 'pos_embed'}
 
 

@@ -11,16 +11,16 @@ from models.registry import CONFIG_DIR
 
 
 class Published(NamedTuple):
-    """A row of the table; empty where nothing is published or known.
+    """A row of the table; fields are empty if nothing is published.
 
     Attributes:
-        name: of the configuration.
+        name: name of the configuration.
         acc1: top-1 accuracy on ImageNet-1k validation, percent.
         acc5: top-5 accuracy.
-        source: the paper or project that states them.
-        url: of the weights, or of the page that links them.
-        sha256: of the file of the weights.
-        license: of the weights.
+        source: paper or project that reports the accuracies.
+        url: URL of the weights, or of the page that links them.
+        sha256: checksum of the weights file.
+        license: license of the weights.
     """
 
     name: str

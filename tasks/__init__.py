@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks: what is learnt, one module each. A new one is a new file here that registers a class, see tasks/base.py."""
+"""Tasks, one module each. To add one, add a file that registers a subclass of `Task`, see tasks/base.py."""
 
 import importlib
 import pkgutil

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The interface between the training loop and what is learnt.
+"""Task interface: everything in training, evaluation and prediction that depends on the learning objective.
 
-A task owns everything that depends on what is learnt: its data set and transform, its loss, its evaluation, its predictions.
-The loop, the loader, checkpoints and the tools call the methods below and know no task. A new task is a module in this
-package, or in a user's own folder, that registers a subclass of `Task` under the value of TRAIN.TASK:
+A task defines its data set and transform, its loss, its evaluator and its predictions. The training loop, the data
+loader, checkpoints and tools only call the methods below. To add a task, register a subclass of `Task` under a value of
+TRAIN.TASK, in a module of this package or in your own folder:
 
 >>> @register_task('mine')
 ... class MyTask(Task): ...
@@ -35,7 +35,7 @@ NOTHING: Mapping = MappingProxyType({})
 
 
 class Group(Protocol):
-    """The processes of a run, see `engine.distributed.Context`."""
+    """The process group of a run, see `engine.distributed.Context`."""
 
     rank: int
     world_size: int
@@ -46,16 +46,16 @@ class Group(Protocol):
 
 
 class Interrupted(Exception):
-    """An evaluation was asked to stop before its end."""
+    """Raised when an evaluation stops early, on request."""
 
 
 class Losses(NamedTuple):
     """Result of `Task.loss` for a micro-batch; all tensors are 0-D float32 and stay on the device.
 
     Attributes:
-        total: mean loss over the images, which is differentiated.
-        parts: unweighted parts of the loss by name, means over the images; the names are those of `Task.parts`.
-        counts: sums over the images by name; the names are those of `Task.counts`.
+        total: mean loss over the images, to backpropagate.
+        parts: unweighted parts of the loss, means over the images; keys: see `Task.parts`.
+        counts: sums over the images; keys: see `Task.counts`.
     """
 
     total: Tensor
@@ -65,10 +65,10 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What a user asks of predictions.
+    """Options of `tools/predict.py`.
 
     Attributes:
-        topk: classes per image, where a task ranks them; all of them where the model has fewer.
+        topk: number of classes per image, at most all classes of the model.
         class_names: one name per class.
     """
 
@@ -78,13 +78,13 @@ class PredictionOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `tools/predict.py` writes of one image.
+    """Output of `tools/predict.py` for one image.
 
     Attributes:
         row: JSON object.
         cells: values of `Task.prediction_columns`.
-        text: to print behind the name of the image.
-        pictures: to write beside the table, by the suffix of their name.
+        text: printed after the name of the image.
+        pictures: suffix of the file name -> image to write.
     """
 
     row: Mapping[str, Any]
@@ -94,9 +94,9 @@ class Prediction:
 
 
 class Evaluator:
-    """Accumulates the metrics of one evaluation, exactly on any number of processes.
+    """Accumulate the metrics of an evaluation, exactly on any number of processes.
 
-    Each process calls `reset`, `process` for each of its batches, then all call `reduce` together, then `result`.
+    Every process calls `reset`, `process` for each of its batches, `reduce` (a collective operation), and `result`.
 
     Attributes:
         titles: name of each metric -> title in the log.
@@ -107,7 +107,7 @@ class Evaluator:
     best: tuple[str, str]
 
     def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
-        """Forget earlier batches. Raises `Interrupted`, on every process, where `should_stop` said so on one."""
+        """Clear the accumulated state. Raises `Interrupted` on every process if `should_stop` is true on one."""
         raise NotImplementedError
 
     def process(self, batch: Batch, outputs: Any) -> None:
@@ -115,32 +115,31 @@ class Evaluator:
         raise NotImplementedError
 
     def reduce(self, group: Group) -> None:
-        """Combine the state of all processes; every process then has the same result."""
+        """All-reduce the state, so that `result` is equal on every process."""
         raise NotImplementedError
 
     def result(self) -> dict[str, float]:
-        """Metrics by name, of all images that were processed (and reduced)."""
+        """Return the metrics by name."""
         raise NotImplementedError
 
     def details(self) -> list[str]:
-        """Lines for the log below the result, such as a table of classes."""
+        """Return additional log lines, such as a table of classes."""
         return []
 
     def progress(self) -> dict[str, float]:
-        """Metrics of this process so far, for its log; empty where they are expensive."""
+        """Return intermediate metrics of this process for the log; empty if they are expensive."""
         return {}
 
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
-        """Pictures of an evaluation by name. The main process calls this after `result`."""
+        """Return pictures by name. The main process calls this method after `result`."""
         return {}
 
 
 class MeanEvaluator(Evaluator):
-    """Means over the images, summed in float64 on the device.
+    """Means over the images, accumulated in float64 on the device.
 
     Args:
-        titles: see `Evaluator`.
-        best: see `Evaluator`.
+        titles, best: see `Evaluator`.
         sums: (batch, outputs) -> sums over the images of the batch in the order of `titles`, [len(titles)] float64.
     """
 
@@ -153,7 +152,7 @@ class MeanEvaluator(Evaluator):
             self.sums = sums
 
     def sums(self, batch: Batch, outputs: Any) -> Tensor:
-        """See the argument of that name."""
+        """See the argument `sums`."""
         raise NotImplementedError
 
     def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
@@ -176,7 +175,7 @@ class MeanEvaluator(Evaluator):
 
 
 class Task:
-    """What is learnt. The life of a task:
+    """Base class of tasks. Order of calls:
 
         task = build_task(config)                   checks the configuration
         task.dataset(split)                         sets config.MODEL.NUM_CLASSES from the data
@@ -185,14 +184,14 @@ class Task:
         task.loss(...), task.infer(...)             in each step
 
     Args:
-        config: the resolved tree; not frozen before the data sets are built.
+        config: resolved configuration; not frozen until the data sets are built.
 
     Attributes:
-        views: augmented views of each training image.
-        data_kind: class of the data sets that have the targets of the task.
+        views: number of augmented views per training image.
+        data_kind: required class of the data sets.
         parts: name of each part of the loss -> title in the log.
         counts: name of each count -> title in the log; the log shows counts divided by the number of images.
-        schedules: settings of the model that depend on the epoch, see tasks/model_schedules.py.
+        schedules: schedules of model parameters such as the keep rate, see tasks/model_schedules.py.
     """
 
     views: int = 1
@@ -211,9 +210,9 @@ class Task:
 
     # ------------------------------------------------------------------------------------------------ data
     def dataset(self, split: str) -> datasets.Dataset:
-        """The data set of `split` ('train' or 'val'). The first one sets MODEL.NUM_CLASSES where it is None.
+        """Build the data set of `split` ('train' or 'val'). The first call sets MODEL.NUM_CLASSES if it is None.
 
-        A task without classes returns `datasets.Images`, and leaves MODEL.NUM_CLASSES to the configuration.
+        A task without classes returns `datasets.Images`, and does not set MODEL.NUM_CLASSES.
 
         Raises:
             UserError: missing or malformed data, or more classes than the model has.
@@ -222,32 +221,37 @@ class Task:
         if not isinstance(dataset, self.data_kind):
             raise UserError(
                 f'DATA.DATASET {self.config.DATA.DATASET} does not have the targets of TRAIN.TASK {self.config.TRAIN.TASK}: '
-                'choose another of the two (docs/data.md lists data sets).'
+                'change one of the two (docs/data.md lists data sets).'
             )
         self.config.MODEL.NUM_CLASSES = datasets.resolve_num_classes(self.config, dataset)
         return dataset
 
     def describe_data(self, data: Mapping[str, datasets.Images]) -> list[str]:
-        """Sentences on the data sets of the splits that a user should read before an epoch is over."""
+        """Return notes on the data sets for the log at the start of a run, such as empty classes."""
         notes = [note for dataset in data.values() for note in dataset.notes]
         if isinstance(data.get('train'), datasets.Dataset):
             notes.append(datasets.describe_empty(data['train'], self.config.MODEL.NUM_CLASSES))
         return list(filter(None, notes))
 
     def transform(self, training: bool):
-        """From a sample of the data set to the planes of a batch, see `datasets.transforms.Transform`."""
+        """Build the transform of a sample, see `datasets.transforms.Transform`."""
         return build_transform(self.config, training)
 
     # ------------------------------------------------------------------------------------------------ model
     def attach(self, model: nn.Layer, log: Callable[[str], None], training: bool) -> None:
-        """Prepare for a model, whose weights are loaded: check that it fits; load teachers and add parts for training.
+        """Check that the model fits the task; for training, load teachers and add adapters.
+
+        Args:
+            model: with its weights loaded.
+            log: called with each message.
+            training: False: evaluation only.
 
         Raises:
             UserError: the model or the configuration does not fit the task.
         """
 
     def update_schedules(self, model: nn.Layer, t: float) -> dict[str, float]:
-        """Set what depends on the epoch `t` (fractional, from the start of training) in the model; return it for the log."""
+        """Apply all schedules at epoch `t` (fractional) to the model, and return their values for the log."""
         values = {}
         for schedule in self.schedules:
             values[schedule.name] = schedule.value(t)
@@ -255,7 +259,7 @@ class Task:
         return values
 
     def is_final(self, t: float) -> bool:
-        """Whether the model at epoch `t` equals the final one; earlier evaluations do not select the best weights."""
+        """Return whether all schedules have their final values at epoch `t`; only then are best weights selected."""
         return all(schedule.is_final(t) for schedule in self.schedules)
 
     # ------------------------------------------------------------------------------------------------ training
@@ -265,12 +269,12 @@ class Task:
         Args:
             model: may be wrapped by DataParallel.
             batch: tensors on the device; images [B, C, H, W] float32, normalized; of several views [B, views, C, H, W].
-            rng: source of all random draws.
+            rng: random generator for all random numbers of the step.
         """
         raise NotImplementedError
 
     def example(self, batch_size: int) -> Batch:
-        """A random training batch on the device, for benchmarks and tests."""
+        """Return a random training batch on the device, for benchmarks and tests."""
         data = self.config.DATA
         shape = [batch_size, *[self.views] * (self.views > 1), data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
         classes = max(self.config.MODEL.NUM_CLASSES or 1, 1)
@@ -278,27 +282,27 @@ class Task:
 
     # ------------------------------------------------------------------------------------------------ evaluation
     def infer(self, model: nn.Layer, batch: Batch) -> Any:
-        """Outputs of the model in evaluation mode for `Evaluator.process` and `predictions`."""
+        """Run the model in evaluation mode; the outputs go to `Evaluator.process` and `predictions`."""
         return model(batch.images)
 
     def evaluator(self) -> Evaluator:
-        """A new evaluator of the validation set."""
+        """Return a new evaluator of the validation set."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ predictions
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
-        """Names of the cells of each prediction.
+        """Return the column names of `Prediction.cells`.
 
         Raises:
-            UserError: the task predicts nothing.
+            UserError: the task has no predictions.
         """
         raise UserError(
-            f'TRAIN.TASK {self.config.TRAIN.TASK} predicts nothing about images: train a classifier from these weights '
-            'first, by -pretrained.'
+            f'TRAIN.TASK {self.config.TRAIN.TASK} has no predictions: fine-tune a classifier from these weights first, '
+            'with -pretrained.'
         )
 
     def preprocessing(self) -> dict[str, Any]:
-        """How an image becomes the input of an exported program, for `tools/export.py`; docs/predict_export.md has the fields."""
+        """Return the preprocessing of an exported program for `tools/export.py`; fields: docs/predict_export.md."""
         resize, crop = build_transform(self.config, training=False).steps
         return {
             'resize_short': None if isinstance(resize, Squash) else resize.size,
@@ -308,12 +312,12 @@ class Task:
         }
 
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
-        """One prediction per image, from the result of `infer`."""
+        """Return one prediction per image from the result of `infer`."""
         raise NotImplementedError
 
 
 def build_task(config) -> Task:
-    """The task that TRAIN.TASK names.
+    """Build the task of TRAIN.TASK.
 
     Raises:
         UserError: an unknown name, or a configuration that does not fit the task.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image classification with label smoothing, mixup and CutMix, and knowledge distillation where a teacher is given.
+"""Image classification with label smoothing, mixup, CutMix, and optional knowledge distillation.
 
 Label smoothing and soft targets follow timm; distillation follows DeiT (https://arxiv.org/abs/2012.12877).
 """
@@ -19,16 +19,16 @@ from tasks.base import Losses, MeanEvaluator, Prediction, PredictionOptions, Tas
 from tasks.distillation import build_teacher, distillation_loss
 from utils.errors import UserError
 
-# Top-5 of fewer than five classes is top-K.
+# With K < 5 classes, acc5 is top-K accuracy.
 TITLES = {'loss': 'Loss', 'acc1': 'Acc@1', 'acc5': 'Acc@5'}
 
 
 @register_task('supervised')
 class ClassificationTask(Task):
-    """Learn one class per image.
+    """Image classification.
 
-    The loss is soft-target cross entropy, mean_b(-sum_k t_k log p_k), where images are mixed, else cross entropy with
-    smoothing s, (1 - s) NLL + s mean_k(-log p_k) (timm). Training accuracy under mixing is against the first label.
+    With mixup or CutMix, the loss is soft-target cross entropy, mean_b(-sum_k t_k log p_k). Otherwise it is cross
+    entropy with label smoothing s, (1 - s) NLL + s mean_k(-log p_k) (timm). The training accuracy uses the first label.
     """
 
     counts = {'acc1': 'Acc'}
@@ -46,14 +46,14 @@ class ClassificationTask(Task):
         """See `Task`; the number of classes is that of the model."""
         if not model.num_classes:
             raise UserError(
-                f'MODEL.TYPE {self.config.MODEL.TYPE} has no classes to learn: set TRAIN.TASK to {self.config.MODEL.TYPE}.'
+                f'MODEL.TYPE {self.config.MODEL.TYPE} has no classifier: set TRAIN.TASK to {self.config.MODEL.TYPE}.'
             )
         self.mixup = _mixup(self.config.TRAIN, model.num_classes)
         if training:
             self.teacher = build_teacher(self.config, model, log)
 
     def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
-        """See `Task`; the model returns logits [B, K], or a pair of class and distillation logits."""
+        """See `Task`; the model returns logits [B, K], or a pair of class logits and distillation logits."""
         images, labels, soft_targets = batch.images, batch.targets['label'], None
         if self.mixup is not None:
             images, soft_targets = self.mixup(images, labels, rng)
@@ -65,27 +65,25 @@ class ClassificationTask(Task):
         else:
             loss = soft_cross_entropy(logits, soft_targets)
         if self.teacher is not None:
-            imitation = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
-            loss = (1.0 - self.alpha) * loss + self.alpha * imitation
+            distilled_loss = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
+            loss = (1.0 - self.alpha) * loss + self.alpha * distilled_loss
         return Losses(loss, counts={'acc1': (logits.detach().argmax(-1) == labels).astype('float32').sum()})
 
     def evaluator(self) -> MeanEvaluator:
-        """Mean cross entropy, top-1 and top-5 accuracy as fractions of 1."""
+        """Return an evaluator of mean cross entropy, top-1 and top-5 accuracy as fractions of 1."""
         return MeanEvaluator(TITLES, ('acc1', 'max'), classification_sums)
 
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
-        """Number, name (with class names) and probability of each of the most likely classes."""
+        """Return columns for index, name (with class names) and probability of the top-k classes."""
         parts = ('class', 'name', 'probability') if options.class_names else ('class', 'probability')
         topk = min(options.topk, self.config.MODEL.NUM_CLASSES)
         return tuple(f'{part}{rank}' for rank in range(1, topk + 1) for part in parts)
 
     def predictions(self, outputs: Tensor, options: PredictionOptions) -> list[Prediction]:
-        """The most likely classes by logits [B, K], and their probabilities (softmax over all classes)."""
+        """Return the top-k classes by logits [B, K], and their softmax probabilities."""
         logits = outputs.astype('float32')
         if not paddle.isfinite(logits).all():
-            raise UserError(
-                'the model computes NaN or infinite logits: its weights are not usable, or not in this precision.'
-            )
+            raise UserError('the model computes NaN or infinite logits: use other weights, or a higher precision.')
         probabilities = F.softmax(logits, axis=-1)
         values, indices = paddle.topk(probabilities, min(options.topk, probabilities.shape[-1]), axis=-1)
         return [_prediction(*row, options.class_names) for row in zip(indices.tolist(), values.tolist())]
@@ -116,7 +114,7 @@ def _mixup(train, num_classes: int) -> Mixup | None:
 
 
 def classification_sums(batch: Batch, logits: Tensor) -> Tensor:
-    """[sum of cross entropies, top-1 hits, top-5 hits] of logits [B, K], float64."""
+    """Return [sum of cross entropies, top-1 hits, top-5 hits] of logits [B, K], float64."""
     logits, labels = logits.astype('float32'), batch.targets['label']
     loss = F.cross_entropy(logits, labels, reduction='sum')
     _, top = paddle.topk(logits, min(5, logits.shape[-1]), axis=-1)
@@ -125,12 +123,12 @@ def classification_sums(batch: Batch, logits: Tensor) -> Tensor:
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """mean_b(-sum_k t_k log p_k) of logits and targets [B, K]."""
+    """Compute mean_b(-sum_k t_k log p_k) of logits and targets [B, K]."""
     return -(targets * F.log_softmax(logits, axis=-1)).sum(-1).mean()
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """(1 - s) NLL + s mean_k(-log p_k), averaged over the batch, of logits [B, K] and labels [B]."""
+    """Compute the batch mean of (1 - s) NLL + s mean_k(-log p_k) of logits [B, K] and labels [B]."""
     if smoothing == 0.0:
         return F.cross_entropy(logits, labels)
     log_probabilities = F.log_softmax(logits, axis=-1)

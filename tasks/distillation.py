@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Teachers: any model of the suite with its weights, or any exported model."""
+"""Knowledge distillation from a teacher: any model of the suite with its weights, or any exported model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from models.registry import config_file
 from models.weights.load import load_frozen
 from utils.errors import UserError
 
-PROGRAMS = (PROGRAM, '.pdmodel')  # of Paddle 3 and before
+PROGRAMS = (PROGRAM, '.pdmodel')  # suffixes in Paddle 3 and earlier
 
 
 def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) -> Callable | None:
-    """The teacher that TRAIN.TEACHER_CFG and TRAIN.TEACHER_MODEL name; None where DISTILLATION_TYPE is none.
+    """Build the teacher of TRAIN.TEACHER_CFG and TRAIN.TEACHER_MODEL; None if DISTILLATION_TYPE is none.
 
-    It is not part of the student: neither its weights nor its state enter a checkpoint.
+    The teacher is not part of the student, and so not in its checkpoints.
 
     Returns:
-        A function from normalised images [B, C, H, W] to float32 logits [B, K], without gradients.
+        A function from normalized images [B, C, H, W] to float32 logits [B, K], without gradients.
 
     Raises:
-        UserError: a student without a second classifier, a teacher that cannot be loaded or knows other classes.
+        UserError: a student without a distillation classifier, or a teacher that cannot be loaded or has other classes.
     """
     train = config.TRAIN
     if train.DISTILLATION_TYPE == 'none':
@@ -47,30 +47,28 @@ def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) 
             'set MODEL.TRANS.DISTILLED to True.'
         )
     if train.TEACHER_MODEL is None:
-        raise UserError(
-            'distillation needs a teacher: name its weights with TRAIN.TEACHER_MODEL (-teacher_model_path).'
-        )
+        raise UserError('distillation needs a teacher: set TRAIN.TEACHER_MODEL (-teacher_model_path) to its weights.')
     with teacher_errors(config):
         teacher, adapt = _exported(config) if train.TEACHER_CFG is None else _registered(config, log)
     teacher.eval()
 
     @paddle.no_grad()
-    def answer(images: paddle.Tensor) -> paddle.Tensor:
+    def teacher_logits(images: paddle.Tensor) -> paddle.Tensor:
         return teacher(adapt(images)).astype('float32')
 
     data = config.DATA
-    classes = answer(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])).shape[-1]
+    classes = teacher_logits(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])).shape[-1]
     if classes != config.MODEL.NUM_CLASSES:
         raise UserError(
-            f'the teacher knows {classes} classes, but the student {config.MODEL.NUM_CLASSES}: give a teacher of the same '
-            'classes (TRAIN.TEACHER_MODEL, TRAIN.TEACHER_CFG), or set MODEL.NUM_CLASSES.'
+            f'the teacher has {classes} classes, but the student {config.MODEL.NUM_CLASSES}: set MODEL.NUM_CLASSES, or '
+            'use a teacher with the same classes (TRAIN.TEACHER_MODEL, TRAIN.TEACHER_CFG).'
         )
-    return answer
+    return teacher_logits
 
 
 @contextlib.contextmanager
 def teacher_errors(config) -> Iterator[None]:
-    """Errors in the block say that they are about the teacher."""
+    """Add to each UserError of the context that it is about the teacher."""
     try:
         yield
     except UserError as error:
@@ -80,14 +78,15 @@ def teacher_errors(config) -> Iterator[None]:
 
 
 def teacher_images(config, settings, log: Callable[[str], None]) -> Callable[[paddle.Tensor], paddle.Tensor]:
-    """A function from the student's normalized images [B, C, H, W] to those that the teacher was trained on.
+    """Return a function that converts the student's normalized images [B, C, H, W] to the teacher's normalization.
 
     Args:
-        config: of the student.
-        settings: of the teacher.
+        config: configuration of the student.
+        settings: configuration of the teacher.
+        log: called with each message.
 
     Raises:
-        UserError: images of another number of channels.
+        UserError: another number of image channels.
     """
     data, theirs = config.DATA, settings.DATA
     if theirs.IMAGE_SIZE != data.IMAGE_SIZE:
@@ -96,16 +95,16 @@ def teacher_images(config, settings, log: Callable[[str], None]) -> Callable[[pa
 
 
 def teacher_options(config) -> list:
-    """What the teacher's configuration takes from the student's: the size of the images."""
+    """Return the options that the teacher takes from the student: the image size."""
     return ['DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE]
 
 
 def _renormalized(data, channels: int, mean, std) -> Callable[[paddle.Tensor], paddle.Tensor]:
-    """Maps images normalized by the student's mean and std to another normalization, on the device."""
+    """Return a function from images with the student's normalization to another mean and std, on the device."""
     if channels != data.IMAGE_CHANNELS:
         raise UserError(
             f'the teacher takes images of {channels} channels, but the student of {data.IMAGE_CHANNELS}; set '
-            'DATA.IMAGE_CHANNELS, or give another teacher.'
+            'DATA.IMAGE_CHANNELS, or use another teacher.'
         )
     ours = [*data.IMAGENET_MEAN[:channels]], [*data.IMAGENET_STD[:channels]]
     if ours == ([*mean[:channels]], [*std[:channels]]):
@@ -117,7 +116,7 @@ def _renormalized(data, channels: int, mean, std) -> Callable[[paddle.Tensor], p
 
 
 def _registered(config, log: Callable[[str], None]) -> tuple[paddle.nn.Layer, Callable]:
-    """The teacher of TRAIN.TEACHER_CFG, for images of the student's size, and what to do to images before."""
+    """Return the teacher of TRAIN.TEACHER_CFG for the student's image size, and the function of `teacher_images`."""
     path = config_file(config.TRAIN.TEACHER_CFG)
     adapt = teacher_images(config, get_config(path), log)
     settings = get_config(path, ['MODEL.NUM_CLASSES', config.MODEL.NUM_CLASSES, *teacher_options(config)])
@@ -125,7 +124,7 @@ def _registered(config, log: Callable[[str], None]) -> tuple[paddle.nn.Layer, Ca
 
 
 def frozen_model(settings, weights: str, log: Callable[[str], None]) -> paddle.nn.Layer:
-    """The model that a configuration describes, with frozen weights. No random number of the run is drawn for it."""
+    """Build a model with frozen weights. This does not change the random state of the run."""
     state = paddle.get_rng_state()
     model = build_model(settings)
     paddle.set_rng_state(state)
@@ -135,7 +134,7 @@ def frozen_model(settings, weights: str, log: Callable[[str], None]) -> paddle.n
 
 # ---------------------------------------------------------------------------------------------------- exported teachers
 def _exported(config) -> tuple[paddle.nn.Layer, Callable]:
-    """An exported program, and what to do to images before, which is in the file beside it."""
+    """Return an exported program, and its preprocessing from the JSON file next to it."""
     path = config.TRAIN.TEACHER_MODEL
     prefix, program = _find_program(path)
     try:
@@ -143,14 +142,14 @@ def _exported(config) -> tuple[paddle.nn.Layer, Callable]:
     except (ValueError, RuntimeError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"cannot load the exported teacher '{path}': {reason}. Name a path that tools/export.py wrote, or give the "
-            "teacher's configuration with TRAIN.TEACHER_CFG."
+            f"cannot load the exported teacher '{path}': {reason}. Set TRAIN.TEACHER_MODEL to a path that "
+            "tools/export.py wrote, or TRAIN.TEACHER_CFG to the teacher's configuration."
         ) from None
     return teacher, _preprocessing(config, prefix)
 
 
 def _find_program(path: str) -> tuple[str, str]:
-    """(path without suffix, suffix of the program) of what TEACHER_MODEL names: with a suffix, without, or its folder."""
+    """Return (path without suffix, suffix of the program) of TEACHER_MODEL, which may also be a folder."""
     path = os.path.expanduser(path)
     stem = next((path[: -len(end)] for end in (PREPROCESS, *PROGRAMS, WEIGHTS) if path.endswith(end)), path)
     for prefix in dict.fromkeys([path, stem]):
@@ -161,15 +160,15 @@ def _find_program(path: str) -> tuple[str, str]:
     names = sorted(name[: -len(WEIGHTS)] for name in os.listdir(folder) if name.endswith(WEIGHTS)) if folder else []
     if len(names) == 1:
         return _find_program(os.path.join(path, names[0]))
-    found = f"; '{path}' holds {', '.join(names)}, name one of them" if names else ''
+    found = f"; '{path}' contains {', '.join(names)}: choose one of them" if names else ''
     raise UserError(
-        f"cannot load the exported teacher '{path}': there is no '{stem}{PROGRAM}' with '{stem}{WEIGHTS}'{found}. Name a "
-        "path that tools/export.py wrote, or give the teacher's configuration with TRAIN.TEACHER_CFG."
+        f"cannot load the exported teacher '{path}': there is no '{stem}{PROGRAM}' with '{stem}{WEIGHTS}'{found}. Set "
+        "TRAIN.TEACHER_MODEL to a path that tools/export.py wrote, or TRAIN.TEACHER_CFG to the teacher's configuration."
     )
 
 
 def _load_program(prefix: str, program: str) -> paddle.nn.Layer:
-    """Loads the two files by themselves: `paddle.jit.load` takes every file beside them that begins alike for a part."""
+    """Load the two files from a folder of their own: `paddle.jit.load` would load all files with the same prefix."""
     with tempfile.TemporaryDirectory(prefix='teacher-') as folder:
         for suffix in (program, WEIGHTS):
             os.symlink(os.path.abspath(prefix + suffix), os.path.join(folder, f'program{suffix}'))
@@ -177,19 +176,19 @@ def _load_program(prefix: str, program: str) -> paddle.nn.Layer:
 
 
 def _preprocessing(config, prefix: str) -> Callable[[paddle.Tensor], paddle.Tensor]:
-    """By PREFIX.preprocess.json, where tools/export.py wrote it; else images stay as they are."""
+    """Return the preprocessing of PREFIX.preprocess.json (tools/export.py); without this file, the identity."""
     path, data = prefix + PREPROCESS, config.DATA
     try:
         with open(path, encoding='utf-8') as file:
             content = json.load(file)
         channels = content['input']['shape'][1]
         size, mean, std = content['image_size'], content['mean'], content['std']
-        given = all(isinstance(value, (int, float)) for value in (size, channels, *mean, *std)) and 0 not in std
+        valid = all(isinstance(value, (int, float)) for value in (size, channels, *mean, *std)) and 0 not in std
     except FileNotFoundError:
         return lambda images: images
     except (OSError, ValueError, LookupError, TypeError):
-        given = False
-    if not given or min(len(mean), len(std)) != channels:
+        valid = False
+    if not valid or min(len(mean), len(std)) != channels:
         raise UserError(f"'{path}' does not describe the images of the teacher; export the teacher again.")
     if size != data.IMAGE_SIZE:
         raise UserError(
@@ -200,10 +199,10 @@ def _preprocessing(config, prefix: str) -> Callable[[paddle.Tensor], paddle.Tens
 
 
 def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, tau: float = 1.0) -> paddle.Tensor:
-    """DeiT, equations 2 and 3, of the student's and the teacher's logits [B, K].
+    """Compute the distillation loss of the student's and the teacher's logits [B, K] (DeiT, equations 2 and 3).
 
     soft: tau^2 / (B K) * sum p_T (log p_T - log p_S) at temperature tau; divided by B K as in DeiT's code.
-    hard: cross entropy with the teacher's decision.
+    hard: cross entropy with the teacher's predicted classes.
     """
     if kind == 'hard':
         return F.cross_entropy(logits, teacher.argmax(-1))

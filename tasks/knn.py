@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kNN probe: classify validation images by their nearest training images in feature space, without training anything.
+"""kNN probe: classify validation images by their nearest training images in feature space.
 
 The protocol is that of "Unsupervised Feature Learning via Non-Parametric Instance Discrimination"
 (https://arxiv.org/abs/1805.01978, section 3.4), as DINO uses it (https://arxiv.org/abs/2104.14294).
@@ -21,20 +21,20 @@ from utils.errors import UserError
 from utils.runlog import progress
 
 NEIGHBORS = 20
-TEMPERATURE = 0.07  # a neighbor's vote is exp(cosine similarity / this)
+TEMPERATURE = 0.07  # the weight of a neighbor is exp(cosine similarity / TEMPERATURE)
 MAX_IMAGES = 100_000  # training images in the feature bank, evenly spaced over the data set
 TITLES = {'knn_acc1': 'kNN Acc@1', 'knn_acc5': 'kNN Acc@5'}
 
 
 class KNNEvaluator(MeanEvaluator):
-    """Encodes the training images at each `reset`, with the transform of the evaluation, then lets them vote.
+    """kNN accuracy. Each `reset` encodes the training images with the transform of the evaluation.
 
-    Each process encodes its share of them; all processes then have all features. A class without a vote is no answer, so
-    that with few classes the top five may be fewer.
+    Each process encodes its shard of the images; an all-reduce then gives all features to all processes. Classes without
+    a neighbor are never predicted, not even in the top five.
 
     Args:
-        config: the tree; DATA is read.
-        transform: that of the evaluation.
+        config: resolved configuration; only DATA is read.
+        transform: transform of the evaluation.
     """
 
     def __init__(self, config, transform):
@@ -42,8 +42,8 @@ class KNNEvaluator(MeanEvaluator):
         self.transform = transform
         self.config = config.clone()
         self.config.defrost()
-        self.config.DATA.CACHE = 'no'  # leave the memory to the images that are trained on
-        self.config.MODEL.NUM_CLASSES = None  # those of the training images; the validation images may have fewer
+        self.config.DATA.CACHE = 'no'  # keep the memory for the cache of training
+        self.config.MODEL.NUM_CLASSES = None  # from the training images; the validation images may have fewer
         self._dataset: datasets.Dataset | None = None
 
     def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
@@ -54,14 +54,14 @@ class KNNEvaluator(MeanEvaluator):
         self._bank, self._classes = self._encode_training_images(model, group, should_stop)
 
     def sums(self, batch: Batch, features: Tensor) -> Tensor:
-        """[top-1 hits, top-5 hits] of features [B, C]."""
+        """Return [top-1 hits, top-5 hits] of features [B, C]."""
         votes = vote(features, self._bank, self._classes, self._dataset.num_classes)
-        most, answers = paddle.topk(votes, min(5, votes.shape[-1]), axis=-1)
-        hits = paddle.logical_and(answers == batch.targets['label'].unsqueeze(-1), most > 0)
+        most, predicted = paddle.topk(votes, min(5, votes.shape[-1]), axis=-1)
+        hits = paddle.logical_and(predicted == batch.targets['label'].unsqueeze(-1), most > 0)
         return paddle.stack([hits[:, 0].sum(), hits.sum()]).astype('float64')
 
     def _encode_training_images(self, model, group: Group, should_stop) -> tuple[Tensor, Tensor]:
-        """Features [N, C] and classes [N] of the training images, the same on every process."""
+        """Return features [N, C] and classes [N] of the training images, equal on every process."""
         data, size = self.config.DATA, len(self._dataset)
         indices, features, stopped = [], [], False
         loader = datasets.build_dataloader(
@@ -79,12 +79,12 @@ class KNNEvaluator(MeanEvaluator):
         # The stop flag is all-reduced, so that all processes stop together.
         if group.sum(paddle.to_tensor([float(stopped)])).item():
             raise Interrupted
-        bank, seen = paddle.zeros([size, model.embed_dim]), paddle.zeros([size])
+        bank, encoded = paddle.zeros([size, model.embed_dim]), paddle.zeros([size])
         if indices:
             own = paddle.concat(indices)
             bank = paddle.scatter(bank, own, paddle.concat(features))
-            seen = paddle.scatter(seen, own, paddle.ones([len(own)]))
-        readable = paddle.nonzero(group.sum(seen)).flatten()
+            encoded = paddle.scatter(encoded, own, paddle.ones([len(own)]))
+        readable = paddle.nonzero(group.sum(encoded)).flatten()
         if len(readable) == 0:
             raise UserError(f'none of the training images of {self._dataset.source} could be read.')
         classes = paddle.to_tensor(self._dataset.labels)
@@ -92,18 +92,18 @@ class KNNEvaluator(MeanEvaluator):
 
 
 def extract_features(model: nn.Layer, images: Tensor) -> Tensor:
-    """Input of the classifier for images [B, in_chans, H, W]: [B, C] float32 of length 1."""
+    """Return the normalized input of the classifier for images [B, in_chans, H, W]: [B, C] float32 of length 1."""
     features = model.forward_head(model.forward_features(images), pre_logits=True)
     return F.normalize(features.astype('float32'), axis=-1)
 
 
 def vote(features: Tensor, bank: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Votes of the nearest neighbors for each class.
+    """Sum the weights of the nearest neighbors for each class.
 
     Args:
-        features: of the images to classify, [B, C], of length 1.
-        bank: of the images that vote, [N, C], of length 1.
-        classes: of the latter, [N] int64.
+        features: features of the images to classify, [B, C], of length 1.
+        bank: feature bank of the training images, [N, C], of length 1.
+        classes: classes of the training images, [N] int64.
         num_classes: K.
 
     Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked autoencoding (MAE, https://arxiv.org/abs/2111.06377), optionally with distillation (MAE-Lite, section 5)."""
+"""MAE pre-training (https://arxiv.org/abs/2111.06377), optionally with distillation (MAE-Lite, section 5)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from datasets.batch import Batch
 from models.mae import MaskedAutoencoder, Reconstruction
 from tasks.base import Losses, MeanEvaluator, Task, register_task
 from tasks.mae_distillation import MaeDistillation, build_distillation
-from tasks.mae_pictures import rebuild
-from tasks.pictures import draw
+from tasks.mae_pictures import reconstruct
+from tasks.pictures import image_grid
 from utils.errors import UserError
 
-SHOWN = 8  # validation images in the pictures of a reconstruction
+SHOWN = 8  # validation images in the picture of an evaluation
 
 
 @register_task('mae')
 class MAETask(Task):
-    """Reconstruct masked patches. Each evaluation masks the same patches of an image: those that (SEED, its index) draws."""
+    """MAE pre-training. Evaluation masks are fixed per image: their random seed is (SEED, image index)."""
 
     distillation: MaeDistillation | None = None
 
@@ -43,7 +43,7 @@ class MAETask(Task):
             self.distillation = build_distillation(self.config, model, log)
 
     def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
-        """See `Task`; the parts are those of the distillation, without their weights."""
+        """See `Task`; the parts are the unweighted distillation losses."""
         request = self.distillation.request if self.distillation else {}
         output = model(batch.images, self._noise(batch.images, [rng] * len(batch)), **request)
         if self.distillation is None:
@@ -52,7 +52,7 @@ class MAETask(Task):
         return Losses(output.loss + sum(self.alphas[name] * part for name, part in parts.items()), parts)
 
     def infer(self, model: nn.Layer, batch: Batch) -> tuple[Tensor, Reconstruction]:
-        """Noise [B, L] that selects the patches, and the reconstruction."""
+        """Return the noise [B, L] that selects the visible patches, and the reconstruction."""
         rngs = [np.random.default_rng([self.config.SEED, index]) for index in batch.indices.tolist()]
         noise = self._noise(batch.images, rngs)
         return noise, model(batch.images, noise)
@@ -62,16 +62,16 @@ class MAETask(Task):
         return ReconstructionEvaluator(self.config.DATA)
 
     def _noise(self, images: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
-        """[B, L], one row from each generator."""
+        """Return noise [B, L], one row from each generator."""
         patches = images[0, 0].size // self.patch_size**2
         return paddle.to_tensor(np.stack([rng.random(patches, 'float32') for rng in rngs]))
 
 
 class ReconstructionEvaluator(MeanEvaluator):
-    """The mean loss, and a picture of images of the first batch: originals, visible patches, reconstructions.
+    """Mean loss, and a picture of images of the first batch: originals, visible patches, reconstructions.
 
     Args:
-        data: DATA of the configuration, of which mean and standard deviation are read.
+        data: DATA of the configuration, for mean and standard deviation.
     """
 
     def __init__(self, data):
@@ -83,7 +83,7 @@ class ReconstructionEvaluator(MeanEvaluator):
         """See `MeanEvaluator`."""
         noise, reconstruction = outputs
         if self._shown is None:
-            stride = max(1, len(batch) // SHOWN)  # consecutive images are often of one class
+            stride = max(1, len(batch) // SHOWN)  # consecutive images are often of the same class
             self._shown = batch.images[::stride][:SHOWN], noise[::stride][:SHOWN]
         return (reconstruction.loss.astype('float64') * len(batch)).reshape([1])
 
@@ -93,7 +93,7 @@ class ReconstructionEvaluator(MeanEvaluator):
             return {}
         was_training = model.training
         model.eval()
-        rows = rebuild(model, *self._shown, **self._statistics)
+        rows = reconstruct(model, *self._shown, **self._statistics)
         if was_training:
             model.train()
-        return {'reconstruction': draw(rows)}
+        return {'reconstruction': image_grid(rows)}

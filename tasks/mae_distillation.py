@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Distillation of a masked autoencoder's encoder (MAE-Lite, https://arxiv.org/abs/2205.14443, section 5).
+"""Attention and feature distillation in MAE pre-training (MAE-Lite, https://arxiv.org/abs/2205.14443, section 5).
 
-The student's attention logits and normalized block inputs are compared with the teacher's. Where their sizes differ, or where
-the configuration asks for it, trained adapters map the student's heads and channels to the teacher's. Adapters are parameters
-of the student, which its checkpoints contain; the teacher is neither.
+The loss compares attention logits and normalized block inputs of student and teacher. If their sizes differ, or if the
+configuration requires it, trained adapters map the student's heads and channels to the teacher's. Adapters are
+parameters of the student and part of its checkpoints. The teacher is not.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from tasks.distillation import frozen_model, teacher_errors, teacher_images, tea
 from utils.errors import UserError
 
 
-class Compared(NamedTuple):
-    """Which results of student and teacher are compared.
+class DistillTargets(NamedTuple):
+    """Distillation targets.
 
     Attributes:
-        attn: blocks, counted from 1, whose attention logits are compared.
-        hidden: blocks, counted from 0, whose normalized input is compared; the depth stands for the encoder's output.
+        attn: blocks, from 1, whose attention logits are targets.
+        hidden: blocks, from 0, whose normalized inputs are targets; `depth` means the output of the encoder.
     """
 
     attn: tuple[int, ...] = ()
     hidden: tuple[int, ...] = ()
 
     def request(self, depth: int) -> dict:
-        """Arguments of `forward_intermediates` for an encoder of `depth` blocks."""
+        """Return the arguments of `forward_intermediates` for an encoder of `depth` blocks."""
         blocks = sorted({*(block - 1 for block in self.attn), *self.hidden} - {depth})
         return {'indices': blocks, 'want': ('inputs', 'attn_logits')}
 
     def check(self, depth: int) -> None:
-        """Raise UserError for a block that an encoder of `depth` blocks lacks."""
+        """Raise UserError for a block that an encoder of `depth` blocks does not have."""
         for key, first, blocks in (('ATTN_IDX', 1, self.attn), ('HIDDEN_IDX', 0, self.hidden)):
             for block in blocks:
                 if not first <= block <= depth:
@@ -49,38 +49,38 @@ class Compared(NamedTuple):
 
 
 class MaeDistillation:
-    """Compares a student with a frozen teacher that encodes the same visible patches.
+    """Distillation losses of a student and a frozen teacher, which encode the same visible patches.
 
     Args:
-        student: with its adapters, see `add_adapters`.
+        student: masked autoencoder with adapters, see `add_adapters`.
         teacher: a frozen masked autoencoder.
-        compared: what is compared.
-        adapt: the student's images -> those that the teacher was trained on.
+        targets: distillation targets.
+        adapt: function from the student's images to the teacher's, see `teacher_images`.
     """
 
     def __init__(
         self,
         student: MaskedAutoencoder,
         teacher: MaskedAutoencoder,
-        compared: Compared,
+        targets: DistillTargets,
         adapt: Callable[[Tensor], Tensor] = lambda images: images,
     ):
-        compared.check(teacher.depth)
-        self.teacher, self.compared, self.adapt = teacher, compared, adapt
-        self.request = compared.request(student.depth)
+        targets.check(teacher.depth)
+        self.teacher, self.targets, self.adapt = teacher, targets, adapt
+        self.request = targets.request(student.depth)
         self.adapters = [student.attn_adapter, student.hidden_adapter]
 
     def losses(self, images: Tensor, output: Reconstruction) -> dict[str, Tensor]:
-        """Mean squared differences, summed over the blocks: `attn` and `hidden`, 0-D.
+        """Compute the mean squared errors, summed over the blocks: `attn` and `hidden`, 0-D.
 
         Args:
             images: normalized, [B, C, H, W].
-            output: of the student for these images, with the intermediates that `request` names.
+            output: output of the student for these images, with the intermediates of `request`.
         """
-        kept = output.order[:, : output.seen]
+        ids_keep = output.ids_shuffle[:, : output.num_visible]
         with paddle.no_grad():
             theirs = self.teacher.encode_intermediates(
-                self.adapt(images), kept, **self.compared.request(self.teacher.depth)
+                self.adapt(images), ids_keep, **self.targets.request(self.teacher.depth)
             )
         ours = self.adapted(output.encoder)
         pairs = zip(ours.items(), self._results(theirs).values())
@@ -88,18 +88,18 @@ class MaeDistillation:
         return {name: sum(values) for name, values in differences.items() if values}
 
     def adapted(self, encoder: Intermediates) -> dict[str, list[Tensor]]:
-        """Results of the student in the teacher's sizes: `attn` and `hidden`."""
+        """Return the student's `attn` and `hidden`, mapped by the adapters to the teacher's sizes."""
         results = self._results(encoder)
-        numbers = {'attn': [block - 1 for block in self.compared.attn], 'hidden': self.compared.hidden}
+        numbers = {'attn': [block - 1 for block in self.targets.attn], 'hidden': self.targets.hidden}
         return {
             name: [_adapt(adapter, number, value) for number, value in zip(numbers[name], results[name])]
             for name, adapter in zip(results, self.adapters)
         }
 
     def _results(self, encoder: Intermediates) -> dict[str, list[Tensor]]:
-        """Attention logits [B, H, 1 + V, 1 + V] and tokens [B, 1 + V, C] to compare."""
-        hidden = [encoder.blocks[b].inputs if b in encoder.blocks else encoder.features for b in self.compared.hidden]
-        return {'attn': [encoder.blocks[block - 1].attn_logits for block in self.compared.attn], 'hidden': hidden}
+        """Return attention logits [B, H, 1 + V, 1 + V] and block inputs [B, 1 + V, C] of the targets."""
+        hidden = [encoder.blocks[b].inputs if b in encoder.blocks else encoder.features for b in self.targets.hidden]
+        return {'attn': [encoder.blocks[block - 1].attn_logits for block in self.targets.attn], 'hidden': hidden}
 
 
 def _adapt(adapters: nn.Layer, number: int, value: Tensor) -> Tensor:
@@ -111,19 +111,23 @@ def _difference(student: Tensor, teacher: Tensor) -> Tensor:
     return F.mse_loss(student.astype('float32'), teacher.astype('float32'))
 
 
-def add_adapters(student: MaskedAutoencoder, compared: Compared, num_heads: int | None, embed_dim: int | None) -> None:
-    """Add adapters to the student, as parameters of its own.
+def add_adapters(
+    student: MaskedAutoencoder, targets: DistillTargets, num_heads: int | None, embed_dim: int | None
+) -> None:
+    """Add adapters to the student, as its parameters.
 
     Args:
-        num_heads: of the teacher, which the student's heads are mapped to; None: compare them as they are.
-        embed_dim: channels of the teacher, which the student's are mapped to; None: compare them as they are.
+        student: masked autoencoder to add the adapters to.
+        targets: distillation targets.
+        num_heads: number of heads of the teacher; None: no adapters of attention logits.
+        embed_dim: channels of the teacher; None: no adapters of block inputs.
     """
-    compared.check(student.depth)
+    targets.check(student.depth)
     student.attn_adapter, student.hidden_adapter = nn.Layer(), nn.Layer()
-    for block in compared.attn if num_heads else ():
+    for block in targets.attn if num_heads else ():
         conv = nn.Conv2D(student.num_heads, num_heads, 1, bias_attr=False)
         student.attn_adapter.add_sublayer(f'adapter{block - 1}', _initialized(conv, student.num_heads))
-    for block in compared.hidden if embed_dim else ():
+    for block in targets.hidden if embed_dim else ():
         linear = nn.Linear(student.embed_dim, embed_dim, bias_attr=False)
         student.hidden_adapter.add_sublayer(f'adapter{block}', _initialized(linear, student.embed_dim))
 
@@ -133,14 +137,14 @@ def _initialized(layer: nn.Layer, fan_in: int) -> nn.Layer:
     return layer
 
 
-def adapt_student(config, student: MaskedAutoencoder) -> Compared | None:
-    """Add the adapters that TRAIN.MAE_DISTILL asks for, or that the sizes of the teacher need.
+def adapt_student(config, student: MaskedAutoencoder) -> DistillTargets | None:
+    """Add the adapters that TRAIN.MAE_DISTILL or the sizes of the teacher require.
 
     Returns:
-        What is compared; None: TRAIN.MAE_DISTILL asks for nothing.
+        Distillation targets; None if TRAIN.MAE_DISTILL is off.
 
     Raises:
-        UserError: no teacher is named, or the student lacks a block.
+        UserError: no teacher is configured, or a block does not exist.
     """
     distill = config.TRAIN.MAE_DISTILL
     if not (distill.ATTN_IDX or distill.HIDDEN_IDX):
@@ -150,23 +154,22 @@ def adapt_student(config, student: MaskedAutoencoder) -> Compared | None:
     teacher = get_config(config_file(config.TRAIN.TEACHER_CFG)).MODEL.TRANS
     heads = distill.ATTN_ADAPTER or student.num_heads != teacher.NUM_HEADS
     channels = distill.HIDDEN_ADAPTER or student.embed_dim != teacher.EMBED_DIM
-    compared = Compared(tuple(distill.ATTN_IDX), tuple(distill.HIDDEN_IDX))
-    add_adapters(student, compared, teacher.NUM_HEADS if heads else None, teacher.EMBED_DIM if channels else None)
-    return compared
+    targets = DistillTargets(tuple(distill.ATTN_IDX), tuple(distill.HIDDEN_IDX))
+    add_adapters(student, targets, teacher.NUM_HEADS if heads else None, teacher.EMBED_DIM if channels else None)
+    return targets
 
 
 def build_distillation(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> MaeDistillation | None:
-    """Add adapters to the student and load the teacher; None: TRAIN.MAE_DISTILL asks for nothing."""
-    compared = adapt_student(config, student)
-    if compared is None:
+    """Add adapters to the student and load the teacher; None if TRAIN.MAE_DISTILL is off."""
+    targets = adapt_student(config, student)
+    if targets is None:
         return None
     teacher, adapt = _teacher(config, student, log)
-    return MaeDistillation(student, teacher, compared, adapt)
+    return MaeDistillation(student, teacher, targets, adapt)
 
 
 def _teacher(config, student: MaskedAutoencoder, log: Callable[[str], None]) -> tuple[MaskedAutoencoder, Callable]:
-    """The encoder of TRAIN.TEACHER_CFG with the weights TRAIN.TEACHER_MODEL, and a function from the student's images to
-    those that the teacher was trained on."""
+    """Return the encoder of TRAIN.TEACHER_CFG with weights TRAIN.TEACHER_MODEL, and the function of `teacher_images`."""
     train = config.TRAIN
     if train.TEACHER_MODEL is None:
         raise UserError(

@@ -22,10 +22,10 @@ from utils.errors import UserError
 
 @register_task('mocov3')
 class MoCoV3Task(Task):
-    """Contrastive pre-training, algorithm 1 of the paper: l(q1, k2) + l(q2, k1).
+    """Contrastive pre-training with the loss l(q1, k2) + l(q2, k1) (algorithm 1 of the paper).
 
-    Negatives are the other images of the micro-batch on all processes, which must have equally many; the micro-batches
-    of an optimizer step (TRAIN.ACCUM_ITER) do not share negatives. Validations are kNN probes.
+    Negatives are all other images of the micro-batch on all processes, whose batch sizes must be equal. Micro-batches
+    of gradient accumulation (TRAIN.ACCUM_ITER) do not share negatives. Validation is a kNN probe.
     """
 
     views = 2
@@ -34,7 +34,7 @@ class MoCoV3Task(Task):
         super().__init__(config)
         if config.AMP and config.AMP_LEVEL == 'O2':
             raise UserError(
-                'TRAIN.TASK mocov3 needs AMP_LEVEL O1: in half precision the steps of the momentum encoder are lost.'
+                'TRAIN.TASK mocov3 needs AMP_LEVEL O1: half precision rounds updates of the momentum encoder to 0.'
             )
         self.temperature = config.MODEL.MOCO.TEMPERATURE
         self.schedules.append(MomentumSchedule(config.MODEL.MOCO.MOMENTUM, config.TRAIN.NUM_EPOCHS))
@@ -49,7 +49,7 @@ class MoCoV3Task(Task):
             raise UserError('TRAIN.TASK mocov3 needs MODEL.TYPE mocov3.')
 
     def is_final(self, t: float) -> bool:
-        """False: the kNN accuracy says too little about fine-tuning to select weights by, so the last epoch is best."""
+        """Return False: the kNN accuracy does not predict fine-tuning accuracy, so the last epoch is the best one."""
         return False
 
     def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
@@ -61,7 +61,7 @@ class MoCoV3Task(Task):
         return Losses(loss)
 
     def infer(self, model: nn.Layer, batch: Batch) -> Tensor:
-        """Features [B, C] of the base encoder."""
+        """Return features [B, C] of the base encoder."""
         return extract_features(model, batch.images)
 
     def evaluator(self) -> KNNEvaluator:
@@ -70,12 +70,12 @@ class MoCoV3Task(Task):
 
 
 def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
-    """InfoNCE with the factor 2 tau of MoCo v3, in float32: cross entropy of each query with its key among all keys.
+    """Compute InfoNCE in float32, with the factor 2 tau of MoCo v3: each query is classified among all keys.
 
     Args:
         queries: [B, dim].
-        keys: [B, dim], which get no gradient; B is the same on all processes.
-        temperature: tau, which divides the cosine similarities.
+        keys: [B, dim], without gradient; B is equal on all processes.
+        temperature: tau, the divisor of the cosine similarities.
     """
     queries, keys = (F.normalize(x.astype('float32'), axis=-1) for x in (queries, keys))
     keys, first = _gather(keys)
@@ -84,7 +84,7 @@ def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> Tensor:
 
 
 def _gather(keys: Tensor) -> tuple[Tensor, int]:
-    """Keys [B, dim] of all processes in the order of their ranks, and the index of this process's first key."""
+    """All-gather keys [B, dim] in the order of ranks; return also the index of the first key of this rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return keys, 0
     parts: list[Tensor] = []

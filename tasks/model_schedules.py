@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a model that depend on the epoch. The loop sets them before each step."""
+"""Schedules of model parameters such as keep rate, λ and momentum. The training loop applies them before each step."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from utils.schedules import attn_lambda, encoder_momentum, keep_rate
 
 
 class ModelSchedule(Protocol):
-    """One setting of a model; `t` is the number of epochs since the start of training, with fractions."""
+    """Schedule of one model parameter; `t` is the fractional number of epochs since the start of training."""
 
-    name: str  # in the log
+    name: str  # name in the log
 
     def value(self, t: float) -> float:
-        """The setting at `t`."""
+        """Return the value at `t`."""
 
     def is_final(self, t: float) -> bool:
-        """Whether the setting keeps its value from `t` on."""
+        """Return whether the value is constant from `t` on."""
 
     def set(self, model: nn.Layer, value: float) -> None:
-        """Apply the setting to the model."""
+        """Set the value in the model."""
 
 
 class KeepRateSchedule:
-    """EViT's keep rate (https://arxiv.org/abs/2202.07800), by the keys of MODEL.EVIT."""
+    """Keep rate of EViT (https://arxiv.org/abs/2202.07800), from MODEL.EVIT."""
 
     name = 'keep_rate'
 
@@ -47,10 +47,10 @@ class KeepRateSchedule:
 
 
 class AttentionDecaySchedule:
-    """The weight λ of decaying attention (https://arxiv.org/abs/2404.05657), by the keys of MODEL.LAMBDA.
+    """Attention weight λ (https://arxiv.org/abs/2404.05657), from MODEL.LAMBDA.
 
     Raises:
-        UserError: λ is above 0 in the last epoch, so that the attention could not be removed after training.
+        UserError: λ > 0 in the last epoch, so that attention cannot be removed after training.
     """
 
     name = 'attn_lambda'
@@ -63,8 +63,8 @@ class AttentionDecaySchedule:
         last = self.value(num_epochs - 1)
         if last > 0:
             raise UserError(
-                f'the decaying attention still has the weight {last:.4g} in the last of {num_epochs} epochs; it must be 0 '
-                'there: raise TRAIN.NUM_EPOCHS, or lower MODEL.LAMBDA.START_EPOCH or DECAY_EPOCHS.'
+                f'the attention weight λ is {last:.4g} in the last of {num_epochs} epochs, but must be 0: increase '
+                'TRAIN.NUM_EPOCHS, or decrease MODEL.LAMBDA.START_EPOCH or DECAY_EPOCHS.'
             )
 
     def value(self, t: float) -> float:
@@ -79,7 +79,7 @@ class AttentionDecaySchedule:
 
 
 class MomentumSchedule:
-    """MoCo v3's momentum of the momentum encoder, which takes one step in the training pass after each `set`."""
+    """Momentum of the momentum encoder of MoCo v3, which is updated once in the training pass after each `set`."""
 
     name = 'momentum'
 
@@ -90,7 +90,7 @@ class MomentumSchedule:
         return encoder_momentum(t, **self.schedule)
 
     def is_final(self, t: float) -> bool:
-        """True: evaluations use the base encoder."""
+        """Return True: evaluation uses the base encoder."""
         return True
 
     def set(self, model: nn.Layer, value: float) -> None:
@@ -100,12 +100,12 @@ class MomentumSchedule:
 def _require(model: nn.Layer, method: str, key: str) -> None:
     if not hasattr(model, method):
         raise UserError(
-            f'{key} is set, but {type(model).__name__} has no such setting; it is one of Vision Transformers.'
+            f'{key} is set, but {type(model).__name__} does not support it: remove {key}, or use a Vision Transformer.'
         )
 
 
 def build_model_schedules(config) -> list[ModelSchedule]:
-    """The schedules that the configuration asks for."""
+    """Build the schedules of a configuration."""
     model, schedules = config.MODEL, []
     if model.EVIT.KEEP_RATE < 1:
         schedules.append(KeepRateSchedule(model.EVIT))

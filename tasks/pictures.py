@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures that tasks leave in the run's folder."""
+"""Pictures of an evaluation."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 import paddle
 from PIL import Image
 
-GAP = 4  # pixels around the pictures
-PAPER = 255
+GAP = 4  # pixels around each picture
+BACKGROUND = 255  # white
 
 
 def pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalized [B, C, H, W] -> [B, H, W, C] uint8."""
+    """Denormalize: [B, C, H, W] -> [B, H, W, C] uint8."""
     channels = x.shape[1]
     x = x.astype('float32').transpose([0, 2, 3, 1]).numpy() * np.asarray(std[:channels]) + np.asarray(mean[:channels])
     return np.clip(np.round(255 * x), 0, 255).astype('uint8')
 
 
-def draw(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
-    """Pictures [H, W, C] in rows and columns; those of a row have one size, and rows may differ."""
+def image_grid(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
+    """Arrange pictures [H, W, C] in rows and columns; pictures of a row have the same size."""
     widths = [max(row[0].shape[1] for row in rows)] * len(rows[0])
     heights = [row[0].shape[0] for row in rows]
     sheet = Image.new(
-        'RGB', (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(rows) + 1)), (PAPER,) * 3
+        'RGB', (sum(widths) + GAP * (len(widths) + 1), sum(heights) + GAP * (len(rows) + 1)), (BACKGROUND,) * 3
     )
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):

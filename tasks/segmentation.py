@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Semantic segmentation: a class per pixel, trained on crops and evaluated by mIoU on whole images.
+"""Semantic segmentation, trained on crops and evaluated by mIoU on whole images.
 
-Transform, loss, inference and metric are those of mmsegmentation 0.11, and of Segmenter where it differs.
+Transform, loss, inference and metric follow mmsegmentation 0.11, with options for those of Segmenter.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from tasks.segmentation_metrics import SegmentationEvaluator, colored
 from utils.errors import UserError
 
 
-class Segmented(NamedTuple):
-    """The class map of an image, and the image.
+class SegmentationOutput(NamedTuple):
+    """Predicted class map of an image, and the image.
 
     Attributes:
-        classes: [H, W] int64, of the size of the stored image.
+        classes: [H, W] int64, in the size of the stored image.
         image: normalized, [C, h, w].
     """
 
@@ -45,7 +45,7 @@ class Segmented(NamedTuple):
 
 @register_task('segmentation')
 class SegmentationTask(Task):
-    """Learn a class per pixel. Ignored pixels have no loss; see `segmentation_loss`."""
+    """Semantic segmentation; loss: see `segmentation_loss`."""
 
     counts = {'acc': 'Acc'}
     data_kind = SegmentationDataset
@@ -53,10 +53,11 @@ class SegmentationTask(Task):
     def __init__(self, config):
         super().__init__(config)
         if not config.VAL.SCALE_RATIOS:
-            raise UserError('VAL.SCALE_RATIOS is empty, but must hold one number or more: [1.0] evaluates one scale.')
+            raise UserError('VAL.SCALE_RATIOS is empty, but needs at least one number: [1.0] evaluates one scale.')
         if config.TRAIN.REPEATED_AUG > 1 or config.TRAIN.RANDOM_ERASE_PROB > 0:
             raise UserError(
-                'TRAIN.TASK segmentation knows no repeated augmentation and no random erasing: set both to 0.'
+                'TRAIN.TASK segmentation does not support repeated augmentation and random erasing: set '
+                'TRAIN.REPEATED_AUG and TRAIN.RANDOM_ERASE_PROB to 0.'
             )
         self.classes: ClassTable | None = None
 
@@ -68,7 +69,7 @@ class SegmentationTask(Task):
         return dataset
 
     def describe_data(self, data) -> list[str]:
-        """See `Task`; which classes occur is known after reading all maps, which `tools/verify_data.py` does."""
+        """See `Task`; empty classes are not listed, since only `tools/verify_data.py` reads all label maps."""
         return [note for dataset in data.values() for note in dataset.notes]
 
     def transform(self, training: bool):
@@ -96,7 +97,7 @@ class SegmentationTask(Task):
             self.parts = {'decode': 'decode', 'aux': 'aux'}
 
     def loss(self, model: nn.Layer, batch: Batch, rng: np.random.Generator) -> Losses:
-        """See `Task`; the model returns logits [B, n, h, w], or a pair of them and those of the auxiliary head."""
+        """See `Task`; the model returns logits [B, n, h, w], or a pair of them and the auxiliary logits."""
         outputs, labels, train = model(batch.images), batch.targets[LABELS], self.config.TRAIN
         logits, aux = outputs if isinstance(outputs, (tuple, list)) else (outputs, None)
         logits, ignored = resize_maps(logits.astype('float32'), labels.shape[1:]), self.config.DATA.IGNORE_INDEX
@@ -113,8 +114,8 @@ class SegmentationTask(Task):
 
     # ------------------------------------------------------------------------------------------------ evaluation
     @paddle.no_grad()
-    def infer(self, model: nn.Layer, batch: Batch) -> list[Segmented]:
-        """Class maps of the size of the stored images. Images of one size pass the model together."""
+    def infer(self, model: nn.Layer, batch: Batch) -> list[SegmentationOutput]:
+        """Return class maps in the size of the stored images. Images of equal size are batched."""
         data, others = self.config.DATA, batch.targets.get('scales', [[] for _ in batch.images])
         together = defaultdict(list)
         for index, (image, size) in enumerate(zip(batch.images, batch.targets[IMAGE_SIZE])):
@@ -127,13 +128,15 @@ class SegmentationTask(Task):
                 scales.append(to_device(scale, data.IMAGENET_MEAN, data.IMAGENET_STD).images)
             classes = self.probabilities(model, scales, size).argmax(1)
             results.update(zip(indices, classes.unbind()))
-        return [Segmented(results[index], image) for index, image in enumerate(batch.images)]
+        return [SegmentationOutput(results[index], image) for index, image in enumerate(batch.images)]
 
     def probabilities(self, model: nn.Layer, scales: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-        """Mean over scales and flips of the probabilities at `size`, [B, n, *size].
+        """Average the class probabilities over scales and flips, [B, n, *size].
 
         Args:
-            scales: images [B, C, h, w], a tensor per scale.
+            model: segmentation model.
+            scales: images [B, C, h, w], one tensor per scale.
+            size: (rows, columns) of the result.
         """
         flips = (False, True) if self.config.VAL.FLIP else (False,)
         total, count = None, len(scales) * len(flips)
@@ -155,19 +158,19 @@ class SegmentationTask(Task):
         return SegmentationEvaluator(self._class_table(), self.config.DATA.IGNORE_INDEX, self.config.DATA)
 
     def _class_table(self) -> ClassTable:
-        """The classes of the data, as far as they are known and as many as the model has."""
+        """Return names and colors of the data's classes, or numbers if they do not fit the model."""
         count = self.config.MODEL.NUM_CLASSES
         table = self.classes or known_classes(self.config)
         return table if table is not None and len(table.names) == count else numbered_classes(count)
 
     # ------------------------------------------------------------------------------------------------ predictions
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
-        """Number, name and share of each of the largest classes."""
+        """Return columns for index, name and pixel share of the most frequent classes."""
         topk = min(options.topk, self.config.MODEL.NUM_CLASSES)
         return tuple(f'{part}{rank}' for rank in range(1, topk + 1) for part in ('class', 'name', 'share'))
 
     def preprocessing(self) -> dict[str, Any]:
-        """See `Task`: the whole image is resized to fit into `resize_scale`; windows of `image_size` pass the program."""
+        """See `Task`: resize the image to fit into `resize_scale`, then run windows of `image_size`."""
         return {
             'resize_scale': list(self.config.DATA.IMAGE_SCALE),
             'interpolation': 'opencv_bilinear',
@@ -175,14 +178,14 @@ class SegmentationTask(Task):
             'class_names': self._class_table().names,
         }
 
-    def predictions(self, outputs: Sequence[Segmented], options: PredictionOptions) -> list[Prediction]:
-        """The shares of the classes, the class map as a palette image, and the image blended with its colors."""
+    def predictions(self, outputs: Sequence[SegmentationOutput], options: PredictionOptions) -> list[Prediction]:
+        """Return pixel shares of the classes, the class map as a palette image, and an overlay."""
         table = self._class_table()
         names = list(options.class_names or table.names)
         topk = min(options.topk, len(names))
         return [self._prediction(output, names, table.palette, topk) for output in outputs]
 
-    def _prediction(self, output: Segmented, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
+    def _prediction(self, output: SegmentationOutput, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
         classes = output.classes.numpy()
         shares = np.bincount(classes.reshape(-1), minlength=len(names)) / classes.size
         order = [int(index) for index in np.argsort(-shares, kind='stable') if shares[index] > 0]
@@ -202,7 +205,7 @@ class SegmentationTask(Task):
 
 
 def class_picture(classes: np.ndarray, palette: np.ndarray) -> Image.Image:
-    """A class map [H, W] with its palette; of more than 256 classes 16 bits without one."""
+    """Return a class map [H, W] as a palette image, or as a 16-bit image for more than 256 classes."""
     if len(palette) > 256:
         return Image.fromarray(classes.astype('uint16'))
     picture = Image.fromarray(classes.astype('uint8'))
@@ -211,7 +214,7 @@ def class_picture(classes: np.ndarray, palette: np.ndarray) -> Image.Image:
 
 
 def pixel_accuracy(logits: Tensor, labels: Tensor, ignored: int) -> Tensor:
-    """Share of the labeled pixels whose largest logit is that of their label, 0-D float32; 0 where there are none."""
+    """Return the accuracy on labeled pixels, 0-D float32; 0 without labeled pixels."""
     hits = logits.argmax(1) == labels.astype('int64')
     kept = labels.astype('int64') != ignored
     return paddle.logical_and(hits, kept).astype('float32').sum() / kept.astype('float32').sum().clip(min=1.0)

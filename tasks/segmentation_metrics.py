@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of semantic segmentation from counts of pixels: IoU and accuracy per class, and their means."""
+"""Metrics of semantic segmentation from pixel counts: IoU and accuracy per class, and their means."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from datasets.batch import Batch
 from datasets.classes import ClassTable
 from datasets.segmentation import LABELS
 from tasks.base import Evaluator, Group
-from tasks.pictures import draw, pixels
+from tasks.pictures import image_grid, pixels
 
 SHOWN = 4  # validation images in the picture of an evaluation
 TITLES = {'miou': 'mIoU', 'macc': 'mAcc', 'aacc': 'aAcc'}
 
 
 def count_pixels(classes: Tensor, labels: Tensor, num_classes: int, ignored: int) -> Tensor:
-    """Pixels of one or more images, counted where the label is not ignored.
+    """Count pixels per class; pixels with label `ignored` do not count.
 
     Args:
-        classes: predictions, integers 0 to n - 1, of any shape.
-        labels: of the same shape; other values than classes and `ignored` count as no class.
+        classes: predicted classes, integers 0 to n - 1, of any shape.
+        labels: labels of the same shape; other values than classes and `ignored` belong to no class.
+        num_classes: n.
+        ignored: label of ignored pixels.
 
     Returns:
-        [3, n] int64: of each class the pixels predicted and labeled so, predicted so, labeled so.
+        [3, n] int64: for each class the number of correct, predicted and labeled pixels.
     """
     kept = labels != ignored
     classes, labels = classes.masked_select(kept).astype('int64'), labels.masked_select(kept).astype('int64')
@@ -45,10 +47,10 @@ def _histogram(values: Tensor, num_classes: int) -> Tensor:
 
 
 def segmentation_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
-    """`iou` and `acc` [n], and the numbers of TITLES, as fractions of 1, from counts [3, n].
+    """Compute `iou` and `acc` [n], and the metrics of TITLES, as fractions of 1, from counts [3, n].
 
-    NaN stands for the IoU of a class that is neither predicted nor labeled and the accuracy of one that is not labeled; means
-    leave it out.
+    The IoU of a class without predicted and labeled pixels, and the accuracy of a class without labeled pixels, are NaN;
+    means exclude NaN.
     """
     hits, predicted, labeled = counts.astype('float64')
     with np.errstate(invalid='ignore', divide='ignore'):
@@ -66,9 +68,9 @@ class SegmentationEvaluator(Evaluator):
     """mIoU, mAcc and aAcc from integer counts over all images and processes.
 
     Args:
-        classes: names and colors.
-        ignored: label of the pixels that do not count.
-        data: DATA of the configuration, of which mean and standard deviation are read.
+        classes: names and colors of the classes.
+        ignored: label of ignored pixels.
+        data: DATA of the configuration, for mean and standard deviation.
     """
 
     titles = TITLES
@@ -85,7 +87,7 @@ class SegmentationEvaluator(Evaluator):
         self._shown: list[Sequence[np.ndarray]] = []
 
     def process(self, batch: Batch, outputs: Sequence[Any]) -> None:
-        """See `Evaluator`; the `classes` of each output are a map [H, W] of the size of the label map."""
+        """See `Evaluator`; `classes` of each output is a map [H, W] in the size of the label map."""
         for labels, (classes, image) in zip(batch.targets[LABELS], outputs):
             labels = paddle.to_tensor(labels.astype('int32'))
             self._counts += count_pixels(classes, labels, len(self.classes.names), self.ignored)
@@ -102,16 +104,16 @@ class SegmentationEvaluator(Evaluator):
         return {name: float(metrics[name]) for name in self.titles}
 
     def details(self) -> list[str]:
-        """A line per class."""
+        """Return one line per class."""
         metrics, names = segmentation_metrics(self._counts.numpy()), self.classes.names
         width = max(map(len, names))
         rows = zip(names, metrics['iou'], metrics['acc'])
         return [f'{name:<{width}}  IoU {_text(iou)}  Acc {_text(acc)}' for name, iou, acc in rows]
 
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
-        """Image, truth and prediction of some images."""
+        """Return a picture of some images with labels and predictions."""
         rows = [self._row(*shown) for shown in self._shown]
-        return {'segmentation': draw(rows)} if rows else {}
+        return {'segmentation': image_grid(rows)} if rows else {}
 
     def _row(self, image: np.ndarray, labels: np.ndarray, classes: np.ndarray) -> list[np.ndarray]:
         image = image.repeat(3, axis=-1) if image.shape[-1] == 1 else image
@@ -125,6 +127,6 @@ def _text(value: float) -> str:
 
 
 def colored(classes: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Class map [H, W] -> [H, W, 3] uint8; what is no class is black."""
+    """Class map [H, W] -> [H, W, 3] uint8; pixels without a class are black."""
     known = (classes >= 0) & (classes < len(palette))
     return np.where(known[..., None], palette[np.where(known, classes, 0)], 0).astype('uint8')

@@ -5,4 +5,4 @@ import sys
 
 from tools import _bootstrap
 
-sys.modules['_bootstrap'] = _bootstrap  # the name by which a tool that is a script imports it
+sys.modules['_bootstrap'] = _bootstrap  # a tool that runs as a script imports it by this name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools that look into the layers of Vision Transformers share: flags, images, models."""
+"""Shared code of the tools that analyze the layers of Vision Transformers: flags, images, models."""
 
 from __future__ import annotations
 
@@ -25,52 +25,52 @@ FLAGS = ('-cfg', '-pretrained', '-dataset', '-data_path', '-batch_size', '-image
 
 
 def analysis_parser(description: str) -> argparse.ArgumentParser:
-    """The flags of one model, of the images and of the files to write."""
+    """Build a parser of the flags of one model, of the images and of the output files."""
     parser = flag_parser(description, FLAGS)
     parser.set_defaults(batch_size=128)
-    parser.add_argument('-images', type=int, default=1024, metavar='N', help='images to look at')
-    parser.add_argument('-split', choices=('train', 'val'), default='val', help='where they are taken from')
+    parser.add_argument('-images', type=int, default=1024, metavar='N', help='number of images')
+    parser.add_argument('-split', choices=('train', 'val'), default='val', help='split of the images')
     parser.add_argument(
-        '-shuffle', action='store_true', help='draw them from all of it by SEED, instead of taking the first ones'
+        '-shuffle', action='store_true', help='draw the images at random by SEED instead of taking the first ones'
     )
     add_output_prefix(parser, '.json', '.png')
     return parser
 
 
 def chosen_images(args: argparse.Namespace, config: CfgNode) -> Dataset:
-    """The images to look at; all where there are fewer."""
+    """Return the images to analyze, at most `args.images`."""
     if args.images < 1:
         raise UserError(f'-images is {args.images}, but must be at least 1.')
-    unlabelled = config.clone()
-    unlabelled.defrost()
-    unlabelled.MODEL.NUM_CLASSES = None  # the images may be of other classes than the model's
-    data = build_dataset(unlabelled, args.split)
+    any_classes = config.clone()
+    any_classes.defrost()
+    any_classes.MODEL.NUM_CLASSES = None  # the images may have other classes than the model
+    data = build_dataset(any_classes, args.split)
     return random_subset(data, args.images, config.SEED) if args.shuffle else first_images(data, args.images)
 
 
-def normalised(loader: Loader, configs: Sequence[CfgNode], label: str, shown: bool = True) -> Iterator[list[Tensor]]:
-    """Yields the images of each batch, [b, C, H, W], as each of the models takes them; `label` names the progress bar."""
+def normalized(loader: Loader, configs: Sequence[CfgNode], label: str, shown: bool = True) -> Iterator[list[Tensor]]:
+    """Yield the images of each batch, [b, C, H, W], normalized for each of the models; `label`: title of the progress bar."""
     for batch in progress(loader.epoch(0), loader.num_batches, label, shown):
         if len(batch):
             yield [to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD).images for config in configs]
 
 
 def load_transformer(config: CfgNode) -> VisionTransformer:
-    """The model of a configuration, without classifier, with the weights MODEL.PRETRAINED; random ones where it is None.
+    """Build the model of a configuration without classifier, and load MODEL.PRETRAINED; None: random weights.
 
     Raises:
-        UserError: it is no Vision Transformer, or the weights do not fit.
+        UserError: the model is no Vision Transformer, or the weights do not fit.
     """
     config = config.clone()
     config.defrost()
     config.MODEL.NUM_CLASSES = 0
     paddle.seed(config.SEED)
     model = build_model(config)
-    encoder = getattr(model, 'base_encoder', model)  # of MoCo-v3 the one that is trained
+    encoder = getattr(model, 'base_encoder', model)  # MoCo v3: not the momentum encoder
     if not isinstance(encoder, VisionTransformer):
-        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but this tool looks into Vision Transformers.')
+        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but this tool analyzes Vision Transformers.')
     if config.MODEL.PRETRAINED is None:
-        print(f'----- {config.MODEL.NAME}: no weights, random ones are drawn by SEED {config.SEED}')
+        print(f'----- {config.MODEL.NAME}: no weights given, random weights are drawn by SEED {config.SEED}')
     else:
         load_pretrained(model, config.MODEL.PRETRAINED)
     encoder.eval()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each tool does first when it is started: find the repository, then start as the launchers do.
+"""Start of each tool: put the repository on sys.path, then start like the launchers.
 
-`python tools/NAME.py` finds this file because Python puts the script's folder, symbolic links resolved, on sys.path.
+`python tools/NAME.py` finds this file, since Python puts the script's real folder on sys.path.
 """
 
 import os
@@ -12,12 +12,12 @@ if os.path.abspath(sys.path[0]) == _TOOLS:
     sys.path[0] = os.path.dirname(_TOOLS)
 
 
-def start(paddle: bool = True, alone: bool = True) -> None:
-    """See `utils.cli.begin` and, unless the tool works without Paddle, `utils.environment.start_paddle`."""
+def start(paddle: bool = True, single_process: bool = True) -> None:
+    """Call `utils.cli.begin` and, for tools that need Paddle, `utils.environment.start_paddle`."""
     from utils.cli import begin
 
     begin()
     if paddle:
         from utils.environment import start_paddle
 
-        start_paddle(alone)
+        start_paddle(single_process)

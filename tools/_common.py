@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools share."""
+"""Shared code of the tools."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from utils.files import atomic_write
 
 
 def trained_config(args: argparse.Namespace) -> CfgNode:
-    """The configuration of a trained model that `-cfg` and `-pretrained` describe; unfrozen.
+    """Return the unfrozen configuration of a trained model from `-cfg` and `-pretrained`.
 
     Raises:
-        UserError: one of the two is missing. A run folder as `-pretrained` brings its own configuration.
+        UserError: one of the flags is missing. `-cfg` is optional if `-pretrained` names a run folder.
     """
     if 'pretrained' not in args:
         raise UserError('-pretrained is missing: give a .pdparams file or a run folder.')
@@ -34,7 +34,7 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
+    """Return the model name of the processor."""
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
             return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
@@ -44,9 +44,9 @@ def processor_name() -> str:
 
 @contextlib.contextmanager
 def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
-    """Opens `PREFIX.SUFFIX` for each suffix, of which png is binary; the files appear when the block ends well.
+    """Open `PREFIX.SUFFIX` for each suffix, png in binary mode; the files appear if the block succeeds.
 
-    It is entered before long work, which should not end at a folder that cannot be written.
+    Enter it before long work, so that a folder without write permission is an early error.
     """
     with contextlib.ExitStack() as stack:
         yield {
@@ -55,23 +55,23 @@ def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
         }
 
 
-def find_images(places: list[str]) -> list[str]:
-    """Files as they are named, whatever their suffix; of folders the images below them, in sorted order.
+def find_images(names: list[str]) -> list[str]:
+    """Return the named files, with any suffix, and the images below the named folders, in sorted order.
 
-    Prints how many files below the folders are no images.
+    Prints the number of other files below the folders.
     """
     paths = []
-    for place in places:
-        if not os.path.exists(place):
-            raise UserError(f"there is no file or folder '{place}'.")
-        if not os.path.isdir(place):
-            paths.append(place)
+    for name in names:
+        if not os.path.exists(name):
+            raise UserError(f"there is no file or folder '{name}'.")
+        if not os.path.isdir(name):
+            paths.append(name)
             continue
-        found, others = images_below(place)
+        found, others = images_below(name)
         if not found:
             only = f', only other files ({describe_counts(others)})' if others else ''
-            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{place}'{only}.")
+            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{name}'{only}.")
         if others:
-            print(describe_left_out(others, place), file=sys.stderr)
-        paths += [os.path.join(place, os.path.normpath(path)) for path in found]
+            print(describe_left_out(others, name), file=sys.stderr)
+        paths += [os.path.join(name, os.path.normpath(path)) for path in found]
     return paths

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build backend that refuses: `pip install .` would install modules that do not run outside this folder."""
+"""Build backend that refuses to build, since the modules do not run outside this folder."""
 
 
 def refuse(*_, **__):
-    """Stand for every hook of a build backend (PEP 517, PEP 660)."""
+    """Implement every hook of a build backend (PEP 517, PEP 660)."""
     raise SystemExit(
         'LeanViT runs from its folder and cannot be installed: run `make train`, or `pip install -r requirements.txt`.'
     )

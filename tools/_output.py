@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Flags that say where a tool writes: `-output` is a FILE, the start DIR/NAME of several files, or a folder DIR.
+"""Output flags of the tools: `-output` is a FILE, the prefix DIR/NAME of several files, or a folder DIR.
 
-Missing folders are created with the files. A place that cannot be written is an error before any work.
+Missing folders are created with the files. A path that cannot be written is an error before any work.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ def add_output_file(
     """Add `flag FILE`.
 
     Args:
-        suffixes: those that the path may end in; none: any.
-        what: the help says it after the suffixes.
-        complete: add the suffix where it is missing, instead of refusing the path.
-        options: of `add_argument`.
+        suffixes: allowed suffixes of the path; none: any suffix.
+        what: help text after the suffixes.
+        complete: add a missing suffix instead of refusing the path.
+        options: options of `add_argument`.
     """
     text = ' '.join(filter(None, [' or '.join(suffixes), what]))
     if complete:
-        text += f'; {suffixes[0]} is added where it is missing'
+        text += f'; {suffixes[0]} is added if it is missing'
     kind = functools.partial(_file, flag, suffixes, complete)
     parser.add_argument(flag, dest=dest, metavar='FILE', type=kind, help=text, **options)
 
 
 def add_output_prefix(parser: argparse.ArgumentParser, *suffixes: str) -> None:
-    """Add `-output DIR/NAME`, the start of the paths of several files, as `target`."""
+    """Add `-output DIR/NAME`, the prefix of several files, as `target`."""
     text = f'files to write, without their suffixes {", ".join(suffixes)}'
     kind = functools.partial(_prefix, '-output', suffixes[0])
     parser.add_argument('-output', dest='target', metavar='DIR/NAME', type=kind, required=True, help=text)
 
 
 def add_output_folder(parser: argparse.ArgumentParser, what: str, **options) -> None:
-    """Add `-output DIR` as `folder`; the help says `what` it is for."""
+    """Add `-output DIR` as `folder`; `what`: help text after the word 'folder'."""
     parser.add_argument('-output', dest='folder', metavar='DIR', type=_folder, help=f'folder {what}', **options)
 
 
@@ -64,19 +64,19 @@ def _prefix(flag: str, suffix: str, path: str) -> str:
     if os.path.isdir(path) or not os.path.basename(path):
         example = os.path.join(path, f'NAME{suffix}')
         raise UserError(f"{flag} is the folder '{path}'; add a name, such as '{example}'.")
-    _check_place(path, os.path.dirname(path))
+    _check_writable(path, os.path.dirname(path))
     return path
 
 
 def _folder(path: str) -> str:
     if os.path.lexists(path) and not os.path.isdir(path):
         raise UserError(f"-output is the file '{path}', but must be a folder.")
-    _check_place(path, path)
+    _check_writable(path, path)
     return path
 
 
-def _check_place(path: str, folder: str) -> None:
-    """Raise UserError where `path` cannot be written in `folder`, or in what exists of it; nothing is left there."""
+def _check_writable(path: str, folder: str) -> None:
+    """Raise UserError if `path` cannot be written to `folder`, or to its nearest existing parent. Leaves no file."""
     folder = os.path.abspath(folder)
     while not os.path.lexists(folder):
         folder = os.path.dirname(folder)

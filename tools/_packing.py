@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools share that pack a tree of image files into few large files."""
+"""Shared code of the tools that pack image files into a few large files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     add('-data_path', metavar='DIR', required=True, help='folder that holds the data, see docs/data.md')
     add_output_folder(parser, 'to write to (default: -data_path)')
     add('-dataset', default='imagenet2012', metavar='NAME', help='any data set of image files (default: imagenet2012)')
-    add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='parts to write (default: both)')
+    add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='splits to write (default: both)')
     add('-force', action='store_true', help='overwrite existing files')
     args = parser.parse_args(argv)
     args.folder = args.folder or args.data_path
@@ -32,11 +32,11 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
 
 
 def source_of(args: argparse.Namespace, split: str) -> Dataset:
-    """The images of a part as they are listed."""
+    """Return the images of a split."""
     config = get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path])
     dataset = build_dataset(config, split)
     if not isinstance(dataset.storage, FileStorage):
-        raise UserError(f'-dataset {args.dataset} does not consist of image files, which are what is packed.')
+        raise UserError(f'-dataset {args.dataset} does not consist of image files; only image files can be packed.')
     if not isinstance(dataset, Dataset):
         raise UserError(f'-dataset {args.dataset} has label maps; only images with one class each are packed.')
     for note in dataset.notes:
@@ -51,7 +51,7 @@ def refuse_existing(paths: Iterable[str], args: argparse.Namespace) -> None:
 
 
 def image_file(dataset: Dataset, index: int) -> bytes:
-    """The file of an image as it is."""
+    """Return the bytes of an image file."""
     try:
         return dataset.storage.read(index)
     except UnreadableImage as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The frontier of a sweep, and the picture of it that tools/plan.py draws."""
+"""Pareto frontier of a sweep, and its plot, for tools/plan.py."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
 
 
-class Dot(NamedTuple):
-    """A combination in the picture.
+class Point(NamedTuple):
+    """A combination in the plot.
 
     Attributes:
-        removed, keep_rate, r: what it is; they become colour, shade and shape.
-        images_per_second: the height, as (first quartile, median, third quartile).
-        macs: multiply-accumulates of an image.
-        acc1: top-1 accuracy, from 0 to 1; None: not known.
-        number: on the frontier; None: not on it.
+        removed, keep_rate, r: settings of the combination, shown as color, shade and shape.
+        images_per_second: (first quartile, median, third quartile).
+        macs: multiply-accumulates per image.
+        acc1: top-1 accuracy, from 0 to 1; None: unknown.
+        number: number on the frontier; None: not on it.
     """
 
     removed: str
@@ -34,9 +34,9 @@ class Dot(NamedTuple):
 
 
 def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Positions of the points that no other one beats, in order, where more of both numbers is better.
+    """Return the indices of the non-dominated points, in order, where larger numbers are better.
 
-    A point beats another when it is at least as good in both numbers, and better in one. Equal points do not.
+    A point dominates another if it is at least as good in both numbers and better in one. Equal points do not.
     """
     frontier: list[int] = []
     for index in sorted(range(len(points)), key=lambda i: points[i], reverse=True):
@@ -47,100 +47,102 @@ def pareto_frontier(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
-# Okabe and Ito's colours, which colour-blind people can tell apart.
+# Okabe and Ito's colors, distinct for color-blind readers.
 PALETTE = ('#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9', '#999999')
 MARKERS = 'osD^vPXp'
 INK, FAINT, GRID = '#222222', '#777777', '#E8E8E8'
 LEGEND_TITLES = ('attention removed', 'keep rate', 'tokens merged, r')
-PALEST = 0.8  # how white the smallest keep rate is
-PANEL, KEY, HEIGHT, ROW, BORDER = 5.4, 4.1, 5.0, 0.21, 1.2  # inches; BORDER: above and below the panels
+MAX_WHITE = 0.8  # fraction of white in the shade of the smallest keep rate
+PANEL, KEY, HEIGHT, ROW, BORDER = 5.4, 4.1, 5.0, 0.21, 1.2  # inches; BORDER: total height above and below the panels
 
 
-def draw(file: IO[bytes], dots: Sequence[Dot], title: str, caption: str) -> None:
-    """Writes a PNG: speed against computation, and against accuracy where it is known; the frontier has numbers."""
-    known = dots[0].acc1 is not None
-    frontier = sorted((dot for dot in dots if dot.number is not None), key=lambda dot: dot.number)
+def draw(file: IO[bytes], points: Sequence[Point], title: str, caption: str) -> None:
+    """Write a PNG of speed against MACs, and against accuracy if it is known, with a numbered frontier."""
+    known = points[0].acc1 is not None
+    frontier = sorted((point for point in points if point.number is not None), key=lambda point: point.number)
     columns = 1 + known
-    looks = Looks(dots)
-    rows = len(frontier) + 2 + sum(len(entries) + 2 for _, entries in looks.legends())
+    styles = MarkerStyles(points)
+    rows = len(frontier) + 2 + sum(len(entries) + 2 for _, entries in styles.legends())
     figure = Figure((PANEL * columns + KEY, max(HEIGHT, ROW * rows + BORDER)), dpi=130, layout='constrained')
     *panels, key = figure.subplots(1, columns + 1, width_ratios=[PANEL] * columns + [KEY])
-    draw_panel(panels[0], dots, [dot.macs / 1e9 for dot in dots], looks, joined=not known)
+    draw_panel(panels[0], points, [point.macs / 1e9 for point in points], styles, joined=not known)
     panels[0].set_xlabel('MACs of an image, G')
     panels[0].set_ylabel('images/s')
     if known:
-        draw_panel(panels[1], dots, [100 * dot.acc1 for dot in dots], looks, joined=True)
+        draw_panel(panels[1], points, [100 * point.acc1 for point in points], styles, joined=True)
         panels[1].set_xlabel('top-1 accuracy, %')
-    draw_key(key, frontier, dots[0], looks)
-    figure.suptitle(f'{title}: {len(dots)} combinations, {len(frontier)} on the frontier', color=INK, weight='bold')
+    draw_key(key, frontier, points[0], styles)
+    figure.suptitle(f'{title}: {len(points)} combinations, {len(frontier)} on the frontier', color=INK, weight='bold')
     figure.supxlabel(caption, color=FAINT, fontsize=8.5)
     figure.savefig(file, format='png')
 
 
-class Looks:
-    """Colour, shade and shape of the dots."""
+class MarkerStyles:
+    """Color, shade and shape of the points."""
 
-    def __init__(self, dots: Sequence[Dot]):
-        removed, keep_rates, numbers = (list(dict.fromkeys(values)) for values in list(zip(*dots))[:3])
+    def __init__(self, points: Sequence[Point]):
+        removed, keep_rates, numbers = (list(dict.fromkeys(values)) for values in list(zip(*points))[:3])
         keep_rates.sort(key=float, reverse=True)
-        paler = PALEST / max(1, len(keep_rates) - 1)
-        self.colours = {value: to_rgb(PALETTE[i % len(PALETTE)]) for i, value in enumerate(removed)}
-        self.white = {value: i * paler for i, value in enumerate(keep_rates)}
+        step = MAX_WHITE / max(1, len(keep_rates) - 1)
+        self.colors = {value: to_rgb(PALETTE[i % len(PALETTE)]) for i, value in enumerate(removed)}
+        self.white = {value: i * step for i, value in enumerate(keep_rates)}
         self.markers = {value: MARKERS[i % len(MARKERS)] for i, value in enumerate(numbers)}
 
-    def style(self, dot: Dot) -> dict:
-        """Arguments of a marker; black around those on the frontier."""
-        colour = self.colours[dot.removed]
+    def style(self, point: Point) -> dict:
+        """Return the arguments of a marker; points on the frontier have a black edge."""
+        color = self.colors[point.removed]
         return {
-            'marker': self.markers[dot.r],
-            'markerfacecolor': self.shade(colour, dot.keep_rate),
-            'markeredgecolor': colour if dot.number is None else INK,
-            'markeredgewidth': 1.0 if dot.number is None else 1.4,
-            'markersize': 6 if dot.number is None else 8,
+            'marker': self.markers[point.r],
+            'markerfacecolor': self.shade(color, point.keep_rate),
+            'markeredgecolor': color if point.number is None else INK,
+            'markeredgewidth': 1.0 if point.number is None else 1.4,
+            'markersize': 6 if point.number is None else 8,
             'linestyle': '',
         }
 
-    def shade(self, colour: tuple[float, float, float], keep_rate: str) -> tuple[float, ...]:
-        """The paler, the fewer tokens are kept."""
+    def shade(self, color: tuple[float, float, float], keep_rate: str) -> tuple[float, ...]:
+        """Mix a color with white: the fewer tokens are kept, the paler."""
         white = self.white[keep_rate]
-        return tuple(white + (1 - white) * part for part in colour)
+        return tuple(white + (1 - white) * part for part in color)
 
     def legends(self) -> list[tuple[str, dict[str, dict]]]:
-        """Title and entries of each legend that tells anything."""
+        """Return title and entries of each legend with more than one entry."""
         plain = {'marker': 'o', 'markersize': 7, 'linestyle': '', 'markeredgecolor': INK, 'markeredgewidth': 0.5}
-        grey = to_rgb(INK)
+        gray = to_rgb(INK)
         legends = [
-            {value: {**plain, 'markerfacecolor': colour} for value, colour in self.colours.items()},
-            {value: {**plain, 'markerfacecolor': self.shade(grey, value)} for value in self.white},
+            {value: {**plain, 'markerfacecolor': color} for value, color in self.colors.items()},
+            {value: {**plain, 'markerfacecolor': self.shade(gray, value)} for value in self.white},
             {value: {**plain, 'markerfacecolor': 'white', 'marker': marker} for value, marker in self.markers.items()},
         ]
         return [(title, entries) for title, entries in zip(LEGEND_TITLES, legends) if len(entries) > 1]
 
 
-def draw_panel(axes: Axes, dots: Sequence[Dot], places: Sequence[float], looks: Looks, joined: bool) -> None:
-    """Dots at `places` and their speeds; a line joins the frontier where it is the frontier of these two numbers."""
+def draw_panel(
+    axes: Axes, points: Sequence[Point], x_values: Sequence[float], styles: MarkerStyles, joined: bool
+) -> None:
+    """Draw the points at `x_values` and their speeds; `joined`: draw a line through the frontier."""
     axes.grid(color=GRID, zorder=0)
     axes.spines[['top', 'right']].set_visible(False)
     axes.spines[['left', 'bottom']].set_color(FAINT)
     axes.tick_params(colors=FAINT, labelcolor=INK)
     axes.margins(0.07)
     if joined:
-        line = sorted((x, dot.images_per_second[1]) for x, dot in zip(places, dots) if dot.number is not None)
+        line = sorted((x, point.images_per_second[1]) for x, point in zip(x_values, points) if point.number is not None)
         axes.plot(*zip(*line), color=INK, linewidth=1.2, alpha=0.5, zorder=2)
-    for x, dot in zip(places, dots):
-        low, speed, high = dot.images_per_second
-        on_top = 4 if dot.number is None else 6
-        axes.plot([x, x], [low, high], color=looks.colours[dot.removed], alpha=0.45, linewidth=1.2, zorder=on_top - 1)
-        axes.plot([x], [speed], zorder=on_top, **looks.style(dot))
-        if dot.number is not None:
+    for x, point in zip(x_values, points):
+        low, speed, high = point.images_per_second
+        on_top = 4 if point.number is None else 6
+        axes.plot([x, x], [low, high], color=styles.colors[point.removed], alpha=0.45, linewidth=1.2, zorder=on_top - 1)
+        axes.plot([x], [speed], zorder=on_top, **styles.style(point))
+        if point.number is not None:
             axes.annotate(
-                str(dot.number), (x, speed), (5, 5), textcoords='offset points', color=INK, weight='bold', fontsize=9,
+                str(point.number), (x, speed), (5, 5), textcoords='offset points', color=INK, weight='bold', fontsize=9,
                 zorder=7, path_effects=[withStroke(linewidth=1.8, foreground='white')],
             )  # fmt: skip
 
 
-def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks) -> None:
-    """The frontier as a table, and the legends below."""
+def draw_key(axes: Axes, frontier: Sequence[Point], given: Point, styles: MarkerStyles) -> None:
+    """Write the frontier as a table, and the legends below it."""
     axes.axis('off')
     known = given.acc1 is not None
     line = ROW / (axes.figure.get_figheight() - BORDER)
@@ -151,16 +153,16 @@ def draw_key(axes: Axes, frontier: Sequence[Dot], given: Dot, looks: Looks) -> N
 
     titles = ('', 'removed', 'keep', 'r', 'speed', 'top-1')
     rows = [
-        (str(dot.number), dot.removed, dot.keep_rate, dot.r,
-         f'{dot.images_per_second[1] / given.images_per_second[1]:.2f} ×', f'{100 * (dot.acc1 or 0):.2f}')
-        for dot in frontier
+        (str(point.number), point.removed, point.keep_rate, point.r,
+         f'{point.images_per_second[1] / given.images_per_second[1]:.2f} ×', f'{100 * (point.acc1 or 0):.2f}')
+        for point in frontier
     ]  # fmt: skip
     for row, cells in enumerate([titles, *rows]):
         for column, (x, text) in enumerate(zip(columns, cells)):
-            colour, weight = (FAINT, 'normal') if row == 0 else (INK, 'bold' if column == 0 else 'normal')
-            write(row, x, text, ha='left' if column == 1 else 'right', color=colour, weight=weight)
+            color, weight = (FAINT, 'normal') if row == 0 else (INK, 'bold' if column == 0 else 'normal')
+            write(row, x, text, ha='left' if column == 1 else 'right', color=color, weight=weight)
     row = len(frontier) + 2
-    for title, entries in looks.legends():
+    for title, entries in styles.legends():
         write(row, 0.0, title, color=FAINT)
         for value, style in entries.items():
             row += 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the tools that draw single images share."""
+"""Shared code of the tools that draw single images."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from utils.errors import UserError
 
 
 def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the number of each image and its pixels as an evaluation sees them, [H, W, C] uint8.
+    """Yield the index of each readable image and its pixels after the transform of evaluation, [H, W, C] uint8.
 
-    Of those that cannot be read it says why.
+    Prints why an image cannot be read.
 
     Raises:
-        UserError: in the end, when none of them could be read.
+        UserError: after the last image, if none could be read.
     """
     transform, files, found = build_transform(config, training=False), FileStorage('', paths), 0
     for index, path in enumerate(paths):
@@ -41,6 +41,6 @@ def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.nd
 
 
 def single_batch(image: np.ndarray, config: CfgNode) -> paddle.Tensor:
-    """Pixels [H, W, C] uint8 -> [1, C, H, W] as a model takes them."""
+    """Convert pixels [H, W, C] uint8 to normalized model input [1, C, H, W]."""
     batch = Batch(image[np.newaxis], targets={}, indices=np.zeros(1, 'int64'))
     return to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD).images

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how far and how evenly the attention heads of a Vision Transformer look: mean distance and entropy.
+"""Measure mean attention distance and attention entropy of each head of a Vision Transformer.
 
     python tools/analyze_attention.py -cfg configs/deit_tiny_patch16_224.yaml -pretrained deit_tiny_patch16_224.pdparams \
         -data_path /dataset/imagenet -output analysis/deit_tiny
 
-Writes analysis/deit_tiny.json (a number per head and block) and .png (boxes over the heads). docs/analysis.md explains both.
+Writes analysis/deit_tiny.json (one number per head and block) and .png (box plots over the heads); see docs/analysis.md.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import numpy as np
 from analysis.attention import PATCH_DISTANCE, mean_grid_distance, measure_attention
 from datasets import build_dataloader
 from engine import distributed
-from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised
+from tools._analysis import analysis_parser, chosen_images, load_transformer, normalized
 from tools._common import result_files, trained_config
 from utils.cli import run
 from utils.errors import UserError
 
 COLUMNS = '{:>5} {:>7} {:>8} {:>9}'
-COLOUR, FAINT = '#1f77b4', '#777777'
+COLOR, FAINT = '#1f77b4', '#777777'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f'{config.MODEL.NAME} has no attention; see MODEL.LAMBDA.')
     patch_distance = float(config.MODEL.TRANS.PATCH_SIZE) if args.pixels else PATCH_DISTANCE
     with result_files(args.target, 'json', 'png') as files, build_dataloader(config, data, training=False) as loader:
-        batches = (images for (images,) in normalised(loader, [config], 'attention'))
+        batches = (images for (images,) in normalized(loader, [config], 'attention'))
         measured = measure_attention(model, batches, patch_distance)
         if not measured['images']:
             raise UserError(f'none of the {len(data)} images of {data.source} could be read.')
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def report(result: dict) -> None:
-    """Prints the means over the heads."""
+    """Print the means over the heads."""
     print(COLUMNS.format('block', 'tokens', 'entropy', 'distance'))
     for block, (tokens, entropy, distance) in enumerate(zip(*map(result.get, ('tokens', 'entropy', 'distance')))):
         means = ('-', '-') if tokens is None else (f'{np.mean(entropy):.3f}', f'{np.mean(distance):.2f}')
@@ -82,7 +82,7 @@ def report(result: dict) -> None:
 
 
 def draw(result: dict):
-    """Boxes over the heads of each block, left of the entropies, right of the distances; dashed: even attention."""
+    """Draw box plots over the heads of each block: entropies (left), distances (right); dashed: uniform attention."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout='constrained')
@@ -95,8 +95,8 @@ def draw(result: dict):
         axes.axhline(limit, color=FAINT, linestyle='--', linewidth=1, label='even attention to all patches')
         axes.boxplot(
             heads, positions=blocks, widths=0.6, patch_artist=True, manage_ticks=False,
-            boxprops={'facecolor': (COLOUR, 0.5), 'edgecolor': COLOUR}, medianprops={'color': COLOUR},
-            whiskerprops={'color': COLOUR}, capprops={'color': COLOUR}, flierprops={'markeredgecolor': COLOUR},
+            boxprops={'facecolor': (COLOR, 0.5), 'edgecolor': COLOR}, medianprops={'color': COLOR},
+            whiskerprops={'color': COLOR}, capprops={'color': COLOR}, flierprops={'markeredgecolor': COLOR},
         )  # fmt: skip
         top = max(map(max, heads), default=0.0)
         axes.set(xlabel='block', ylabel=label, ylim=(0, 1.08 * max(limit, top)), xlim=(-0.7, len(result[name]) - 0.3))

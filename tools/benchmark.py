@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Compares models on this machine: size, multiply-accumulates, images per second, latency, memory.
+"""Compare models on this machine: parameters, multiply-accumulates, images per second, latency, memory.
 
     python tools/benchmark.py gmlp_ti16_224 gmlp_s16_224 -batch_size 8 -rounds 10 -json out.json
     python tools/benchmark.py gmlp_s16_224 -backend exported
     python tools/benchmark.py ms_mlp_tiny_patch4_shift5_224 -batch_size 4 -training
 
-Models take turns in every round, so that a busy machine does not favour one. docs/benchmark.md explains the columns.
+Each round runs every model once, so that other load slows all models alike. docs/benchmark.md explains the columns.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import paddle
 from config import flag_parser, get_config, update_config
 from engine import distributed
 from engine.distributed import Context
-from engine.throughput import Subject, peak_memory, time_interleaved
+from engine.throughput import BenchmarkCase, peak_memory, time_interleaved
 from models import build_model
 from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from models.profile import profile
@@ -65,49 +65,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
     )
-    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='of the exported program')
+    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='precision of the exported program')
     parser.add_argument(
-        '-training', action='store_true', help='a training step instead, with and without TRAIN.RECOMPUTE'
+        '-training', action='store_true', help='measure a training step instead, with and without TRAIN.RECOMPUTE'
     )
-    add_output_file(parser, flag='-json', dest='json', what='file to write the results to, too')
+    add_output_file(parser, flag='-json', dest='json', what='also write the results to this file')
     parser.set_defaults(batch_size=8)
     args = parser.parse_args(argv)
     if args.rounds < 1:
         raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
     if args.backend == 'dygraph' and args.precision != 'fp32':
-        raise UserError('-precision belongs to -backend exported; layers run in mixed precision with -amp, on a GPU.')
+        raise UserError('-precision needs -backend exported; layers run in mixed precision with -amp, on a GPU.')
     if args.backend == 'exported' and args.training:
-        raise UserError('-training belongs to -backend dygraph; exported programs only evaluate.')
+        raise UserError('-training needs -backend dygraph; exported programs only evaluate.')
     if args.backend == 'exported' and 'amp' in args:
-        raise UserError('-amp belongs to -backend dygraph; give -precision bf16 to the exported program.')
+        raise UserError('-amp needs -backend dygraph; use -precision bf16 for the exported program.')
     return args
 
 
 def benchmark(args: argparse.Namespace) -> dict:
-    """Measures the models, prints the table and returns everything that the JSON file says."""
+    """Measure the models, print the table and return the content of the JSON file."""
     context = distributed.start()
     if args.precision == 'bf16' and emulates_bfloat16():
         raise UserError(
             'this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16): leave -precision out.'
         )
     if 'amp' in args and not context.on_gpu:
-        print('-amp is asked for, but mixed precision needs a GPU: measuring in float32.')
-    subjects = find_subjects(args)
-    facts = environment(args, context)
-    print(', '.join(f'{key} {value}' for key, value in facts.items()))
-    rows = [cost(subject) for subject in subjects]
-    (measure_training if args.training else measure_evaluation)(rows, subjects, args, context)
-    return {'environment': facts, 'models': rows}
+        print('-amp is set, but mixed precision needs a GPU: measuring in float32.')
+    cases = find_cases(args)
+    info = environment(args, context)
+    print(', '.join(f'{key} {value}' for key, value in info.items()))
+    rows = [cost(case) for case in cases]
+    (measure_training if args.training else measure_evaluation)(rows, cases, args, context)
+    return {'environment': info, 'models': rows}
 
 
-def measure_evaluation(rows: list[dict], subjects: list[Subject], args: argparse.Namespace, context: Context) -> None:
-    """Fills in speed, latency and memory of forward passes, and prints the table."""
+def measure_evaluation(
+    rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context
+) -> None:
+    """Add speed, latency and memory of forward passes to the rows, and print the table."""
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
         if args.backend == 'exported':
-            subjects = [export(subject, os.path.join(folder, f'{i}')) for i, subject in enumerate(subjects)]
-        for row, subject in zip(rows, subjects):
-            row['memory_bytes'] = peak_memory(subject, args.batch_size)
-        calls = [call for subject in subjects for call in subject.calls([args.batch_size, 1], context)]
+            cases = [export(case, os.path.join(folder, f'{i}')) for i, case in enumerate(cases)]
+        for row, case in zip(rows, cases):
+            row['memory_bytes'] = peak_memory(case, args.batch_size)
+        calls = [call for case in cases for call in case.calls([args.batch_size, 1], context)]
     seconds = time_interleaved(calls, context, args.rounds, WARMUP)
     for row, batch, single in zip(rows, seconds[::2], seconds[1::2]):
         row['images_per_second'] = args.batch_size / statistics.median(batch)
@@ -117,43 +119,41 @@ def measure_evaluation(rows: list[dict], subjects: list[Subject], args: argparse
     print_table(rows)
 
 
-def measure_training(rows: list[dict], subjects: list[Subject], args: argparse.Namespace, context: Context) -> None:
-    """Fills in time and memory of forward and backward pass as `plain` and `recompute`, and prints the table."""
+def measure_training(rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context) -> None:
+    """Add time and memory of forward and backward pass as `plain` and `recompute` to the rows, and print the table."""
     variants = {'plain': False, 'recompute': True}
     steps = [
-        (row, name, recomputing(subject, again))
-        for row, subject in zip(rows, subjects)
-        for name, again in variants.items()
+        (row, name, with_recompute(case, value)) for row, case in zip(rows, cases) for name, value in variants.items()
     ]
-    for row, name, subject in steps:
-        row[name] = {'memory_bytes': peak_memory(subject, args.batch_size, training=True)}
-    calls = [subject.training_call(args.batch_size, context) for _, _, subject in steps]
+    for row, name, case in steps:
+        row[name] = {'memory_bytes': peak_memory(case, args.batch_size, training=True)}
+    calls = [case.training_call(args.batch_size, context) for _, _, case in steps]
     for (row, name, _), seconds in zip(steps, time_interleaved(calls, context, args.rounds, WARMUP)):
         row[name].update(step_ms=statistics.median(seconds) * 1000, step_seconds=seconds)
     print_training_table(rows)
 
 
-def recomputing(subject: Subject, again: bool) -> Subject:
-    """The same subject with TRAIN.RECOMPUTE on or off."""
-    config = subject.config.clone()
+def with_recompute(case: BenchmarkCase, value: bool) -> BenchmarkCase:
+    """Return the case with TRAIN.RECOMPUTE set to `value`."""
+    config = case.config.clone()
     config.defrost()
-    config.TRAIN.RECOMPUTE = again
+    config.TRAIN.RECOMPUTE = value
     config.freeze()
-    return replace(subject, config=config)
+    return replace(case, config=config)
 
 
-def find_subjects(args: argparse.Namespace) -> list[Subject]:
-    """The models of the command line, each with its configuration."""
-    subjects = []
+def find_cases(args: argparse.Namespace) -> list[BenchmarkCase]:
+    """Return the models of the command line, each with its configuration."""
+    cases = []
     for name in args.models:
         config = update_config(get_config(), argparse.Namespace(**{**vars(args), 'cfg': config_file(name)}))
         config.freeze()
-        subjects.append(Subject(name, config, precision=args.precision))
-    return subjects
+        cases.append(BenchmarkCase(name, config, precision=args.precision))
+    return cases
 
 
 def environment(args: argparse.Namespace, context: Context) -> dict:
-    """What the numbers depend on besides the models."""
+    """Return the conditions of the measurement."""
     device = paddle.device.cuda.get_device_name() if context.on_gpu else processor_name()
     return {
         'paddle': paddle.__version__,
@@ -167,21 +167,21 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
     }
 
 
-def cost(subject: Subject) -> dict:
-    """Name, input and what can be counted without running the model."""
-    found = profile(build_model(subject.config), [1, *subject.image_shape()])
+def cost(case: BenchmarkCase) -> dict:
+    """Return name, image size, parameters and MACs of a model."""
+    found = profile(build_model(case.config), [1, *case.image_shape()])
     return {
-        'name': subject.name,
-        'image_size': subject.config.DATA.IMAGE_SIZE,
+        'name': case.name,
+        'image_size': case.config.DATA.IMAGE_SIZE,
         'params': found.params,
         'macs': found.macs,
     }
 
 
-def export(subject: Subject, prefix: str) -> Subject:
-    """The same subject, run from exported files."""
-    save_program(build_model(subject.config), subject.image_shape(), prefix)
-    return replace(subject, program=prefix)
+def export(case: BenchmarkCase, prefix: str) -> BenchmarkCase:
+    """Export the model of a case, and return the case that runs the exported files."""
+    save_program(build_model(case.config), case.image_shape(), prefix)
+    return replace(case, program=prefix)
 
 
 def print_table(rows: list[dict]) -> None:
@@ -222,7 +222,7 @@ def print_training_table(rows: list[dict]) -> None:
 
 
 def megabytes(count: int | None) -> str:
-    """Bytes as tables say them."""
+    """Format a number of bytes in MB."""
     return '-' if count is None else f'{count / 1e6:.0f}'
 
 

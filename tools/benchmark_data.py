@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures how fast training images are prepared on this machine.
+"""Measure how many training images per second the data pipeline prepares on this machine.
 
     python tools/benchmark_data.py
     python tools/benchmark_data.py -images 512 -rounds 9 -workers 0 2 4 8 -json data.json
 
-Works on generated photographs, JPEG files of 500 x 375 pixels (4:2:0, quality 92). The first table compares one core with what
-a PyTorch recipe does per image; the second one storages and numbers of workers. docs/data.md explains the columns.
+Images are generated photographs, JPEG files of 500 x 375 pixels (4:2:0, quality 92). The first table compares the pipeline on
+one core with that of a PyTorch recipe, the second one storages and numbers of workers. docs/data.md explains the columns.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from PIL import Image
 
 from config import get_config
 from datasets import Loader, build_dataloader, build_dataset
-from datasets.augment import BICUBIC, Canvas, RandAugment
+from datasets.augment import BICUBIC, RandAugment, StyleSampler
 from datasets.batch import to_device
 from datasets.images import FORMATS
 from datasets.transforms import RandomResizedCrop
@@ -59,19 +59,19 @@ STORAGES = {
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    facts = {
+    info = {
         'processor': processor_name(),
         'pillow': PIL.__version__,
         'images': args.images,
         'image_size': args.image_size,
     }
-    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    print(', '.join(f'{key} {value}' for key, value in info.items()))
     with tempfile.TemporaryDirectory(prefix='benchmark-data-') as folder:
         write_photographs(os.path.join(folder, 'train'), args.images)
         with contextlib.redirect_stdout(io.StringIO()):
             for tool in (make_lmdb, make_zip):
                 tool.main(['-data_path', folder, '-dataset', 'folder', '-split', 'train'])
-        result = {'environment': facts, **measure_one_core(folder, args), 'loader': measure_loaders(folder, args)}
+        result = {'environment': info, **measure_one_core(folder, args), 'loader': measure_loaders(folder, args)}
     print_tables(result)
     if args.json:
         with atomic_write(args.json, 'w') as file:
@@ -83,12 +83,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add('-images', type=int, default=128, metavar='N', help='images to work on (default: 128)')
+    add('-images', type=int, default=128, metavar='N', help='number of images (default: 128)')
     add('-rounds', type=int, default=5, metavar='N', help='timed rounds (default: 5)')
     add('-workers', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='numbers of workers (default: 0 1 2)')
     add('-image_size', type=int, default=224, metavar='N', help='side of the input in pixels (default: 224)')
     add('-batch_size', type=int, default=32, metavar='N', help='images per batch (default: 32)')
-    add_output_file(parser, flag='-json', dest='json', what='file to write the results to, too')
+    add_output_file(parser, flag='-json', dest='json', what='also write the results to this file')
     args = parser.parse_args(argv)
     for name in ('images', 'rounds', 'image_size', 'batch_size'):
         if getattr(args, name) < 1:
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def write_photographs(folder: str, count: int) -> None:
-    """Parts of scikit-learn's two photographs, with the noise of a camera, in two class folders."""
+    """Write crops of scikit-learn's two photographs, with camera noise, to two class folders."""
     from sklearn.datasets import load_sample_images
 
     rng = np.random.default_rng(0)
@@ -118,7 +118,7 @@ def write_photographs(folder: str, count: int) -> None:
 
 
 def make_loader(folder: str, args: argparse.Namespace, *options: dict, workers: int = 0) -> Loader:
-    """A training loader of the product, as a launcher builds it."""
+    """Build a training loader as a launcher does."""
     keys = {'DATA.DATA_PATH': folder, 'DATA.IMAGE_SIZE': args.image_size, 'DATA.CROP': 'resized'}
     keys |= {'DATA.BATCH_SIZE': args.batch_size, 'DATA.NUM_WORKERS': workers, 'TRAIN.RANDOM_ERASE_PROB': 0.0}
     keys |= {'DATA.IMAGENET_MEAN': MEAN, 'DATA.IMAGENET_STD': STD}
@@ -130,17 +130,17 @@ def make_loader(folder: str, args: argparse.Namespace, *options: dict, workers: 
 
 # ---------------------------------------------------------------------------------------------------- one core
 class Reference:
-    """What a PyTorch recipe does: Pillow decodes, crops, resizes and flips; ToTensor, Normalize and the collation follow.
+    """Pipeline of a PyTorch recipe: Pillow decodes, crops, resizes and flips, then ToTensor, Normalize and collate.
 
-    It draws from the generators that the product draws from, so both make the same picture.
+    It uses the same random numbers as LeanViT's loader, so both give the same images.
     """
 
     def __init__(self, paths: list[str], side: int, randaugment: bool):
         self.paths = paths
         self.side = side
         self.box = RandomResizedCrop(side, (0.08, 1.0), (3 / 4, 4 / 3), (BICUBIC,)).box
-        canvas = Canvas('timm', 'bicubic', tuple(round(255 * value) for value in MEAN))
-        self.augment = RandAugment(2, 9, canvas) if randaugment else None
+        styles = StyleSampler('timm', 'bicubic', tuple(round(255 * value) for value in MEAN))
+        self.augment = RandAugment(2, 9, styles) if randaugment else None
 
     def picture(self, index: int) -> Image.Image:
         rng = np.random.default_rng([0, 0, index, 0])
@@ -152,7 +152,7 @@ class Reference:
         return self.augment(image, rng) if self.augment else image
 
     def image(self, index: int) -> np.ndarray:
-        """[3, H, W] float32, normalised."""
+        """Return [3, H, W] float32, normalized."""
         pixels = np.ascontiguousarray(np.array(self.picture(index)).transpose(2, 0, 1)).astype(np.float32)
         pixels /= 255
         pixels -= np.array(MEAN, np.float32).reshape(-1, 1, 1)
@@ -160,12 +160,12 @@ class Reference:
         return pixels
 
     def epoch(self, order: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-        """Batches [B, 3, H, W] of the given indices."""
+        """Return batches [B, 3, H, W] of the given indices."""
         return (np.stack([self.image(index) for index in batch]) for batch in order)
 
 
 def measure_one_core(folder: str, args: argparse.Namespace) -> dict:
-    """Images per second of processor time: the reference, and the product's loader without worker processes."""
+    """Measure images per second of CPU time: the reference, and LeanViT's loader without worker processes."""
     rows, epochs = [], []
     for recipe, keys in RECIPES.items():
         loaders = {name: make_loader(folder, args, STORAGES['folder'], keys, more) for name, more in PIPELINES.items()}
@@ -179,32 +179,34 @@ def measure_one_core(folder: str, args: argparse.Namespace) -> dict:
             rows.append({'recipe': recipe, 'pipeline': name, 'difference': difference(reference, loader)})
             epochs.append(functools.partial(loader.epoch, 0))
     epochs.append(lambda: (to_device(batch, MEAN, STD) for batch in batches))
-    *seconds, normalising = processor_seconds(epochs, len(batches), args.rounds)
+    *seconds, normalizing = processor_seconds(epochs, len(batches), args.rounds)
     base = {row['recipe']: time_taken for row, time_taken in zip(rows, seconds) if row['pipeline'] == 'reference'}
     for row, time_taken in zip(rows, seconds):
         row['images_per_second'] = args.images / time_taken
         row['ratio'] = base[row['recipe']] / time_taken
         if row['pipeline'] != 'reference':
-            row['ratio_normalised'] = base[row['recipe']] / (time_taken + normalising)
-    return {'one_core': rows, 'normalising_ms': 1000 * normalising / args.images}
+            row['ratio_normalized'] = base[row['recipe']] / (time_taken + normalizing)
+    return {'one_core': rows, 'normalizing_ms': 1000 * normalizing / args.images}
 
 
 def processor_seconds(epochs: Sequence[Callable[[], Iterator]], batches: int, rounds: int) -> list[float]:
-    """Of one pass over each: the sum of its batches' medians over the rounds. They take turns batch by batch, so that whatever
-    else the machine does slows all of them alike; a first round does not count."""
+    """Return the CPU time of each epoch: the sum over its batches of the median over the rounds, after a warm-up round.
+
+    The epochs alternate batch by batch, so that other load on the machine slows all of them alike.
+    """
     seconds = np.zeros((len(epochs), rounds + 1, batches))
     for round_ in range(rounds + 1):
         running = [epoch() for epoch in epochs]
         for batch in range(batches):
-            for place, iterator in enumerate(running):
-                began = time.process_time()
+            for index, iterator in enumerate(running):
+                started = time.process_time()
                 next(iterator)
-                seconds[place, round_, batch] = time.process_time() - began
+                seconds[index, round_, batch] = time.process_time() - started
     return np.median(seconds[:, 1:], axis=1).sum(axis=1).tolist()
 
 
 def difference(reference: Reference, loader: Loader) -> float:
-    """Mean absolute difference of the pixels of the first batch, of 255."""
+    """Return the mean absolute difference of the pixels of the first batch, of 255."""
     batch = next(loader.epoch(0))
     expected = np.stack([np.asarray(reference.picture(index), np.int16) for index in batch.indices])
     return float(np.abs(batch.images - expected).mean())
@@ -212,7 +214,7 @@ def difference(reference: Reference, loader: Loader) -> float:
 
 # ---------------------------------------------------------------------------------------------------- loader
 def measure_loaders(folder: str, args: argparse.Namespace) -> list[dict]:
-    """Images per second of wall time of each storage with each number of workers, cropped and flipped, in the best round."""
+    """Measure images per second of wall time, best of the rounds, for each storage and number of workers (crop, flip)."""
     rows, loaders = [], []
     with contextlib.ExitStack() as stack:
         for storage, keys in STORAGES.items():
@@ -220,12 +222,12 @@ def measure_loaders(folder: str, args: argparse.Namespace) -> list[dict]:
                 loader = make_loader(folder, args, RECIPES['crop, flip'], keys, workers=workers)
                 rows.append({'storage': storage, 'workers': workers, 'images_per_second': 0.0})
                 loaders.append(stack.enter_context(loader))
-        for round_ in range(args.rounds + 1):  # the first one starts the workers
+        for round_ in range(args.rounds + 1):  # the first round starts the workers
             for row, loader in zip(rows, loaders):
-                began = time.perf_counter()
+                started = time.perf_counter()
                 count = sum(len(batch) for batch in loader.epoch(round_))
                 if round_:
-                    row['images_per_second'] = max(row['images_per_second'], count / (time.perf_counter() - began))
+                    row['images_per_second'] = max(row['images_per_second'], count / (time.perf_counter() - started))
     return rows
 
 
@@ -234,9 +236,9 @@ def print_tables(result: dict) -> None:
     for row in result['one_core']:
         print(f'{row["recipe"]:24s} {row["pipeline"]:21s} {row["images_per_second"]:8.1f} {row["ratio"]:6.2f}', end='')
         if row['pipeline'] != 'reference':
-            print(f'   normalised {row["ratio_normalised"]:.2f}, pixels differ by {row["difference"]:.2f}', end='')
+            print(f'   normalized {row["ratio_normalized"]:.2f}, pixels differ by {row["difference"]:.2f}', end='')
         print()
-    print(f'normalising a batch on this CPU: {result["normalising_ms"]:.2f} ms per image')
+    print(f'normalizing a batch on this CPU: {result["normalizing_ms"]:.2f} ms per image')
     rows = result['loader']
     workers = sorted({row['workers'] for row in rows})
     print(

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Compares the layers of two Vision Transformers on the same images: centred kernel alignment (CKA).
+"""Compare the layers of two Vision Transformers on the same images by centered kernel alignment (CKA).
 
     python tools/compare_layers.py -cfg configs/vit_tiny_patch16_224_mae_finetune.yaml -pretrained mae_tiny.pdparams \
         -cfg2 configs/deit_tiny_patch16_224.yaml -pretrained2 deit_tiny_patch16_224.pdparams \
         -data_path /dataset/imagenet -output analysis/mae_tiny-deit_tiny
 
-Writes a table of similarities (.json) and a picture of it (.png). docs/analysis.md explains both.
+Writes a table of similarities (.json) and its heat map (.png); see docs/analysis.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from analysis.attention import MIN_BATCH, compare_layers
 from config import config_file_of
 from datasets import build_dataloader
 from engine import distributed
-from tools._analysis import analysis_parser, chosen_images, load_transformer, normalised
+from tools._analysis import analysis_parser, chosen_images, load_transformer, normalized
 from tools._common import result_files, trained_config
 from utils.cli import run
 from utils.errors import UserError
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         result_files(args.target, 'json', 'png') as files,
         build_dataloader(configs[0], data, training=False) as loader,
     ):
-        cka, images = compare_layers(*models, normalised(loader, configs, 'layers'))
+        cka, images = compare_layers(*models, normalized(loader, configs, 'layers'))
         result = {
             'models': [{'model': config.MODEL.NAME, 'weights': config.MODEL.PRETRAINED} for config in configs],
             'split': args.split,
@@ -55,24 +55,24 @@ def main(argv: list[str] | None = None) -> None:
         json.dump(result, files['json'], indent=2, allow_nan=False)
         draw(result).savefig(files['png'], format='png', dpi=150)
     if images < len(data):
-        print(f'{len(data) - images} images are left out: unreadable, or in a batch of fewer than {MIN_BATCH}.')
+        print(f'{len(data) - images} images are skipped: unreadable, or in a batch of fewer than {MIN_BATCH}.')
     if np.isnan(cka).any():
-        print(f'{np.isnan(cka).sum()} pairs of layers have no CKA: one of the two is the same for all images.')
+        print(f'{np.isnan(cka).sum()} pairs of layers have no CKA: the output of a layer is the same for all images.')
     print(f'written: {args.target}.json, {args.target}.png ({images} images)')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = analysis_parser('Compare the layers of two models. Images, and their transform, are those of the first.')
+    parser = analysis_parser('Compare the layers of two models. Images and transform are those of the first model.')
     parser.add_argument(
-        '-cfg2', metavar='FILE', help='YAML file of the second model; None: as of its run folder, else as -cfg'
+        '-cfg2', metavar='FILE', help='YAML file of the second model (default: that of its run folder, else -cfg)'
     )
     parser.add_argument('-pretrained2', metavar='FILE', required=True, help='weights of the second model')
     parser.add_argument(
         '-opts2', nargs=argparse.REMAINDER, default=[], metavar='KEY VALUE',
-        help='any configuration keys of the second model; after all flags but -opts',
+        help='any configuration keys of the second model; after all flags except -opts',
     )  # fmt: skip
     args = parser.parse_args(argv)
-    # Each of the two takes all that follows: the one that comes second is in the other.
+    # Each of the two flags takes all following words, so the values of the first one contain the second one.
     for mine, other in (('opts', 'opts2'), ('opts2', 'opts')):
         values = getattr(args, mine)
         if f'-{other}' in values:
@@ -83,7 +83,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def of_second(args: argparse.Namespace) -> argparse.Namespace:
-    """The flags of the second model, as if it were alone."""
+    """Return the flags of the second model under the names of the first."""
     second = argparse.Namespace(pretrained=args.pretrained2, opts=args.opts2)
     second.cfg = args.cfg2 or config_file_of(second) or config_file_of(args)
     if 'image_size' in args:
@@ -92,12 +92,12 @@ def of_second(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def check(first, second) -> None:
-    """Raises UserError where two models cannot see the same images."""
+    """Raise UserError if the two models cannot take the same images."""
     for key, advice in (('IMAGE_SIZE', '; give both -image_size'), ('IMAGE_CHANNELS', '')):
         ours, theirs = first.DATA[key], second.DATA[key]
         if ours != theirs:
             raise UserError(
-                f'DATA.{key} of the first model is {ours}, of the second {theirs}: they must see the same images{advice}.'
+                f'DATA.{key} of the first model is {ours}, of the second {theirs}: both must take the same images{advice}.'
             )
     batch = first.DATA.BATCH_SIZE_EVAL or first.DATA.BATCH_SIZE
     if batch < MIN_BATCH:
@@ -105,15 +105,15 @@ def check(first, second) -> None:
 
 
 def draw(result: dict):
-    """The table as a map, from dark, 0, to bright, 1; the first layers are at the lower left."""
+    """Draw the table as a heat map from 0 (dark) to 1 (bright); the first layers are at the lower left."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     cka = np.array(result['cka'], dtype=float)
     figure = Figure(figsize=(6, 5), layout='constrained')
     axes = figure.subplots()
-    colours = colormaps['magma'].with_extremes(bad='#cccccc')
-    picture = axes.imshow(cka, origin='lower', cmap=colours, vmin=0, vmax=1)
+    colors = colormaps['magma'].with_extremes(bad='#cccccc')
+    picture = axes.imshow(cka, origin='lower', cmap=colors, vmin=0, vmax=1)
     figure.colorbar(picture, ax=axes, label='CKA')
     rows, columns = cka.shape
     names = [label(model) for model in result['models']]
@@ -123,13 +123,13 @@ def draw(result: dict):
 
 
 def label(model: dict) -> str:
-    """The name of a model and what its weights are called."""
+    """Return the name of a model and of its weights."""
     weights = os.path.basename(os.path.normpath(model['weights'])) if model['weights'] else 'random'
     return f'{model["model"]} ({weights.removesuffix(".pdparams")})'
 
 
 def ticks(layers: int) -> list[int]:
-    """Some of the numbers of layers: 0, 3, 6, 9, 12 of 13."""
+    """Return evenly spaced layer numbers for the axes: 0, 3, 6, 9, 12 of 13."""
     return list(range(0, layers, max(1, round((layers - 1) / 4))))
 
 

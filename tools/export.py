@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Exports a trained classifier as an inference program that runs without this code.
+"""Export a trained classifier as an inference program that runs without this code.
 
     python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams -output exported/gmlp_s16_224
     python tools/export.py -pretrained output/latest -output exported/mine
 
-Writes exported/mine.json (program), .pdiparams (weights) and .preprocess.json (what to do to an image before). They
-appear only after the program has been run and agrees with the model. docs/predict_export.md shows how to use them.
+Writes exported/mine.json (program), .pdiparams (weights) and .preprocess.json (preprocessing of images). The files appear
+only if the output of the program equals that of the model. docs/predict_export.md shows how to use them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
     folder, name = os.path.split(os.path.abspath(args.target))
-    paddle.set_device('cpu')  # the files are the same for all devices, and here float32 is float32
+    paddle.set_device('cpu')  # the files do not depend on the device, and the CPU computes in full float32
     model = load_classifier(config)
     config.MODEL.NUM_CLASSES = model.num_classes
     task = build_task(config)
@@ -68,7 +68,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @contextlib.contextmanager
 def unfinished_files(folder: str, name: str) -> Iterator[str]:
-    """Yields a prefix of files in a temporary folder below `folder`; Paddle takes it whatever bytes the names hold."""
+    """Yield a file prefix in a temporary folder below `folder`, through a link, since Paddle takes plain names only."""
     with (
         tempfile.TemporaryDirectory(prefix=f'.{name}.', suffix='.tmp', dir=folder) as unfinished,
         tempfile.TemporaryDirectory() as plain,
@@ -79,15 +79,15 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
 
 
 def image_shape(task: Task) -> list[int]:
-    """[C, H, W]."""
+    """Return [C, H, W]."""
     return list(task.example(1).images.shape[1:])
 
 
 def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
-    """Writes the program and runs it; returns the largest difference of a logit, relative to the largest logit.
+    """Write the program and run it. Return the largest difference of a logit, relative to the largest logit.
 
     Raises:
-        UserError: when that is too large.
+        UserError: the difference is too large.
     """
     rng = np.random.default_rng(0)
     batches = [rng.standard_normal((size, *shape), 'float32') for size in BATCHES]
@@ -96,7 +96,7 @@ def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
     save_program(model, shape, prefix)
     try:
         predictor = Predictor(prefix)
-    except Exception as error:  # of whichever kind: Paddle writes the files without noticing that the disk is full
+    except Exception as error:  # of any type: Paddle reports no error on a full disk
         raise UserError(
             'the exported program cannot be read back, so nothing is written; free space on its disk, or write elsewhere '
             '(-output).'
@@ -116,7 +116,7 @@ def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def describe(config, num_classes: int, task: Task | None = None) -> dict:
-    """What a program needs to be given, so that its answers are those of the evaluation."""
+    """Return the preprocessing that gives a program the same inputs as the evaluation."""
     data, task = config.DATA, build_task(config) if task is None else task
     return {
         'model': config.MODEL.NAME,
@@ -131,7 +131,7 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
 
 
 def publish(prefix: str, target: str) -> None:
-    """Moves the files to their place. The program, without which nothing loads, goes first and comes last."""
+    """Move the files to their target. The old program is removed first and the new one is moved last, since all need it."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(target + PROGRAM)
     for suffix in (WEIGHTS, PREPROCESS, PROGRAM):

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes train_list.txt and val_list.txt from a folder per class, one line per image: relative path, blank, label.
+"""Write train_list.txt and val_list.txt from class folders, one line per image: relative path, blank, label.
 
     python tools/make_lists.py -data_path /data/flowers              from train/<class>/ and val/<class>/
-    python tools/make_lists.py -data_path /data/flowers -split 0.1   from <class>/ (or train/<class>/), a tenth held out
-    python tools/make_lists.py -data_path /data/flowers -per_class 20   few labels: 20 training images of each class
+    python tools/make_lists.py -data_path /data/flowers -split 0.1   from <class>/ (or train/<class>/), 10 % for validation
+    python tools/make_lists.py -data_path /data/flowers -per_class 20   20 training images per class
 
-Classes are numbered in sorted order. With -split each class gives the same share. Draws have a fixed seed.
+Classes are numbered in sorted order. -split takes the same fraction of each class. Draws have a fixed seed.
 """
 
 from __future__ import annotations
@@ -52,30 +52,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument('-data_path', metavar='DIR', required=True, help='folder that holds the images')
-    parser.add_argument('-split', metavar='SHARE', type=float, help='hold this share of each class out for validation')
-    parser.add_argument('-per_class', metavar='N', type=int, help='list only so many training images of each class')
-    parser.add_argument('-seed', metavar='N', type=int, default=0, help='of the draws (default: 0)')
+    parser.add_argument('-split', metavar='FRACTION', type=float, help='fraction of each class for validation')
+    parser.add_argument('-per_class', metavar='N', type=int, help='maximum of training images per class')
+    parser.add_argument('-seed', metavar='N', type=int, default=0, help='seed of the draws (default: 0)')
     parser.add_argument('-force', action='store_true', help='overwrite existing list files')
     args = parser.parse_args(argv)
     if args.split is not None and not 0 < args.split < 1:
-        raise UserError(f'-split is {args.split}, but must lie between 0 and 1.')
+        raise UserError(f'-split is {args.split}, but must be between 0 and 1.')
     if args.per_class is not None and args.per_class < 1:
         raise UserError(f'-per_class is {args.per_class}, but must be at least 1.')
     return args
 
 
 def read_folders(root: str) -> tuple[list[str], dict[str, Entries]]:
-    """Class names and the entries below `root/train` and `root/val`."""
+    """Return the class names, and the entries below `root/train` and `root/val`."""
     if not os.path.isdir(os.path.join(root, 'val')) and os.path.isdir(root):
-        raise UserError(f"'{root}' has no val/; -split 0.1 holds a tenth of the images out instead.")
+        raise UserError(f"'{root}' has no val/; -split 0.1 takes a tenth of the images for validation instead.")
     names = class_folders(os.path.join(root, 'train'))
     return names, {'train': entries_below(root, 'train', names), 'val': entries_below(root, 'val', names)}
 
 
-def split_folder(root: str, share: float, seed: int) -> tuple[list[str], dict[str, Entries]]:
-    """Class names and the entries below `root/train`, or `root` without such a folder, in two disjoint parts."""
+def split_folder(root: str, fraction: float, seed: int) -> tuple[list[str], dict[str, Entries]]:
+    """Return the class names, and the entries below `root/train`, else below `root`, in two disjoint splits."""
     if os.path.isdir(os.path.join(root, 'val')):
-        raise UserError(f"'{root}' has a validation part in val/ already; leave -split out.")
+        raise UserError(f"'{root}' has a validation split in val/ already; remove -split.")
     part = 'train' if os.path.isdir(os.path.join(root, 'train')) else ''
     names = class_folders(os.path.join(root, part))
     entries = entries_below(root, part, names)
@@ -86,7 +86,7 @@ def split_folder(root: str, share: float, seed: int) -> tuple[list[str], dict[st
         members = rng.permutation(np.flatnonzero(labels == label))
         if len(members) < 2:
             raise UserError(f"class '{names[label]}' has a single image, which cannot be split.")
-        held_out[members[: min(max(1, round(share * len(members))), len(members) - 1)]] = True
+        held_out[members[: min(max(1, round(fraction * len(members))), len(members) - 1)]] = True
     return names, {
         'train': [entry for entry, out in zip(entries, held_out) if not out],
         'val': [entry for entry, out in zip(entries, held_out) if out],
@@ -94,7 +94,7 @@ def split_folder(root: str, share: float, seed: int) -> tuple[list[str], dict[st
 
 
 def few_of_each(names: list[str], entries: Entries, count: int, seed: int) -> Entries:
-    """`count` entries of each class, in their order."""
+    """Draw `count` entries of each class, in their order."""
     rng, chosen = np.random.default_rng(seed), []
     labels = np.array([label for _, label in entries])
     for label, name in enumerate(names):
@@ -106,7 +106,7 @@ def few_of_each(names: list[str], entries: Entries, count: int, seed: int) -> En
 
 
 def entries_below(root: str, part: str, names: list[str]) -> Entries:
-    """Images of each class in `root/part`, with paths relative to `root`. Prints which files are left out."""
+    """List the images of each class in `root/part`, with paths relative to `root`. Prints the skipped files."""
     paths, labels, left_out = listed_images(os.path.join(root, part), names)
     if left_out:
         print(left_out, file=sys.stderr)

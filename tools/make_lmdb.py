@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes train.lmdb and val.lmdb from list files, a folder per class, or any other data set of image files.
+"""Write train.lmdb and val.lmdb from list files, class folders, or any other data set of image files.
 
     python tools/make_lmdb.py -data_path /dataset/imagenet -output /ssd/imagenet
     python main_single_gpu.py -dataset lmdb -data_path /ssd/imagenet ...
 
-Image files are stored as they are. An interrupted run continues where it stopped; a file takes its name only when each
-record has been read back. datasets/lmdb.py describes the format.
+Image files are stored unchanged. An interrupted run continues where it stopped. A file gets its name only after each record
+has been verified. datasets/lmdb.py describes the format.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import writing
 
-_SOURCE_KEY = b'__source__'  # what the file is made from; another source cannot continue it
+_SOURCE_KEY = b'__source__'  # fingerprint of the data set; a run continues only with the same one
 _CHUNK = 256  # images per transaction
-_FIRST_SIZE = 1 << 30  # of the map; it grows with the data
+_FIRST_SIZE = 1 << 30  # initial map size; it grows with the data
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -61,13 +61,11 @@ def main(argv: list[str] | None = None) -> int | None:
         print('interrupted; the same command continues.', file=sys.stderr)
         return exit_status(error)
     except lmdb_module().Error as error:
-        raise UserError(
-            f"cannot write '{target}': {error}; the same command continues once that is corrected."
-        ) from None
+        raise UserError(f"cannot write '{target}': {error}; fix this, then the same command continues.") from None
 
 
 def write_lmdb(dataset: Dataset, target: str) -> None:
-    """Writes `target`, or what is still missing of it, through `target`.partial."""
+    """Write `target` through `target`.partial, which may hold the records of an interrupted run."""
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
     partial = target + '.partial'
     with partial_file(partial, fingerprint(dataset)) as environment:
@@ -79,7 +77,7 @@ def write_lmdb(dataset: Dataset, target: str) -> None:
 
 
 def fingerprint(dataset: Dataset) -> bytes:
-    """Says which images with which labels, in which order, a file is made from."""
+    """Return a hash of the images, their labels and their order."""
     digest = hashlib.sha256(dataset.labels.tobytes())
     for index in range(len(dataset)):
         digest.update(os.fsencode(dataset.describe(index)) + b'\0')
@@ -88,7 +86,7 @@ def fingerprint(dataset: Dataset) -> bytes:
 
 @contextlib.contextmanager
 def partial_file(path: str, source: bytes) -> Iterator:
-    """An unfinished file open for writing by this process alone; started again unless it was made from the same source."""
+    """Open and lock an unfinished file for writing. A file from another source is cleared."""
     lmdb = lmdb_module()
     with open(path, 'ab') as lock:
         try:
@@ -116,7 +114,7 @@ def _continues(path: str, source: bytes) -> bool:
 
 
 def fill(environment, dataset: Dataset, target: str) -> None:
-    """Stores the images that are still missing. Transactions are in order, so those form a tail."""
+    """Store the missing images. Transactions are in order, so the missing images are the last ones."""
     with environment.begin() as transaction:
         missing = _Missing(transaction, len(dataset))
         start = bisect.bisect_left(missing, True)
@@ -130,7 +128,7 @@ def fill(environment, dataset: Dataset, target: str) -> None:
 
 
 class _Missing:
-    """For each image whether it is not stored yet, as a sequence to bisect."""
+    """A sequence for bisection: True for each image that is not stored yet."""
 
     def __init__(self, transaction, length: int):
         self._transaction = transaction
@@ -148,7 +146,7 @@ def record_of(dataset: Dataset, index: int) -> bytes:
 
 
 def put_all(environment, items: list[tuple[bytes, bytes]]) -> None:
-    """Stores all items or none, on disk; the map grows as needed."""
+    """Store all items or none; the map grows as needed."""
     while True:
         try:
             with environment.begin(write=True) as transaction:
@@ -160,7 +158,7 @@ def put_all(environment, items: list[tuple[bytes, bytes]]) -> None:
 
 
 def verify(environment, dataset: Dataset, target: str) -> None:
-    """Reads every record back."""
+    """Read every record back and check it."""
     with environment.begin() as transaction:
         for index in tqdm(range(len(dataset)), desc=f'verifying {target}', unit='image', disable=None):
             try:
@@ -176,7 +174,7 @@ def verify(environment, dataset: Dataset, target: str) -> None:
 
 
 def finish(environment, dataset: Dataset) -> None:
-    """The labels, and last of all the mark that makes the file one that can be read."""
+    """Store the labels and the format key, without which a file is not readable."""
     items = [(LABELS_KEY, dataset.labels.astype('<i4').tobytes()), (FORMAT_KEY, FORMAT)]
     if dataset.class_names is not None:
         items.append((CLASSES_KEY, json.dumps(dataset.class_names).encode()))

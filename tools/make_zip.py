@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Writes train.zip, train_map.txt, val.zip and val_map.txt from list files, a folder per class, or other image files.
+"""Write train.zip, train_map.txt, val.zip and val_map.txt from list files, class folders, or other image files.
 
     python tools/make_zip.py -data_path /dataset/imagenet -output /ssd/imagenet
     python main_single_gpu.py -dataset zip -data_path /ssd/imagenet -opts DATA.CACHE part
 
-Image files are stored as they are, uncompressed. A zip file takes its name when each of its members has been read back, its map
-after that: interrupted, the tool leaves nothing, or complete parts. datasets/zip.py describes the format.
+Image files are stored unchanged and uncompressed. A zip file gets its name after each member has been verified, then its map
+is written. So an interrupted run leaves only complete splits. datasets/zip.py describes the format.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import atomic_write
 
-_DATE = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal images make equal files
+_DATE = (1980, 1, 1, 0, 0, 0)  # date of all members, so that equal images give equal files
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -43,12 +43,12 @@ def main(argv: list[str] | None = None) -> int | None:
         for split, (archive, listing) in targets.items():
             write_part(source_of(args, split), archive, listing)
     except KeyboardInterrupt as error:
-        print('interrupted; the part that was being written is gone.', file=sys.stderr)
+        print('interrupted; the unfinished file is removed.', file=sys.stderr)
         return exit_status(error)
 
 
 def write_part(dataset: Dataset, archive: str, listing: str) -> None:
-    """Writes `archive`, then `listing`; in between neither is there, so that no map meets an archive it was not made for."""
+    """Write `archive`, then `listing`. The old map is removed before the new archive appears, so that they never disagree."""
     names = [member_name(dataset, index) for index in range(len(dataset))]
     with atomic_write(archive, 'w+b') as file:
         write_members(file, dataset, names, archive)
@@ -61,11 +61,11 @@ def write_part(dataset: Dataset, archive: str, listing: str) -> None:
 
 
 def member_name(dataset: Dataset, index: int) -> str:
-    """What an image is called in the archive: its path as the data set lists it."""
+    """Return the name of an image in the archive: its path in the data set."""
     path = dataset.describe(index)
     name = os.path.relpath(path, dataset.storage.root).replace(os.sep, '/')
     if '\t' in name or len(name.splitlines()) != 1:
-        raise UserError(f'{path!r} has a tabulator or a line break in its name; rename it.')
+        raise UserError(f'{path!r} has a tab or a line break in its name; rename it.')
     if not name.lower().endswith(EXTENSIONS):
         raise UserError(f"'{path}' is not an image by its name ({' '.join(EXTENSIONS)}); rename or unlist it.")
     try:
@@ -76,7 +76,7 @@ def member_name(dataset: Dataset, index: int) -> str:
 
 
 def write_members(file: IO[bytes], dataset: Dataset, names: list[str], archive: str) -> None:
-    """Stores each image once, also where it is listed several times."""
+    """Store each image once, even if it is listed several times."""
     seen = set()
     with zipfile.ZipFile(file, 'w', zipfile.ZIP_STORED) as target:
         for index, name in enumerate(tqdm(names, archive, unit='image', disable=None)):
@@ -86,7 +86,7 @@ def write_members(file: IO[bytes], dataset: Dataset, names: list[str], archive: 
 
 
 def verify(file: IO[bytes], dataset: Dataset, names: list[str], archive: str) -> None:
-    """Compares each member as it is on disk with its image file."""
+    """Compare each member on disk with its image file."""
     file.flush()
     with zipfile.ZipFile(file) as written:
         for index, name in enumerate(tqdm(names, f'verifying {archive}', unit='image', disable=None)):
@@ -95,9 +95,7 @@ def verify(file: IO[bytes], dataset: Dataset, names: list[str], archive: str) ->
             except (OSError, zipfile.BadZipFile, KeyError):
                 same = False
             if not same:
-                raise UserError(
-                    f"'{name}' came back from '{archive}' differently than it was written; is the disk sound?"
-                )
+                raise UserError(f"'{name}' in '{archive}' differs from its image file; check the disk and try again.")
 
 
 if __name__ == '__main__':

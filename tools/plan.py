@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Plans a lean Vision Transformer: what removed attention, EViT and ToMe together cost and give on this device.
+"""Sweep attention removal, EViT and ToMe of a Vision Transformer: speed, MACs and accuracy on this device.
 
     python tools/plan.py -cfg configs/deit_small_patch16_224.yaml -output plan \
         -remove "none;0,2,4" -keep_rates 1,0.9,0.7 -r 0,8,13
     python tools/plan.py -cfg ... -output plan -keep_rates 1,0.9,0.7 -pretrained deit.pdparams -data_path /dataset/imagenet
 
-All combinations are measured in turns, and those that no other one beats become YAML files. docs/plan.md explains it.
+Combinations on the Pareto frontier are written as YAML files. docs/plan.md explains the method.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from models.weights.load import load_pretrained
 from tasks import build_task
 from tools._common import processor_name
 from tools._output import add_output_folder
-from tools._pareto import Dot, draw, pareto_frontier
+from tools._pareto import Point, draw, pareto_frontier
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.runlog import progress
 
 WARMUP = 3
-PROGRAMS_AT_ONCE = 4  # exported programs in memory beside the given one; each has weights of its own
+PROGRAMS_AT_ONCE = 4  # exported programs in memory beside the given one; each has its own weights
 COLUMNS = '{:>2} {:<12} {:>9} {:>8} {:>8} {:>9} {:>6} {:>11} {:>7}'
 
 
@@ -58,20 +58,20 @@ def main(argv: list[str] | None = None) -> None:
     context = distributed.start()
     given, *others = combinations(args, config)
     candidates, left_out = build_all(config, given, others)
-    facts = environment(args, context)
-    print(', '.join(f'{key} {value}' for key, value in facts.items()))
+    info = environment(args, context)
+    print(', '.join(f'{key} {value}' for key, value in info.items()))
     rate(candidates, measure(candidates, args, context), args.batch_size)
     if dataset is not None:
         evaluate_all(config, candidates, dataset, context)
     value = 'macs' if dataset is None else 'acc1'
     frontier = mark_frontier(candidates, value)
     print_table(candidates, left_out)
-    write_results(args.folder, facts, candidates, left_out, value)
+    write_results(args.folder, info, candidates, left_out, value)
     for candidate in frontier:
         write_yaml(args, candidate, candidates[0], len(frontier))
     with atomic_write(os.path.join(args.folder, 'pareto.png')) as file:
-        draw(file, [candidate.dot() for candidate in candidates], config.MODEL.NAME, caption(facts))
-    print(f"the frontier's {len(frontier)} YAML files, results.json and pareto.png are in '{args.folder}'")
+        draw(file, [candidate.point() for candidate in candidates], config.MODEL.NAME, caption(info))
+    print(f"{len(frontier)} YAML files of the frontier, results.json and pareto.png are in '{args.folder}'")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -79,11 +79,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         '-cfg', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-pretrained',
     )  # fmt: skip
     parser = flag_parser('Sweep removed attention, EViT keep rates and ToMe of a Vision Transformer.', flags)
-    add_output_folder(parser, 'without an earlier plan, for results, picture and YAML files', required=True)
-    own = argparse.SUPPRESS  # the value of the configuration
+    add_output_folder(parser, 'without an earlier plan, for results, plot and YAML files', required=True)
+    own = argparse.SUPPRESS  # default: the value in the configuration
     parser.add_argument('-remove', default=own, metavar='LISTS', help='blocks without attention: "none;0,2,4;0,2,4,6"')
-    parser.add_argument('-keep_rates', default=own, metavar='RATES', help='EViT, share of tokens kept: 1,0.9,0.7,0.5')
-    parser.add_argument('-r', default=own, metavar='NUMBERS', help='ToMe, tokens merged per block: 0,8,13')
+    parser.add_argument('-keep_rates', default=own, metavar='RATES', help='keep rates of EViT: 1,0.9,0.7,0.5')
+    parser.add_argument('-r', default=own, metavar='NUMBERS', help='tokens that ToMe merges per block: 0,8,13')
     parser.add_argument('-rounds', type=int, default=10, metavar='N', help='timed rounds; medians are reported')
     parser.add_argument(
         '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
@@ -96,7 +96,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError('-cfg is missing: give the YAML file of a Vision Transformer.')
     if 'pretrained' not in args and ('dataset' in args or 'data_path' in args):
         raise UserError(
-            '-pretrained is missing: accuracies need weights; without -dataset and -data_path none are told.'
+            '-pretrained is missing: accuracies need weights; remove -dataset and -data_path to plan without them.'
         )
     if os.path.exists(os.path.join(args.folder, 'results.json')):
         raise UserError(f"-output '{args.folder}' holds an earlier plan; give another folder.")
@@ -104,7 +104,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_config(args: argparse.Namespace) -> tuple[CfgNode, Dataset | None]:
-    """The given model, and with weights the images to validate it on."""
+    """Return the configuration, and with weights the validation images."""
     config = update_config(get_config(), args)
     dataset = None
     if 'pretrained' in args:
@@ -115,7 +115,7 @@ def read_config(args: argparse.Namespace) -> tuple[CfgNode, Dataset | None]:
 
 
 def environment(args: argparse.Namespace, context: Context) -> dict:
-    """What the numbers depend on besides the models."""
+    """Return the conditions of the measurement."""
     return {
         'paddle': paddle.__version__,
         'device': paddle.device.cuda.get_device_name() if context.on_gpu else processor_name(),
@@ -126,11 +126,9 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
     }
 
 
-def caption(facts: dict) -> str:
-    """A line on how a plan was measured."""
-    return '{device}, {threads} threads, Paddle {paddle}, {backend}, batch {batch_size}, {rounds} rounds'.format(
-        **facts
-    )
+def caption(info: dict) -> str:
+    """Describe the conditions of the measurement in one line."""
+    return '{device}, {threads} threads, Paddle {paddle}, {backend}, batch {batch_size}, {rounds} rounds'.format(**info)
 
 
 # ---------------------------------------------------------------------------------------------------- combinations
@@ -140,8 +138,8 @@ class Combination:
 
     Attributes:
         remove: blocks without attention.
-        keep_rate: of EViT.
-        r: of ToMe; None: as the configuration's MODEL.TOME.SCHEDULE says.
+        keep_rate: keep rate of EViT.
+        r: tokens that ToMe merges per block; None: MODEL.TOME.SCHEDULE of the configuration.
     """
 
     remove: tuple[int, ...]
@@ -149,7 +147,7 @@ class Combination:
     r: int | None
 
     def options(self) -> list:
-        """Keys and values that make a configuration this combination."""
+        """Return the keys and values of this combination."""
         merging = [] if self.r is None else ['MODEL.TOME.R', self.r, 'MODEL.TOME.SCHEDULE', None]
         return [
             *['MODEL.LAMBDA.PRUNE_LAYERS', self.remove, 'MODEL.LAMBDA.DONE_LAYERS', ()],
@@ -157,20 +155,20 @@ class Combination:
         ]
 
     def texts(self) -> tuple[str, str, str]:
-        """What tables say: ('0,2,4', '0.7', '8')."""
+        """Return the settings as in tables: ('0,2,4', '0.7', '8')."""
         removed = ','.join(map(str, self.remove)) or 'none'
         return removed, f'{self.keep_rate:g}', 'schedule' if self.r is None else str(self.r)
 
     def slug(self) -> str:
-        """'removed-0-2-4_keep0.7_r8'."""
+        """Return a file name such as 'removed-0-2-4_keep0.7_r8'."""
         return 'removed-{}_keep{}_r{}'.format(*self.texts()).replace(',', '-')
 
 
 def combinations(args: argparse.Namespace, config: CfgNode) -> list[Combination]:
-    """The given model first, then the sweep."""
+    """Return the given model, then the sweep."""
     removal, tome = config.MODEL.LAMBDA, config.MODEL.TOME
-    leaving = tuple(sorted({*removal.PRUNE_LAYERS, *removal.DONE_LAYERS}))
-    given = Combination(leaving, config.MODEL.EVIT.KEEP_RATE, tome.R if tome.SCHEDULE is None else None)
+    removed = tuple(sorted({*removal.PRUNE_LAYERS, *removal.DONE_LAYERS}))
+    given = Combination(removed, config.MODEL.EVIT.KEEP_RATE, tome.R if tome.SCHEDULE is None else None)
     lists, rates, numbers = [given.remove], [given.keep_rate], [given.r]
     if 'remove' in args:
         lists = [() if text.strip() == 'none' else removal_list(text) for text in args.remove.split(';')]
@@ -183,12 +181,12 @@ def combinations(args: argparse.Namespace, config: CfgNode) -> list[Combination]
 
 
 def removal_list(text: str) -> tuple[int, ...]:
-    """'2,0' -> (0, 2)."""
+    """Parse a list of blocks: '2,0' -> (0, 2)."""
     return tuple(sorted(set(read_numbers('-remove', text, int, lambda layer: layer >= 0, "a block's number, or none"))))
 
 
 def read_numbers(flag: str, text: str, kind: type, allowed, wanted: str) -> list:
-    """Numbers with commas between them."""
+    """Parse comma-separated numbers."""
     numbers = []
     for item in text.split(','):
         try:
@@ -196,18 +194,18 @@ def read_numbers(flag: str, text: str, kind: type, allowed, wanted: str) -> list
         except ValueError:
             numbers.append(None)
         if numbers[-1] is None or not allowed(numbers[-1]):
-            raise UserError(f"{flag} has '{item.strip()}', but takes numbers with commas between, each {wanted}.")
+            raise UserError(f"{flag} has '{item.strip()}', but takes comma-separated numbers, each {wanted}.")
     return numbers
 
 
 # ---------------------------------------------------------------------------------------------------- models
 @dataclass
 class Candidate:
-    """A combination that can be built, and what is known about it.
+    """A combination that can be built, and its results.
 
     Attributes:
         results: `images_per_second` and its quartiles, `latency_ms`, `ratio` to the given model; `acc1`, `acc5`.
-        number: on the frontier, from 1, the slowest first; None: not on it.
+        number: number on the frontier, from 1, the slowest first; None: not on it.
     """
 
     combination: Combination
@@ -218,12 +216,12 @@ class Candidate:
     number: int | None = None
 
     def image_shape(self) -> list[int]:
-        """[C, H, W]."""
+        """Return [C, H, W]."""
         data = self.config.DATA
         return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
 
     def row(self) -> dict:
-        """The object of the JSON file."""
+        """Return the object for the JSON file."""
         return {
             **asdict(self.combination),
             'params': self.cost.params,
@@ -233,21 +231,24 @@ class Candidate:
             'yaml': self.yaml_name() if self.number else None,
         }
 
-    def dot(self) -> Dot:
-        """The candidate in the picture."""
+    def point(self) -> Point:
+        """Return the candidate for the plot."""
         low, high = self.results['images_per_second_quartiles']
         speed = (low, self.results['images_per_second'], high)
-        return Dot(*self.combination.texts(), speed, self.cost.macs, self.results.get('acc1'), self.number)
+        return Point(*self.combination.texts(), speed, self.cost.macs, self.results.get('acc1'), self.number)
 
     def yaml_name(self) -> str:
-        """Name of the frontier point's file."""
+        """Return the name of the YAML file."""
         return f'{self.number:02d}_{self.combination.slug()}.yaml'
 
 
 def build_all(
     config: CfgNode, given: Combination, others: Sequence[Combination]
 ) -> tuple[list[Candidate], list[tuple[Combination, str]]]:
-    """The given model and all others that can be built, which share their weights; and why the rest cannot.
+    """Build the given model and all other combinations, with shared weights.
+
+    Returns:
+        The candidates, and the combinations that cannot be built, with the reason.
 
     Raises:
         UserError: the given model cannot be built, or is no Vision Transformer.
@@ -265,7 +266,7 @@ def build_all(
 
 
 def build(config: CfgNode, combination: Combination, pool: dict[str, paddle.Tensor], log) -> Candidate:
-    """Builds a combination on the weights of `pool`, by name, to which it adds those that are missing there."""
+    """Build a combination with the weights of `pool`, by name; add missing weights to `pool`."""
     config = config.clone()
     config.defrost()
     merge_opts(config, combination.options())
@@ -283,7 +284,7 @@ def build(config: CfgNode, combination: Combination, pool: dict[str, paddle.Tens
 
 
 def share_weights(model: paddle.nn.Layer, pool: dict[str, paddle.Tensor]) -> None:
-    """Puts the parameters of `pool` in the place of the model's, so that many models need the memory of one."""
+    """Replace the model's parameters by those of `pool`, so that many models need the memory of one."""
     for prefix, layer in model.named_sublayers(include_self=True):
         for name, parameter in list(layer.named_parameters(include_sublayers=False)):
             setattr(layer, name, pool.setdefault(f'{prefix}.{name}', parameter))
@@ -291,10 +292,10 @@ def share_weights(model: paddle.nn.Layer, pool: dict[str, paddle.Tensor]) -> Non
 
 # ---------------------------------------------------------------------------------------------------- measuring
 def measure(candidates: Sequence[Candidate], args: argparse.Namespace, context: Context) -> np.ndarray:
-    """Seconds of a batch, and of one image: [candidates, 2, rounds].
+    """Measure the seconds of a batch and of one image: [candidates, 2, rounds].
 
-    Layers all take turns. Exported programs do so in groups; the first candidate is in all of them, and says by how much
-    the machine was faster or slower meanwhile than in the first group.
+    Each round runs every model once. Exported programs are measured in groups, each with the first candidate, whose times
+    correct for drift of the machine's speed since the first group.
     """
     size = len(candidates) if args.backend == 'dygraph' else PROGRAMS_AT_ONCE
     first, *rest = candidates
@@ -315,7 +316,7 @@ def measure(candidates: Sequence[Candidate], args: argparse.Namespace, context: 
 def layer_or_program_calls(
     candidates: Sequence[Candidate], args: argparse.Namespace, folder: str
 ) -> Iterable[tuple[Call, Call]]:
-    """For each candidate a forward pass of a batch, and one of a single image."""
+    """Yield for each candidate a forward pass of a batch and one of a single image."""
     shape = candidates[0].image_shape()
     images = [paddle.randn([size, *shape]) for size in (args.batch_size, 1)]
     for index, candidate in enumerate(candidates):
@@ -329,7 +330,7 @@ def layer_or_program_calls(
 
 
 def layer_call(model: paddle.nn.Layer, images: paddle.Tensor) -> Call:
-    """A forward pass of images that all candidates share."""
+    """Return a forward pass of `images`, which all candidates share."""
 
     def call() -> None:
         with paddle.no_grad():
@@ -339,7 +340,7 @@ def layer_call(model: paddle.nn.Layer, images: paddle.Tensor) -> Call:
 
 
 def rate(candidates: Sequence[Candidate], seconds: np.ndarray, batch_size: int) -> None:
-    """Fills in what `measure` found."""
+    """Add speeds and latencies to the candidates."""
     speeds = batch_size / np.quantile(seconds[:, 0], [0.5, 0.75, 0.25], axis=1)
     latencies = np.median(seconds[:, 1], axis=1)
     for index, candidate in enumerate(candidates):
@@ -351,7 +352,7 @@ def rate(candidates: Sequence[Candidate], seconds: np.ndarray, batch_size: int) 
 
 
 def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Dataset, context: Context) -> None:
-    """Fill in the accuracies of all candidates, in one pass over the images."""
+    """Add the accuracies to the candidates, in one pass over the images."""
     task, skipped = build_task(config), 0
     evaluators = [task.evaluator() for _ in candidates]
     for candidate, evaluator in zip(candidates, evaluators):
@@ -373,7 +374,7 @@ def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Data
 
 # ---------------------------------------------------------------------------------------------------- frontier
 def mark_frontier(candidates: Sequence[Candidate], value: str) -> list[Candidate]:
-    """Numbers the candidates that no other beats in speed and `value`: 'acc1', or 'macs', which stand in for it."""
+    """Number the candidates on the Pareto frontier of speed and `value`: 'acc1', or 'macs' without accuracies."""
     points = [(candidate.row()[value], candidate.results['images_per_second']) for candidate in candidates]
     frontier = [candidates[index] for index in pareto_frontier(points)]
     frontier.sort(key=lambda candidate: candidate.results['images_per_second'])
@@ -402,10 +403,10 @@ def print_table(candidates: Sequence[Candidate], left_out: Sequence[tuple[Combin
         print('left out: removed {}, keep rate {}, r {}: '.format(*combination.texts()) + reason)
 
 
-def write_results(folder: str, facts: dict, candidates, left_out, value: str) -> None:
-    """results.json."""
+def write_results(folder: str, info: dict, candidates, left_out, value: str) -> None:
+    """Write results.json."""
     content = {
-        'environment': facts,
+        'environment': info,
         'frontier': ['images_per_second', value],
         'points': [candidate.row() for candidate in candidates],
         'left_out': [{**asdict(combination), 'reason': reason} for combination, reason in left_out],
@@ -415,7 +416,7 @@ def write_results(folder: str, facts: dict, candidates, left_out, value: str) ->
 
 
 def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate, total: int) -> None:
-    """The configuration of a point on the frontier: what it changes of the given one."""
+    """Write the YAML file of a point on the frontier, with its changes to the given configuration."""
     cfg, path = config_file_of(args), os.path.join(args.folder, candidate.yaml_name())
     changes = changed_keys(get_config(cfg), candidate.config)
     if changes:
@@ -429,20 +430,22 @@ def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate,
         node[name] = list(value) if isinstance(value, tuple) else value
     results = candidate.results
     accuracy = f'\n# {100 * results["acc1"]:.2f} % top-1 with the weights of the plan.' if 'acc1' in results else ''
-    fading = '\n# Trained as it is, these blocks never have attention; with REMOVED: False it fades, as LAMBDA says.'
+    removal = (
+        '\n# Training this file starts without attention in these blocks; with REMOVED: False their attention decays.'
+    )
     with atomic_write(path, 'w') as file:
         file.write(
             f'# Point {candidate.number} of {total} on the frontier of {given.config.MODEL.NAME}.\n#\n'
             f'#   python main_multi_gpu.py -cfg={path}\n#\n'
             f'# {candidate.cost.params:,} parameters, {candidate.cost.macs:,} MACs. {results["images_per_second"]:.1f} '
             f'images/s at batch {args.batch_size}, {results["ratio"]:.2f} times those of the given model.'
-            f'{accuracy}{fading if "MODEL.LAMBDA.REMOVED" in changes else ""}\n'
+            f'{accuracy}{removal if "MODEL.LAMBDA.REMOVED" in changes else ""}\n'
         )
         yaml.safe_dump(tree, file, sort_keys=False, default_flow_style=None)
 
 
 def changed_keys(base: CfgNode, config: CfgNode) -> dict:
-    """What makes the model another one than that of `base`; weights and classes are not the model's."""
+    """Return the keys of the model that differ from `base`, without weights and classes."""
     changes = {} if base.DATA.IMAGE_SIZE == config.DATA.IMAGE_SIZE else {'DATA.IMAGE_SIZE': config.DATA.IMAGE_SIZE}
 
     def compare(before: CfgNode, after: CfgNode, prefix: str) -> None:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Converts published weights to .pdparams.
+"""Convert published weights to .pdparams.
 
     python tools/port_weights.py -cfg configs/gmlp_s16_224.yaml -source gmlp_s16_224.pth -output gmlp_s16_224.pdparams
 
-PyTorch is not needed and nothing in the source file is run. Every array of the source is used or dropped for a reason
-that is printed; anything else is an error that lists names and shapes, and then nothing is written.
+PyTorch is not needed, and no code of the source file is run. Every array of the source is used, or dropped for a printed
+reason. Any other array is an error that lists names and shapes; nothing is written then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from utils.weights import METADATA, SUFFIX, choose_state_dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Reads, converts, reports, writes."""
+    """Read the source, convert it, print a report, and write the result."""
     args = parse(argv)
     config = get_config(args.cfg, args.opts)
     name = f"'{args.source}'"
@@ -52,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('-ema', action='store_true', help='take the averaged weights of a training checkpoint')
     parser.add_argument(
         '-opts', nargs=argparse.REMAINDER, default=[], metavar='KEY VALUE',
-        help='configuration keys that win over the file, such as MODEL.NUM_CLASSES 10; must come last',
+        help='configuration keys that override the file, such as MODEL.NUM_CLASSES 10; must come last',
     )  # fmt: skip
     return parser.parse_args(argv)
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Classifies images: files, or all images below folders.
+"""Classify images: files, or all images below folders.
 
     python tools/predict.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams photos/ cat.jpg
     python tools/predict.py -pretrained output/latest -topk 3 -output predictions.csv photos/
 
-Images pass through the loader and transform of the evaluation. docs/predict_export.md describes the output.
+Loader and transform are those of the evaluation. docs/predict_export.md describes the output.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MAX_CLASS_NAMES = 64 << 20  # bytes; ten million names
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns 1 when an image could not be read, else 0."""
+    """Return 1 if an image could not be read, else 0."""
     args = parse(argv)
     config = trained_config(args)
     paths = find_images(args.images)
@@ -48,11 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     options = PredictionOptions(args.topk, names)
     columns = task.prediction_columns(options)
     unreadable: list[str] = []
-    predictions = noting_unreadable(predict_files(config, task, model, paths, options), unreadable)
+    predictions = collect_unreadable(predict_files(config, task, model, paths, options), unreadable)
     if args.target is None:
         print_lines(predictions)
     else:
-        predictions = saving_pictures(predictions, os.path.splitext(args.target)[0])
+        predictions = save_pictures(predictions, os.path.splitext(args.target)[0])
         with atomic_write(args.target) as file:
             predictions = progress(predictions, len(paths), 'images', shown=True)
             if args.target.endswith('.csv'):
@@ -67,8 +67,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = ('-cfg', '-pretrained', '-batch_size', '-image_size', '-num_workers')
     parser = flag_parser('Classify images.', flags)
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
-    parser.add_argument('-topk', type=int, default=5, metavar='K', help='classes told per image, the most likely first')
-    parser.add_argument('-class_names', metavar='FILE', help='a name per line, in the order of the classes')
+    parser.add_argument(
+        '-topk', type=int, default=5, metavar='K', help='classes printed per image, the most likely first'
+    )
+    parser.add_argument(
+        '-class_names', metavar='FILE', help='text file with one class name per line, in the order of the classes'
+    )
     add_output_file(parser, '.csv', '.json', what='file to write instead of printing')
     parser.set_defaults(batch_size=32)
     args = parser.parse_args(argv)
@@ -78,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_class_names(path: str, num_classes: int) -> list[str]:
-    """One name per class."""
+    """Read one name per class."""
     try:
         with open_regular(path, MAX_CLASS_NAMES, encoding='utf-8-sig') as file:
             names = file.read().rstrip().splitlines()
@@ -89,8 +93,8 @@ def read_class_names(path: str, num_classes: int) -> list[str]:
     return names
 
 
-def noting_unreadable(predictions: Iterable[FilePrediction], unreadable: list[str]) -> Iterator[FilePrediction]:
-    """Passes predictions on and collects the images without one."""
+def collect_unreadable(predictions: Iterable[FilePrediction], unreadable: list[str]) -> Iterator[FilePrediction]:
+    """Yield the predictions, and add the images without one to `unreadable`."""
     for prediction in predictions:
         if prediction.error is not None:
             unreadable.append(prediction.image)
@@ -98,8 +102,8 @@ def noting_unreadable(predictions: Iterable[FilePrediction], unreadable: list[st
 
 
 # ---------------------------------------------------------------------------------------------------- output
-def saving_pictures(predictions: Iterable[FilePrediction], folder: str) -> Iterator[FilePrediction]:
-    """Passes predictions on and writes their pictures to `folder`, as NUMBER_NAME_SUFFIX.png."""
+def save_pictures(predictions: Iterable[FilePrediction], folder: str) -> Iterator[FilePrediction]:
+    """Yield the predictions, and write their pictures to `folder` as NUMBER_NAME_SUFFIX.png."""
     for number, file in enumerate(predictions):
         name = os.path.splitext(os.path.basename(file.image))[0]
         for suffix, picture in (file.prediction.pictures if file.prediction else {}).items():
@@ -114,7 +118,7 @@ def print_lines(predictions: Iterable[FilePrediction]) -> None:
 
 
 def write_csv(file: IO[bytes], predictions: Iterable[FilePrediction], columns: Sequence[str]) -> None:
-    """A line per image: path, the cells of the task, the error."""
+    """Write a line per image: path, the cells of the task, the error."""
     text = io.TextIOWrapper(file, 'utf-8', errors='surrogateescape', newline='')
     writer = csv.writer(text)
     writer.writerow(['image', *columns, 'error'])
@@ -124,7 +128,7 @@ def write_csv(file: IO[bytes], predictions: Iterable[FilePrediction], columns: S
 
 
 def write_json(file: IO[bytes], predictions: Iterable[FilePrediction]) -> None:
-    """A list with an object per image: `image`, and the row of the task or `error`."""
+    """Write a list with an object per image: `image`, and the row of the task or `error`."""
     separator = b'[\n'
     for image, prediction, error in predictions:
         row = {'image': image, **(prediction.row if prediction else {'error': error})}

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Leaves out the attention that has faded in training: a smaller file, a faster model, the same answers.
+"""Remove the attention layers whose weight has decayed to 0: a smaller file, a faster model, the same output.
 
     python tools/prune.py -pretrained output/my_run -output small.pdparams
     python tools/prune.py -cfg configs/lambda_base_01346_finetune.yaml -pretrained best.pdparams -output small.pdparams
 
-The result is for the same configuration with MODEL.LAMBDA.REMOVED True. It is written only if both models agree.
-docs/lambda_vit.md tells the whole way.
+The result fits the same configuration with MODEL.LAMBDA.REMOVED True. It is written only if both models agree.
+docs/lambda_vit.md describes the method.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ IMAGES = 4
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
-    paddle.set_device('cpu')  # here float32 is float32
+    paddle.set_device('cpu')  # the CPU computes in full float32
     trained = load_trained(config)
     small = without_attention(config, trained)
     shape = [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
@@ -56,21 +56,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flag_parser('Leave out the attention that has faded in training.', ('-cfg', '-pretrained'))
+    parser = flag_parser('Remove the attention layers whose weight has decayed to 0.', ('-cfg', '-pretrained'))
     add_output_file(parser, SUFFIX, complete=True, required=True)
     return parser.parse_args(argv)
 
 
 def load_trained(config) -> VisionTransformer:
-    """The trained model, with all its attention.
+    """Load the trained model with all its attention layers.
 
     Raises:
-        UserError: no blocks are named, or their attention still has a weight.
+        UserError: no blocks are named, or their attention weight is not 0.
     """
-    fading = config.MODEL.LAMBDA
-    if not (fading.PRUNE_LAYERS or fading.DONE_LAYERS):
+    removal = config.MODEL.LAMBDA
+    if not (removal.PRUNE_LAYERS or removal.DONE_LAYERS):
         raise UserError('the configuration names no blocks: set MODEL.LAMBDA.PRUNE_LAYERS to those of the training.')
-    fading.REMOVED = False
+    removal.REMOVED = False
     model = load_classifier(config)
     if not isinstance(model, VisionTransformer):
         raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, but attention is removed from Vision Transformers.')
@@ -79,13 +79,13 @@ def load_trained(config) -> VisionTransformer:
         if weight:
             raise UserError(
                 f"the attention of block {layer} still has the weight {weight:.4g} in '{config.MODEL.PRETRAINED}': "
-                'finish the training, until its log says attn_lambda: 0.'
+                'continue the training until its log shows attn_lambda: 0.'
             )
     return model
 
 
 def without_attention(config, trained: VisionTransformer) -> VisionTransformer:
-    """The same model built without the attention."""
+    """Build the same model without these attention layers."""
     config.MODEL.LAMBDA.REMOVED = True
     config.MODEL.NUM_CLASSES = trained.num_classes
     model = build_model(config)
@@ -97,13 +97,13 @@ def without_attention(config, trained: VisionTransformer) -> VisionTransformer:
 
 @paddle.no_grad()
 def compare(trained: VisionTransformer, small: VisionTransformer, shape: list[int]) -> float:
-    """The largest difference of a logit, relative to the largest logit. Raises UserError when that is too large."""
+    """Return the largest difference of a logit, relative to the largest logit. Raises UserError if it is too large."""
     images = paddle.to_tensor(np.random.default_rng(0).standard_normal((IMAGES, *shape), 'float32'))
     expected, actual = trained(images).numpy(), small(images).numpy()
     difference = np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo('float32').tiny)
     if not difference <= TOLERANCE:  # NaN included
         raise UserError(
-            f'without its attention the model answers differently, by {difference:.1e}: nothing is written.'
+            f'the output of the model without these layers differs by {difference:.1e}: nothing is written.'
         )
     return float(difference)
 

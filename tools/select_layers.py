@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Chooses the attention layers that a trained Vision Transformer can best do without, by transfer entropy.
+"""Select the attention layers of a trained Vision Transformer to remove, by transfer entropy.
 
     python tools/select_layers.py -cfg configs/deit_base_patch16_224.yaml -pretrained deit_base_patch16_224.pdparams \
         -data_path /dataset/imagenet -number 5 -output selection/deit_base
 
-Writes selection/deit_base.json (every entropy), .png (the same to look at) and .yaml (a configuration that fades the
-chosen layers out). Under Paddle's launcher the images are shared out to several processes. docs/lambda_vit.md explains it.
+Writes selection/deit_base.json (all entropies), .png (their plots) and .yaml (a configuration in which the attention of the
+selected layers decays). Under Paddle's launcher each process takes a part of the images. docs/lambda_vit.md explains it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 if __name__ == '__main__':
     import _bootstrap
 
-    _bootstrap.start(alone=False)
+    _bootstrap.start(single_process=False)
 
 import argparse
 import math
@@ -30,7 +30,7 @@ from datasets.subset import random_subset
 from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
-from tools._analysis import FLAGS, normalised
+from tools._analysis import FLAGS, normalized
 from tools._common import result_files, trained_config
 from tools._output import add_output_prefix
 from utils.cli import run
@@ -39,8 +39,8 @@ from utils.files import json_text
 
 SUFFIXES = ('json', 'png', 'yaml')
 YAML = """\
-# {name} whose attention fades in blocks {layers}, chosen by tools/select_layers.py
-# ({images} images, entropy of the {target}). Train it from the weights it was chosen on:
+# {name} whose attention decays in blocks {layers}, selected by tools/select_layers.py
+# ({images} images, entropy of the {target}). Train it from the weights of the selection:
 #
 #   python main_multi_gpu.py -cfg={path} -pretrained={weights}
 {base}
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     config = trained_config(args)
     if config.MODEL.EVIT.KEEP_RATE < 1 or config.MODEL.TOME.R or config.MODEL.TOME.SCHEDULE:
         raise UserError(
-            'layers are chosen while all tokens are there: set MODEL.EVIT.KEEP_RATE to 1, MODEL.TOME.R to 0.'
+            'layers are selected on models with all tokens: set MODEL.EVIT.KEEP_RATE to 1, MODEL.TOME.R to 0.'
         )
     context = distributed.start()
     data = random_subset(datasets.build_dataset(config, args.split), args.images, config.SEED)
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     ):
 
         def batches(label: str) -> Iterator:
-            return (images for (images,) in normalised(loader, [config], label, context.is_main))
+            return (images for (images,) in normalized(loader, [config], label, context.is_main))
 
         branches = branch_entropies(model, batches('branches'), context)
         steps = []
@@ -88,20 +88,20 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flag_parser('Choose the attention layers that a model can do without.', FLAGS)
-    parser.add_argument('-number', type=int, required=True, metavar='N', help='layers to choose')
+    parser = flag_parser('Select the attention layers to remove.', FLAGS)
+    parser.add_argument('-number', type=int, required=True, metavar='N', help='number of layers to select')
     parser.add_argument(
         '-target', dest='target_output', choices=TARGETS, default=TARGETS[0],
-        help='whose entropy decides: the logits, or what the classifier sees',
+        help='output whose entropy decides: the logits, or the input of the classifier',
     )  # fmt: skip
-    parser.add_argument('-images', type=int, default=50000, metavar='N', help='images to look at, drawn by SEED')
-    parser.add_argument('-split', choices=('train', 'val'), default='train', help='where they are drawn from')
+    parser.add_argument('-images', type=int, default=50000, metavar='N', help='number of images, drawn by SEED')
+    parser.add_argument('-split', choices=('train', 'val'), default='train', help='split of the images')
     add_output_prefix(parser, *(f'.{suffix}' for suffix in SUFFIXES))
     return parser.parse_args(argv)
 
 
 def describe(args: argparse.Namespace, config, images: int, branches: dict, steps: list[Step]) -> dict:
-    """What the JSON file says."""
+    """Return the content of the JSON file."""
     return {
         'model': config.MODEL.NAME,
         'weights': config.MODEL.PRETRAINED,
@@ -119,7 +119,7 @@ def describe(args: argparse.Namespace, config, images: int, branches: dict, step
 
 
 def recipe(args: argparse.Namespace, config, result: dict) -> str:
-    """The configuration that fades the chosen layers."""
+    """Return the configuration in which the attention of the selected layers decays."""
     path = f'{args.target}.yaml'
     base = os.path.relpath(config_file_of(args), os.path.dirname(path) or '.')
     return YAML.format(
@@ -134,7 +134,7 @@ def recipe(args: argparse.Namespace, config, result: dict) -> str:
 
 
 def draw(result: dict):
-    """Left the transfer entropy of each layer at each step, the chosen one ringed; right the entropy of all branches."""
+    """Draw the transfer entropy of each layer at each step, with the selected one circled, and the branch entropies."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.5), layout='constrained')

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a data set before a long run meets its faults.
+"""Check a data set before a long run.
 
     python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
     python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
 
-Reads and decodes every image, and every label map, as training does. Problems are lists with bad lines or labels or without images of a class,
-images that cannot be used, the same file twice in a part, and the same file in training and validation. Exit status: 0 without
-problems, 1 with some.
+Reads and decodes every image and label map as training does. Problems are wrong lines or labels in lists, classes without
+images, unreadable images, duplicates within a split, and the same file in training and validation. The exit status is 0
+without problems, else 1.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser(
-        'Check that all images of a data set can be used, and that none is there twice.',
+        'Check that all images of a data set are readable, and that there are no duplicates.',
         ('-cfg', '-dataset', '-data_path', '-num_classes', '-num_workers'),
     )
     add_output_file(
@@ -73,7 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def verify(config) -> dict:
-    """The report: `parts` with counts, and `problems`, each with a `kind` and what is needed to find it."""
+    """Return the report: `parts` with counts, and `problems`, each with a `kind` and its location."""
     datasets, problems = open_parts(config)
     parts, digests = {}, {}
     for part, dataset in datasets.items():
@@ -92,7 +92,7 @@ def verify(config) -> dict:
 
 
 def open_parts(config) -> tuple[dict[str, Images], list[dict]]:
-    """The parts that can be opened, and why others cannot. Training comes first and says how many classes there are."""
+    """Open the splits, training first, which sets the number of classes. Return them and the problems of the others."""
     datasets, problems = {}, []
     for part in PARTS:
         try:
@@ -119,9 +119,9 @@ def count(dataset: Images) -> dict:
 
 
 def find_empty(datasets: dict[str, Images]) -> list[dict]:
-    """Classes up to the largest label of a training list that nothing is learned about; validation may lack classes.
+    """Report classes of a training list without images; validation may lack classes.
 
-    Where classes have names, those without an image are a note.
+    For classes with names, this is a note and no problem.
     """
     train = datasets.get('train')
     unnamed = isinstance(train, Dataset) and train.class_names is None
@@ -137,7 +137,7 @@ def notes_on(part: str, dataset: Images) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------- images
 def check_images(dataset: Images, part: str, workers: int) -> tuple[np.ndarray, list[dict]]:
-    """Digests [N, 2] uint64, 0 where there is none, and what is wrong with those."""
+    """Return digests [N, 2] uint64, 0 for unusable images, and the problems of these."""
     digests = np.zeros((len(dataset), _DIGEST), np.uint8)
     problems = []
     with tqdm(total=len(dataset), desc=part, unit='image', disable=None) as bar:
@@ -152,7 +152,7 @@ def check_images(dataset: Images, part: str, workers: int) -> tuple[np.ndarray, 
 
 
 def checked(dataset: Images, workers: int) -> Iterator[tuple[int, bytes, str | None]]:
-    """(index, digest, what is wrong or None) of each image, in order."""
+    """Yield (index, digest, reason why it is unusable or None) of each image, in order."""
     if workers == 0:
         yield from (check_image(dataset, index) for index in range(len(dataset)))
         return
@@ -175,7 +175,7 @@ def checked(dataset: Images, workers: int) -> Iterator[tuple[int, bytes, str | N
 
 
 def check_image(dataset: Images, index: int) -> tuple[int, bytes, str | None]:
-    """Reads and decodes one image with the code that training uses."""
+    """Read and decode one image with the code of training."""
     storage = dataset.storage
     try:
         picture = storage.open(index)
@@ -193,8 +193,8 @@ def _start_worker(dataset: Images) -> None:
     global _dataset
     _dataset = dataset
     die_with_parent()
-    handle_signals(signal.SIG_IGN)  # the main process's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # how the executor ends its workers
+    handle_signals(signal.SIG_IGN)  # the main process handles them
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the executor stops its workers with it
 
 
 def _check_chunk(chunk: range) -> list[tuple[int, bytes, str | None]]:
@@ -203,17 +203,17 @@ def _check_chunk(chunk: range) -> list[tuple[int, bytes, str | None]]:
 
 # ---------------------------------------------------------------------------------------------------- copies
 def find_copies(datasets: dict[str, Images], digests: dict[str, np.ndarray]) -> list[dict]:
-    """Files that are there more than once: `leak` across parts, `duplicate` within one."""
+    """Find files that occur more than once: `leak` across splits, `duplicate` within one."""
     everything = np.concatenate(list(digests.values()))
     _, group, sizes = np.unique(everything, axis=0, return_inverse=True, return_counts=True)
     group = group.reshape(-1)
     usable = everything.any(axis=1)
     members: dict[int, list[int]] = {}
-    for place in np.flatnonzero(usable & (sizes[group] > 1)):
-        members.setdefault(int(group[place]), []).append(int(place))
+    for position in np.flatnonzero(usable & (sizes[group] > 1)):
+        members.setdefault(int(group[position]), []).append(int(position))
     problems = []
-    for places in members.values():
-        copies = [origin(place, datasets) for place in places]
+    for positions in members.values():
+        copies = [origin(position, datasets) for position in positions]
         problems.append(
             {
                 'kind': 'leak' if len({part for part, _ in copies}) > 1 else 'duplicate',
@@ -226,24 +226,24 @@ def find_copies(datasets: dict[str, Images], digests: dict[str, np.ndarray]) -> 
 
 
 def label_of(dataset: Images, index: int) -> int | None:
-    """Class of an image; None where it has a class per pixel."""
+    """Return the class of an image; None for an image with a label map."""
     return int(dataset.labels[index]) if isinstance(dataset, Dataset) else None
 
 
-def origin(place: int, datasets: dict[str, Images]) -> tuple[str, int]:
-    """Part and index of an image by its place in all parts."""
+def origin(position: int, datasets: dict[str, Images]) -> tuple[str, int]:
+    """Return split and index of an image from its position in all splits."""
     for part, dataset in datasets.items():
-        if place < len(dataset):
-            return part, place
-        place -= len(dataset)
-    raise IndexError(place)
+        if position < len(dataset):
+            return part, position
+        position -= len(dataset)
+    raise IndexError(position)
 
 
 # ---------------------------------------------------------------------------------------------------- on the screen
 def show(report: dict) -> None:
-    for part, facts in report['parts'].items():
-        per_class = ' of {} to {}'.format(*facts['images_per_class']) if 'images_per_class' in facts else ''
-        print(f'{part}: {facts["images"]} images in {facts["classes"]} classes{per_class}')
+    for part, counts in report['parts'].items():
+        per_class = ' of {} to {}'.format(*counts['images_per_class']) if 'images_per_class' in counts else ''
+        print(f'{part}: {counts["images"]} images in {counts["classes"]} classes{per_class}')
     for note in report['notes']:
         print(note)
     kinds = Counter(problem['kind'] for problem in report['problems'])

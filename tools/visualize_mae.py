@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Shows what a masked autoencoder makes of images: the image, the patches it sees, and the image it rebuilds.
+"""Draw the reconstructions of a masked autoencoder: the image, its visible patches, and the reconstructed image.
 
     python tools/visualize_mae.py -cfg configs/mae_tiny_patch16_224.yaml -pretrained mae.pdparams -output mae.png photos/
     python tools/visualize_mae.py -pretrained output/latest -output mae.png cat.jpg dog.jpg -opts MODEL.MAE.MASK_RATIO 0.5
 
-Writes one PNG with a row per image. docs/mae.md explains the pictures.
+Writes one PNG with a row per image; see docs/mae.md.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from engine import distributed
 from models import build_model
 from models.mae import MaskedAutoencoder
 from models.weights.load import load_pretrained
-from tasks.mae_pictures import rebuild
-from tasks.pictures import draw
+from tasks.mae_pictures import reconstruct
+from tasks.pictures import image_grid
 from tools._common import find_images, trained_config
 from tools._output import add_output_file
 from tools._pictures import readable, single_batch
@@ -48,26 +48,26 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_write(args.target) as target:
         for index, image in readable(paths, config):
             noise = paddle.to_tensor(np.random.default_rng([args.seed, index]).random((1, patches), 'float32'))
-            rows += rebuild(
+            rows += reconstruct(
                 model, single_batch(image, config), noise, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD
             )
-        draw(rows).save(target, 'PNG')
+        image_grid(rows).save(target, 'PNG')
     print(f'{args.target}: {len(rows)} of {len(paths)} images')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flag_parser('Show what a masked autoencoder rebuilds.', ('-cfg', '-pretrained', '-image_size'))
+    parser = flag_parser('Draw the reconstructions of a masked autoencoder.', ('-cfg', '-pretrained', '-image_size'))
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
     add_output_file(parser, '.png', required=True)
-    parser.add_argument('-seed', type=int, default=0, metavar='N', help='draws other patches')
+    parser.add_argument('-seed', type=int, default=0, metavar='N', help='seed of the masked patches')
     return parser.parse_args(argv)
 
 
 def load_autoencoder(config) -> MaskedAutoencoder:
-    """The model of a configuration with the weights MODEL.PRETRAINED, for evaluation."""
+    """Build the model of a configuration, load MODEL.PRETRAINED, and set evaluation mode."""
     model = build_model(config)
     if not isinstance(model, MaskedAutoencoder) or not model.decoder_depth:
-        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, which rebuilds nothing; give the -cfg of an MAE.')
+        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}, which has no decoder; give the -cfg of an MAE.')
     load_pretrained(model, config.MODEL.PRETRAINED, replace_head=False)
     model.eval()
     return model

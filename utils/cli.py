@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command starts and ends: any text can be printed; a user's mistake is one sentence, never a traceback.
+"""Start and exit of a command: text of any encoding can be printed; a user's mistake gives one sentence, no traceback.
 
-Imported before anything else, so that it can refuse an old Python: standard library only, syntax of Python 3.6.
+This module is imported before any other, so that it can refuse an old Python: standard library only, syntax of Python 3.6.
 """
 
 import functools
@@ -28,7 +28,7 @@ _PIP_NAMES = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of `SIGNALS` came; `number` is which."""
+    """Raised when the process receives one of `SIGNALS`, whose number is `number`."""
 
     def __init__(self, number: int):
         super().__init__()
@@ -36,7 +36,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def begin() -> None:
-    """Check Python's version; from here on errors of imports and signals end the process without a traceback."""
+    """Check Python's version, then install handlers that end the process without a traceback on errors and signals."""
     if sys.version_info < _OLDEST_PYTHON:
         version = '.'.join(map(str, sys.version_info[:3]))
         print(f'error: this is Python {version} ({sys.executable}), but LeanViT needs 3.9 or newer.', file=sys.stderr)
@@ -66,9 +66,9 @@ def _write_printable(write, keep, text):
 
 
 def run(main: 'Callable[[], int | None]') -> None:
-    """Runs a command's `main` and exits with the status it returns; UserError is printed and gives status 2.
+    """Run a command's `main` and exit with the status that it returns. A UserError is printed and gives status 2.
 
-    Of several processes that a launcher started, the first to fail speaks; what the others meet then is its consequence.
+    Of several processes that a launcher started, only the first to fail prints its error; later errors follow from it.
     """
     begin()
     try:
@@ -80,7 +80,7 @@ def run(main: 'Callable[[], int | None]') -> None:
 
 
 def run_command() -> None:
-    """Runs the command that the first argument names, with what the calling script registered; see docs/extending.md.
+    """Run the command that the first argument names, with what the calling script registered; see docs/extending.md.
 
     python mine.py main_multi_gpu.py -cfg=mine.yaml
     python mine.py tools/predict.py -pretrained=output/latest photos/
@@ -105,13 +105,13 @@ def _run_named() -> 'int | None':
 
 
 def exit_status(error: KeyboardInterrupt) -> int:
-    """128 + n, as a shell reports a process that signal n ended."""
+    """Return 128 + n, as a shell reports a process that signal n ended."""
     return 128 + getattr(error, 'number', signal.SIGINT)
 
 
 # ---------------------------------------------------------------------------------------------------- signals
 def handle_signals(handler) -> None:
-    """Install a handler of `SIGNALS`; SIGHUP stays ignored where nohup asked for that."""
+    """Install a handler of `SIGNALS`; keep SIGHUP ignored under nohup."""
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -121,10 +121,10 @@ _interrupted_at = None  # when the first signal came
 
 
 def _interrupt(number, frame) -> None:
-    """Raise Interrupted, so that files which are being written are removed; exit at once when that cannot work.
+    """Raise Interrupted, so that incomplete files are removed. Exit at once during an import or on a repeated signal.
 
-    An exception that rises inside an import may be swallowed there. A signal that is repeated means: at once; Paddle's
-    launcher repeats SIGTERM within half a second.
+    An import may swallow an exception that is raised inside it. Paddle's launcher repeats SIGTERM within half a second,
+    so SIGTERM and SIGHUP count as repeated only after one second.
     """
     global _interrupted_at
     now = time.monotonic()
@@ -136,7 +136,7 @@ def _interrupt(number, frame) -> None:
 
 
 def _imports(frame) -> bool:
-    """Whether an import is under way."""
+    """Return True if an import statement is running."""
     while frame is not None:
         if frame.f_code.co_filename.startswith('<frozen importlib'):
             return True
@@ -146,24 +146,24 @@ def _imports(frame) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- errors
 def _explain(error: BaseException) -> int:
-    """Print what happened, in one sentence where the user can fix it. Returns the exit status."""
+    """Print an error, in one sentence where the user can fix it, else with its traceback. Return the exit status."""
     if isinstance(error, KeyboardInterrupt):
         return exit_status(error)
-    if isinstance(error, BrokenPipeError):  # the reader of our output left, as `| head` does
+    if isinstance(error, BrokenPipeError):  # the reader of the pipe exited, as in `| head`
         return 1
     text = str(error) if isinstance(error, UserError) else _environment_fault(error) or _missing_package(error)
-    if _is_first():
+    if _is_first_failure():
         if text:
             print(f'error: {text}', file=sys.stderr)
         else:
-            import traceback  # not at the top, so that `begin` comes early
+            import traceback  # imported here, so that `begin` runs early
 
             traceback.print_exception(type(error), error, error.__traceback__)
     return USER_ERROR if text else 1
 
 
 def _environment_fault(error: BaseException) -> str:
-    """What to do about a full disk or names that the file system's encoding lacks; empty for any other error."""
+    """Return what to do about a full disk or a name outside the file system's encoding; '' for any other error."""
     from utils.files import NO_SPACE, cannot_write
 
     if isinstance(error, OSError) and error.errno in NO_SPACE:
@@ -174,7 +174,7 @@ def _environment_fault(error: BaseException) -> str:
 
 
 def _missing_package(error: BaseException) -> str:
-    """What to do about a package that cannot be imported; empty for any other error, and for modules of this repository."""
+    """Return what to do about a package that cannot be imported; '' for other errors and for modules of this repository."""
     name = (getattr(error, 'name', None) or '').partition('.')[0]
     path = os.path.join(_ROOT, name)
     if not isinstance(error, ImportError) or not name or os.path.exists(path) or os.path.exists(path + '.py'):
@@ -188,13 +188,13 @@ def _missing_package(error: BaseException) -> str:
     )
 
 
-def _is_first() -> bool:
-    """Whether no other process of this job has failed before; always so where no launcher made a place to say it."""
-    latch = os.environ.get('LEANVIT_FIRST_ERROR')
-    if latch is None:
+def _is_first_failure() -> bool:
+    """Return True if no other process of this job failed before, or if no launcher named a file that records it."""
+    record = os.environ.get('LEANVIT_FIRST_ERROR')
+    if record is None:
         return True
     try:
-        os.close(os.open(latch, os.O_CREAT | os.O_EXCL))
+        os.close(os.open(record, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
         return False
     except OSError:  # the variable is left over from a job that has ended
@@ -203,11 +203,11 @@ def _is_first() -> bool:
 
 
 def _exit(status: int) -> None:
-    """Leaves at once: with a process group whose peers are gone, Paddle's own shutdown may wait for them for ever."""
+    """Flush the output and exit. A rank exits at once: Paddle's shutdown may wait forever for ranks that have exited."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:  # said before; what is left would raise it again when Python ends
+        except OSError:  # reported before; a later flush by Python would raise it again
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if 'PADDLE_TRAINER_ID' in os.environ:
         os._exit(status)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be in the environment before Paddle is imported, and that import.
+"""Environment variables that must be set before Paddle is imported, and that import.
 
-Nothing here overrides the user, but for a HOME that cannot be written to.
+Variables that the user set stay as they are, except a HOME that is not writable.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from utils.cli import SIGNALS
 from utils.errors import UserError
 
 OLDEST_PADDLE = (3, 3)
-_ARGV = sys.argv[:]  # before `utils.cli.run_command` takes the name of a command
+_ARGV = sys.argv[:]  # before `utils.cli.run_command` removes the name of the command
 
-# A training step frees and takes back the same large buffers; glibc would hand them to the kernel and fault them in again
-# each time, which makes operations on them two to three times slower. Read by glibc at process start only.
+# Each training step frees and allocates the same large buffers. By default glibc returns them to the kernel, and page
+# faults then make operations two to three times slower. glibc reads these variables at process start only.
 _MALLOC = {
     'MALLOC_MMAP_THRESHOLD_': '4294967296',
     'MALLOC_TRIM_THRESHOLD_': '17179869184',
     'MALLOC_TOP_PAD_': '67108864',
 }
 
-# Warnings that matter to those who work on Paddle: of compiling, and of exporting a program.
-_REMARKS = ('No ccache found', "Tensor do not have 'place' interface")
+# Warnings for developers of Paddle, on compilation and on the export of a program.
+_IGNORED_WARNINGS = ('No ccache found', "Tensor do not have 'place' interface")
 
-# What launchers set for each process, and what may be left over from one.
+# Variables that launchers set for each process; they may be left over from an earlier job.
 _RANK, _SIZE = 'PADDLE_TRAINER_ID', 'PADDLE_TRAINERS_NUM'
 _ENDPOINT, _ENDPOINTS = 'PADDLE_CURRENT_ENDPOINT', 'PADDLE_TRAINER_ENDPOINTS'
 _LAUNCHER = (
@@ -44,26 +44,26 @@ _LAUNCHER = (
 )  # fmt: skip
 
 
-# Paddle, VisualDL and Matplotlib make folders below HOME when they are imported, and fail or complain where they cannot.
-_BELOW_HOME = ('', '.cache', '.cache/paddle', '.config', '.visualdl')
+# Folders below HOME that Paddle, VisualDL and Matplotlib create on import; they fail or warn where HOME is not writable.
+_HOME_FOLDERS = ('', '.cache', '.cache/paddle', '.config', '.visualdl')
 _USERS_HOME = 'LEANVIT_HOME'  # the HOME that was replaced
 
 
 def ensure_home() -> None:
-    """Points HOME to a folder below LEANVIT_CACHE, or a temporary one, where it cannot be written to."""
+    """Set HOME to a folder below LEANVIT_CACHE, or to a temporary one, if it is not writable."""
     home = os.path.expanduser('~')
-    if os.path.isdir(home) and all(_is_writable(os.path.join(home, name)) for name in _BELOW_HOME):
+    if os.path.isdir(home) and all(_is_writable(os.path.join(home, name)) for name in _HOME_FOLDERS):
         return
-    os.environ.update({_USERS_HOME: home, 'HOME': _spare_home()})
+    os.environ.update({_USERS_HOME: home, 'HOME': _fallback_home()})
 
 
 def _is_writable(path: str) -> bool:
-    """Whether a folder can be written to; one that is missing can be made."""
+    """Return True if a folder is writable or does not exist yet."""
     return not os.path.lexists(path) or (os.path.isdir(path) and os.access(path, os.W_OK | os.X_OK))
 
 
-def _spare_home() -> str:
-    """A folder of this user: the same one in each run and process, where that is possible."""
+def _fallback_home() -> str:
+    """Return a folder of this user, where possible the same one in each run and process."""
     cache = os.environ.get('LEANVIT_CACHE')
     folders = [os.path.join(os.path.abspath(cache), 'home')] if cache else []
     for folder in [*folders, os.path.join(tempfile.gettempdir(), f'leanvit-home-{os.getuid()}')]:
@@ -75,7 +75,7 @@ def _spare_home() -> str:
 
 
 def expand_user(path: str) -> str:
-    """`path` with a leading `~` as the user means it, also where `ensure_home` replaced HOME."""
+    """Expand a leading `~` to the user's own home folder, also where `ensure_home` replaced HOME."""
     home = os.environ.get(_USERS_HOME)
     if home is not None and path.split('/')[0] == '~':
         return home + path[1:]
@@ -83,7 +83,7 @@ def expand_user(path: str) -> str:
 
 
 def is_gpu_build() -> bool:
-    """Whether the installed Paddle was built for GPUs."""
+    """Return True if the installed Paddle was built for GPUs."""
     try:
         importlib.metadata.version('paddlepaddle-gpu')
     except importlib.metadata.PackageNotFoundError:
@@ -92,9 +92,9 @@ def is_gpu_build() -> bool:
 
 
 def cpu_settings(processes: int) -> dict[str, str]:
-    """Variables that make Paddle fast on the CPU, for one of `processes` processes that share this machine.
+    """Return variables that make Paddle fast on the CPU, for one of `processes` processes that share this machine.
 
-    Threads: Paddle's default is one. Stride kernels: lazy transposed views cost attention a factor of four on the CPU.
+    Paddle uses one thread by default. Its stride kernels make attention four times slower on the CPU (lazy transposes).
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     threads = str(max(1, cores // processes))
@@ -109,7 +109,7 @@ def cpu_settings(processes: int) -> dict[str, str]:
 
 # ---------------------------------------------------------------------------------------------------- launchers
 def launched() -> tuple[int, int] | None:
-    """(rank, world size) in a process that a launcher started; None where the variables are missing or contradict."""
+    """Return (rank, world size) if a launcher started this process; None if its variables are missing or inconsistent."""
     rank, size = (os.environ.get(name, '') for name in (_RANK, _SIZE))
     endpoints = os.environ.get(_ENDPOINTS, '').split(',')
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size) == len(endpoints)):
@@ -117,18 +117,18 @@ def launched() -> tuple[int, int] | None:
     return (int(rank), int(size)) if os.environ.get(_ENDPOINT) == endpoints[int(rank)] else None
 
 
-def forget_launcher() -> None:
-    """Drop the variables of a launcher that did not start this process; said in one line, since somebody set them."""
+def clear_launcher_variables() -> None:
+    """Remove the variables of a launcher that did not start this process, and print their names."""
     names = [name for name in _LAUNCHER if os.environ.pop(name, None) is not None]
     if names:
         print(f'note: {", ".join(names)} are left over from another job and ignored.', file=sys.stderr)
 
 
-def _stay_alone() -> None:
-    """Make this the only process of its job.
+def _require_single_process() -> None:
+    """Check that no launcher started several processes of this command, and remove leftover launcher variables.
 
     Raises:
-        UserError: Paddle's launcher started several.
+        UserError: Paddle's launcher started several processes.
     """
     rank_and_size = launched()
     if rank_and_size is not None and rank_and_size[1] > 1 and _is_child_of_launcher():
@@ -136,11 +136,11 @@ def _stay_alone() -> None:
             f"a launcher started {rank_and_size[1]} processes of '{sys.argv[0]}', which works in one: start it with "
             'python alone; main_multi_gpu.py trains in several.'
         )
-    forget_launcher()
+    clear_launcher_variables()
 
 
 def _is_child_of_launcher() -> bool:
-    """Whether the parent process is Paddle's launcher, as far as /proc says so."""
+    """Return True if /proc names Paddle's launcher as the parent process."""
     try:
         with open(f'/proc/{os.getppid()}/cmdline', 'rb') as file:
             command = file.read()
@@ -150,34 +150,35 @@ def _is_child_of_launcher() -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------- start
-def start_paddle(alone: bool = True) -> None:
-    """Called by a command before anything that imports Paddle; restarts the process once so that glibc sees its variables.
+def start_paddle(single_process: bool = True) -> None:
+    """Set variables for the CPU, restart the process once so that glibc reads them, and import Paddle.
 
-    On a GPU build, whose defaults are right, no variable is set, and nowhere one that is set already.
+    A command calls it before any module that imports Paddle. On a GPU build no variable is set; variables that are set
+    already are never changed.
 
     Args:
-        alone: False where a launcher may have started several processes, which work together.
+        single_process: False where a launcher may have started several ranks of this command.
     """
-    if alone:
-        _stay_alone()
+    if single_process:
+        _require_single_process()
     if not is_gpu_build():
-        _tune()
+        _set_cpu_variables()
     import_paddle()
 
 
-def _tune() -> None:
+def _set_cpu_variables() -> None:
     processes = os.environ.get('PADDLE_LOCAL_SIZE', '') if launched() else ''
     settings = cpu_settings(max(1, int(processes)) if processes.isdecimal() else 1)
     missing = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(missing)
     if sys.platform == 'linux' and _MALLOC.keys() & missing.keys():
         sys.stdout.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `begin`
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until `utils.cli.begin` unblocks them
         os.execv(sys.executable, command_line())
 
 
 def command_line() -> list[str]:
-    """This process's command, with the interpreter's flags, and `-m NAME` where it was started so."""
+    """Return the command of this process, with the interpreter's flags, and `-m NAME` if it runs a module."""
     if hasattr(sys, 'orig_argv'):  # Python 3.10
         return [sys.executable, *sys.orig_argv[1:]]
     spec = sys.modules['__main__'].__spec__
@@ -186,25 +187,25 @@ def command_line() -> list[str]:
 
 
 def import_paddle() -> None:
-    """Import Paddle without its remarks on threads and compilers, and without its own handler of SIGTERM.
+    """Import Paddle without its warnings on threads and compilers, and without its SIGTERM handler.
 
     Raises:
-        UserError: it is too old.
+        UserError: Paddle is too old.
     """
     ensure_home()
-    for remark in _REMARKS:
-        warnings.filterwarnings('ignore', message=remark)
-    os.environ.setdefault('GLOG_minloglevel', '2')  # of Paddle's C++: errors
-    remarks = io.StringIO()
+    for message in _IGNORED_WARNINGS:
+        warnings.filterwarnings('ignore', message=message)
+    os.environ.setdefault('GLOG_minloglevel', '2')  # Paddle's C++ code logs errors only
+    output = io.StringIO()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with contextlib.redirect_stderr(remarks):
+        with contextlib.redirect_stderr(output):
             paddle = importlib.import_module('paddle')
     finally:
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        lines = remarks.getvalue().splitlines(keepends=True)
+        lines = output.getvalue().splitlines(keepends=True)
         sys.stderr.writelines(line for line in lines if 'OMP_NUM_THREADS' not in line)
     version = re.match(r'(\d+)\.(\d+)', str(getattr(paddle, '__version__', '')))
     release = tuple(map(int, version.groups())) if version else OLDEST_PADDLE

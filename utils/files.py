@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files: either the old version or the new one is there, and a full disk is one clear sentence."""
+"""Atomic writes: a file holds either its old or its new content, and a full disk gives one clear sentence."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from utils.errors import UserError
 
-# Names of files may hold bytes that are not UTF-8; Python has them as surrogates, which UTF-8 cannot encode.
+# File names may hold bytes that are not UTF-8. Python decodes them to surrogates, which UTF-8 cannot encode.
 TEXT = {'encoding': 'utf-8', 'errors': 'backslashreplace'}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # A large file with fewer blocks on disk than one in so many is not data but holes, which read as gigabytes of zeros.
@@ -61,16 +61,16 @@ def read_regular(path: str | os.PathLike, limit: int) -> bytes:
 
 
 def cannot_write(path: str, error: OSError, note: str = '') -> UserError:
-    """The error of a file that cannot be written: which one, why, and what to do."""
+    """Return the error for a file that cannot be written: which file, why, and what to do."""
     free = 'free space there, or ' if error.errno in NO_SPACE else ''
     return UserError(f"cannot write '{path}': {error.strerror or error}{note}; {free}write elsewhere (-output).")
 
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Turns an OSError of the block, which writes to `path`, into a UserError.
+    """Turn an OSError of the block, which writes to `path`, into a UserError.
 
-    A reader that left a pipe is no error of the file: BrokenPipeError passes.
+    BrokenPipeError passes: the reader of a pipe exited, so nothing is wrong with the file.
     """
     try:
         yield
@@ -82,9 +82,9 @@ def writing(path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: str, mode: str = 'wb') -> Iterator[IO]:
-    """Opens a temporary file beside `path`; when the block ends well it is synced and takes the name `path`.
+    """Open a temporary file beside `path`; if the block succeeds, sync the file and rename it to `path`.
 
-    On an error, or when the process is killed, `path` keeps what it held; the temporary file is removed on an error.
+    After an error or a kill, `path` keeps its old content. An error removes the temporary file.
 
     Raises:
         UserError: a full or read-only disk.
@@ -99,7 +99,7 @@ def atomic_write(path: str, mode: str = 'wb') -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(OSError):  # exFAT and many network file systems have no modes
+        with contextlib.suppress(OSError):  # exFAT and many network file systems have no file modes
             os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException as error:
@@ -129,7 +129,7 @@ def link_or_copy(source: str, path: str) -> None:
 
 
 def json_text(value: Any, **options: Any) -> str:
-    """`json.dumps`, in which NaN and infinite numbers, for which JSON has no words, are null."""
+    """Return `json.dumps` of a value with NaN and infinite numbers as null, since JSON has no such numbers."""
     return json.dumps(_finite(value), allow_nan=False, **options)
 
 
@@ -153,7 +153,7 @@ def _umask() -> int:
 
 
 def _sync_folder(folder: str) -> None:
-    """A rename is durable once its folder is on disk; not every file system offers that."""
+    """Sync a folder to make a rename in it durable; not every file system supports that."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

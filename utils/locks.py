@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Locks of files: one process at a time, on this machine or, over NFS, on several."""
+"""File locks: one process at a time, on this machine or, over NFS, on several machines."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ except ImportError:  # Windows
 
 
 class LockedError(Exception):
-    """Another process holds the lock; the text says which, as far as it is known."""
+    """Another process holds the lock; the text names the process if it is known."""
 
 
 @contextlib.contextmanager
 def file_lock(path: str) -> Iterator[None]:
     """Hold the lock file `path` while the block runs; remove it afterwards.
 
-    The lock is the kernel's (POSIX record lock), not the presence of the file: a killed process leaves no lock, and what
-    the file holds only names the owner. Where the file system has no locks, nothing is locked.
+    The lock is a POSIX record lock of the kernel, not the presence of the file, so a killed process releases it. The
+    content of the file only names the owner. File systems without locks lock nothing.
 
     Raises:
         LockedError: another process holds it.
@@ -34,7 +34,7 @@ def file_lock(path: str) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(path)  # while the lock is held, so that this is our file
+            os.unlink(path)  # while the lock is held, so that no other process owns the file
         os.close(handle)
 
 
@@ -43,7 +43,7 @@ def _open_locked(path: str) -> int:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _lock(handle)
-            if _is_at(handle, path):  # else the last owner removed the file after it was opened here
+            if _is_at(handle, path):  # otherwise the last owner removed the file after this process opened it
                 os.ftruncate(handle, 0)
                 os.write(handle, f'process {os.getpid()} on {socket.gethostname()}\n'.encode())
                 return handle
@@ -61,7 +61,7 @@ def _lock(handle: int) -> None:
     except (BlockingIOError, PermissionError):  # POSIX allows both
         owner = os.read(handle, 1000).decode(errors='replace').strip()
         raise LockedError(owner if owner and owner.isprintable() else 'another process') from None
-    except OSError:  # no locks here
+    except OSError:  # the file system has no locks
         pass
 
 

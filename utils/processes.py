@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes: none outlives its parent, and one may crash."""
+"""Child processes that end with their parent, and calls in a subprocess that may crash."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from typing import Any
 from utils.cli import SIGNALS
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MEMORY = 1 << 30  # bytes that a function of `run_apart` may take: a thousand times the largest MATLAB file that is read
+MEMORY = (
+    1 << 30
+)  # bytes that a function of `run_in_subprocess` may take: a thousand times the largest MATLAB file that is read
 SECONDS = 15  # of processor time
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Called in a child: the kernel sends it signal `number` when its parent is gone, however it went (Linux only)."""
+    """Let the kernel send signal `number` to this child process when its parent ends for any reason (Linux only)."""
     if sys.platform == 'linux':
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
-def run_apart(function: Callable, *args: Any) -> Any:
-    """What a function returns that may crash or never end: it runs in a process of its own, within MEMORY and SECONDS.
+def run_in_subprocess(function: Callable, *args: Any) -> Any:
+    """Run a function that may crash or never end in a subprocess, limited to MEMORY and SECONDS, and return its result.
 
     Raises:
-        Exception: what the function raises; BrokenProcessPool when its process died, also at the end of its time.
+        Exception: any exception of the function, such as MemoryError.
+        BrokenProcessPool: the subprocess crashed, or used SECONDS of processor time.
     """
     forks = 'fork' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('fork' if forks else None)
     with warnings.catch_warnings(), ProcessPoolExecutor(1, context, initializer=_crash_silently) as executor:
-        # Python warns of forking beside threads; the function must use nothing that those could hold.
+        # Python warns of a fork beside threads; the function must use no lock that another thread may hold.
         warnings.simplefilter('ignore', DeprecationWarning)
         return executor.submit(function, *args).result()
 
 
 def _crash_silently() -> None:
-    """Without the report that Paddle or faulthandler would write of it."""
+    """Reset the signal handlers, so that Paddle and faulthandler print no report of a crash."""
     die_with_parent()
     for number in (signal.SIGSEGV, signal.SIGXCPU, *SIGNALS):
         signal.signal(number, signal.SIG_DFL)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named builders: the allow-list between a name in a configuration and the code it runs."""
+"""Registry of builders by name: the allow-list of the code that a name in a configuration may run."""
 
 import difflib
 import fnmatch
@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 class Registry:
-    """Maps names to functions. Names are compared without regard to case.
+    """Maps names to functions. Names are case-insensitive.
 
     >>> MODELS = Registry('model')
     >>> @MODELS.register('gmlp')
@@ -23,7 +23,7 @@ class Registry:
         self._aliases: dict[str, str] = {}
 
     def register(self, name: str, *aliases: str) -> Callable[[Callable], Callable]:
-        """Decorator that files a function under `name`; `aliases` are other spellings that are found but not listed."""
+        """Return a decorator that registers a function as `name`; `aliases` are accepted but not listed."""
 
         def decorate(function: Callable) -> Callable:
             for key in (name, *aliases):
@@ -50,9 +50,9 @@ class Registry:
         return iter(sorted(self._entries))
 
     def values(self) -> list[Callable]:
-        """The functions, in the order of their registration."""
+        """Return the functions in the order of their registration."""
         return list(self._entries.values())
 
     def match(self, pattern: str = '*') -> list[str]:
-        """Names that match a shell pattern, sorted."""
+        """Return the names that match a shell pattern, sorted."""
         return [name for name in self if fnmatch.fnmatch(name, pattern)]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names of runs, and `latest`: a symbolic link in the folder of all runs that leads to the run trained last.
+"""Names of runs, and `latest`: a symbolic link in the folder of all runs to the run trained last.
 
-Where the file system has no symbolic links, `latest` is a pointer file: one line of text, the name of the run.
+Where the file system has no symbolic links, `latest` is a pointer file, which holds the name of the run in one line.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_run_name(name: str) -> None:
 
 
 def follow_latest(path: str) -> str:
-    """Return `path` with each `latest` in it, link or pointer file, replaced by what it leads to, and `~` expanded."""
+    """Return `path` with `~` expanded and each `latest`, link or pointer file, replaced by its target."""
     path = os.path.expanduser(path)
     parent, name = os.path.split(path)
     if parent == path:
@@ -40,7 +40,7 @@ def follow_latest(path: str) -> str:
 
 
 def point_latest(root: str, name: str) -> None:
-    """Let `latest` in the folder `root` lead to the run `name` below it; a folder or file of the user stays.
+    """Make `latest` in the folder `root` point to the run `name` below it; keep a folder or file of the user.
 
     Raises:
         UserError: a full or read-only disk.
@@ -51,7 +51,7 @@ def point_latest(root: str, name: str) -> None:
     temporary = os.path.join(root, f'.{LATEST}.{uuid.uuid4().hex}.tmp')
     try:
         os.symlink(name, temporary)
-        os.replace(temporary, path)  # never missing, whatever other runs start at this moment
+        os.replace(temporary, path)  # atomic, so that `latest` always exists while other runs start
     except (OSError, NotImplementedError):
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -60,7 +60,7 @@ def point_latest(root: str, name: str) -> None:
 
 
 def _target(path: str) -> str | None:
-    """What a link or pointer file says; None if `path` is neither."""
+    """Return the target of a link or pointer file; None if `path` is neither."""
     try:
         if os.path.islink(path):
             return os.readlink(path)

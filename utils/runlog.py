@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run leaves to read: the screen, the log files, metrics.jsonl and VisualDL's records.
+"""Output of a run: log lines on the screen and in files, metrics.jsonl and VisualDL records.
 
-Each is written at once, so that a full disk ends the run where it happens, with one sentence.
+Every line is written immediately, so that a full disk ends the run at that line, with one sentence.
 
-log.txt         the main process, averages over all processes; lines carry `MASTER_LOG`
-log_<rank>.txt  one process
-log_all.txt     every line of every process
+log.txt         lines of the main process, with averages over all ranks; marked by `MASTER_LOG`
+log_<rank>.txt  lines of one rank
+log_all.txt     lines of all ranks
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from utils.text import printable, printable_lines
 
 
 class RunLog:
-    """Log files of one process of a run. Each line is flushed, so that a killed run keeps its last words.
+    """Log files of one rank. Each line is flushed, so that the log of a killed run is complete.
 
-    Without a folder, lines are printed and kept until `open` names one.
+    Without a folder, lines are printed and buffered until `open` names one.
     """
 
     def __init__(self, folder: str | None, rank: int):
@@ -39,7 +39,7 @@ class RunLog:
             self.open(folder)
 
     def open(self, folder: str) -> None:
-        """Append to the log files in `folder` from now on, first the lines kept so far."""
+        """Open the log files in `folder` for appending, and write the buffered lines to them."""
         for name in (f'log_{self.rank}.txt', 'log_all.txt', *(['log.txt'] if self.rank == 0 else [])):
             path = os.path.join(folder, name)
             with writing(path):
@@ -50,11 +50,11 @@ class RunLog:
         self._early.clear()
 
     def local(self, message: str) -> None:
-        """A line about this process, to its own file, or several lines."""
+        """Write a line about this rank to its own file; the line may continue on further lines."""
         self._write(printable_lines(message), f'log_{self.rank}.txt')
 
     def master(self, message: str) -> None:
-        """A line about the run: printed and logged by the main process, dropped by the others."""
+        """Print and log a line about the run, on the main process only."""
         if self.rank == 0:
             line = self._write(f'MASTER_LOG {printable(message)}', 'log.txt')
             with writing('standard output'):
@@ -88,11 +88,11 @@ class MetricsFile:
             file.write(json_text(row) + '\n')
 
     def rewind(self, step: int, validated: bool, trained: bool = True) -> None:
-        """Drops rows that a run resumed at optimizer step `step` is about to write again.
+        """Drop the rows that a run resumed at optimizer step `step` will write again.
 
         Args:
-            validated: whether the evaluation due at that very step was done.
-            trained: whether the row of the epoch that ends at that very step was written.
+            validated: True if the evaluation due at `step` was done.
+            trained: True if the row of the epoch that ends at `step` was written.
         """
         if not os.path.exists(self.path):
             return
@@ -112,11 +112,11 @@ class MetricsFile:
 class VisualDLFile:
     """A file of VisualDL records.
 
-    VisualDL's own LogWriter writes in a thread. On a full disk that thread drops records, then ends, and the run waits for
-    it for ever.
+    VisualDL's own LogWriter writes in a thread. On a full disk that thread drops records and exits, and the run then
+    waits for it forever.
 
     Args:
-        folder: what `visualdl --logdir` takes; it is made.
+        folder: argument of `visualdl --logdir`; it is created.
     """
 
     def __init__(self, folder: str):
@@ -133,7 +133,7 @@ class VisualDLFile:
         self._append(self._components.scalar(tag, value, step, _milliseconds()))
 
     def add_image(self, tag: str, image: np.ndarray, step: int) -> None:
-        """Adds an image [H, W, C], uint8."""
+        """Add an image [H, W, C], uint8."""
         self._append(self._components.image(tag, image, step, _milliseconds()))
 
     def _append(self, record) -> None:
@@ -152,7 +152,7 @@ def _milliseconds() -> int:
 
 
 def progress(iterable, total: int, label: str, shown: bool):
-    """A progress bar on a terminal, nothing elsewhere."""
+    """Wrap an iterable in a progress bar, which appears on a terminal only."""
     return tqdm(
         iterable, total=total, desc=label, leave=False, disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True
     )

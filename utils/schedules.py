@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Schedules: pure functions of the fractional epoch. Nothing here holds state, so a resumed run cannot disagree.
+"""Schedules as pure functions of the fractional epoch. They hold no state, so a resumed run gets the same values.
 
-`t` counts epochs, with fractions where a schedule follows every step; T is the number of epochs, w of warm-up.
+`t` is the number of epochs since the start of training, with fractions where a schedule is updated every step.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ def _warmup(t: float, base: float, start: float, warmup: float) -> float:
 
 
 def _half_cosine(base: float, end: float, progress: float) -> float:
-    """From `base` at progress 0 to `end` at 1."""
+    """Return a half cosine from `base` at progress 0 to `end` at progress 1."""
     return end + (base - end) * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
 
 
-# Each takes `t` and, of the values that `lr_schedule` collects, those it depends on.
+# Each schedule takes `t` and some of the values that `engine.learning_rate.lr_schedule` collects.
 
 
 @SCHEDULES.register('warmupcosine')
 def warmup_cosine(t: float, *, base: float, start: float, end: float, warmup: float, total: float, **_) -> float:
-    """Linear from `start` to `base` in `warmup` epochs, then a half cosine over the rest (PaddleViT, MAE)."""
+    """Linear warm-up from `start` to `base`, then a half cosine over the remaining epochs (PaddleViT, MAE)."""
     if t < warmup:
         return _warmup(t, base, start, warmup)
     return _half_cosine(base, end, (t - warmup) / (total - warmup) if total > warmup else 1.0)
@@ -35,7 +35,7 @@ def warmup_cosine(t: float, *, base: float, start: float, end: float, warmup: fl
 
 @SCHEDULES.register('timmcosine')
 def timm_cosine(t: float, *, base: float, start: float, end: float, warmup: float, total: float, **_) -> float:
-    """As above, but the cosine runs over all `total` epochs, so that it is entered at t = warmup (timm, DeiT, Swin)."""
+    """Linear warm-up; the half cosine spans all `total` epochs and is entered at t = `warmup` (timm, DeiT, Swin)."""
     if t < warmup:
         return _warmup(t, base, start, warmup)
     return _half_cosine(base, end, t / total)
@@ -43,7 +43,7 @@ def timm_cosine(t: float, *, base: float, start: float, end: float, warmup: floa
 
 @SCHEDULES.register('linear')
 def linear(t: float, *, base: float, start: float, end: float, warmup: float, total: float, **_) -> float:
-    """After the warm-up a straight line from `base` to `end` (Swin and MS-MLP, whose end is always base / 100)."""
+    """Linear warm-up, then a line from `base` to `end` (Swin and MS-MLP, where `end` is `base` / 100)."""
     if t < warmup:
         return _warmup(t, base, start, warmup)
     return base + (end - base) * ((t - warmup) / (total - warmup) if total > warmup else 1.0)
@@ -61,7 +61,7 @@ def step(
     decay_rate: float,
     **_,
 ) -> float:
-    """After the warm-up `base`, times `decay_rate` for each `decay_epochs` since the start of training, at least `end`."""
+    """Linear warm-up, then `base` times `decay_rate` once per `decay_epochs` since the start, at least `end`."""
     if t < warmup:
         return _warmup(t, base, start, warmup)
     return max(base * decay_rate ** (t // decay_epochs), end)
@@ -71,25 +71,28 @@ def step(
 def poly(
     t: float, *, base: float, start: float, end: float, warmup: float, total: float, power: float = 1.0, **_
 ) -> float:
-    """From `base` to `end` as (1 - t / total)^power; the warm-up multiplies it by a line from start / base to 1 (mmsegmentation)."""
+    """Polynomial decay (1 - t / total)^power from `base` to `end`, as in mmsegmentation.
+
+    The warm-up multiplies it by a line from `start` / `base` to 1.
+    """
     value = end + (base - end) * max(1 - t / total, 0.0) ** power
     return value * (1 - (1 - t / warmup) * (1 - start / base)) if t < warmup and base else value
 
 
 @SCHEDULES.register('constant')
 def constant(t: float, *, base: float, start: float, warmup: float, **_) -> float:
-    """`base` after the warm-up."""
+    """Linear warm-up, then `base`."""
     return _warmup(t, base, start, warmup) if t < warmup else base
 
 
 def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
-    """EViT's keep rate (https://arxiv.org/abs/2202.07800, appendix; its helpers.py): 1, a half cosine, then `base`.
+    """EViT's keep rate (https://arxiv.org/abs/2202.07800, appendix; helpers.py): 1, then a half cosine to `base`.
 
     Args:
-        t: epochs since the start of training, with the fraction of the running one.
-        base: the final rate.
-        start: epochs with all tokens.
-        length: epochs of the way down; 0: a jump.
+        t: epochs since the start of training, with fractions.
+        base: final keep rate.
+        start: number of epochs with all tokens.
+        length: number of epochs of the decay; 0: a jump.
     """
     if t < start:
         return 1.0
@@ -97,19 +100,19 @@ def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
 
 
 def encoder_momentum(t: float, *, base: float, total: float) -> float:
-    """MoCo-v3's momentum (https://arxiv.org/abs/2104.02057, section 4): a half cosine from `base` at t = 0 to 1 at `total`."""
+    """Momentum of MoCo v3's momentum encoder (https://arxiv.org/abs/2104.02057, section 4): a half cosine from `base` to 1."""
     return _half_cosine(base, 1.0, t / total)
 
 
 def attn_lambda(t: float, *, start: int, length: int) -> float:
-    """Weight of fading attention (https://arxiv.org/abs/2404.05657): 1, a straight line, then 0.
+    """Weight of the decaying attention (https://arxiv.org/abs/2404.05657): 1, then a linear decay to 0.
 
-    It is constant inside an epoch.
+    It is constant within an epoch.
 
     Args:
-        t: epochs since the start of training; fractions do not count.
-        start: the last epoch, from 0, of weight 1.
-        length: epochs after it until the weight is 0.
+        t: epochs since the start of training; fractions are ignored.
+        start: last epoch, counted from 0, with weight 1.
+        length: number of epochs of the decay.
     """
     epoch = math.floor(t)
     return 1.0 if epoch <= start else max(0.0, 1 - (epoch - start) / max(length, 1))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys of a yacs tree: default, type, bounds and owner of each; values from YAML files and command lines.
+"""Configuration keys of a yacs tree: default, type, bounds and owners; values from YAML files and command lines.
 
-yacs alone takes no int for a float, lets the last of two equal keys win, and knows neither file nor line of a mistake.
+yacs alone refuses an int for a float, keeps the last of two duplicate keys, and reports neither file nor line of an error.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from utils.run_paths import follow_latest
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 MAX_FILE = 1 << 18  # bytes of a YAML file; PyYAML reads 100 kB in a second, and all keys with comments take 40 kB
-SHOWN = 80  # characters of a value in a message
-SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values own other keys
-EXEMPT = -1  # layer of values that may be without effect
+SHOWN = 80  # characters of a value in an error message
+SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values decide which other keys have an effect
+EXEMPT = -1  # layer of values that may have no effect
 
 
 # ---------------------------------------------------------------------------------------------------- keys
 class Interval:
-    """Numbers between two bounds, in the notation of mathematics: '[0, 1)' holds 0 and does not hold 1."""
+    """Interval of numbers in mathematical notation: '[0, 1)' contains 0 and does not contain 1."""
 
     def __init__(self, text: str):
         self.low, self.high = (int(x) if x == int(x) else x for x in ast.literal_eval(text[1:-1]))
@@ -41,7 +41,7 @@ class Interval:
         return above and (value < self.high if self.high_open else value <= self.high)
 
     def text(self, kind: type) -> str:
-        """For messages: 'of at least 1 and at most 9', 'between 0 and 1 (excluded)'."""
+        """Return the bounds in words: 'of at least 1 and at most 9', 'between 0 and 1 (excluded)'."""
         if kind is int:
             return f'of at least {self.low} and at most {self.high}'
         low, high = (' (excluded)' if is_open else '' for is_open in (self.low_open, self.high_open))
@@ -49,10 +49,10 @@ class Interval:
 
 
 class Owners(NamedTuple):
-    """What a key belongs to; an empty field: to all.
+    """Models and tasks for which a key has an effect; an empty field stands for all.
 
     Attributes:
-        models: values of MODEL.TYPE, other spellings included.
+        models: values of MODEL.TYPE, aliases included.
         tasks: values of TRAIN.TASK.
     """
 
@@ -65,14 +65,14 @@ class Key:
 
     Args:
         default: a bool, int, float or str, a list or tuple of them, or None.
-        allowed: bounds of a number, as '[0, 1)', or the few values there are; of a list, those of each element.
-        kind: bool, int, float or str, or in a list the kind of the elements; default: that of `default`.
-        none: None is allowed; default: where it is the default.
-        length: numbers of elements that a list may have.
-        pair: '<' or '<=': the list is (low, high) with low < high or low <= high.
-        models: values of MODEL.TYPE for which the key has an effect; default: as its section says.
-        tasks: values of TRAIN.TASK for which it has one.
-        hint: what else to say about a wrong value.
+        allowed: bounds of a number, such as '[0, 1)', or the choices; for a list, those of each element.
+        kind: type of the value (bool, int, float, str), or [type] for a list of them; default: the type of `default`.
+        none: True if None is allowed; it is always allowed where it is the default.
+        length: allowed lengths of a list.
+        pair: '<' or '<=': the value is a pair (low, high) with low < high or low <= high.
+        models: values of MODEL.TYPE for which the key has an effect; default: those of its section.
+        tasks: values of TRAIN.TASK for which the key has an effect; default: those of its section.
+        hint: text added to the error message of a wrong value.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Key:
         self.hint = hint
 
     def coerce(self, value):
-        """`value` as the kind of this key. Raises ValueError where it is of another kind; bounds are for `accepts`."""
+        """Convert `value` to the type of this key, without a check of bounds. Raises ValueError if that is impossible."""
         if self.none and (value is None or str(value).lower() in ('none', 'null')):
             return None
         if isinstance(value, str) and self.kind is not str:
@@ -110,7 +110,7 @@ class Key:
         return tuple(value) if isinstance(value, list) and not isinstance(self.default, list) else value
 
     def accepts(self, value) -> bool:
-        """True for what `coerce` returns if it is within the bounds."""
+        """Return True if a value that `coerce` returned is within the bounds."""
         if value is None or not isinstance(self.kind, list):
             return self.none if value is None else self._holds(value)
         if self.length and len(value) not in self.length:
@@ -123,7 +123,7 @@ class Key:
         return self.allowed is None or value in self.allowed
 
     def expected(self) -> str:
-        """What a value must be, for messages: 'a number between 0 and 1, or None'."""
+        """Describe the allowed values in an error message: 'a number between 0 and 1, or None'."""
         if self.pair:
             first, last = ('<' if is_open else '<=' for is_open in (self.allowed.low_open, self.allowed.high_open))
             text = f'(low, high) with {self.allowed.low} {first} low {self.pair} high {last} {self.allowed.high}'
@@ -186,14 +186,14 @@ class Section:
     """A section of the tree: its attributes are keys and sections.
 
     Args:
-        models, tasks: the owners of keys that name none themselves, see `Key`.
+        models, tasks: owners of the keys that name no owners themselves, see `Key`.
     """
 
     def __init__(self, models: Collection[str] = (), tasks: Collection[str] = ()):
         self._owners = Owners(tuple(models), tuple(tasks))
 
     def walk(self, prefix: str = '') -> Iterator[tuple[str, Key, Owners]]:
-        """(dotted name, key, owners) of all keys, in the order of their definition."""
+        """Yield (dotted name, key, owners) of all keys in the order of their definition."""
         for name, item in vars(self).items():
             if isinstance(item, Section):
                 yield from item.walk(f'{prefix}{name}.')
@@ -202,7 +202,7 @@ class Section:
 
 
 class Origin(NamedTuple):
-    """Where a value was given: a text for messages, and the number of the layer, a file or a command line."""
+    """Source of a value: its text for error messages, and the number of its layer, which is a file or a command line."""
 
     text: str
     layer: int
@@ -210,15 +210,15 @@ class Origin(NamedTuple):
 
 # ---------------------------------------------------------------------------------------------------- tree
 class Schema:
-    """What a tree may hold.
+    """All keys of a configuration tree, and the operations on such a tree.
 
-    A tree remembers in its attribute `origins` where each value was given, and in `layers` which MODEL.TYPE and TRAIN.TASK
-    each file and the command line left behind. Clones remember it too.
+    The attribute `origins` of a tree maps each key to the source of its value. Its attribute `layers` lists MODEL.TYPE
+    and TRAIN.TASK after each file and after the command line. Clones keep both.
 
     Args:
-        root: the section of all keys.
-        renamed: other spellings of keys; None: the key is accepted and has no effect.
-        known: all models and tasks that the owners of keys account for; others may read any key.
+        root: section of all keys.
+        renamed: old names of keys -> new names; None: the key is accepted and has no effect.
+        known: models and tasks that the owners of the keys cover; all keys have an effect for other models and tasks.
     """
 
     def __init__(self, root: Section, renamed: Mapping[str, str | None], known: Owners):
@@ -229,11 +229,11 @@ class Schema:
         self.sections = _sections((*self.keys, *renamed))
 
     def add(self, prefix: str, section: Section, reads: Collection[str] = ()) -> None:
-        """Add a section. Its owners become known: keys of other owners have no effect for them, except `reads`.
+        """Add a section and its owners. For them, keys of other owners have no effect, except `reads`.
 
         Args:
             prefix: dotted name of the section.
-            reads: keys and sections of other owners that the owners of the section read too.
+            reads: keys and sections of other owners that also have an effect for the owners of this section.
 
         Raises:
             ValueError: a key exists already, or one of `reads` does not.
@@ -254,7 +254,7 @@ class Schema:
         self.known = Owners(*({*old, *more} for old, more in zip(self.known, added)))
 
     def tree(self) -> CfgNode:
-        """A new tree of the defaults."""
+        """Return a new tree of the defaults."""
         root = CfgNode()
         for name, key in self.keys.items():
             *groups, last = name.split('.')
@@ -268,7 +268,7 @@ class Schema:
         return root
 
     def merge_file(self, config: CfgNode, path: str, parents: tuple[str, ...] = ()) -> None:
-        """Merges a YAML file into `config`, after the files that its BASE names, recursively."""
+        """Merge a YAML file into `config`, after the files that its BASE names, recursively."""
         path = os.fspath(path)
         if '\0' in path:
             named = f" (BASE of '{parents[-1]}')" if parents else ''
@@ -284,13 +284,13 @@ class Schema:
                     self.merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
         for name, value, where in values:
             self.set(config, name, value, where)
-        if len(values) > len(self.keys) / 2:  # a run's config.yaml records all keys, without effect or not
-            places = {self.renamed.get(name, name): where for name, _, where in values}
-            config.origins.update({name: Origin(where, EXEMPT) for name, where in places.items() if name in self.keys})
+        if len(values) > len(self.keys) / 2:  # config.yaml of a run records all keys, also those without effect
+            sources = {self.renamed.get(name, name): where for name, _, where in values}
+            config.origins.update({name: Origin(where, EXEMPT) for name, where in sources.items() if name in self.keys})
         self.end_layer(config)
 
     def set(self, config: CfgNode, name: str, value, where: str) -> None:
-        """Sets one dotted key, converting the value to the kind of its default; `where` it was given, for errors."""
+        """Set one dotted key to a value, converted to the type of the key; `where` is the source of the value for errors."""
         name = self.renamed.get(name, name)
         if name is None:
             return
@@ -326,12 +326,12 @@ class Schema:
         return config
 
     def get(self, config: CfgNode, name: str):
-        """The value of a dotted key."""
+        """Return the value of a dotted key."""
         return self._node(config, name)[name.rpartition('.')[2]]
 
     # ------------------------------------------------------------------------------------------------ checks
     def check(self, config: CfgNode) -> None:
-        """Checks every value by itself. Raises UserError with the key, where its value was given, and what it may be."""
+        """Check each value on its own. Raises UserError with the key, the source of its value, and the allowed values."""
         for name, key in self.keys.items():
             value = self.get(config, name)
             if not key.accepts(value):
@@ -339,30 +339,34 @@ class Schema:
 
     @staticmethod
     def where(config: CfgNode, name: str) -> str:
-        """Where the value of a key was given; empty for a default."""
+        """Return the source of a key's value; '' for a default."""
         return config.origins[name].text if name in config.origins else ''
 
     def end_layer(self, config: CfgNode) -> None:
-        """What is set from here on belongs to another file or to the command line."""
+        """End a layer: later values belong to another file or to the command line."""
         config.layers.append(self._selected(config))
 
     def _selected(self, config: CfgNode) -> Owners:
         return Owners(self.get(config, 'MODEL.TYPE').lower(), self.get(config, 'TRAIN.TASK').lower())
 
-    def drop_foreign(self, config: CfgNode) -> None:
-        """Sets the keys of other models and tasks to their defaults.
+    def reset_unused(self, config: CfgNode) -> None:
+        """Set keys without effect for MODEL.TYPE and TRAIN.TASK to their defaults.
 
         Raises:
-            UserError: a value other than the default was given for a key without effect. What is inherited from a file of
-                another model or task may have had an effect there, which is fine.
+            UserError: a key without effect has a value other than its default. A value inherited from a file of another
+                model or task is no error if it had an effect there.
         """
         now = self._selected(config)
         for name, origin in list(config.origins.items()):
             key, owners = self.keys[name], self.owners[name]
-            if self._acts(owners, now) or self.get(config, name) == key.default:
+            if self._has_effect(owners, now) or self.get(config, name) == key.default:
                 continue
-            if origin.layer != EXEMPT and not any(self._acts(owners, then) for then in config.layers[origin.layer :]):
-                field, selector = next((i, s) for i, s in enumerate(SELECTORS) if not self._acts_for(owners, now, i))
+            if origin.layer != EXEMPT and not any(
+                self._has_effect(owners, then) for then in config.layers[origin.layer :]
+            ):
+                field, selector = next(
+                    (i, s) for i, s in enumerate(SELECTORS) if not self._has_effect_for(owners, now, i)
+                )
                 raise UserError(
                     f'{origin.text}: {name} is {shown(self.get(config, name))}, but has no effect for {selector} '
                     f'{self.get(config, selector)}, only for {", ".join(owners[field])}; remove it or change {selector}.'
@@ -370,15 +374,15 @@ class Schema:
             self._node(config, name)[name.rpartition('.')[2]] = copy.deepcopy(key.default)
             del config.origins[name]
 
-    def _acts(self, owners: Owners, selected: Owners) -> bool:
-        return all(self._acts_for(owners, selected, field) for field in range(len(SELECTORS)))
+    def _has_effect(self, owners: Owners, selected: Owners) -> bool:
+        return all(self._has_effect_for(owners, selected, field) for field in range(len(SELECTORS)))
 
-    def _acts_for(self, owners: Owners, selected: Owners, field: int) -> bool:
+    def _has_effect_for(self, owners: Owners, selected: Owners, field: int) -> bool:
         return not owners[field] or selected[field] in owners[field] or selected[field] not in self.known[field]
 
     # ------------------------------------------------------------------------------------------------ YAML
     def _read(self, path: str, named: str) -> list[tuple[str, Any, str]]:
-        """(dotted key, value, 'file:line') of every value of a file; an empty file has none."""
+        """Return (dotted key, value, 'file:line') of every value of a file."""
         try:
             with open_regular(path, MAX_FILE, encoding='utf-8') as file:
                 root = yaml.compose(file, Loader=yaml.SafeLoader)
@@ -397,7 +401,7 @@ class Schema:
         return list(self._walk(root, path))
 
     def _walk(self, node: yaml.MappingNode, path: str, prefix: str = '') -> Iterator[tuple[str, Any, str]]:
-        """Refuses duplicate keys and tags that build Python objects."""
+        """Yield the values of a YAML mapping. Raises UserError on duplicate keys and on tags that build Python objects."""
         seen = set()
         for key_node, value_node in node.value:
             where = f'{path}:{key_node.start_mark.line + 1}'
@@ -424,14 +428,14 @@ def _construct(node: yaml.Node, name: str, where: str):
         return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise UserError(f"{where}: cannot read the value of '{name}': {error.problem}.") from None
-    except (ValueError, RecursionError):  # a date in month 13, a number of thousands of digits
+    except (ValueError, RecursionError):  # such as a date in month 13, or a number of thousands of digits
         raise UserError(f"{where}: cannot read the value of '{name}': it is not valid YAML.") from None
     finally:
         loader.dispose()
 
 
 def leaves(node: CfgNode, prefix: str = '') -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every value of a tree."""
+    """Yield (dotted key, value) of every value of a tree."""
     for name, value in node.items():
         if isinstance(value, CfgNode):
             yield from leaves(value, f'{prefix}{name}.')
@@ -440,16 +444,16 @@ def leaves(node: CfgNode, prefix: str = '') -> Iterator[tuple[str, Any]]:
 
 
 def shown(value) -> str:
-    """A value in a message, shortened."""
+    """Return a value as text for an error message, shortened."""
     try:
         text = repr(value)
-    except ValueError:  # Python writes no numbers of more than 4300 digits
+    except ValueError:  # Python prints no number of more than 4300 digits
         return 'a number of thousands of digits'
     return text if len(text) <= SHOWN else f'{text[:SHOWN]}...'
 
 
 def literal(text: str):
-    """`5e-4`, `None`, `(0.1, 1)` and the like as Python values; YAML spellings of booleans too; other text unchanged."""
+    """Parse Python literals such as `5e-4`, `None`, `(0.1, 1)` and YAML's booleans; return other text unchanged."""
     if text.lower() in ('true', 'false', 'null'):
         return {'true': True, 'false': False, 'null': None}[text.lower()]
     try:
@@ -459,7 +463,7 @@ def literal(text: str):
 
 
 def _elsewhere(path: str) -> str:
-    """Where a relative path was looked for, and the repository's file that may be meant."""
+    """Return the absolute path that was tried, and a file of the repository that may be meant."""
     if os.path.isabs(path):
         return '.'
     name = os.path.basename(path) if path.endswith(('.yaml', '.yml')) else f'{os.path.basename(path)}.yaml'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in a file: which file a path means, and which state dict of a checkpoint."""
+"""Find weights: the file that a path names, and the state dict inside a checkpoint."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ RUN_FILES = ('best.pdparams', 'last.pdparams')
 
 WEIGHT_KEYS = ('state_dict', 'model', 'net', 'module', 'model_state_dict', 'params', 'weights')
 EMA_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'params_ema', 'ema')
-# Key of what shapes do not show, such as the number of heads: configuration key -> value, beside the weights.
+# Key of the metadata beside the weights: configuration key -> value, for what shapes do not show (number of heads).
 METADATA = 'Facts@@'
 WRAPPER_PREFIXES = ('module.', '_layers.', 'model.', 'backbone.', 'encoder.')
 MAX_WRAPPERS = 8  # prefixes that are removed, one after the other; four are known to come together
-COMPILED = '_orig_mod.'  # torch.compile: before the names of what was compiled, also inside a name
-COUNTER = 'n_averaged'  # torch.optim.swa_utils.AveragedModel: beside the averaged weights
+COMPILED = '_orig_mod.'  # torch.compile inserts it before the names of a compiled module
+COUNTER = 'n_averaged'  # torch.optim.swa_utils.AveragedModel stores it beside the averaged weights
 
 
 # ---------------------------------------------------------------------------------------------------- unwrapping
 def state_dicts(content: Any, where: str = '', depth: int = 4) -> dict[str, dict[str, np.ndarray]]:
-    """Every state dict (name -> array) of a checkpoint, by the key it stands under; '' where the file itself is one."""
+    """Return every state dict (name -> array) of a checkpoint by its dotted key; '' if the file itself is one."""
     if not isinstance(content, dict) or not depth:
         return {}
     content = {key: value for key, value in content.items() if key != METADATA}
@@ -60,7 +60,7 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Wrappers such as those of data parallelism, torch.compile and averaging put their own name before every parameter."""
+    """Remove prefixes that data parallelism, torch.compile and weight averaging put before every parameter name."""
     plain = {name.replace(COMPILED, ''): array for name, array in state.items()}
     if len(plain) < len(state):
         return state
@@ -78,16 +78,16 @@ def _all_have(names: list[str], prefix: str) -> bool:
 
 
 def find_state_dict(content: Any, prefer_ema: bool = False, source: str = 'the file') -> dict[str, np.ndarray]:
-    """The one state dict of a checkpoint as `read_file` gives it.
+    """Return the state dict of a checkpoint that `read_file` returned.
 
     Args:
-        content: a state dict, or a dict that holds one under a name of WEIGHT_KEYS, and perhaps averaged weights under
-            one of EMA_KEYS, both perhaps nested; WRAPPER_PREFIXES before all names are removed, and COMPILED in any.
-        prefer_ema: take the averaged weights where there are any; they are taken anyway where there are no others.
-        source: what to call the content in an error.
+        content: a state dict, or a dict with one under a key of WEIGHT_KEYS and optionally averaged weights under a key
+            of EMA_KEYS, both possibly nested. Prefixes of WRAPPER_PREFIXES and COMPILED are removed from the names.
+        prefer_ema: take the averaged weights if there are any. They are also taken if there are no other weights.
+        source: name of the content in error messages.
 
     Raises:
-        UserError: no state dict, or several that may be meant.
+        UserError: there is no state dict, or more than one candidate.
     """
     return choose_state_dict(content, prefer_ema, source)[1]
 
@@ -95,7 +95,7 @@ def find_state_dict(content: Any, prefer_ema: bool = False, source: str = 'the f
 def choose_state_dict(
     content: Any, prefer_ema: bool = False, source: str = 'the file'
 ) -> tuple[str, dict[str, np.ndarray]]:
-    """`find_state_dict`, preceded by the key that the state dict stands under."""
+    """Return the dotted key of the state dict, and the state dict itself; see `find_state_dict`."""
     found = state_dicts(content)
     averaged = {where: state for where, state in found.items() if set(where.split('.')) & set(EMA_KEYS)}
     current = {where: state for where, state in found.items() if where not in averaged}
@@ -110,7 +110,7 @@ def choose_state_dict(
 
 
 def find_metadata(content: Any, where: str, source: str) -> dict:
-    """The METADATA beside the state dict under the key `where` of a checkpoint, or beside what holds it."""
+    """Return the METADATA beside the state dict at the dotted key `where`, or at a level above it."""
     for key in ['', *filter(None, where.split('.'))]:
         content = content[key] if key else content
         if content.get(METADATA) is not None:
@@ -131,10 +131,10 @@ def _describe(content: Any) -> str:
 
 # ---------------------------------------------------------------------------------------------------- finding
 def resolve_weights_path(path: str) -> str:
-    """The file that `path` means: itself, with `.pdparams` added, or the best (else last) weights of a run folder.
+    """Return the weight file that `path` names: `path`, `path`.pdparams, or the best, else last, weights of a run folder.
 
     Raises:
-        UserError: no such file; the text says what was tried and which files lie near.
+        UserError: no such file; the text lists the paths that were tried and similar files in the folder.
     """
     path = follow_latest(expand_user(path))
     if os.path.isdir(path) and not os.path.isfile(path + SUFFIX):
@@ -161,6 +161,6 @@ def _near(folder: str, path: str) -> str:
 
 
 def _alike(name: str, files: list[str]) -> list[str]:
-    """The files whose names are nearest to `name`, whatever the case of their letters."""
+    """Return the files with the most similar names, case-insensitively."""
     lower = {file.lower(): file for file in files}
     return [lower[match] for match in difflib.get_close_matches(name.lower(), lower, n=5, cutoff=0.3)]

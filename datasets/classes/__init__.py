@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names and colors of the classes of label maps: a line per class, its name, and behind a TAB its color as #rrggbb."""
+"""Names and colors of the classes of label maps. Each line of a file holds a name and optionally TAB and #rrggbb."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from datasets.folder import read_lines
 from utils.errors import UserError
 
-MAX_CLASSES = 65535  # what 16-bit maps can hold
+MAX_CLASSES = 65535  # limit of 16-bit maps
 _COLOR = re.compile('#[0-9a-fA-F]{6}')
 
 
@@ -29,15 +29,15 @@ class ClassTable(NamedTuple):
 
 
 def builtin_classes(name: str) -> ClassTable:
-    """The classes of a public data set: ade20k, voc2012 or cityscapes."""
+    """Return the classes of a public data set: ade20k, voc2012 or cityscapes."""
     return read_classes(os.path.join(os.path.dirname(__file__), f'{name}.txt'))
 
 
 def read_classes(path: str) -> ClassTable:
-    """Read the names, and the colors where the file has them.
+    """Read the names of classes, and their colors if the file has them.
 
     Raises:
-        UserError: a missing file, a name given twice, or something else than a color behind the TAB.
+        UserError: the file is missing, a name occurs twice, or the text after the TAB is no color.
     """
     names, colors, seen = [], [], set()
     for number, line in read_lines(path, 'write the name of a class in each line, in the order of the labels'):
@@ -47,7 +47,7 @@ def read_classes(path: str) -> ClassTable:
         if not name or name in seen:
             raise UserError(f"{path}:{number}: the class '{name}' must have a name that no other line has.")
         if color and not _COLOR.fullmatch(color):
-            raise UserError(f"{path}:{number}: '{color[:40]}' is no color; write #rrggbb, or nothing, behind the TAB.")
+            raise UserError(f"{path}:{number}: '{color[:40]}' is no color; write #rrggbb, or nothing, after the TAB.")
         seen.add(name)
         names.append(name)
         colors.append(color)
@@ -61,12 +61,15 @@ def read_classes(path: str) -> ClassTable:
 
 
 def numbered_classes(count: int) -> ClassTable:
-    """Classes without names."""
+    """Return classes that are named by their numbers."""
     return ClassTable([str(index) for index in range(count)], default_palette(count))
 
 
 def default_palette(count: int) -> np.ndarray:
-    """The palette of Pascal VOC, [count, 3] uint8: bits of the label, three at a time, from the highest bit of a color down."""
+    """Return Pascal VOC's palette [count, 3] uint8.
+
+    Bits 3k, 3k + 1 and 3k + 2 of a label are bit 7 - k of its red, green and blue.
+    """
     labels, palette = np.arange(count), np.zeros((count, 3), 'uint8')
     for bit in range(8):
         for channel in range(3):

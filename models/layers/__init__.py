@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts that several architectures share."""
+"""Layers that several architectures share."""
 
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec

@@ -32,10 +32,10 @@ class Attention(nn.Layer):
     Args:
         dim: channels C.
         num_heads: H.
-        qkv_bias: biases of the three projections.
+        qkv_bias: add biases to the three projections.
         attn_drop_rate: dropout of the attention weights.
         proj_drop_rate: dropout of the output.
-        key_bias: False: of the biases of `qkv_bias`, only those of query and value, as `q_bias` and `v_bias` (BEiT).
+        key_bias: False: `qkv_bias` adds only the query and value biases, as `q_bias` and `v_bias` (BEiT).
 
     Attributes:
         offers: names of the `AttentionMaps` that `forward` can return; a mixer without this attribute has none.
@@ -77,14 +77,14 @@ class Attention(nn.Layer):
 
         Args:
             x: [B, N, C].
-            need_maps: return logits and weights, which a fused kernel does not have.
+            need_maps: return logits and weights, which a fused kernel does not compute.
             need_keys: return the keys.
             key_bias: added to the logits, [B, 1, 1, N].
             bias: added to the logits, [H, N, N].
             grid: (rows, columns) of the patches, for mixers that need it; None: the tokens form no grid.
 
         Returns:
-            [B, N, C], and those of the maps that are needed.
+            [B, N, C], and the requested maps.
         """
         biases = [bias for bias in (key_bias, bias, self.own_bias()) if bias is not None]
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
@@ -102,11 +102,11 @@ class Attention(nn.Layer):
         return self.proj_drop(self.proj(x.flatten(2))), maps
 
     def own_bias(self) -> Tensor | None:
-        """A bias of the layer's own that is added to the logits, [H, N, N]; None: nothing."""
+        """Return the layer's own bias of the attention logits, [H, N, N]; None: no bias."""
         return None
 
     def _project(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> queries, keys and values side by side, [B, N, 3 * C]."""
+        """[B, N, C] -> concatenated queries, keys and values, [B, N, 3 * C]."""
         x = self.qkv(x)
         if self.q_bias is None:
             return x
@@ -114,7 +114,7 @@ class Attention(nn.Layer):
 
 
 class RelativeAttention(Attention):
-    """Attention with a relative position bias of its own (BEiT), for all patches of one grid and a class token.
+    """Attention with its own relative position bias (BEiT), for all patches of one grid and a class token.
 
     Args:
         grid: (rows, columns) of patches.
@@ -131,5 +131,5 @@ class RelativeAttention(Attention):
 
 
 def _fused_kernel(x: Tensor) -> bool:
-    """Whether attention runs faster as one kernel. Exported models are left in parts, which run on every device."""
+    """Return whether to use the fused attention kernel. Exports use separate operators, which run on all devices."""
     return paddle.in_dynamic_mode() and x.place.is_gpu_place()

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Removal of attention from chosen blocks: "MLP Can Be A Good Transformer Learner", https://arxiv.org/abs/2404.05657.
+"""Attention removal: "MLP Can Be A Good Transformer Learner", https://arxiv.org/abs/2404.05657.
 
-A block whose attention has the weight λ computes
+A block with attention weight λ computes
 
     y = (2 - λ) x + λ Attention(LN1(x)),    out = y + MLP(LN2(y)),
 
-so that at λ = 1 it is an ordinary block, and at λ = 0 its attention is the identity, y = 2x, and can be left out.
+At λ = 1 this is a standard block. At λ = 0 it computes y = 2x without attention, so the attention layer can be removed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ REMOVED_PARTS = ('norm1.', 'attn.', 'gamma_1')  # of a block: six tensors, seven
 
 @dataclass(frozen=True)
 class RemovalSpec:
-    """Which blocks lose their attention.
+    """Lists of the blocks whose attention is removed.
 
     Attributes:
-        prune_layers: blocks whose λ decays in training; 1 at first.
-        done_layers: blocks whose λ is 0, with weights that are kept but not trained. Blocks in `prune_layers` too count as
-            those.
+        prune_layers: blocks whose λ decays in training, from 1.
+        done_layers: blocks whose λ is 0; their attention weights are kept but not trained. A block that is also in
+            `prune_layers` decays.
         removed_layers: blocks built without attention.
     """
 
@@ -40,18 +40,18 @@ class RemovalSpec:
 
 
 class AttentionRemoval:
-    """The weight λ of the attention in each block of a model.
+    """The attention weight λ of each block of a model.
 
-    A model with decaying blocks keeps λ of every block in its buffer `attn_lambda` [depth], which is part of its state
-    dict: loading restores λ. The blocks compute with plain numbers, and skip their attention where λ is 0.
+    A model with decaying blocks has a buffer `attn_lambda` [depth] with λ of every block, so that loading a state dict
+    restores λ. The blocks hold λ as a Python number, and skip attention where λ is 0.
 
     Args:
-        spec: lists of blocks.
+        spec: the blocks whose attention is removed.
         depth: number of blocks.
 
     Attributes:
         prune_layers, done_layers, removed_layers: of the spec, sorted.
-        kept_layers: the other blocks, which keep their attention.
+        kept_layers: all other blocks.
     """
 
     def __init__(self, spec: RemovalSpec, depth: int):
@@ -67,12 +67,12 @@ class AttentionRemoval:
         both = set(self.removed_layers) & {*self.prune_layers, *self.done_layers}
         if both:
             raise UserError(f'block {min(both)} is built without attention, so its λ cannot decay.')
-        leaving = {*self.prune_layers, *self.done_layers, *self.removed_layers}
+        affected = {*self.prune_layers, *self.done_layers, *self.removed_layers}
         self.depth = depth
-        self.kept_layers = [layer for layer in range(depth) if layer not in leaving]
+        self.kept_layers = [layer for layer in range(depth) if layer not in affected]
 
     def attach(self, model: nn.Layer) -> None:
-        """Set λ of the blocks just built, freeze the attention of `done_layers`, and add the buffer to the model."""
+        """Set λ in the model's new blocks, freeze the attention of `done_layers`, and register the buffer."""
         for layer in self.done_layers:
             model.blocks[layer].set_attn_weight(0.0)
             for name, parameter in model.blocks[layer].named_parameters():
@@ -92,14 +92,14 @@ class AttentionRemoval:
         model.attn_lambda.set_value(weights.astype(model.attn_lambda.dtype))
 
     def restore_lambda(self, model: nn.Layer) -> None:
-        """Set λ of `prune_layers` to what the buffer holds, after a state dict was loaded."""
+        """Set λ of `prune_layers` from the buffer, after a state dict was loaded."""
         if self.prune_layers:
             weights = model.attn_lambda.tolist()
             for layer in self.prune_layers:
                 model.blocks[layer].set_attn_weight(weights[layer])
 
     def unused_weights(self, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
-        """Name -> reason of arrays that the model does not use: attention of removed blocks, and λ where none decays.
+        """Return name -> reason of arrays that the model does not use: removed attention, λ without decaying blocks.
 
         Raises:
             UserError: λ in the file contradicts the model.

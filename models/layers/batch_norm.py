@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batch normalisation over the batches of all processes, on GPUs as on CPUs (Paddle's SyncBatchNorm has no CPU kernel)."""
+"""Synchronized batch normalization on GPUs and CPUs; Paddle's SyncBatchNorm has no CPU kernel."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from utils.errors import UserError
 
 
 class SyncBatchNorm(nn.Layer):
-    """Normalises each channel of [B, C] or [B, C, H, W] over the images of all processes, in float32 whatever the input is.
+    """Normalize each channel of [B, C] or [B, C, H, W] over the images of all processes, in float32 for any input.
 
-    Training uses the biased variance of the whole batch, and evaluation running statistics: running <- (1 - momentum) *
-    running + momentum * batch, in which the variance is unbiased (PyTorch; Paddle's own layer keeps the biased one). The
-    processes may have batches of different sizes; gradients flow through the statistics of all of them.
+    Training uses the biased variance of the global batch. Evaluation uses running statistics, updated by running <-
+    (1 - momentum) * running + momentum * batch with the unbiased variance (as in PyTorch; Paddle's layer uses the biased
+    one). Processes may have different batch sizes. Gradients flow through the statistics of all processes.
 
     Args:
         channels: C.
-        affine: scale and shift the result by learned `weight` and `bias`.
-        momentum: share of a batch in the running statistics.
+        affine: scale and shift by learned `weight` and `bias`.
+        momentum: weight of a batch in the running statistics.
         epsilon: added to the variance.
     """
 
@@ -42,44 +42,46 @@ class SyncBatchNorm(nn.Layer):
         """[B, C] or [B, C, H, W] -> the same shape.
 
         Raises:
-            UserError: a training batch of maps with a single value per channel, of which nothing would remain.
+            UserError: a training batch of maps has one value per channel, so that its variance is 0.
         """
         if x.ndim > 2 and not self.training:
             return F.batch_norm(x, self._mean, self._variance, self.weight, self.bias, epsilon=self.epsilon)
         dtype = x.dtype
         x = x.astype(self._mean.dtype)
-        mean, variance = self._of_the_batch(x) if self.training else (self._mean, self._variance)
-        x = (x - _spread(mean, x)) * _spread(paddle.rsqrt(variance + self.epsilon), x)
+        mean, variance = self._batch_statistics(x) if self.training else (self._mean, self._variance)
+        x = (x - _broadcast(mean, x)) * _broadcast(paddle.rsqrt(variance + self.epsilon), x)
         if self.weight is not None:
-            x = x * _spread(self.weight, x) + _spread(self.bias, x)
+            x = x * _broadcast(self.weight, x) + _broadcast(self.bias, x)
         return x.astype(dtype)
 
-    def _of_the_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance [C] of all processes, which the running statistics take in."""
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and biased variance [C] over all processes, and update the running statistics."""
         others = [axis for axis in range(x.ndim) if axis != 1]
         values = math.prod(x.shape[axis] for axis in others)
         if x.ndim > 2 and values == 1 and not _is_distributed():
             raise UserError(
-                'batch normalization has one value per channel, which it would remove: set DATA.BATCH_SIZE to 2 or more, '
-                'or use more processes.'
+                'batch normalization has one value per channel, so that its variance is 0: set DATA.BATCH_SIZE to 2 or '
+                'more, or use more processes.'
             )
-        sums = _over_processes(paddle.concat([x.sum(others), paddle.full([1], values, x.dtype)]))
+        sums = _all_reduce(paddle.concat([x.sum(others), paddle.full([1], values, x.dtype)]))
         mean, count = sums[:-1] / sums[-1:], sums[-1:].detach()
-        variance = _over_processes(paddle.square(x - _spread(mean, x)).sum(others)) / count
+        variance = _all_reduce(paddle.square(x - _broadcast(mean, x)).sum(others)) / count
         with paddle.no_grad():
             unbiased = variance * (count / paddle.clip(count - 1, min=1.0))
             keep = 1 - self.momentum
-            self._keep(keep * self._mean + self.momentum * mean, keep * self._variance + self.momentum * unbiased)
+            self._update_running_statistics(
+                keep * self._mean + self.momentum * mean, keep * self._variance + self.momentum * unbiased
+            )
         return mean, variance
 
-    def _keep(self, mean: Tensor, variance: Tensor) -> None:
-        """Sets the running statistics; a step that is dropped, where they are not finite, leaves no trace."""
+    def _update_running_statistics(self, mean: Tensor, variance: Tensor) -> None:
+        """Set the running statistics where they are finite: a step with NaN or infinite values is skipped."""
         for running, new in ((self._mean, mean), (self._variance, variance)):
             paddle.assign(paddle.where(paddle.isfinite(new), new, running), running)
 
 
-class _Sum(paddle.autograd.PyLayer):
-    """Adds a tensor over the processes. Each of them uses the sum, so its gradient is the sum of all their gradients."""
+class _AllReduceSum(paddle.autograd.PyLayer):
+    """Differentiable all-reduce (sum). Every rank uses the sum, so the gradients of all ranks are summed too."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -98,10 +100,10 @@ def _is_distributed() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _over_processes(x: Tensor) -> Tensor:
-    return _Sum.apply(x) if _is_distributed() else x
+def _all_reduce(x: Tensor) -> Tensor:
+    return _AllReduceSum.apply(x) if _is_distributed() else x
 
 
-def _spread(values: Tensor, x: Tensor) -> Tensor:
-    """[C], to be broadcast over [B, C, ...]."""
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+    """Reshape [C] so that it broadcasts over x [B, C, ...]."""
     return values if x.ndim == 2 else values.reshape([-1, *[1] * (x.ndim - 2)])

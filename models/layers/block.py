@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block of the Vision Transformer (https://arxiv.org/abs/2010.11929), which is given its mixer and its reducers."""
+"""Pre-norm block of the Vision Transformer (https://arxiv.org/abs/2010.11929) with a token mixer and token reducers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Block(nn.Layer):
 
     Args:
         dim: channels C.
-        mixer: token mixer with the signature of `Attention`; None: the block has none and doubles its input instead.
+        mixer: token mixer with the signature of `Attention`; None: the block doubles its input instead.
         reducers: token reducers between mixer and MLP, run in order.
         mlp_ratio: hidden channels of the MLP / C.
         drop_rate: dropout of the MLP.
@@ -63,9 +63,9 @@ class Block(nn.Layer):
         self.set_attn_weight(0.0 if mixer is None else 1.0)
 
     def set_attn_weight(self, weight: float, identity: float | None = None) -> None:
-        """Let the following passes compute identity * x + weight * attention(x) (arXiv 2404.05657).
+        """Set λ: the following passes compute identity * x + weight * attention(x) (arXiv 2404.05657).
 
-        With weight 0 attention is not computed, and no tokens are reduced.
+        With weight 0 the block skips attention and the token reducers.
 
         Args:
             weight: λ.
@@ -75,11 +75,11 @@ class Block(nn.Layer):
         self.identity_weight = 2.0 - weight if identity is None else identity
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
-        """[B, N, C] -> [B, N', C] and the state that the next block starts from."""
+        """[B, N, C] -> [B, N', C] and the input state of the next block."""
         want = state.want.get(len(state.counts))
         before, record = state, Recorder(want or ())
-        if record.wants('given'):
-            record.keep('given', (x, before._replace(want={}, recorded=())))
+        if record.wants('block_input'):
+            record.keep('block_input', (x, before._replace(want={}, recorded=())))
         if self.attn_weight:
             x, state = self._mix(x, state, record)
             hidden = self.norm2(x)
@@ -110,7 +110,7 @@ class Block(nn.Layer):
         return self._reduce(x, maps, state, selects)
 
     def _key_bias(self, state: TokenState) -> Tensor | None:
-        """Bias of the logits for each key, [B, 1, 1, N], of the reducer that has one."""
+        """Return the first reducer's bias of the attention logits per key, [B, 1, 1, N]; None: no reducer has one."""
         biases = [reducer.key_bias(state) for reducer in self.reducers]
         return next((bias for bias in biases if bias is not None), None)
 
@@ -124,24 +124,24 @@ class Block(nn.Layer):
 
 
 def check_reducers(mixer: nn.Layer | None, reducers: Sequence[TokenReducer]) -> None:
-    """Raises UserError where a reducer needs what the mixer does not compute."""
+    """Raise UserError if a reducer needs intermediate results that the mixer does not compute."""
     for reducer in reducers:
         missing = sorted(set(reducer.needs) - set(getattr(mixer, 'offers', ())))
         if reducer.reduces and missing:
             raise UserError(
                 f'{type(reducer).__name__} needs the {missing[0]} of attention, which {type(mixer).__name__} '
-                '(MODEL.TRANS.MIXER) does not compute; leave one of the two out.'
+                '(MODEL.TRANS.MIXER) does not compute; remove one of the two.'
             )
 
 
 def _finish(record: Recorder, x: Tensor, before: TokenState, state: TokenState):
-    """What was asked for, with the output `x` of the block and the states before and after it."""
+    """Return the recorded results, with the output `x` of the block and the token states before and after it."""
     record.keep('tokens', x)
     if record.wants('maps'):
         record.keep('maps', tokens_to_maps(x, state.grid, state.num_prefix))
     if record.wants('source'):
         record.values['source'] = state.source if state.is_reduced else None
-        # EViT that fuses a single token leaves as many tokens as there were.
+        # EViT with one fused token does not change the number of tokens.
         fewer = state.num_body < before.num_body
         record.values['reduced'] = fewer or len(state.indices) > len(before.indices)
     return record.result()

@@ -8,7 +8,7 @@ from paddle import nn
 
 
 class DropPath(nn.Layer):
-    """Set a residual branch to 0 for whole samples and scale the kept ones by 1 / (1 - rate); identity in evaluation."""
+    """Drop a residual branch for whole samples and scale the kept ones by 1 / (1 - rate); identity in evaluation."""
 
     def __init__(self, rate: float = 0.0):
         super().__init__()
@@ -20,7 +20,7 @@ class DropPath(nn.Layer):
             return x
         keep = 1.0 - self.rate
         shape = [x.shape[0]] + [1] * (x.ndim - 1)
-        # Drawn in float32: float16 has too few values in [0, 1) to hit the rate.
+        # In float32: float16 has too few values in [0, 1) for the exact rate.
         mask = paddle.floor(paddle.rand(shape, 'float32') + keep) / keep
         return x * mask.astype(x.dtype)
 
@@ -29,7 +29,7 @@ class DropPath(nn.Layer):
 
 
 def drop_path_rates(rate: float, depth: int, ramp: bool = True) -> list[float]:
-    """Rate of each block: `rate` everywhere, or growing linearly from 0 in the first block to `rate` in the last."""
+    """Return the rate of each block: constant, or with `ramp` linear from 0 (first block) to `rate` (last block)."""
     if not ramp:
         return [rate] * depth
     return [rate * i / max(depth - 1, 1) for i in range(depth)]

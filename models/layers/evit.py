@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """EViT: "Not All Patches are What You Need", https://arxiv.org/abs/2202.07800, section 3.
 
-Tokens that the class token attends to least are dropped, or fused into one token.
+The tokens with the lowest attention from the class token are dropped, or fused into one token.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class EViTSpec:
     fuse: bool = False
 
     def build(self, depth: int, layers: Sequence[int]) -> dict[int, EViTReducer]:
-        """Reducer of each block in `layers`, the blocks with attention."""
+        """Return the reducer of each block in `layers`, the blocks with attention."""
         rates = per_block('keep_rate', self.keep_rate, depth)
         check_keep_rates(rates)
         return {layer: EViTReducer(layer, rates[layer], self.fuse) for layer in layers}
 
 
 class EViTReducer(TokenReducer):
-    """Keeps the tokens that the class token attends to most; the others are dropped or fused into one token.
+    """Keep the tokens with the highest class attention; drop the others or fuse them into one token.
 
     Args:
         block: number of the block, from 0.
         keep_rate: share of the body tokens to keep, in (0, 1]; 1: this block reduces only when a pass names `tokens`.
-        fuse: append the sum of the other tokens, weighted by their attention. It counts as one token (`TokenState.size`).
+        fuse: append the attention-weighted sum of the other tokens, with `TokenState.size` 1.
     """
 
     needs = ('weights',)
@@ -59,7 +59,7 @@ class EViTReducer(TokenReducer):
         return self.keep_rate < 1
 
     def num_kept(self, state: TokenState) -> int:
-        """How many body tokens the block keeps, in Python numbers: a tensor would round the product differently."""
+        """Return the number of body tokens to keep, computed in Python: a tensor rounds the product differently."""
         asked = state.tokens[self.block] if state.tokens else None
         if asked is not None:
             if not 1 <= asked <= state.num_body:
@@ -81,10 +81,10 @@ class EViTReducer(TokenReducer):
         """[B, num_prefix + num_body, C] -> [B, num_prefix + k (+ 1 fused), C]: prefix, kept by attention, fused."""
         k = self.num_kept(state)
         scores = state.class_attention[:, state.num_prefix :]
-        # Stable, so that equal scores keep the order of the image.
+        # Stable: tokens with equal scores keep their order.
         order = paddle.argsort(scores.detach(), axis=-1, descending=True, stable=True)
         kept, rest = order[:, :k], order[:, k:]
-        # Raw weights, not normalized; the gradient reaches the attention through them.
+        # Attention weights without normalization, as upstream; gradients flow through them.
         weights = take_tokens(scores.unsqueeze(-1), rest) if self.fuse else None
 
         def reduce(tokens: Tensor | None, fused: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Initialisers that fill a parameter in place, with the conventions the published models were trained with."""
+"""In-place parameter initializers that the published models were trained with."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ _TRUNCATED_STD = 0.87962566103423978
 
 
 def trunc_normal_(parameter: Tensor, std: float = 0.02) -> None:
-    """Normal distribution, cut at the absolute values +-2 (timm's default, in effect no cut for small `std`)."""
+    """Initialize from a normal distribution truncated at the absolute values +-2 (timm; no effect for small `std`)."""
     initializer.TruncatedNormal(std=std, a=-2.0, b=2.0)(parameter)
 
 
 def lecun_normal_(conv: nn.Conv2D) -> None:
-    """Weight: normal distribution cut at two sigma, whose standard deviation after the cut is sqrt(1 / fan_in); bias: 0."""
+    """Initialize the weight by a normal distribution truncated at two sigma, with variance 1 / fan_in; the bias by 0."""
     std = math.sqrt(1.0 / _fan_in(conv)) / _TRUNCATED_STD
     initializer.TruncatedNormal(std=std, a=-2 * std, b=2 * std)(conv.weight)
     initializer.Constant(0.0)(conv.bias)
 
 
 def torch_conv_(conv: nn.Conv2D) -> None:
-    """Weight and bias uniform in +-sqrt(1 / fan_in), which PyTorch does by default and the DeiT family keeps."""
+    """Initialize weight and bias uniformly in +-sqrt(1 / fan_in), PyTorch's default, which DeiT keeps."""
     bound = math.sqrt(1.0 / _fan_in(conv))
     initializer.Uniform(-bound, bound)(conv.weight)
     initializer.Uniform(-bound, bound)(conv.bias)
 
 
 def xavier_uniform_(linear: nn.Linear, bias_std: float = 0.0) -> None:
-    """Weight uniform in +-sqrt(6 / (in + out)); bias, if there is one, normal with `bias_std`, or 0."""
+    """Initialize the weight uniformly in +-sqrt(6 / (in + out)), a bias by a normal distribution with `bias_std`."""
     initializer.XavierUniform()(linear.weight)
     if linear.bias is not None:
         initializer.Normal(std=bias_std)(linear.bias) if bias_std else initializer.Constant(0.0)(linear.bias)
 
 
 def fix_(parameter: Tensor, values: np.ndarray) -> None:
-    """Sets a parameter once and for all: it is part of the state, but not trained."""
+    """Set a parameter and freeze it: it is part of the state dict, but not trained."""
     parameter.set_value(values)
     parameter.stop_gradient = True
 

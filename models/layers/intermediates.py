@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Intermediate results of a forward pass, for analysis, distillation, pictures and dense heads."""
+"""Intermediate results of a forward pass, for analysis, distillation, visualization and dense heads."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from paddle import Tensor
 
 
 class BlockIntermediates(NamedTuple):
-    """Intermediate results of one block, or of one stage of a pyramid; None: not asked for, or there is none.
+    """Intermediate results of one block, or of one stage of a pyramid; None: not requested, or not computed.
 
     Attributes:
         tokens: output, [B, N', C]. N' is smaller than N where the block reduces the tokens.
         maps: output as feature maps [B, C, rows, columns], without class and distillation token.
-        given: what the block takes, (tokens [B, N, C], `TokenState`): `run_blocks` continues from there.
+        block_input: input of the block, (tokens [B, N, C], `TokenState`), as `run_blocks` takes it.
         inputs: normalized input of the mixer, or of the MLP where the block computes no attention, [B, N, C].
         attn_logits: attention logits before the softmax, [B, H, N, N].
         attn: attention weights after softmax and dropout, [B, H, N, N].
         attn_out: output of the mixer, before LayerScale and stochastic depth, [B, N, C].
         mlp_out: output of the MLP, before LayerScale and stochastic depth, [B, N', C].
-        source: which of the first tokens are in each token of the output, [B, N', N0] of 0 and 1; None while no token
-            was dropped, fused or merged.
-        reduced: with `source`: whether this block reduced the tokens.
+        source: 1 where an output token contains an input token of the model, else 0, [B, N', N0]; None until tokens are
+            dropped, fused or merged.
+        reduced: whether this block reduced the tokens; recorded with `source`.
     """
 
     tokens: Tensor | None = None
     maps: Tensor | None = None
-    given: tuple | None = None
+    block_input: tuple | None = None
     inputs: Tensor | None = None
     attn_logits: Tensor | None = None
     attn: Tensor | None = None
@@ -39,11 +39,11 @@ class BlockIntermediates(NamedTuple):
 
 
 class Intermediates(NamedTuple):
-    """What `forward_intermediates` returns.
+    """Result of `forward_intermediates`.
 
     Attributes:
-        features: what `forward_features` returns.
-        blocks: number of a block, or of a stage -> what was asked for of it.
+        features: result of `forward_features`.
+        blocks: number of a block, or of a stage -> its requested intermediates.
         state: `TokenState` after the last block; None where there is none.
     """
 
@@ -53,9 +53,9 @@ class Intermediates(NamedTuple):
 
 
 class Recorder:
-    """Keeps those results of a block that are asked for, and no reference to any other.
+    """Keep the requested results of a block, and no reference to any other.
 
-    A block makes a new one for each pass, so that gradient checkpointing, which runs a block twice, records once.
+    A block creates a recorder for each pass, so that gradient checkpointing, which runs a block twice, records once.
     """
 
     def __init__(self, want: Collection[str]):
@@ -63,33 +63,33 @@ class Recorder:
         self.values: dict[str, Any] = {}
 
     def wants(self, *names: str) -> bool:
-        """Whether one of the names is asked for."""
+        """Return whether one of the names is requested."""
         return any(name in self.want for name in names)
 
     def keep(self, name: str, value):
-        """Records `value` where it is asked for, and returns it."""
+        """Record `value` if its name is requested, and return it."""
         if name in self.want:
             self.values[name] = value
         return value
 
     def result(self) -> BlockIntermediates:
-        """What was recorded."""
+        """Return the recorded results."""
         return BlockIntermediates(**self.values)
 
 
 def requested(
     want: Collection[str], indices: Sequence[int] | None, depth: int, offered: Collection[str] | None = None
 ) -> dict[int, frozenset[str]]:
-    """Number of a block -> names to record there.
+    """Return block number -> names to record there.
 
     Args:
         want: names of `BlockIntermediates`.
         indices: numbers of blocks from 0; None: all.
         depth: number of blocks.
-        offered: names that the model offers; None: all.
+        offered: names that the model can return; None: all.
 
     Raises:
-        ValueError: an unknown name, or a block that the model lacks.
+        ValueError: an unknown name or block.
     """
     offered = BlockIntermediates._fields if offered is None else offered  # to_static knows no global defaults
     unknown = sorted(set(want) - set(offered))
@@ -103,10 +103,10 @@ def requested(
 
 
 def tokens_to_maps(tokens: Tensor, grid: tuple[int, int] | None, num_prefix: int = 0) -> Tensor:
-    """[B, num_prefix + rows * columns, C] -> [B, C, rows, columns]; class and distillation token are left out.
+    """[B, num_prefix + rows * columns, C] -> [B, C, rows, columns], without class and distillation token.
 
     Raises:
-        ValueError: tokens were dropped, fused or merged (`grid` is None), so that they form no map.
+        ValueError: tokens were dropped, fused or merged (`grid` is None).
     """
     if grid is None:
         raise ValueError('tokens that were dropped, fused or merged form no feature map.')

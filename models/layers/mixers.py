@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token mixers by name. A block is given its mixer, or none where attention is removed.
+"""Registry of token mixers.
 
-A mixer is a layer with the signature of `Attention.forward`. A new one registers a function that builds it from its
-`MixerSpec`; MODEL.TRANS.MIXER then takes its name:
+A mixer is a layer with the signature of `Attention.forward`. To add one, register a function that builds it from a
+`MixerSpec`, and set MODEL.TRANS.MIXER to its name:
 
 >>> @register_mixer('mine')
 ... def mine(spec, dim, num_heads, grid, drop_rate) -> nn.Layer: ...
@@ -25,13 +25,13 @@ register_mixer = MIXERS.register
 
 @dataclass(frozen=True)
 class MixerSpec:
-    """Plain description of a token mixer.
+    """Configuration of a token mixer.
 
     Attributes:
-        name: of the registry.
+        name: name in the registry.
         qkv_bias, key_bias: see `Attention`.
         drop_rate: dropout of the attention weights.
-        options: further ones, by name; from a configuration, the keys of the section MODEL.<NAME> in lower case.
+        options: further options by name; from a configuration, the keys of the section MODEL.<NAME> in lower case.
     """
 
     name: str = 'attention'
@@ -42,7 +42,7 @@ class MixerSpec:
 
 
 def build_mixer(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float = 0.0) -> nn.Layer:
-    """The mixer that `spec` describes.
+    """Build the mixer that `spec` describes.
 
     Args:
         dim: channels C.
@@ -60,7 +60,7 @@ def _attention(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int],
 
 @register_mixer('relative')
 def _relative(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float) -> RelativeAttention:
-    """Attention with a relative position bias of each block."""
+    """Build attention with one relative position bias per block."""
     return RelativeAttention(dim, num_heads, grid, **_options(spec, drop_rate))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two-layer perceptron of Transformer blocks."""
+"""MLP of Transformer blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from utils.errors import UserError
 
 
 def hidden_channels(dim: int, mlp_ratio: float) -> int:
-    """Truncated, as the original programs do. Raises UserError where none are left."""
+    """Return int(mlp_ratio * dim), truncated as in the published code. Raises UserError for 0."""
     hidden = int(mlp_ratio * dim)
     if hidden < 1:
         raise UserError(f'MLP_RATIO {mlp_ratio:g} leaves no hidden channels of {dim}; raise it to 1 / {dim} or more.')
@@ -21,7 +21,7 @@ class Mlp(nn.Layer):
 
     Args:
         dim: channels of input and output.
-        hidden_dim: channels in between.
+        hidden_dim: hidden channels.
         drop_rate: rate of both dropouts.
     """
 

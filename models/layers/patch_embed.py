@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image to tokens."""
+"""Patch embedding."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from utils.errors import UserError
 
 
 class PatchEmbed(nn.Layer):
-    """Cuts an image into patches and maps each linearly: a convolution whose stride is its kernel.
+    """Split an image into patches and project each linearly, by a convolution whose stride is its kernel size.
 
     Args:
-        img_size: side of the image the model is made for, pixels.
+        img_size: side of the image that the model is built for, pixels.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
         embed_dim: channels C of a token.
         norm_eps: epsilon of a LayerNorm on the tokens; None: no norm.
-        any_size: take other image sizes too, as long as whole patches fit.
+        any_size: also accept other image sizes that are multiples of the patch size.
         proj: attribute name of the convolution, which the published weights use.
     """
 
@@ -48,7 +48,7 @@ class PatchEmbed(nn.Layer):
 
     @property
     def conv(self) -> nn.Conv2D:
-        """The convolution, whatever its name."""
+        """Return the convolution."""
         return getattr(self, self._proj)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Position tables: fixed ones, and learned ones at other resolutions."""
+"""Position embeddings: fixed sine-cosine tables, and interpolation of learned tables."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from utils.errors import UserError
 
 
 def sincos_position_table(dim: int, grid_size: int, num_prefix: int = 0) -> np.ndarray:
-    """Sines and cosines of column and row at dim / 4 frequencies from 1 to 1/10000, as in MAE (arXiv 2111.06377).
+    """Return the 2-D sine-cosine position embedding of MAE (arXiv 2111.06377), with frequencies from 1 to 1/10000.
 
-    The first half of a row belongs to the patch's column, the second to its row; each is [sines, cosines].
+    The first half of the channels encodes the column of a patch, the second half its row; each is [sines, cosines].
 
     Args:
         dim: channels C, divisible by 4.
@@ -32,12 +32,11 @@ def sincos_position_table(dim: int, grid_size: int, num_prefix: int = 0) -> np.n
 
 
 def moco_position_table(dim: int, grid: tuple[int, int], num_prefix: int = 0) -> np.ndarray:
-    """The table of MoCo-v3 (arXiv 2104.02057): that of `sincos_position_table` with rows and columns exchanged.
+    """Return the position embedding of MoCo-v3 (arXiv 2104.02057): that of MAE with rows and columns swapped.
 
     Args:
         dim: channels C, divisible by 4.
-        grid: (rows, columns) of patches. Upstream enumerates the table by columns even where they are not as many as
-            the rows, unlike the patches; so does this.
+        grid: (rows, columns) of patches. As upstream, the table is in column-major order, unlike the patches.
         num_prefix: rows of zeros in front, such as the class token's.
 
     Returns:
@@ -45,18 +44,20 @@ def moco_position_table(dim: int, grid: tuple[int, int], num_prefix: int = 0) ->
     """
     rows, columns = grid
     outer, inner = np.repeat(np.arange(columns), rows), np.tile(np.arange(rows), columns)
-    angles = [places[:, None].astype('float32') * _frequencies(dim).astype('float32') for places in (outer, inner)]
+    angles = [
+        positions[:, None].astype('float32') * _frequencies(dim).astype('float32') for positions in (outer, inner)
+    ]
     patches = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
     return np.concatenate([np.zeros([num_prefix, dim], 'float32'), patches])[None]
 
 
 def computed_table(ours: Tensor, theirs: np.ndarray) -> np.ndarray:
-    """Of a file's table of sines and cosines, of whatever resolution, the model's own; one of other channels as it is."""
+    """Return the model's sine-cosine table in place of a file's, or the file's if its channels differ."""
     return ours.numpy() if theirs.shape[2:] == tuple(ours.shape[2:]) else theirs
 
 
 def _frequencies(dim: int) -> np.ndarray:
-    """dim / 4 numbers from 1 towards 1/10000."""
+    """Return dim / 4 frequencies from 1 towards 1/10000."""
     if dim % 4:
         raise UserError(f'{dim} channels do not divide by 4, which sine-cosine positions need.')
     return 10000.0 ** (-np.arange(dim // 4) / (dim // 4))
@@ -65,12 +66,12 @@ def _frequencies(dim: int) -> np.ndarray:
 def resize_position_table(
     table: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], num_prefix: int
 ) -> Tensor:
-    """Resizes the rows of the patches bicubically (a = -0.75, half-pixel centres, no antialiasing), differentiably.
+    """Interpolate a position embedding bicubically (a = -0.75, half-pixel centers, no antialiasing), differentiably.
 
     Args:
-        table: [1, num_prefix + h * w, C]; the prefix rows, such as the class token's, are kept.
+        table: [1, num_prefix + h * w, C]; the prefix rows, such as the class token's, are copied.
         old_grid: (h, w) of the table.
-        new_grid: (h, w) wanted.
+        new_grid: (h, w) of the result.
         num_prefix: rows before those of the patches.
 
     Returns:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Relative position bias: a number per head for each displacement between two patches, added to the logits of attention.
+"""Relative position bias (BEiT, https://arxiv.org/abs/2106.08254), added to the attention logits.
 
-As in BEiT, https://arxiv.org/abs/2106.08254, with three more rows for the class token.
+The table has a number per head for each displacement between two patches, and three more rows for the class token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EXTRA_ROWS = 3  # class token to patches, patches to class token, class token to
 
 
 def relative_position_index(rows: int, columns: int) -> np.ndarray:
-    """Row of the table for each pair of tokens, the class token first: [N, N] int64 with N = 1 + rows * columns."""
+    """Return the table row of each pair of tokens, the class token first: [N, N] int64 with N = 1 + rows * columns."""
     row, column = np.divmod(np.arange(rows * columns), columns)
     down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
     num_rows = table_rows(rows, columns)
@@ -26,12 +26,12 @@ def relative_position_index(rows: int, columns: int) -> np.ndarray:
 
 
 def table_rows(rows: int, columns: int) -> int:
-    """T, rows of the table of a grid."""
+    """Return T, the number of rows of the table of a grid."""
     return (2 * rows - 1) * (2 * columns - 1) + EXTRA_ROWS
 
 
 class RelativePositionBias(nn.Layer):
-    """A table of its own and the index into it, which is no part of the state.
+    """Relative position bias with its table and the index into it; the index is not part of the state dict.
 
     Args:
         grid: (rows, columns) of patches.
@@ -48,7 +48,7 @@ class RelativePositionBias(nn.Layer):
 
 
 def add_relative_positions(layer: nn.Layer, grid: tuple[int, int], num_heads: int) -> None:
-    """Gives `layer` a table of zeros [T, H] under upstream's name, for `relative_bias`."""
+    """Add to `layer` a table of zeros [T, H] under upstream's name, for `relative_bias`."""
     layer.relative_position_bias_table = layer.create_parameter(
         [table_rows(*grid), num_heads], default_initializer=initializer.Constant(0.0)
     )
@@ -57,18 +57,18 @@ def add_relative_positions(layer: nn.Layer, grid: tuple[int, int], num_heads: in
 
 
 def relative_bias(layer: nn.Layer) -> Tensor:
-    """The bias of a layer that has a table, [H, N, N]."""
+    """Return the bias of a layer with a table, [H, N, N]."""
     table, index = layer.relative_position_bias_table, layer.relative_position_index
-    rows = index.flatten().astype('int64')  # which Layer.to(dtype=...) converts too
+    rows = index.flatten().astype('int64')  # Layer.to(dtype=...) converts buffers too
     return paddle.gather(table, rows).reshape([*index.shape, -1]).transpose([2, 0, 1])
 
 
 def resize_relative_table(table: np.ndarray, grid: tuple[int, int], spline: bool = False) -> np.ndarray:
-    """A table of a square grid, interpolated bicubically to another grid; any other array as it is.
+    """Interpolate the table of a square grid bicubically to another grid; return any other array unchanged.
 
     Args:
         table: [T, H].
-        grid: (rows, columns) of patches wanted.
+        grid: (rows, columns) of patches of the result.
         spline: interpolate as BEiT does, see `_geometric_spline`.
     """
     side = round(max(len(table) - EXTRA_ROWS, 0) ** 0.5)
@@ -87,8 +87,8 @@ def resize_relative_table(table: np.ndarray, grid: tuple[int, int], spline: bool
 def _geometric_spline(table: np.ndarray, shape: list[int]) -> np.ndarray:
     """[S, S, H] -> [*shape, H] by bicubic splines over displacements in geometric progression (BEiT).
 
-    The displacements of the old grid are moved to 1, 1 + q, 1 + q + q^2, ... so that the largest is that of the new grid.
-    Nearby displacements, at which tables vary most, then keep their resolution.
+    The old displacements become 1, 1 + q, 1 + q + q^2, ... up to the largest of the new grid. Small displacements,
+    where tables vary most, keep their resolution.
     """
     from scipy.interpolate import make_interp_spline  # optional, and slow to import
 
@@ -97,14 +97,14 @@ def _geometric_spline(table: np.ndarray, shape: list[int]) -> np.ndarray:
         if old == new:
             continue
         far = np.cumsum(_growth(old, new) ** np.arange(old))
-        places = np.concatenate([-far[::-1], [0.0], far])
-        wanted = np.clip(np.arange(-new, new + 1), places[0], places[-1])
-        table = make_interp_spline(places, table.astype('float64'), k=3, axis=axis)(wanted)
+        old_displacements = np.concatenate([-far[::-1], [0.0], far])
+        new_displacements = np.clip(np.arange(-new, new + 1), old_displacements[0], old_displacements[-1])
+        table = make_interp_spline(old_displacements, table.astype('float64'), k=3, axis=axis)(new_displacements)
     return table
 
 
 def _growth(count: int, largest: int) -> float:
-    """q for which 1 + q + ... + q^(count - 1) is `largest`, bisected in [1.01, 1.5] as upstream does."""
+    """Return q with 1 + q + ... + q^(count - 1) = `largest`, by bisection in [1.01, 1.5] as upstream does."""
     low, high, middle = 1.01, 1.5, 1.255
     while high - low > 1e-6:
         middle = (low + high) / 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bilinear resizing of maps, as dense heads and their losses do it."""
+"""Bilinear interpolation of feature maps and logits for dense heads."""
 
 from __future__ import annotations
 

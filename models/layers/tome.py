@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token merging, ToMe: https://arxiv.org/abs/2210.09461. Similar tokens become one, whose size is their number.
+"""Token merging (ToMe, https://arxiv.org/abs/2210.09461): merge similar tokens and track the token size.
 
-Written from the paper's description.
+Implemented from the description in the paper.
 """
 
 from __future__ import annotations
@@ -18,17 +18,16 @@ from utils.errors import UserError
 
 @dataclass(frozen=True)
 class Matching:
-    """Which tokens go into which.
+    """Result of bipartite soft matching.
 
-    Every `stride`-th token is a destination and stays. Each of the others, the candidates, either is merged into the
-    destination it resembles most or stays too. Merged tokens stand in the order candidates that stay, destinations;
-    with `swapped` the first destination (the distillation token) comes second, after the first candidate (the class
-    token).
+    Every `stride`-th token is a destination. All other tokens are candidates. A candidate is either merged into its most
+    similar destination or kept. Output order: kept candidates, then destinations. With `swapped`, the first
+    destination (distillation token) comes second, after the first candidate (class token).
 
     Attributes:
-        unmerged: positions of the candidates that stay, [B, u] int64.
-        sources: positions of the tokens that are merged, [B, r] int64, most similar first.
-        destinations: number of the destination of each, [B, r] int64.
+        unmerged: positions of the kept candidates, [B, u] int64.
+        sources: positions of the merged candidates, [B, r] int64, most similar first.
+        destinations: index of the destination of each source, [B, r] int64.
         stride: distance between destinations.
         swapped: see above.
     """
@@ -40,8 +39,8 @@ class Matching:
     swapped: bool = False
 
     def merge(self, x: Tensor, mode: str = 'sum') -> Tensor:
-        """[B, N, C] -> [B, u + N // stride, C]: destinations and their sources are reduced by sum, mean or amax."""
-        destinations = _every(x, self.stride, self.stride - 1)
+        """[B, N, C] -> [B, u + N // stride, C]: reduce each destination and its sources by sum, mean or amax."""
+        destinations = _strided(x, self.stride, self.stride - 1)
         sources = take_tokens(x, self.sources)
         if mode == 'amax':
             index = self.destinations.unsqueeze(-1).expand_as(sources)
@@ -60,9 +59,9 @@ class Matching:
         return paddle.concat([stay, merged], axis=1)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """[B, u + N // stride, C] -> [B, N, C], in the old order; each source gets a copy of its destination.
+        """[B, u + N // stride, C] -> [B, N, C] in the original order; each source gets a copy of its destination.
 
-        N is a multiple of the stride for `match_groups`, which leaves out the rest.
+        After `match_groups`, N is the largest multiple of the stride.
         """
         staying = self.unmerged.shape[1]
         stay, merged = y[:, :staying], y[:, staying:]
@@ -76,11 +75,11 @@ class Matching:
         return take_tokens(tokens, paddle.argsort(positions, axis=-1))
 
     def merge_weighted(self, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The mean of merged tokens, each counting for as many as it stands for.
+        """Merge tokens by their mean, weighted by token size.
 
         Args:
             x: tokens [B, N, C].
-            size: how many tokens each stands for, [B, N, 1]; None: one.
+            size: token sizes, [B, N, 1]; None: 1.
 
         Returns:
             Tokens [B, N', C] and their sizes [B, N', 1].
@@ -89,56 +88,56 @@ class Matching:
             size = paddle.ones([1, x.shape[1], 1], x.dtype).expand([x.shape[0], -1, -1])
         else:
             x = x * size
-        sums = self.merge(paddle.concat([x, size], axis=-1))  # in one go
+        sums = self.merge(paddle.concat([x, size], axis=-1))  # one merge for both
         merged, merged_size = sums.split([x.shape[2], 1], axis=-1)
         return merged / merged_size, merged_size
 
     def merge_source(self, source: Tensor) -> Tensor:
-        """Which of the first tokens are in each token, [B, N, N0] of 0 and 1 -> [B, N', N0]."""
+        """Merge `TokenState.source`, [B, N, N0] -> [B, N', N0]."""
         return self.merge(source, mode='amax')
 
     def _add(self, destinations: Tensor, sources: Tensor) -> Tensor:
-        """Adds each source to its destination, on flat rows; nothing is rounded but the sum, unlike in a product."""
+        """Add each source to its destination. Unlike a matrix product, this rounds only the sum."""
         rows = destinations.shape[1]
         start = paddle.arange(destinations.shape[0], dtype='int64').unsqueeze(-1) * rows
         index, flat, added = (self.destinations + start).flatten(), destinations.flatten(0, 1), sources.flatten(0, 1)
         if paddle.in_dynamic_mode():
             flat = paddle.index_add(flat, index, 0, added)
-        else:  # the same sums in an operator that paddle2onnx knows
+        else:  # the same sums by an operator that paddle2onnx supports
             flat = paddle.scatter_nd_add(flat, index.unsqueeze(-1), added)
         return flat.reshape([-1, rows, destinations.shape[2]])
 
 
 def num_merged(tokens: int, r: int, protected: int) -> int:
-    """How many of `tokens` are merged where r are asked for: at most half of those that are not protected."""
+    """Return the number of tokens to merge: r, but at most half of the unprotected tokens."""
     return max(min(r, (tokens - protected) // 2), 0)
 
 
 @paddle.no_grad()
 def match(metric: Tensor, r: int, class_token: bool = True, distill_token: bool = False) -> Matching | None:
-    """Bipartite soft matching (section 3): candidates are the tokens 0, 2, 4, ..., destinations 1, 3, 5, ...
+    """Run bipartite soft matching (section 3): candidates are the tokens 0, 2, 4, ..., destinations 1, 3, 5, ...
 
-    Equal similarities go by position. No gradient flows through the choice.
+    Ties are broken by position. No gradient flows through the matching.
 
     Args:
-        metric: what the cosine similarity is taken of, [B, N, D].
+        metric: features for the cosine similarity, [B, N, D].
         r: number of candidates to merge; see `num_merged`.
-        class_token: token 0 is never merged, and the candidates that stay keep their order; without it they stand
-            in falling similarity.
-        distill_token: token 1 is never merged into.
+        class_token: never merge token 0, and keep the order of the kept candidates; False: order them by falling
+            similarity.
+        distill_token: never merge into token 1.
 
     Returns:
-        None where nothing is to be merged.
+        None if there is nothing to merge.
     """
     r = num_merged(metric.shape[1], r, class_token + distill_token)
     first = int(distill_token)
     if r == 0 or metric.shape[1] // 2 <= first:
         return None
-    metric = _normalise(metric)
-    scores = paddle.matmul(_every(metric, 2, 0), _every(metric, 2, 1 + 2 * first), transpose_y=True)
+    metric = _normalize(metric)
+    scores = paddle.matmul(_strided(metric, 2, 0), _strided(metric, 2, 1 + 2 * first), transpose_y=True)
     best, choice = scores.max(-1), scores.argmax(-1) + first
     if class_token:
-        best = best - 4.0 * (paddle.arange(best.shape[1]) == 0).astype(best.dtype)  # below any cosine: it comes last
+        best = best - 4.0 * (paddle.arange(best.shape[1]) == 0).astype(best.dtype)  # below any cosine: sorted last
     order = paddle.argsort(best, axis=-1, descending=True, stable=True)
     sources, stay = order[:, :r], order[:, r:]
     if class_token:
@@ -148,40 +147,40 @@ def match(metric: Tensor, r: int, class_token: bool = True, distill_token: bool 
 
 @paddle.no_grad()
 def match_groups(metric: Tensor, k: int) -> Matching:
-    """The last of each k tokens is a destination, all others are merged; N mod k tokens at the end are left out.
+    """Match all tokens to destinations, the last token of each group of k; drop the last N mod k tokens.
 
     Args:
         metric: [B, N, D] with N >= k.
         k: length of a group, at least 2.
     """
     rows = metric.shape[1] // k
-    metric = _normalise(metric)
+    metric = _normalize(metric)
     positions = paddle.arange(rows * k, dtype='int64').reshape([rows, k])[:, :-1].flatten()
     candidates = paddle.index_select(metric, positions, axis=1)
-    choice = paddle.matmul(candidates, _every(metric, k, k - 1), transpose_y=True).argmax(-1)
+    choice = paddle.matmul(candidates, _strided(metric, k, k - 1), transpose_y=True).argmax(-1)
     sources = positions.unsqueeze(0) + paddle.zeros_like(choice)
     return Matching(sources[:, :0], sources, choice, stride=k)
 
 
-def _normalise(metric: Tensor) -> Tensor:
-    """Rows of length 1, in float32 at least; zero stays zero."""
+def _normalize(metric: Tensor) -> Tensor:
+    """Normalize rows to length 1, at least in float32; zero rows stay zero."""
     metric = metric if metric.dtype == paddle.float64 else metric.astype('float32')
-    # Ten times faster than `norm` on CPUs; `square` would be computed in the place of `metric` by inference programs.
+    # Ten times faster than `norm` on CPUs. Inference programs compute `square` in place, which overwrites `metric`.
     norm = (metric * metric).sum(-1, keepdim=True).sqrt()
     return metric / norm.clip(min=1e-30)
 
 
-def _every(x: Tensor, step: int, first: int) -> Tensor:
-    """x[:, first::step] of [B, N, C]; a gather is twenty times faster than that slice on CPUs."""
+def _strided(x: Tensor, step: int, first: int) -> Tensor:
+    """Return x[:, first::step] of [B, N, C]; a gather is twenty times faster than this slice on CPUs."""
     return paddle.gather(x, paddle.arange(first, x.shape[1], step, dtype='int64'), axis=1)
 
 
 def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
-    """Number of tokens to merge, block by block.
+    """Return the number of tokens to merge in each block.
 
     Args:
-        r: one number for all; a list of numbers, lacking ones being 0; or a tuple (r, inflect), which goes linearly
-            from r (1 - inflect) to r (1 + inflect): -1 falls from 2 r to 0 and 1 rises, for the same sum.
+        r: one number for all blocks; a list, padded with 0; or a tuple (r, inflect): linear from r (1 - inflect) to
+            r (1 + inflect), so that -1 decreases from 2 r to 0, and 1 increases from 0 to 2 r.
         depth: number of blocks.
     """
     if isinstance(r, tuple):
@@ -202,8 +201,8 @@ class ToMeSpec:
     """ToMe in blocks with attention.
 
     Attributes:
-        r: number of tokens to merge, see `merge_schedule`. The blocks that merge take one number after the other from the
-            schedule of all blocks. All 0: no block merges.
+        r: number of tokens to merge, see `merge_schedule`. The merging blocks use the first numbers of the schedule for
+            all blocks. All 0: no block merges.
         start: first block that merges, counted from 0 among the blocks with attention.
         prop_attn: proportional attention.
     """
@@ -213,7 +212,7 @@ class ToMeSpec:
     prop_attn: bool = True
 
     def build(self, depth: int, layers: Sequence[int]) -> dict[int, ToMeReducer]:
-        """Reducer of each block that merges, of `layers`, the blocks with attention."""
+        """Return the reducers by block; `layers` are the blocks with attention."""
         schedule = merge_schedule(self.r, depth)
         if not any(schedule):
             return {}
@@ -221,7 +220,7 @@ class ToMeSpec:
 
 
 class ToMeReducer(TokenReducer):
-    """Merges the r pairs of tokens whose keys are most similar.
+    """Merge the r pairs of tokens with the most similar keys.
 
     Args:
         r: number of tokens to merge; 0: none, but attention stays proportional.
@@ -236,10 +235,10 @@ class ToMeReducer(TokenReducer):
         self.prop_attn = prop_attn
 
     def key_bias(self, state: TokenState) -> Tensor | None:
-        """See `TokenReducer`; None while no token stands for several."""
+        """See `TokenReducer`; None until tokens are merged."""
         if not self.prop_attn or state.size is None:
             return None
-        # log(size), in a form that Paddle 3.3's inference programs do not compute in the place of `size`
+        # log(size), written so that inference programs of Paddle 3.3 do not compute it in place
         return (state.size - 1.0).log1p().squeeze(-1).unsqueeze([1, 2])
 
     def acts(self, state: TokenState) -> bool:
@@ -248,7 +247,7 @@ class ToMeReducer(TokenReducer):
 
     def forward(self, x: Tensor, state: TokenState) -> tuple[Tensor, TokenState]:
         """See `TokenReducer`."""
-        # In half precision rounding would make different tokens equal.
+        # In half precision, rounding would make different tokens equal.
         with paddle.amp.auto_cast(enable=False):
             matching = match(state.keys, self.r, state.num_prefix >= 1, state.num_prefix >= 2)
             x, size = matching.merge_weighted(x, state.size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Semantic segmentation: necks and decoders on the features of the Vision Transformer, their loss, inference in windows."""
+"""Semantic segmentation: necks and decoders on a Vision Transformer backbone, loss, sliding-window inference."""
 
 from models.segmentation.segmenter import Segmenter
 from models.segmentation.upernet import UPerNet

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the segmentation models share: a Vision Transformer without classifier as backbone, and heads on its patch tokens."""
+"""Base class of segmentation models: a Vision Transformer backbone, and heads on its patch tokens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Encoder(VisionTransformer):
 
 
 class Segmentor(Classifier):
-    """A backbone and a decoder; class and distillation token are used by the backbone alone.
+    """A backbone and a decoder on its patch tokens.
 
     Subclasses add `decode_head`, and may add `neck` and `auxiliary_head`.
 
@@ -37,16 +37,16 @@ class Segmentor(Classifier):
         encoder: arguments of `Encoder`.
 
     Attributes:
-        patch_size: side of a patch, pixels; sides of images are multiples of it.
-        image_size: side of the images that the positions are for, pixels.
-        fixed_size: takes images of `image_size` only, as relative positions do.
-        stride: pixels per logit.
+        patch_size: side of a patch, pixels; image sides must be multiples of it.
+        image_size: side of the images that the model is built for, pixels.
+        fixed_size: True: accepts images of `image_size` only, due to relative positions.
+        stride: output stride, pixels per logit.
     """
 
     def __init__(self, num_classes: int, **encoder):
         super().__init__()
         if not num_classes:
-            raise UserError('segmentation needs classes: set MODEL.NUM_CLASSES.')
+            raise UserError('a segmentation model needs classes: set MODEL.NUM_CLASSES.')
         self.num_classes = num_classes
         self.backbone = Encoder(**encoder)
         self.embed_dim, self.depth = self.backbone.embed_dim, self.backbone.depth
@@ -57,32 +57,32 @@ class Segmentor(Classifier):
         self.auxiliary_head: nn.Layer | None = None
 
     def heads(self) -> Iterator[nn.Layer]:
-        """The layers with classifiers."""
+        """Iterate over the heads with classifiers."""
         yield from (head for head in (self.decode_head, self.auxiliary_head) if head is not None)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifiers by newly initialized ones. Raises UserError for 0."""
+        """See `Classifier`. Raises UserError for 0."""
         if not num_classes:
-            raise UserError('a segmentation model has no features without classes; take its `backbone`.')
+            raise UserError('a segmentation model has no features without classes; use its `backbone`.')
         self.num_classes = num_classes
         for head in self.heads():
             head.reset_classifier(num_classes)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """See `Classifier`; acts on the blocks of the backbone."""
+        """See `Classifier`, for the blocks of the backbone."""
         self.backbone.set_grad_checkpointing(enable)
 
     def attention_layers(self) -> list[int]:
-        """Blocks that keep their attention."""
+        """See `VisionTransformer`, for the backbone."""
         return self.backbone.attention_layers()
 
     def forward_intermediates(
         self, x: Tensor, indices: Sequence[int] | None = None, want: Collection[str] = ('tokens',)
     ) -> Intermediates:
-        """Those of the backbone."""
+        """See `Classifier`, for the backbone."""
         return self.backbone.forward_intermediates(x, indices, want)
 
     def layer_id(self, name: str) -> int:
-        """That of the backbone; the last one for neck and heads."""
+        """See `Classifier`; `num_layers` for neck and heads."""
         part, _, rest = name.partition('.')
         return self.backbone.layer_id(rest) if part == 'backbone' else self.num_layers

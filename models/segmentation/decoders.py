@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Light decoders on the patch tokens: "Segmenter", https://arxiv.org/abs/2105.05633. Parameter names are upstream's."""
+"""Decoders of Segmenter (https://arxiv.org/abs/2105.05633) on patch tokens. Parameter names are upstream's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NORM_EPS = 1e-5
 
 
 class LinearDecoder(nn.Layer):
-    """A linear classifier of each patch.
+    """Linear classifier of each patch.
 
     Args:
         embed_dim: channels C of a token.
@@ -26,7 +26,7 @@ class LinearDecoder(nn.Layer):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a newly initialized one."""
+        """See `Classifier`."""
         self.head = nn.Linear(self.embed_dim, num_classes)
         trunc_normal_(self.head.weight)
 
@@ -36,15 +36,15 @@ class LinearDecoder(nn.Layer):
 
 
 class MaskTransformer(nn.Layer):
-    """Transformer blocks over patches and classes; the logits are the products of both.
+    """Transformer blocks on patch and class tokens; the logits are their scalar products.
 
     Args:
-        embed_dim: channels C of a token, in the decoder too.
-        num_heads: heads of each attention.
+        embed_dim: channels C of a token in encoder and decoder.
+        num_heads: attention heads.
         num_classes: K.
         depth: number of blocks.
         mlp_ratio: hidden channels of the MLPs / C.
-        drop_rate: dropout in the blocks, of the attention weights too.
+        drop_rate: dropout in the blocks and of the attention weights.
     """
 
     def __init__(
@@ -77,14 +77,14 @@ class MaskTransformer(nn.Layer):
         self.apply(_init_linear)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace class tokens and the norm of the masks by newly initialized ones."""
+        """See `Classifier`; replaces the class tokens and the LayerNorm of the masks."""
         tokens = initializer.TruncatedNormal(std=0.02)
         self.cls_emb = self.create_parameter([1, num_classes, self.embed_dim], default_initializer=tokens)
         self.mask_norm = nn.LayerNorm(num_classes, epsilon=NORM_EPS)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens [B, N, C] -> logits [B, K, *grid]."""
-        # In the parameters' precision, so that the residual stream stays in float32 under mixed precision.
+        # Cast to the parameters' type, so that the residual stream stays in float32 under AMP.
         x = self.proj_dec(tokens).astype(self.cls_emb.dtype)
         x = paddle.concat([x, self.cls_emb.expand([x.shape[0], -1, -1])], axis=1)
         state = TokenState(0, x.shape[1])

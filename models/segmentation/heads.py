@@ -16,7 +16,7 @@ LEVELS = 4
 
 
 class ConvNormReLU(nn.Layer):
-    """A convolution that keeps the size, without bias, batch normalization over all processes, and a ReLU."""
+    """Convolution without bias that keeps the size, synchronized batch norm, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -31,12 +31,12 @@ class ConvNormReLU(nn.Layer):
 
 
 class PixelClassifier(nn.Layer):
-    """The end of a convolutional head: channel dropout and a 1x1 convolution.
+    """Channel dropout and a 1x1 convolution, the last layers of a convolutional head.
 
     Args:
-        channels: of the features.
+        channels: channels of the features.
         num_classes: K.
-        drop_rate: share of the channels of an image that are dropped in training.
+        drop_rate: channel dropout rate.
     """
 
     def __init__(self, channels: int, num_classes: int, drop_rate: float):
@@ -46,7 +46,7 @@ class PixelClassifier(nn.Layer):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a newly initialized one."""
+        """See `Classifier`."""
         self.conv_seg = nn.Conv2D(self.channels, num_classes, 1)
         initializer.Normal(std=0.01)(self.conv_seg.weight)
 
@@ -56,11 +56,11 @@ class PixelClassifier(nn.Layer):
 
 
 class UPerHead(PixelClassifier):
-    """Pyramid pooling on the coarsest map, then a feature pyramid.
+    """UPerNet head: pyramid pooling of the coarsest map, then a feature pyramid.
 
     Args:
-        in_channels: C of each of the four maps.
-        channels: width of the head.
+        in_channels: channels C of the four maps.
+        channels: channels of the head.
         num_classes: K.
         drop_rate: see `PixelClassifier`.
     """
@@ -80,7 +80,7 @@ class UPerHead(PixelClassifier):
         return self.classify(self.features(maps))
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
-        """What the classifier takes, [B, channels, h, w] of the size of the first map."""
+        """Return the input of the classifier, [B, channels, h, w] of the size of the first map."""
         levels = [*(conv(x) for conv, x in zip(self.lateral_convs, maps)), self.pool(maps[-1])]
         for i in range(LEVELS - 2, -1, -1):
             levels[i] = levels[i] + resize_maps(levels[i + 1], levels[i].shape[2:])
@@ -89,17 +89,17 @@ class UPerHead(PixelClassifier):
         return self.fpn_bottleneck(paddle.concat([resize_maps(x, size) for x in levels], axis=1))
 
     def pool(self, x: Tensor) -> Tensor:
-        """Pyramid pooling: [B, C, h, w] -> [B, channels, h, w]."""
+        """Apply pyramid pooling: [B, C, h, w] -> [B, channels, h, w]."""
         branches = [resize_maps(branch(x), x.shape[2:]) for branch in self.psp_modules]
         return self.bottleneck(paddle.concat([x, *branches], axis=1))
 
 
 class FCNHead(PixelClassifier):
-    """One 3x3 convolution and the classifier, on one of the maps: the auxiliary head.
+    """Auxiliary head: one 3x3 convolution and the classifier on one feature map.
 
     Args:
-        in_channels: C of the map.
-        channels: width of the head.
+        in_channels: channels C of the map.
+        channels: channels of the head.
         num_classes: K.
         drop_rate: see `PixelClassifier`.
     """

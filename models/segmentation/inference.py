@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits of whole images, in one pass or in windows, from a segmentation model with logits at a coarser stride."""
+"""Whole-image and sliding-window inference of segmentation models."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ Model = Callable[[Tensor], Tensor]
 def whole_inference(model: Model, images: Tensor) -> Tensor:
     """Normalized images [B, C, H, W] of any size -> logits [B, K, H, W] float32, in one pass.
 
-    Images are padded at the right and bottom by 0 to a multiple of the model's `patch_size`, or to its `image_size` where
-    `fixed_size` says that it takes no other; the logits are resized to the padded size and cut.
+    Zero padding at the right and bottom extends images to multiples of the model's `patch_size`, or to its `image_size`
+    if it has a `fixed_size`. The logits are resized to the padded size and cropped.
     """
     height, width = images.shape[2:]
     padded = _pad(images, _padded_size(model, height, width))
@@ -27,11 +27,11 @@ def whole_inference(model: Model, images: Tensor) -> Tensor:
 
 
 def slide_inference(model: Model, images: Tensor, window: int | Sequence[int], stride: int | Sequence[int]) -> Tensor:
-    """Normalized images [B, C, H, W] -> logits [B, K, H, W]: the mean over all windows that cover a pixel.
+    """Normalized images [B, C, H, W] -> logits [B, K, H, W]: the mean over all windows at a pixel.
 
     Args:
-        model: see `whole_inference`, which each window goes through.
-        images: sides smaller than the window are covered by one window.
+        model: segmentation model, run by `whole_inference` on each window.
+        images: a side smaller than the window has one window.
         window: (rows, columns) of a window, pixels; one number for both.
         stride: (rows, columns) between windows; one number for both.
     """
@@ -51,13 +51,13 @@ def slide_inference(model: Model, images: Tensor, window: int | Sequence[int], s
 
 
 def window_spans(length: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """(start, end) of the windows along an axis; the last one ends at `length`. A shorter axis has one window."""
+    """Return (start, end) of the windows of an axis; the last one ends at `length`. A shorter axis has one window."""
     starts = [*range(0, length - window, stride), max(length - window, 0)]
     return [(start, min(start + window, length)) for start in starts]
 
 
 def _coverage(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
-    """Number of windows over each position of an axis, [length] float32."""
+    """Return the number of windows at each position of an axis, [length] float32."""
     counts = [sum(start <= position < end for start, end in spans) for position in range(length)]
     return paddle.to_tensor(counts, 'float32')
 

@@ -16,8 +16,8 @@ class SegmentationLoss(NamedTuple):
 
     Attributes:
         total: `decode` + weight * `auxiliary`.
-        decode: of the decoder.
-        auxiliary: of the auxiliary head, without its weight; None where there is none.
+        decode: loss of the decoder.
+        auxiliary: loss of the auxiliary head, unweighted; None without auxiliary head.
     """
 
     total: Tensor
@@ -33,14 +33,14 @@ def segmentation_loss(
     avg_non_ignore: bool = False,
     aux_weight: float = 0.4,
 ) -> SegmentationLoss:
-    """Cross entropy of the decoder, and of the auxiliary head with its weight.
+    """Compute the cross entropy of the decoder plus the weighted cross entropy of the auxiliary head.
 
     Args:
-        logits, aux: [B, K, h, w] of any size; resized to that of the labels. None: no auxiliary head.
+        logits, aux: [B, K, h, w] of any size, resized to the size of the labels. None: no auxiliary head.
         labels: [B, H, W], integers 0 to K - 1 or `ignore_index`.
-        ignore_index: label of the pixels without loss.
-        avg_non_ignore: divide by the number of labeled pixels (Segmenter); False: by that of all pixels, ignored ones
-            included (mmsegmentation). A batch without labeled pixels gives 0.
+        ignore_index: label of pixels without loss.
+        avg_non_ignore: divide by the number of labeled pixels (Segmenter); False: by the number of all pixels
+            (mmsegmentation). A batch without labeled pixels gives 0.
         aux_weight: weight of the auxiliary loss.
     """
     decode = _mean(pixel_losses(logits, labels, ignore_index), labels, ignore_index, avg_non_ignore)
@@ -51,7 +51,7 @@ def segmentation_loss(
 
 
 def pixel_losses(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Cross entropy of each pixel, [B, H, W] float32; 0 where ignored. Arguments as in `segmentation_loss`."""
+    """Compute the cross entropy of each pixel, [B, H, W] float32; 0 if ignored. Arguments: see `segmentation_loss`."""
     logits = resize_maps(logits.astype('float32'), labels.shape[1:])
     return F.cross_entropy(logits, labels.astype('int64'), reduction='none', axis=1, ignore_index=ignore_index).reshape(
         labels.shape

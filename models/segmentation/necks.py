@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Necks: from four feature maps of a Vision Transformer, all [B, C, g, g], to maps of 4, 2, 1 and 1/2 times their size."""
+"""Necks: resize four Vision Transformer feature maps [B, C, g, g] by the factors 4, 2, 1 and 1/2."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCALES = (4, 2, 1, 0.5)
 
 
 class Pyramid(nn.Layer):
-    """Transposed convolutions and a max pool, as in BEiT (https://arxiv.org/abs/2106.08254); the channels stay C.
+    """Pyramid of BEiT (https://arxiv.org/abs/2106.08254): transposed convolutions and a max pool, C channels.
 
     Args:
         channels: C.
@@ -33,7 +33,7 @@ class Pyramid(nn.Layer):
 
 
 def _double(channels: int) -> nn.Conv2DTranspose:
-    """Transposed convolution that doubles both sides; weight and bias uniform as PyTorch has it by default."""
+    """Build a transposed convolution that doubles both sides, with the default initialization of PyTorch."""
     conv = nn.Conv2DTranspose(channels, channels, 2, 2)
     bound = (4 * channels) ** -0.5
     initializer.Uniform(-bound, bound)(conv.weight)
@@ -46,7 +46,7 @@ class MultiLevelNeck(nn.Layer):
 
     Args:
         in_channels: C of each map.
-        out_channels: O.
+        out_channels: channels O of each output map.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -61,7 +61,7 @@ class MultiLevelNeck(nn.Layer):
 
 
 class _Conv(nn.Layer):
-    """A convolution that keeps the size, with bias and mmsegmentation's parameter names."""
+    """Convolution with bias that keeps the size, with mmsegmentation's parameter names."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -73,5 +73,5 @@ class _Conv(nn.Layer):
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:
-    """By the factor, not to a size: of odd sides, coordinates scale by the factor itself."""
+    """Resize by a factor, not to a size: the coordinates of odd sides then scale by exactly this factor."""
     return x if scale == 1 else F.interpolate(x, scale_factor=scale, mode='bilinear', align_corners=False)

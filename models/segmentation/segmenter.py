@@ -13,11 +13,11 @@ from models.weights.segmentation import SegmenterWeights
 from utils.errors import UserError
 
 DECODERS = ('mask', 'linear')
-HEAD_CHANNELS = 64  # per head of the decoder
+HEAD_CHANNELS = 64  # channels per attention head of the decoder
 
 
 class Segmenter(Segmentor):
-    """A light decoder on the normalized patch tokens.
+    """Segmenter: a decoder on the normalized patch tokens.
 
     Args:
         num_classes: K.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """UPerNet (https://arxiv.org/abs/1807.10221) on feature maps of four blocks of a Vision Transformer.
 
-With the pyramid, relative positions and LayerScale as in MAE's and TinyMIM's segmentation (https://arxiv.org/abs/2111.06377,
-https://arxiv.org/abs/2301.01296), which "MLP Can Be A Good Transformer Learner" (https://arxiv.org/abs/2404.05657) follows;
-with the multi-level neck or none as in mmsegmentation.
+With the pyramid, relative positions and LayerScale it is the model of MAE (https://arxiv.org/abs/2111.06377), TinyMIM
+(https://arxiv.org/abs/2301.01296) and "MLP Can Be A Good Transformer Learner" (https://arxiv.org/abs/2404.05657). With
+the multi-level neck or no neck it is that of mmsegmentation.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ _NECKS = {'pyramid': Pyramid, 'mln': lambda dim: MultiLevelNeck(dim, dim), 'none
 
 
 class UPerNet(Segmentor):
-    """UPerNet with an FCN auxiliary head, which is used in training only.
+    """UPerNet with an FCN auxiliary head, which only training uses.
 
-    Weight decay follows the training that each neck was published with. With the pyramid it acts on all tensors of two or
-    more dimensions, tokens and positions too. With the others it acts on all but class token and position embedding.
+    Weight decay follows the recipe that each neck was published with. With the pyramid it applies to all tensors of two
+    or more dimensions, including class token and position embedding. With the other necks it applies to all parameters
+    except these two.
 
     Args:
         num_classes: K.
-        out_indices: blocks whose output is used, fine to coarse, from 0.
-        neck: 'pyramid': `Pyramid`; 'mln': `MultiLevelNeck`; 'none': the maps as they are.
-        channels: width of the head; None: that of the backbone.
-        last_norm: LayerNorm of the backbone, on the last map.
-        aux_channels: width of the auxiliary head; 0: none.
+        out_indices: blocks with output feature maps, fine to coarse, from 0.
+        neck: 'pyramid': `Pyramid`; 'mln': `MultiLevelNeck`; 'none': no neck.
+        channels: channels of the head; None: those of the backbone.
+        last_norm: apply the last LayerNorm of the backbone to the last map.
+        aux_channels: channels of the auxiliary head; 0: no auxiliary head.
         head_drop_rate: channel dropout before the classifiers.
         encoder: further arguments of `VisionTransformer`.
     """
@@ -83,10 +84,10 @@ class UPerNet(Segmentor):
 
     # ------------------------------------------------------------------------------------------------ forward
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """Normalized images [B, in_chans, H, W], sides divisible by the patch size.
+        """Normalized images [B, in_chans, H, W], sides divisible by the patch size -> logits.
 
         Returns:
-            Logits [B, K, H / stride, W / stride]. In training with an auxiliary head the pair of them and its logits.
+            Logits [B, K, H / stride, W / stride]. In training with an auxiliary head, a pair of them and its logits.
         """
         maps = self.forward_features(x)
         logits = self.forward_head(maps)
@@ -95,16 +96,16 @@ class UPerNet(Segmentor):
         return logits, self.auxiliary_head(maps[self.aux_level])
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
-        """Images -> the four maps that the heads take."""
+        """Images -> the four input maps of the heads."""
         maps = self.backbone_maps(x)
         return maps if self.neck is None else self.neck(maps)
 
     def backbone_maps(self, x: Tensor) -> list[Tensor]:
         """Images -> the outputs of `out_indices`, [B, C, H / patch_size, W / patch_size]."""
-        seen = self.backbone.forward_intermediates(x, self.out_indices, ('maps',))
-        maps = [seen.blocks[index].maps for index in self.out_indices]
+        results = self.backbone.forward_intermediates(x, self.out_indices, ('maps',))
+        maps = [results.blocks[index].maps for index in self.out_indices]
         if self.last_norm:
-            maps[-1] = tokens_to_maps(seen.features, seen.state.grid, self.backbone.num_prefix)
+            maps[-1] = tokens_to_maps(results.features, results.state.grid, self.backbone.num_prefix)
         return maps
 
     def forward_head(self, x: Sequence[Tensor]) -> Tensor:
@@ -112,12 +113,12 @@ class UPerNet(Segmentor):
         return self.decode_head(x)
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing with the pyramid; class token and position embedding with the other necks."""
+        """Return no names with the pyramid; class token and position embedding with the other necks."""
         return {'backbone.cls_token', 'backbone.pos_embed'} if self.decays_all else set()
 
     @property
-    def leaves_parameters_out(self) -> bool:
-        """See `Classifier`: blocks after the last one that is used get no gradient."""
+    def has_unused_parameters(self) -> bool:
+        """See `Classifier`: blocks after the last output block get no gradients."""
         return self.out_indices[-1] < self.depth - 1
 
 

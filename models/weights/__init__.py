@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of models: convert published ones, load files, match arrays to parameters; what each architecture knows of its own."""
+"""Weights of models: convert published weights, load files, match arrays to parameters, rules of each architecture."""

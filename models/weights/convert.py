@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights published for PyTorch -> weights of our models.
+"""Convert published PyTorch weights.
 
-Names are mapped by the model's `WeightRules`. PyTorch's linear layers keep [out, in] and Paddle's [in, out]; the model's
-layers decide which array is one, since the shape of a square one does not.
+The model's `WeightRules` map the names. Linear layers store [out, in] in PyTorch and [in, out] in Paddle; the layers of
+the model, not shapes, show which arrays to transpose.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from models.weights.match import REBUILT_SUFFIXES, MatchResult, match_state
 from models.weights.rules import rules_of
 from utils.errors import UserError
 
-# PyTorch's name of a BatchNorm buffer and Paddle's.
+# BatchNorm buffers: PyTorch's name -> Paddle's name.
 _BUFFERS = {'running_mean': '_mean', 'running_var': '_variance'}
 
 
 @dataclass
 class PortReport:
-    """What became of each array of the source; `str()` gives the lines to print.
+    """Report of a conversion; `str()` returns the lines to print.
 
     Attributes:
         used: name in the source -> name in the model.
-        dropped: name in the source -> why it is not needed.
-        matched: what was resized, and which buffers the model builds itself.
+        dropped: name in the source -> reason.
+        matched: interpolated arrays, and buffers that the model builds.
     """
 
     used: dict[str, str] = field(default_factory=dict)
@@ -48,17 +48,16 @@ class PortReport:
 def port_state_dict(
     model: nn.Layer, arrays: Mapping[str, np.ndarray], own_names: bool = False, source: str = 'the source'
 ) -> dict[str, np.ndarray]:
-    """Converts a published state dict into one that `model.set_state_dict` takes completely.
+    """Convert a published state dict to a complete one for `model.set_state_dict`.
 
     Args:
-        model: gives names and shapes; it is not changed.
-        arrays: name -> array in PyTorch's names and layouts, as `find_state_dict` returns them.
-        own_names: the arrays come from Paddle: the model's own names and layouts already.
-        source: what to call the origin in an error.
+        model: defines names and shapes; it is not changed.
+        arrays: name -> array in PyTorch's names and layouts, as returned by `find_state_dict`.
+        own_names: the arrays have the model's names and Paddle's layouts already.
+        source: name of the source in errors.
 
     Raises:
-        UserError: an array that is neither used nor known to be of no use, a parameter without an array, or a
-            difference in shape; all are listed.
+        UserError: lists unknown arrays, parameters without an array, and differences in shape.
     """
     return port_with_report(model, arrays, own_names, source)[0]
 
@@ -66,7 +65,7 @@ def port_state_dict(
 def port_with_report(
     model: nn.Layer, arrays: Mapping[str, np.ndarray], own_names: bool = False, source: str = 'the source'
 ) -> tuple[dict[str, np.ndarray], PortReport]:
-    """`port_state_dict` and what it did."""
+    """Run `port_state_dict`, and return also its report."""
     report = PortReport()
     renamed = rename_arrays(model, arrays, own_names, source, report)
     wanted, given = map(rules_of(model).count_classes, (model.state_dict(), renamed))
@@ -88,7 +87,7 @@ def rename_arrays(
     source: str = 'the source',
     report: PortReport | None = None,
 ) -> dict[str, np.ndarray]:
-    """The arrays that the model may use under its own names and in Paddle's layouts; `port_state_dict` fits them to it."""
+    """Return the arrays under the model's names and in Paddle's layouts, before shapes are matched."""
     report, renamed = report or PortReport(), {}
     for name, array in arrays.items():
         ours, reason = _our_name(model, name, own_names)
@@ -104,9 +103,9 @@ def rename_arrays(
 
 
 def _our_name(model: nn.Layer, name: str, own_names: bool) -> tuple[str | None, str]:
-    """The model's name of a source's array, or None and the reason why it is not needed."""
+    """Return the model's name of a source array, or None and the reason to drop it."""
     if name.endswith(REBUILT_SUFFIXES):
-        return None, 'an index table, which the model builds itself'
+        return None, 'an index table, which the model builds'
     if own_names:
         return name, ''
     if name.endswith('.num_batches_tracked'):
@@ -119,7 +118,7 @@ def _our_name(model: nn.Layer, name: str, own_names: bool) -> tuple[str | None, 
 
 
 def _paddle_layout(model: nn.Layer, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Transposes the weights of linear layers; very old files hold the patch embedding as a matrix, [C, in * P * P]."""
+    """Transpose linear weights. Old files store the patch embedding as a matrix [C, in * P * P]: reshape it."""
     owners = {f'{path}.weight': layer for path, layer in model.named_sublayers()}
     result = {}
     for name, array in arrays.items():

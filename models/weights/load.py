@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load weights into a model: all of them, or all but a classifier of another number of classes."""
+"""Load weights into a model, with or without the classifier."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from utils.weights import EMA_KEYS, METADATA, choose_state_dict, find_metadata, 
 
 
 class Weights(NamedTuple):
-    """What a weight file holds.
+    """Content of a weight file.
 
     Attributes:
         path: the file.
-        arrays: name -> array, in names and layouts of its kind.
+        arrays: name -> array, in the names and layouts of the file.
         metadata: see `utils.weights.METADATA`.
-        averaged: they are averaged weights.
-        kind: PADDLE or another kind of `file_format`.
+        averaged: True for averaged weights (EMA).
+        kind: file format: PADDLE, or another result of `file_format`.
     """
 
     path: str
@@ -39,18 +39,18 @@ class Weights(NamedTuple):
 
     @property
     def source(self) -> str:
-        """What errors and the log call it."""
+        """Return the name of the file in errors and in the log."""
         return f"'{self.path}'"
 
 
 def read_weights(path: str) -> Weights:
-    """Read a .pdparams file: flat weights, or a checkpoint, of which averaged weights are preferred (PaddleViT's rule).
+    """Read a .pdparams file: flat weights, or a checkpoint, from which EMA weights are preferred (as in PaddleViT).
 
     Args:
         path: the file, with or without .pdparams, or a run folder.
 
     Raises:
-        UserError: no such file, or a damaged or foreign one.
+        UserError: a missing or damaged file, or one of another format.
     """
     weights = _read_any(path, prefer_ema=True)
     if weights.kind != PADDLE:
@@ -59,7 +59,7 @@ def read_weights(path: str) -> Weights:
 
 
 def foreign_weights(path: str, kind: str) -> UserError:
-    """The error about a weight file that must be converted first."""
+    """Return the error for a weight file that must be converted first."""
     return UserError(
         f"'{path}' is a {kind} file; convert it first: "
         f'python tools/port_weights.py -cfg CFG -source {path} -output X.pdparams'
@@ -83,11 +83,11 @@ def load_pretrained(
         model: not wrapped by DataParallel.
         path: the file, with or without .pdparams, or a run folder; or what `read_weights` returned.
         log: called with each line of the report.
-        replace_head: training starts: keep the initial classifier where the file's has another number of classes, and
-            what `WeightRules.start` names; False: those are errors, as for an evaluation.
+        replace_head: for training: keep the initial classifier if the number of classes differs, and apply
+            `WeightRules.start`. False, for evaluation: these differences are errors.
 
     Raises:
-        UserError: see `read_weights`; or weights that do not fit; the model is then unchanged.
+        UserError: see `read_weights`; or weights that do not fit, which leave the model unchanged.
     """
     weights = path if isinstance(path, Weights) else read_weights(path)
     averaged = ' (averaged weights, model_ema)' if weights.averaged else ''
@@ -96,9 +96,11 @@ def load_pretrained(
 
 
 def load_frozen(model: nn.Layer, path: str, log: Callable[[str], None] = print) -> None:
-    """Load a teacher and freeze it: all its weights from a .pdparams file or run folder, or from a published file, which is
-    converted on the way; evaluation mode, no gradients. Its classifier becomes that of the file. Raises as
-    `load_pretrained` does."""
+    """Load and freeze a teacher: all weights of a .pdparams file or run folder, or of a published file, which is converted.
+
+    The model is set to evaluation mode without gradients. Its number of classes becomes that of the file. Raises as
+    `load_pretrained` does.
+    """
     weights = _read_any(path, prefer_ema=False)
     if weights.kind == PADDLE:
         match_classes(model, weights.arrays)
@@ -114,7 +116,7 @@ def load_frozen(model: nn.Layer, path: str, log: Callable[[str], None] = print) 
 
 
 def match_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> None:
-    """Give the classifier as many classes as that of the weights, where both have one."""
+    """Set the number of classes to that of the weights, if both have a classifier."""
     classes = stored_classes(model, arrays)
     if classes and model.num_classes and classes != model.num_classes:
         model.reset_classifier(classes)
@@ -146,9 +148,9 @@ def load_state(
     log: Callable[[str], None] = print,
     replace_head: bool = True,
 ) -> None:
-    """Set all weights of a model from arrays under its own names; see `load_pretrained`.
+    """Set all weights of a model from arrays under its names; see `load_pretrained`.
 
-    Everything is checked before the first weight changes.
+    All checks run before the first weight changes.
     """
     rules, targets = rules_of(model), model.state_dict()
     _check_metadata(rules.metadata(model), arrays.get(METADATA, {}), source)
@@ -156,7 +158,7 @@ def load_state(
     ours, theirs = rules.count_classes(targets), rules.count_classes(arrays)
     replaced = ours != theirs and None not in (ours, theirs)
     if replaced and not replace_head:
-        remedy = f'set MODEL.NUM_CLASSES to {theirs}' if theirs else 'give weights that were trained with one'
+        remedy = f'set MODEL.NUM_CLASSES to {theirs}' if theirs else 'use weights that were trained with one'
         raise UserError(f'{source} has {_classifier(theirs)}, but the model {_classifier(ours)}; {remedy}.')
     head = [name for name in targets if replaced and rules.is_head(name)]
     arrays = {name: array for name, array in arrays.items() if not (replaced and rules.is_head(name))}
@@ -174,7 +176,7 @@ def load_state(
 
 
 def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tensor], source: str) -> Iterator[str]:
-    """What differs between file and model, in lines for the log."""
+    """Yield log lines with the differences between file and model."""
     if start.unused or start.initial:
         yield f'{len(result.state)} arrays of {source} are used'
     for reason in dict.fromkeys(start.initial.values()):
@@ -196,7 +198,7 @@ def _check_metadata(ours: Mapping, theirs: Mapping, source: str) -> None:
         if isinstance(value, np.ndarray) or value != ours[key]:
             shown = printable(value, NAME)
             raise UserError(
-                f'{source} was trained with {key} {shown}, but the model has {ours[key]}, which shapes do not show; '
+                f'{source} was trained with {key} {shown}, but the model has {ours[key]} (shapes do not show this); '
                 f'set {key} to {shown}.'
             )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Match named arrays to a model, strictly: Paddle's `set_state_dict` accepts missing, unknown and misshapen ones."""
+"""Strict matching of named arrays to a model; Paddle's `set_state_dict` ignores missing and unknown names."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from utils.errors import UserError
 from utils.formats import bfloat16
 from utils.text import NAME, printable
 
-LISTED = 8  # names an error shows per kind of trouble
+LISTED = 8  # most names per kind of error in a message
 
-# Index tables that a model builds from its sizes; files may carry theirs.
+# Index tables that a model builds from its sizes; those of files are dropped.
 REBUILT_SUFFIXES = ('.relative_position_index',)
-# Buffers that are learned, unlike all others.
+# Buffers that must be loaded; a model builds all other buffers.
 STATISTICS_SUFFIXES = ('._mean', '._variance')
 
 
 @dataclass
 class MatchResult:
-    """What `match_state` returns.
+    """Result of `match_state`.
 
     Attributes:
-        state: for `set_state_dict`, in the model's shapes and types.
-        resized: name -> (shape in the file, shape in the model) of interpolated tables.
-        kept: names of buffers that the file lacks and the model has built itself.
-        unused: name -> why the model does not use it.
+        state: name -> array for `set_state_dict`, in the model's shapes and types.
+        resized: name -> (shape in the file, shape in the model) of interpolated arrays.
+        kept: names of buffers that are not in the file; the model built them.
+        unused: name -> reason of arrays that the model does not use.
     """
 
     state: dict[str, np.ndarray] = field(default_factory=dict)
@@ -47,20 +47,20 @@ def match_state(
     optional: Iterable[str] = (),
     original_names: Mapping[str, str] | None = None,
 ) -> MatchResult:
-    """Bring arrays under the model's names into its shapes and types.
+    """Convert arrays to the model's shapes and types.
 
-    Values change their precision only, except position embeddings of another resolution; see `WeightRules.resize`.
+    Only the precision of values changes, except for position embeddings of another resolution; see `WeightRules.resize`.
 
     Args:
-        model: offers names, shapes and types; it is not changed.
-        arrays: by the model's names.
-        source: what to call their origin in an error.
+        model: defines names, shapes and types; it is not changed.
+        arrays: name in the model -> array.
+        source: name of the source in errors.
         optional: names that may be missing.
-        original_names: what the file calls an array, where that is not the model's name.
+        original_names: name in the model -> name in the file, if they differ.
 
     Raises:
-        UserError: lists the names and shapes of arrays without a place, parameters without an array, differences, and
-            arrays with NaN or infinite values.
+        UserError: lists unknown arrays, parameters without an array, differences in shape or type, and arrays with NaN
+            or infinite values.
     """
     targets, original_names = model.state_dict(), original_names or {}
     parameters = {name for name, _ in model.named_parameters()}
@@ -70,37 +70,41 @@ def match_state(
     arrays = {name: array for name, array in arrays.items() if name not in result.unused}
     for name, target in targets.items():
         if name in arrays:
-            array, wanted = arrays[name], tuple(target.shape)
-            shape = array.shape
-            if shape != wanted and not _may_be_resized(shape, wanted):  # before anything of this size is copied
-                different.append(f'{name} {list(shape)} instead of {list(wanted)}')
+            array = _fitted(model, name, arrays[name], target)
+            if isinstance(array, str):
+                different.append(array)
                 continue
-            array = _cast(array, target)
-            if array is None:
-                different.append(f'{name} {arrays[name].dtype} instead of {_type_name(target)}')
-                continue
-            if shape != wanted:
-                array = rules.resize(model, name, array)
-                result.resized[name] = (shape, wanted)
-            if array.shape != wanted:
-                different.append(f'{name} {list(shape)} instead of {list(wanted)}')
-                continue
+            if array.shape != arrays[name].shape:
+                result.resized[name] = (arrays[name].shape, array.shape)
             result.state[name] = array
         elif name not in parameters and not name.endswith(STATISTICS_SUFFIXES):
             result.kept.append(name)
         elif name not in optional:
             missing[name] = f'{name} {list(target.shape)}'
     unknown = {n: f'{original_names.get(n, n)} {list(a.shape)}' for n, a in arrays.items() if n not in targets}
-    trouble = [
+    errors = [
         _listing([*unknown.values()], 'in the file without a place in the model'),
         _listing([*missing.values()], 'in the model without weights in the file'),
         _listing(different, 'of another shape or type'),
     ]
-    if any(trouble):
-        found = [*filter(None, trouble), *_remedies(rules, unknown, missing)]
+    if any(errors):
+        found = [*filter(None, errors), *_remedies(rules, unknown, missing)]
         raise UserError(f'{source} does not fit {type(model).__name__}: {"; ".join(found)}.')
     check_finite({original_names.get(name, name): array for name, array in result.state.items()}, source)
     return result
+
+
+def _fitted(model: nn.Layer, name: str, array: np.ndarray, target: Tensor) -> np.ndarray | str:
+    """Return the array in the shape and type of its target, or how it differs. Shapes are compared before anything is copied."""
+    shape, wanted = array.shape, tuple(target.shape)
+    if shape != wanted and not _may_be_resized(shape, wanted):
+        return f'{name} {list(shape)} instead of {list(wanted)}'
+    result = _cast(array, target)
+    if result is None:
+        return f'{name} {array.dtype} instead of {_type_name(target)}'
+    if shape != wanted:
+        result = rules_of(model).resize(model, name, result)
+    return result if result.shape == wanted else f'{name} {list(shape)} instead of {list(wanted)}'
 
 
 def _may_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
@@ -109,7 +113,7 @@ def _may_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
-    """Raises UserError where numbers are NaN or infinite, with the names of their arrays."""
+    """Raise UserError with the names of arrays that have NaN or infinite values."""
     broken = [name for name, array in arrays.items() if array.dtype.kind == 'f' and not np.isfinite(array).all()]
     if broken:
         more = f' and {len(broken) - LISTED} more arrays' if len(broken) > LISTED else ''
@@ -120,7 +124,7 @@ def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
 
 
 def _remedies(rules: WeightRules, unknown: Iterable[str], missing: Iterable[str]) -> list[str]:
-    """What to change in the configuration, by the table `WeightRules.optional_parts`."""
+    """Return the configuration changes that `WeightRules.optional_parts` suggests."""
     found = {}
     for names, column in ((unknown, 0), (missing, 1)):
         for pattern, key, *values in rules.optional_parts:
@@ -130,14 +134,14 @@ def _remedies(rules: WeightRules, unknown: Iterable[str], missing: Iterable[str]
 
 
 def _cast(array: np.ndarray, target: Tensor) -> np.ndarray | None:
-    """The array in the target's kind of number, or None where that would change what it says."""
+    """Return the array in the type of the target, or None if the conversion is not exact (floats may round)."""
     wanted = _type_name(target)
     if 'float' in wanted:
-        if array.dtype == np.uint16:  # how Paddle stores bfloat16
+        if array.dtype == np.uint16:  # Paddle stores bfloat16 as uint16
             array = bfloat16.to_float32(array)
         if array.dtype.kind != 'f':
             return None
-        with np.errstate(over='ignore'):  # a float64 beyond float32 becomes infinite, which is refused later
+        with np.errstate(over='ignore'):  # float64 values beyond float32 become infinite: an error in `check_finite`
             return array.astype('float64' if wanted == 'float64' else 'float32', order='C')
     if array.dtype.kind not in 'biuf':
         return None

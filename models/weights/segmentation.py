@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of segmentation models: names of mmsegmentation, TinyMIM and Segmenter, and starts from weights of an encoder."""
+"""Weight rules of segmentation models: names of mmsegmentation, TinyMIM and Segmenter, and pre-trained backbones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.weights.transformer import TransformerWeights, first_match
 BACKBONE = 'backbone.'
 ENCODER = TransformerWeights()
 
-# Published names -> ours, each applied in turn.
+# Published names -> names in the model, applied in order.
 _RENAMED = tuple(
     (re.compile(pattern), ours)
     for pattern, ours in (
@@ -37,13 +37,13 @@ _RENAMED = tuple(
         (r'^decode_head\.classes_proj\.weight$', 'decode_head.proj_classes'),
     )
 )
-_CLASSIFIER_OF_BACKBONE = ('encoder.head', 'encoder.pre_logits.')  # Segmenter's files keep it
-_LINEAR = re.compile(r'\.(patch_proj|classes_proj)\.weight$')  # linear layers there, plain matrices here
+_CLASSIFIER_OF_BACKBONE = ('encoder.head', 'encoder.pre_logits.')  # part of Segmenter's files
+_LINEAR = re.compile(r'\.(patch_proj|classes_proj)\.weight$')  # linear layers in the file, parameters in the model
 
-# Parts of the file of an encoder that are not used, and parts of the model that such a file lacks.
+# Unused parts of an encoder file, and parts of the model that such a file does not have: pattern, reason.
 _UNUSED = (
     (r'(norm|fc_norm|dist_norm)\..*', 'the model has no such LayerNorm'),
-    (r'(head|head_dist|pre_logits)\..*', 'the classifier is of images'),
+    (r'(head|head_dist|pre_logits)\..*', 'the head is an image classifier'),
 )
 _INITIAL = (
     (r'neck\..*', 'the file has no neck'),
@@ -53,10 +53,10 @@ _INITIAL = (
 
 
 class SegmentorWeights(WeightRules):
-    """Rules that all segmentation models share.
+    """Weight rules of all segmentation models.
 
     Attributes:
-        classes: name of an array of K numbers, by which classes are counted.
+        classes: names of arrays [K], which show the number of classes.
     """
 
     classes: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class SegmentorWeights(WeightRules):
     )
 
     def rename(self, name: str) -> str | None:
-        """TinyMIM's, mmsegmentation's and Segmenter's names; the classifier of Segmenter's encoder is not used."""
+        """Rename TinyMIM's, mmsegmentation's and Segmenter's weights; drop the classifier of Segmenter's encoder."""
         if name.startswith(_CLASSIFIER_OF_BACKBONE):
             return None
         for pattern, ours in _RENAMED:
@@ -77,11 +77,11 @@ class SegmentorWeights(WeightRules):
         return name
 
     def layout(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Mask transformer of mmsegmentation: its projections are linear layers."""
+        """Transpose the projections of mmsegmentation's mask transformer, which are linear layers there."""
         return array.T if _LINEAR.search(name) else array
 
     def metadata(self, model) -> dict:
-        """The number of heads."""
+        """Return the number of attention heads."""
         return ENCODER.metadata(model.backbone)
 
     def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
@@ -90,13 +90,13 @@ class SegmentorWeights(WeightRules):
         return {f'{BACKBONE}{name}': why for name, why in ENCODER.unused(model.backbone, inner, source).items()}
 
     def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
-        """Interpolate position embeddings; relative ones as BEiT does, unlike those of classifiers."""
+        """Interpolate position embeddings; relative ones as in BEiT, unlike in classifiers."""
         if name.endswith('relative_position_bias_table') and array.ndim == 2:
             return resize_relative_table(array, (model.backbone.patch_embed.grid_size,) * 2, spline=True)
         return ENCODER.resize(model.backbone, name.removeprefix(BACKBONE), array)
 
     def start(self, model, names: Collection[str]) -> Start:
-        """Train from the weights of an encoder: a classifier, MAE or MoCo-v3."""
+        """Initialize the backbone from an encoder: a classifier, MAE or MoCo-v3."""
         if any(name.startswith(BACKBONE) for name in names):
             return Start()
         ours = model.state_dict()
@@ -122,13 +122,13 @@ class SegmentorWeights(WeightRules):
 
 
 class UPerNetWeights(SegmentorWeights):
-    """Rules of UPerNet."""
+    """Weight rules of UPerNet."""
 
     head = ('decode_head.conv_seg.', 'auxiliary_head.conv_seg.')
     classes = ('decode_head.conv_seg.bias', 'auxiliary_head.conv_seg.bias')
 
     def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
-        """The auxiliary head too, where the model has none."""
+        """See `WeightRules`; includes the auxiliary head if the model has none."""
         unused = super().unused(model, arrays, source)
         if model.auxiliary_head is None:
             names = [name for name in arrays if name.startswith('auxiliary_head.')]
@@ -137,13 +137,13 @@ class UPerNetWeights(SegmentorWeights):
 
 
 class SegmenterWeights(SegmentorWeights):
-    """Rules of Segmenter."""
+    """Weight rules of Segmenter."""
 
     head = ('decode_head.head.', 'decode_head.cls_emb', 'decode_head.mask_norm.')
     classes = ('decode_head.head.bias', 'decode_head.mask_norm.bias')
 
     def rename(self, name: str) -> str | None:
-        """mmsegmentation's linear decoder is a 1x1 convolution."""
+        """See `WeightRules`; mmsegmentation's linear decoder is a 1x1 convolution."""
         name = super().rename(name)
         return name and name.replace('decode_head.conv_seg.', 'decode_head.head.')
 

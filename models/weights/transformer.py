@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of Vision Transformers: names of timm, MAE-Lite and MoCo-v3, other resolutions, and starts of fine-tuning."""
+"""Weight rules of Vision Transformers: names of timm, MAE-Lite and MoCo-v3, other resolutions, fine-tuning."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import paddle
 from models.layers import resize_position_table, resize_relative_table
 from models.weights.rules import Start, WeightRules
 
-# Where the files of a pre-training keep the encoder: MAE-Lite, MoCo-v3. MoCo-v3's has a projector as its head.
+# Prefixes of the encoder in pre-training files: MAE-Lite, MoCo-v3. The head of MoCo-v3's encoder is its projector.
 MAE_ENCODER, MOCO_ENCODER = 'model.', 'base_encoder.'
-# Other parts of these files: of the training itself, of MAE's decoder, of MAE-Lite's distillation.
+# Other parts of these files: training state, MAE decoder, distillation adapters of MAE-Lite.
 TRAINING_PARTS = ('tch_model.', 'ema_model.', 'momentum_encoder.', f'{MOCO_ENCODER}head.', 'predictor.')
 DECODER_PARTS = ('mask_token', 'decoder_')
 ADAPTER_PARTS = ('attn_adapter.', 'hidden_adapter.')
 
-# Parts of a file that a model without them does not use when training starts from it, and parts of a model that keep
-# their initial values where the file lacks them.
+# Parts of a file that fine-tuning does not use if the model lacks them, and parts of a model that keep their initial
+# values if the file lacks them: pattern, reason.
 _UNUSED = (
     (r'norm\..*', 'the model normalizes after pooling'),
     (r'blocks\.\d+\.attn\.qkv\.bias', 'the model has separate biases of query and value'),
@@ -32,11 +32,11 @@ _INITIAL = (
     (r'.*\.(gamma_1|gamma_2)', 'the file has no LayerScale'),
     (r'.*relative_position_bias_table', 'the file has no relative positions'),
 )
-_LAYER_SCALE = re.compile(r'\.ls([12])\.gamma$')  # of timm and DINOv2
+_LAYER_SCALE = re.compile(r'\.ls([12])\.gamma$')  # names of timm and DINOv2
 
 
 class TransformerWeights(WeightRules):
-    """Rules of the Vision Transformer."""
+    """Weight rules of the Vision Transformer."""
 
     head = ('head.', 'head_dist.')
     optional_parts = (
@@ -51,13 +51,13 @@ class TransformerWeights(WeightRules):
     )
 
     def rename(self, name: str) -> str | None:
-        """Take the encoder out of the files of MAE-Lite and MoCo-v3, and LayerScale from timm's name."""
+        """Rename the encoder of MAE-Lite and MoCo-v3 files and timm's LayerScale; drop all other training parts."""
         if name.startswith(TRAINING_PARTS):
             return None
         return _LAYER_SCALE.sub(r'.gamma_\1', name.removeprefix(MAE_ENCODER).removeprefix(MOCO_ENCODER))
 
     def metadata(self, model) -> dict:
-        """The number of heads: with another number, the same shapes compute something else."""
+        """Return the number of heads: another number changes the outputs, but not the shapes."""
         return {'MODEL.TRANS.NUM_HEADS': model.num_heads}
 
     def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
@@ -78,14 +78,14 @@ class TransformerWeights(WeightRules):
         return resize_position_table(table, (side, side), grid, model.num_prefix).numpy()
 
     def start(self, model, names: Collection[str]) -> Start:
-        """Fine-tune after pre-training by MAE or MoCo-v3, whose trained encoder is used, or with another pooling."""
+        """Fine-tune the base encoder of MAE or MoCo-v3, or a classifier with another pooling."""
         ours = set(model.state_dict())
         renamed = {name: _in_encoder(name) for name in names}
         unused = {name: first_match(_UNUSED, wanted) for name, wanted in renamed.items() if wanted not in ours}
         pretraining = (*TRAINING_PARTS, *DECODER_PARTS, *ADAPTER_PARTS)
         for name in unused:
             if renamed[name].startswith(pretraining):
-                unused[name] = 'they serve the pre-training only'
+                unused[name] = 'only pre-training uses them'
         missing = sorted(ours.difference(renamed.values()))
         initial = {name: first_match(_INITIAL, name) for name in missing}
         return Start(
@@ -98,5 +98,5 @@ def _in_encoder(name: str) -> str:
 
 
 def first_match(table: Sequence[tuple[str, str]], name: str) -> str | None:
-    """The reason of the first pattern that matches a name completely."""
+    """Return the reason of the first pattern that matches the complete name; None: no pattern does."""
     return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)

@@ -91,12 +91,12 @@ def test_every_image_or_every_batch_counts_the_same(sizes, num_prefix):
 
 def test_places_of_its_own_for_each_image():
     logits, rng = scores(20, 2, 5, 5), np.random.default_rng(0)
-    places = rng.random((20, 4, 2))
+    positions = rng.random((20, 4, 2))
     statistics = AttentionStatistics(1, patch_distance=1.0)
-    statistics.add(0, logits, 1, paddle.to_tensor(places))
+    statistics.add(0, logits, 1, paddle.to_tensor(positions))
     weights = np.exp(logits.numpy()[:, :, 1:, 1:].astype('float64'))
     weights /= weights.sum(-1, keepdims=True)
-    distances = np.linalg.norm(places[:, :, None] - places[:, None], axis=-1)
+    distances = np.linalg.norm(positions[:, :, None] - positions[:, None], axis=-1)
     expected = (weights * distances[:, None]).sum(-1).mean((0, 2))
     close(statistics.result()['distance'][0], expected, 1e-6)
 
@@ -264,7 +264,7 @@ def test_a_dropped_patch_is_zero_and_a_merged_one_a_copy():
 
 
 def test_merged_tokens_stand_at_the_mean_of_their_patches():
-    """Heads that look everywhere alike: their distance is that of the places."""
+    """Heads that look everywhere alike: their distance is that of the positions."""
     model = randomised()
     model.merge_tokens([6], prop_attn=False)
     model.blocks[1].attn.qkv.weight.set_value(paddle.zeros_like(model.blocks[1].attn.qkv.weight))
@@ -273,8 +273,8 @@ def test_merged_tokens_stand_at_the_mean_of_their_patches():
     rows, columns = np.divmod(np.arange(16), 4)
     expected = []
     for source in state.source.numpy()[:, 1:, 1:]:
-        places = np.array([[rows[token > 0].mean(), columns[token > 0].mean()] for token in source])
-        expected.append(np.linalg.norm(places[:, None] - places[None], axis=-1).mean())
+        positions = np.array([[rows[token > 0].mean(), columns[token > 0].mean()] for token in source])
+        expected.append(np.linalg.norm(positions[:, None] - positions[None], axis=-1).mean())
     measured = measure_attention(model, [IMAGES], patch_distance=8)
     close(measured['distance'][1], [8 * np.mean(expected)] * 3, 1e-4)
     close(measured['entropy'][1], [math.log(10)] * 3, 1e-4)

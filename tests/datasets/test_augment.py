@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from datasets import augment
-from datasets.augment import BICUBIC, BILINEAR, INCREASING, INCREASING_PADDLEVIT, NEAREST, ORIGINAL, Canvas, Style
+from datasets.augment import BICUBIC, BILINEAR, INCREASING, INCREASING_PADDLEVIT, NEAREST, ORIGINAL, Style, StyleSampler
 from tests.conftest import golden
 
 
@@ -23,7 +23,7 @@ def test_paddlevit_operations():
     """Each operation, level and sign of PaddleViT's policies: the argument and the pixels."""
     reference = golden('paddlevit_conventions-augment_ops')
     image = picture(reference['in/image'])
-    canvas = Canvas('paddlevit', 'bicubic', (1, 2, 3))
+    canvas = StyleSampler('paddlevit', 'bicubic', (1, 2, 3))
     operations = {**ORIGINAL, **INCREASING_PADDLEVIT}
     checked = set()
     for case, arguments in reference.meta['args'].items():
@@ -81,7 +81,7 @@ def test_posterize_like_pillow(bits):
 @pytest.mark.parametrize('space', ['timm', 'paddlevit'])
 def test_policies_keep_size_and_mode(space, mode):
     image = picture(np.random.default_rng(0).integers(0, 256, (12, 15, 3))).convert(mode)
-    canvas = Canvas(space, 'random', 128 if mode == 'L' else (128, 128, 128))
+    canvas = StyleSampler(space, 'random', 128 if mode == 'L' else (128, 128, 128))
     for policy in (augment.RandAugment(2, 9, canvas), augment.AutoAugment(canvas), augment.ColorJitter(0.4, 0.4, 0.4)):
         for seed in range(60):
             result = policy(image, np.random.default_rng(seed))
@@ -95,7 +95,7 @@ def test_randaugment_draws():
     def record(name):
         return lambda image, magnitude, negative, style: calls.append((name, magnitude, negative)) or image
 
-    policy = augment.RandAugment(2, 9, Canvas('timm', 'bicubic', (0, 0, 0)))
+    policy = augment.RandAugment(2, 9, StyleSampler('timm', 'bicubic', (0, 0, 0)))
     policy.operations = {name: record(name) for name in INCREASING}
     runs = 4000
     rng = np.random.default_rng(0)
@@ -114,11 +114,11 @@ def test_randaugment_draws():
 
 def test_interpolation_of_operations():
     rng = np.random.default_rng(0)
-    drawn = {Canvas('timm', 'random', 7).style('Rotate', rng) for _ in range(50)}
+    drawn = {StyleSampler('timm', 'random', 7).style('Rotate', rng) for _ in range(50)}
     assert drawn == {Style(BILINEAR, 7), Style(BICUBIC, 7)}
-    assert Canvas('timm', 'bilinear', 7).style('Rotate', rng) == Style(BILINEAR, 7)
-    assert Canvas('paddlevit', 'bicubic', (1, 2, 3)).style('Rotate', rng) == Style(NEAREST, (0, 0, 0))
-    assert Canvas('paddlevit', 'bicubic', 7).style('ShearX', rng) == Style(NEAREST, 128)
+    assert StyleSampler('timm', 'bilinear', 7).style('Rotate', rng) == Style(BILINEAR, 7)
+    assert StyleSampler('paddlevit', 'bicubic', (1, 2, 3)).style('Rotate', rng) == Style(NEAREST, (0, 0, 0))
+    assert StyleSampler('paddlevit', 'bicubic', 7).style('ShearX', rng) == Style(NEAREST, 128)
 
 
 def test_imagenet_policy_is_complete():

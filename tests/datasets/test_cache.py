@@ -73,7 +73,7 @@ def test_parts_are_shuffled_anew():
 
 def test_part_and_repeated_augmentation(list_data, make_config):
     config = make_config(list_data(12), TRAIN__REPEATED_AUG=3, DATA__CACHE='part')
-    with pytest.raises(UserError, match=r'REPEATED_AUG deals .* DATA\.CACHE to full or no'):
+    with pytest.raises(UserError, match=r'REPEATED_AUG distributes .* DATA\.CACHE to full or no'):
         build_dataloader(config, build_dataset(config, 'train'), True, 0, 2)
 
 
@@ -137,7 +137,7 @@ def test_arrays_are_not_cached():
             return 3
 
     dataset = Dataset(Squares(), [0, 1, 1], source='squares')
-    assert cache.cached(dataset, np.arange(3), False) is dataset
+    assert cache.cache_images(dataset, np.arange(3), False) is dataset
 
 
 # ---------------------------------------------------------------------------------------------------- memory

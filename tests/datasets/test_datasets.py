@@ -93,7 +93,7 @@ def test_contradictory_lines(tmp_path, write_image, make_config):
     dataset = build_dataset(make_config(tmp_path), 'val')
     assert dataset.labels.tolist() == [1, 1, 0, 2]
     assert dataset.notes == [
-        f"{tmp_path}/val_list.txt:4: 'a.png' has label 0, but 1 in line 1; 2 lines in all contradict an earlier one."
+        f"{tmp_path}/val_list.txt:4: 'a.png' has label 0, but 1 in line 1; 2 lines in total contradict an earlier one."
     ]
     (tmp_path / 'val_list.txt').write_text('a.png 0\na.png 0\n')
     assert build_dataset(make_config(tmp_path), 'val').notes == []

@@ -29,7 +29,7 @@ from tests.datasets.test_lmdb import writing
 from utils.errors import UserError
 from utils.files import open_regular
 from utils.formats import read_file
-from utils.processes import run_apart
+from utils.processes import run_in_subprocess
 from utils.schema import shown
 
 SECONDS = 20
@@ -238,9 +238,9 @@ def hungry() -> int:
 def test_a_process_apart_is_bounded(monkeypatch):
     monkeypatch.setattr('utils.processes.SECONDS', 1)
     with pytest.raises(Exception, match='terminated abruptly'):
-        run_apart(endless)
+        run_in_subprocess(endless)
     with pytest.raises(MemoryError):
-        run_apart(hungry)
+        run_in_subprocess(hungry)
 
 
 def test_lmdb_of_every_kind(tmp_path, make_config):

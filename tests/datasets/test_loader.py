@@ -104,7 +104,7 @@ def test_evaluation_counts_each_image_once(list_data, make_config):
 
 def test_repeated_augmentation(list_data, make_config, monkeypatch):
     """Copies of an image are augmented differently."""
-    monkeypatch.setattr(RepeatedSampler, 'GRAIN', 8)
+    monkeypatch.setattr(RepeatedSampler, 'MULTIPLE', 8)
     config = make_config(list_data(12), TRAIN__REPEATED_AUG=3, TRAIN__RAND_AUGMENT=False)
     batch = next(make_loader(config).epoch(0))
     assert len(set(batch.indices[:3])) == 1

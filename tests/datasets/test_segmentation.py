@@ -12,7 +12,7 @@ from PIL import Image
 
 from config import get_config
 from datasets import build_dataset, resolve_num_classes
-from datasets.cache import cached
+from datasets.cache import cache_images
 from datasets.classes import builtin_classes, default_palette, read_classes
 from datasets.dataset import BadImageError
 from datasets.dense import dense_transform
@@ -124,7 +124,7 @@ def test_what_is_wrong_with_a_folder(generic):
     assert "images/train/a.png' has no label map of its name in" in text and '1 of 3 images' in text
     save(str(maps / 'a.png'), values(0))
     text = message(picture, str(images / 'a.bmp'))
-    assert "have the name 'a' but for their endings" in text
+    assert "have the name 'a' with different extensions" in text
     os.remove(images / 'a.bmp')
     save(str(maps / 'more.png'), values(0))
     assert build(generic).notes == [f"1 label maps in '{maps}' belong to no image."]
@@ -205,7 +205,7 @@ def test_cityscapes(tmp_path):
 
 def test_maps_in_memory(generic):
     dataset = build(generic)
-    kept = cached(dataset, np.arange(3), show_progress=False)
+    kept = cache_images(dataset, np.arange(3), show_progress=False)
     expected = [dataset.label_map(index).pixels for index in range(3)]
     os.rename(generic / 'annotations', generic / 'away')
     for index in range(3):

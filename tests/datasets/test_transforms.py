@@ -14,7 +14,7 @@ from datasets.batch import to_device
 from datasets.erasing import RandomErasing
 from datasets.loader import Batch
 from datasets.transforms import (
-    CentreCrop,
+    CenterCrop,
     FastFlip,
     FastResizedCrop,
     PaddedCrop,
@@ -90,7 +90,7 @@ def test_thin_pictures(short, long, exact, resample, turned):
     """Up to 32 times as long as wide as resized whole and then cropped, to the last bit; beyond nearly so."""
     image = noise(*((long, short) if turned else (short, long)))
     for size, side in ((24, 21), (25, 16), (24, 24)):
-        crop = CentreCrop(side)
+        crop = CenterCrop(side)
         whole = image.resize(tuple(int(size * length / short) for length in image.size), resample)
         found = np.asarray(crop(ResizeShort(size, resample)(image)), int)
         difference = np.abs(found - np.asarray(crop(whole), int))
@@ -176,7 +176,7 @@ def test_order_of_training_steps():
 
 def test_fill_is_the_mean_colour():
     config = config_of(DATA__IMAGENET_MEAN=[0.485, 0.456, 0.406])
-    assert build_transform(config, training=True).steps[-1].canvas.mean == (124, 116, 104)
+    assert build_transform(config, training=True).steps[-1].styles.mean == (124, 116, 104)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -16,9 +16,9 @@ from paddle import nn
 from engine.checkpoint import (
     epoch_files,
     from_automatic_names,
-    keep_epoch,
     optimizer_state,
     read_checkpoint,
+    save_epoch,
     save_last,
     set_optimizer_state,
     to_arrays,
@@ -105,7 +105,7 @@ def test_periodic_checkpoints_are_pruned_and_keep_their_content(tmp_path):
     folder = str(tmp_path)
     for epoch in range(1, 6):
         save_last(folder, {'epoch': epoch, 'model': {'w': np.full(3, float(epoch))}})
-        keep_epoch(folder, epoch, keep=2)
+        save_epoch(folder, epoch, keep=2)
     assert [os.path.basename(path) for path in epoch_files(folder)] == ['epoch_0004.pdparams', 'epoch_0005.pdparams']
     assert read_file(epoch_files(folder)[0])['epoch'] == 4
 
@@ -113,7 +113,7 @@ def test_periodic_checkpoints_are_pruned_and_keep_their_content(tmp_path):
 def test_a_damaged_last_falls_back_to_the_one_before(tmp_path):
     folder = str(tmp_path)
     save_last(folder, {'epoch': 1, 'model': {}})
-    keep_epoch(folder, 1, keep=0)
+    save_epoch(folder, 1, keep=0)
     with open(tmp_path / 'last.pdparams.new', 'wb') as file:
         file.write(b'\x80\x04 half')
     os.replace(tmp_path / 'last.pdparams.new', tmp_path / 'last.pdparams')

@@ -10,7 +10,7 @@ import paddle
 import pytest
 
 from engine.checkpoint import read_checkpoint
-from engine.checkpoint_schema import read_parts
+from engine.checkpoint_schema import validate_checkpoint
 from engine.paddle_private import accumulator_names
 from tests.conftest import HERE
 from utils.errors import UserError
@@ -49,13 +49,13 @@ def wrapped(state: dict, prefix: str) -> dict:
 
 
 def test_what_is_read():
-    found = read_parts(CONTENT, 'x')
+    found = validate_checkpoint(CONTENT, 'x')
     assert (found.epoch, found.step, found.samples, found.seed) == (3, 30, 0, 0)
     assert found.complete and found.ours and found.progress == CONTENT['progress']
     assert found.weights['weight'] is WEIGHTS['weight']  # not even a copy
-    theirs = read_parts(PADDLEVIT, 'x')
+    theirs = validate_checkpoint(PADDLEVIT, 'x')
     assert theirs.complete and not theirs.ours and theirs.epoch == 7 and theirs.average is None
-    flat = read_parts(WEIGHTS, 'x')
+    flat = validate_checkpoint(WEIGHTS, 'x')
     assert not flat.complete and flat.weights.keys() == WEIGHTS.keys()
 
 
@@ -65,10 +65,10 @@ def test_what_is_read():
 ])  # fmt: skip
 def test_wrappers_come_off_every_set_of_weights(wrap):
     content = changed(model=wrap(WEIGHTS), model_ema=wrap(CONTENT['model_ema']))
-    found = read_parts(content, 'x')
+    found = validate_checkpoint(content, 'x')
     assert found.weights.keys() == found.average.keys() == WEIGHTS.keys()
     model = paddle.nn.Linear(2, 3)
-    np.testing.assert_array_equal(found.fit_average(model).state['weight'], CONTENT['model_ema']['weight'])
+    np.testing.assert_array_equal(found.match_average(model).state['weight'], CONTENT['model_ema']['weight'])
 
 
 BROKEN = {
@@ -117,33 +117,33 @@ BROKEN = {
 def test_broken_parts(words):
     content = {name: part for name, part in changed(**BROKEN[words]).items() if part is not ...}
     with pytest.raises(UserError, match=f"'run/last.pdparams': {words}") as info:
-        read_parts(content, 'run/last.pdparams')
+        validate_checkpoint(content, 'run/last.pdparams')
     assert '\n' not in str(info.value)
 
 
 def test_broken_parts_of_paddlevit():
     for part, words in (({'epoch': None}, 'epoch is None'), ({'optimizer': 3}, 'optimizer is 3')):
         with pytest.raises(UserError, match=words):
-            read_parts({**PADDLEVIT, **part}, 'x')
+            validate_checkpoint({**PADDLEVIT, **part}, 'x')
     with pytest.raises(UserError, match=r'optimizer has NaN or infinite values in linear_0\.w_0_moment1_0'):
-        read_parts({**PADDLEVIT, 'optimizer': {'linear_0.w_0_moment1_0': np.full((2, 3), np.inf)}}, 'x')
-    assert read_parts({'model': WEIGHTS}, 'x').epoch is None
+        validate_checkpoint({**PADDLEVIT, 'optimizer': {'linear_0.w_0_moment1_0': np.full((2, 3), np.inf)}}, 'x')
+    assert validate_checkpoint({'model': WEIGHTS}, 'x').epoch is None
 
 
 def test_averages_and_optimizer_state_must_fit_the_model():
     model = paddle.nn.Linear(2, 3)
     content = changed(model_ema={**WEIGHTS, 'bias': np.zeros(4, 'float32')})
     with pytest.raises(UserError, match=r"'x': model_ema does not fit Linear: .*bias \[4\] instead of \[3\]"):
-        read_parts(content, 'x').fit_average(model)
+        validate_checkpoint(content, 'x').match_average(model)
     kinds = accumulator_names(paddle.optimizer.AdamW(0.1, parameters=model.parameters()))
-    read_parts(CONTENT, 'x').check_optimizer(model, kinds, 'AdamW')
+    validate_checkpoint(CONTENT, 'x').check_optimizer(model, kinds, 'AdamW')
     for state, words in (
         ({'velocity': dict(WEIGHTS)}, "optimizer holds 'velocity', which TRAIN.OPTIMIZER.NAME AdamW does not have"),
         ({'moment1': {'other': np.ones(3)}}, r'optimizer\.moment1 names parameters the model lacks: other'),
         ({'moment1': {'bias': np.ones(4)}}, r'optimizer\.moment1\.bias has shape \[4\], but the parameter \[3\]'),
     ):
         with pytest.raises(UserError, match=words):
-            read_parts(changed(optimizer=state), 'x').check_optimizer(model, kinds, 'AdamW')
+            validate_checkpoint(changed(optimizer=state), 'x').check_optimizer(model, kinds, 'AdamW')
 
 
 def test_a_published_file_is_no_checkpoint():

@@ -10,8 +10,8 @@ from tests.runs.conftest import environment
 PROGRAM = """
 import time
 from engine import distributed
-distributed.JOIN_PATIENCE, distributed.JOIN_LIMIT = 0.1, 0.2
-with distributed._watched_wait('process 0 of 2'):
+distributed.JOIN_NOTICE, distributed.JOIN_LIMIT = 0.1, 0.2
+with distributed._join_timeout('process 0 of 2'):
     time.sleep(0 if quick else 60)
 print('joined')
 """
@@ -28,5 +28,5 @@ def waited(quick: bool) -> tuple[int, str, str]:
 def test_a_wait_for_processes_that_are_not_there_ends():
     status, out, err = waited(quick=False)
     assert (status, out) == (-15, '')
-    assert err.startswith('note: process 0 of 2 waits for the others at host:1') and 'error: process 0 of 2' in err
+    assert err.startswith('note: process 0 of 2 waits for the other ranks at host:1') and 'error: process 0 of 2' in err
     assert waited(quick=True) == (0, 'joined\n', '')

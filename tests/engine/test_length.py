@@ -28,10 +28,10 @@ def stops(length):
 
 
 def test_stops_of_a_run():
-    by_epochs = RunLength.of(get_config(opts=['TRAIN.NUM_EPOCHS', 5, 'VALIDATE_FREQ', 2]), 10)
+    by_epochs = RunLength.from_config(get_config(opts=['TRAIN.NUM_EPOCHS', 5, 'VALIDATE_FREQ', 2]), 10)
     assert stops(by_epochs) == [10, 20, 30, 40, 50]
     assert [step for step in stops(by_epochs) if by_epochs.validation_due(step)] == [20, 40, 50]
-    by_steps = RunLength.of(get_config(opts=['TRAIN.NUM_ITERS', 24, 'VALIDATE_ITERS', 7]), 10)
+    by_steps = RunLength.from_config(get_config(opts=['TRAIN.NUM_ITERS', 24, 'VALIDATE_ITERS', 7]), 10)
     assert stops(by_steps) == [7, 10, 14, 20, 21, 24]
     assert [step for step in stops(by_steps) if by_steps.validation_due(step)] == [7, 14, 21, 24]
     assert (by_epochs.num_epochs, by_steps.num_epochs) == (5, 3)

@@ -9,7 +9,7 @@ import pytest
 
 from config import get_config
 from engine.distributed import Context
-from engine.run_folder import RunFolder, claim, open_folder
+from engine.run_folder import RunFolder, lock_folder, open_folder
 from tests.utils.test_locks import held
 from utils.errors import UserError
 from utils.runlog import RunLog
@@ -26,7 +26,7 @@ def configured(*opts):
 def opened(*opts):
     """The folder that a run has written into."""
     config = configured(*opts)
-    with claim(config, ALONE) as folder:
+    with lock_folder(config, ALONE) as folder:
         log = RunLog(None, 0)
         log.master('early')
         open_folder(folder, config, ALONE, log)
@@ -46,13 +46,13 @@ def out(tmp_path, monkeypatch):
 def test_runs_of_one_moment_have_folders_of_their_own(out, monkeypatch):
     monkeypatch.setattr(time, 'strftime', lambda form: form)
     stamp = 'train-%Y%m%d-%H%M%S'
-    with claim(configured('SAVE', out), ALONE) as first, claim(configured('SAVE', out), ALONE) as second:
+    with lock_folder(configured('SAVE', out), ALONE) as first, lock_folder(configured('SAVE', out), ALONE) as second:
         assert (first.name, second.name) == (stamp, f'{stamp}-2')
     assert not os.listdir(out)  # nothing was written into either
 
 
 def test_a_name_that_is_taken_meanwhile(out, monkeypatch):
-    """Another run takes the name between any look and the claim."""
+    """Another run takes the name between any look and the lock."""
     mkdir, taken = os.mkdir, []
 
     def late(path, *mode):
@@ -62,7 +62,7 @@ def test_a_name_that_is_taken_meanwhile(out, monkeypatch):
         mkdir(path, *mode)
 
     monkeypatch.setattr(os, 'mkdir', late)
-    with claim(configured('SAVE', out), ALONE) as folder:
+    with lock_folder(configured('SAVE', out), ALONE) as folder:
         assert folder.path == f'{taken[0]}-2'
 
 
@@ -120,7 +120,7 @@ def test_latest_of_a_run_that_lives_elsewhere(out, tmp_path):
 
 def test_a_run_that_fails_leaves_nothing_new(out):
     for opts in (['TAG', 'exp/y'], [], ['EVAL', True], ['MODEL.RESUME', out / 'gone']):
-        with pytest.raises(RuntimeError), claim(configured('SAVE', out, *opts), ALONE) as folder:
+        with pytest.raises(RuntimeError), lock_folder(configured('SAVE', out, *opts), ALONE) as folder:
             assert os.listdir(folder.path) == ['.lock']
             raise RuntimeError
         assert not os.path.exists(folder.path)

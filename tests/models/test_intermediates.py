@@ -46,7 +46,7 @@ def test_every_result_of_a_block():
     x = model.embed(IMAGES)
     for number, block in enumerate(model.blocks):
         result, before = seen.blocks[number], x
-        np.testing.assert_array_equal(result.given[0], x)
+        np.testing.assert_array_equal(result.block_input[0], x)
         np.testing.assert_array_equal(result.inputs, block.norm1(x))
         np.testing.assert_array_equal(result.attn_out, block.attn(result.inputs)[0])
         np.testing.assert_array_equal(result.attn, nn.functional.softmax(result.attn_logits))
@@ -56,7 +56,7 @@ def test_every_result_of_a_block():
         np.testing.assert_array_equal(result.tokens, x)
         np.testing.assert_array_equal(result.maps[1, :, 2, 3], x[1, 1 + 2 * 4 + 3])
         assert result.maps.shape == [2, 24, 4, 4] and result.source is None and not result.reduced
-        np.testing.assert_array_equal(model.run_blocks(before, result.given[1], number)[0], seen.features)
+        np.testing.assert_array_equal(model.run_blocks(before, result.block_input[1], number)[0], seen.features)
 
 
 def test_chosen_blocks_and_names():

@@ -108,7 +108,7 @@ def test_gradients(flavour, recompute):
             else:
                 np.testing.assert_allclose(gradients[name], value, 1e-3, 1e-4 * largest, err_msg=name)
         skipped = {name for name, p in parameters.items() if p.grad is None and not p.stop_gradient}
-        assert bool(skipped) == (weight == 0) and model.leaves_parameters_out
+        assert bool(skipped) == (weight == 0) and model.has_unused_parameters
         assert len(skipped) in (0, 6 * len(model.removal.prune_layers))
 
 

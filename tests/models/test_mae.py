@@ -73,8 +73,8 @@ def test_forward_and_gradients(name):
     images, noise = paddle.to_tensor(g['in/imgs']), paddle.to_tensor(g['in/noise'])
     output = model(images, noise)
     np.testing.assert_array_equal(output.mask, g['out/mask'])
-    np.testing.assert_array_equal(output.order, g['out/ids_shuffle'])
-    latent = model.encode(images, output.order[:, : g['out/latent'].shape[1] - 1])
+    np.testing.assert_array_equal(output.ids_shuffle, g['out/ids_shuffle'])
+    latent = model.encode(images, output.ids_shuffle[:, : g['out/latent'].shape[1] - 1])
     assert_close(latent, g['out/latent'])
     assert_close(output.pred, g['out/pred'])
     assert_close(output.loss.item(), g['out/loss'], 1e-5)
@@ -120,8 +120,8 @@ def test_removed_patches_are_never_looked_at():
     model = tiny(mask_ratio=0.5)
     images, noise = paddle.randn([2, 3, 32, 32]), paddle.rand([2, 16])
     output = model(images, noise)
-    seen, _ = model.paint(images, output)
-    kept = output.order[:, :8]
+    seen, _ = model.to_images(images, output)
+    kept = output.ids_shuffle[:, :8]
     assert_close(model.encode(seen, kept), model.encode(images, kept), 1e-6)
     other_pred = output.pred + paddle.randn(output.pred.shape) * (1 - output.mask.unsqueeze(-1))
     assert model.loss(images, other_pred, output.mask).item() == pytest.approx(output.loss.item(), rel=1e-6)
@@ -135,7 +135,7 @@ def test_pictures_of_a_perfect_reconstruction(norm_pix):
     target = patchify(images, 8)
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / paddle.sqrt(target.var(-1, keepdim=True) + 1e-6)
-    seen, rebuilt = model.paint(images, output._replace(pred=target))
+    seen, rebuilt = model.to_images(images, output._replace(pred=target))
     assert_close(rebuilt, images, 1e-5)
     assert (seen == 0).astype('float32').mean().item() == pytest.approx(0.75)
 
@@ -163,8 +163,8 @@ def test_the_encoder_alone():
 @pytest.mark.parametrize(
     ('changes', 'words'),
     [
-        ({'mask_ratio': 1.0}, 'leaves no patch'),
-        ({'mask_ratio': 0.0}, 'leaves no patch'),
+        ({'mask_ratio': 1.0}, 'leaves no visible or no masked patch'),
+        ({'mask_ratio': 0.0}, 'leaves no visible or no masked patch'),
         ({'decoder_num_heads': 3}, 'DECODER_NUM_HEADS'),
         ({'decoder_embed_dim': 18}, 'do not divide by 4'),
     ],

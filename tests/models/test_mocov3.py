@@ -195,7 +195,7 @@ def test_the_contract_of_all_models():
     assert model.forward_head(model.forward_features(x), pre_logits=True).shape == [2, 24]
     assert {model.layer_id(name) for name in model.state_dict()} == set(range(model.num_layers + 1))
     assert model.num_classes == 0
-    with pytest.raises(UserError, match='start a MODEL.TYPE vit from its weights'):
+    with pytest.raises(UserError, match='fine-tune a MODEL.TYPE vit from its weights'):
         model.reset_classifier(10)
     with pytest.raises(UserError, match='MODEL.TOME.R is 2, but has no effect for MODEL.TYPE mocov3'):
         small_config('mocov3_tiny_patch16_224', 'MODEL.TOME.R', 2)
@@ -237,7 +237,7 @@ def test_mae_lites_checkpoints_start_a_classifier(pooled, parallel):
         np.testing.assert_array_equal(after[name], ported[f'base_encoder.{name}'])
     report = '\n'.join(lines)
     assert f'{expected["loaded"]} arrays of the state dict are used' in report
-    assert 'they serve the pre-training only' in report
+    assert 'only pre-training uses them' in report
     assert ('the model normalizes after pooling' in report) == pooled
     assert not vit.pos_embed.stop_gradient
 

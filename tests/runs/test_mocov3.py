@@ -50,5 +50,5 @@ def test_neighbours_are_the_same_on_another_number_of_processes(recipe, straight
 def test_its_encoder_starts_a_classifier(straight, images, tmp_path):
     recipe = write_recipe(tmp_path, images, FINE_TUNING)
     out, _ = run('main_single_gpu.py', f'-cfg={recipe}', f'-pretrained={straight}', '-tag=fine')
-    assert 'they serve the pre-training only' in out and 'which is re-initialized' in out
+    assert 'only pre-training uses them' in out and 'which is re-initialized' in out
     assert metrics(tmp_path / 'fine')[-1]['acc1'] > 0

@@ -69,4 +69,4 @@ def test_its_encoder_starts_a_classifier(straight, images, tmp_path):
     recipe = write_recipe(tmp_path, images, ENCODER)
     out, _ = run('main_single_gpu.py', f'-cfg={recipe}', f'-pretrained={straight}', '-opts', 'TRAIN.NUM_EPOCHS', '1')
     assert 'arrays of the model keep their initial values, the file normalizes before pooling: fc_norm' in out
-    assert 'they serve the pre-training only' in out and 'Finished: best Validation Acc@1' in out
+    assert 'only pre-training uses them' in out and 'Finished: best Validation Acc@1' in out

@@ -149,7 +149,7 @@ def test_an_exported_teacher_teaches(tmp_path):
     answer = build_teacher(config, build_model(config), print)
     images = paddle.randn([5, 3, 16, 16])
     assert_close(answer(images).numpy(), teacher(images).numpy(), 1e-5)
-    with pytest.raises(UserError, match='the teacher knows 4 classes, but the student 7'):
+    with pytest.raises(UserError, match='the teacher has 4 classes, but the student 7'):
         build_teacher(configured(TRAIN__TEACHER_MODEL=path, MODEL__NUM_CLASSES=7), build_model(config), print)
 
 

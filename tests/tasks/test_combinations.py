@@ -183,7 +183,7 @@ def test_pre_training_refuses_parts_of_classifiers(kind):
     for name, options in {**MIXER_VARIANTS, **REDUCER_VARIANTS, **HEADS}.items():
         if options:
             with pytest.raises(
-                UserError, match=rf'MODEL.TYPE {kind} takes no MODEL\.|has no effect for MODEL.TYPE {kind},'
+                UserError, match=rf'MODEL.TYPE {kind} does not support MODEL\.|has no effect for MODEL.TYPE {kind},'
             ):
                 build_model(settings(plain, options))
                 pytest.fail(name)

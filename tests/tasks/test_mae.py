@@ -128,7 +128,7 @@ def test_validation_hides_the_same_patches_whatever_the_batch(images, tmp_path):
 def test_tasks_that_the_model_is_not_for():
     with pytest.raises(UserError, match='TRAIN.TASK mae needs MODEL.TYPE mae'):
         attached(recipe(), build_model(small_config('gmlp_digits')))
-    with pytest.raises(UserError, match='MODEL.TYPE mae has no classes'):
+    with pytest.raises(UserError, match='MODEL.TYPE mae has no classifier'):
         config = recipe(TRAIN__TASK='supervised')
         attached(config, build_model(config))
     with pytest.raises(UserError, match="'mea'.*Did you mean 'mae'"):

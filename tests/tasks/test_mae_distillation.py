@@ -13,7 +13,7 @@ from models.mae import MaskedAutoencoder
 from models.weights.convert import port_state_dict
 from models.weights.load import load_pretrained
 from tasks.mae import MAETask
-from tasks.mae_distillation import Compared, MaeDistillation, adapt_student, add_adapters
+from tasks.mae_distillation import DistillTargets, MaeDistillation, adapt_student, add_adapters
 from tests.conftest import assert_close, golden
 from tests.models.helpers import linear_weights, load
 from tests.tasks.helpers import attached, batch_of, build_trainer
@@ -28,7 +28,7 @@ def test_losses_and_gradients(name):
     meta, arrays = g.meta, g.group('sd')
     heads = meta['use_attn_adapter'] or meta['student']['num_heads'] != meta['teacher']['num_heads']
     width = meta['use_hidden_adapter'] or meta['student']['embed_dim'] != meta['teacher']['embed_dim']
-    compared = Compared(tuple(meta['attn_idx']), tuple(meta['hidden_idx']))
+    compared = DistillTargets(tuple(meta['attn_idx']), tuple(meta['hidden_idx']))
     student = MaskedAutoencoder(**meta['student'], mask_ratio=meta['mask_ratio'], norm_pix_loss=True)
     sizes = meta['teacher']['num_heads'] if heads else None, meta['teacher']['embed_dim'] if width else None
     add_adapters(student, compared, *sizes)

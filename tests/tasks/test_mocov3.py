@@ -237,7 +237,7 @@ def test_another_model():
 
 def test_classes_are_not_learnt_by_it():
     config = recipe(TRAIN__TASK='supervised')
-    with pytest.raises(UserError, match='MODEL.TYPE mocov3 has no classes'):
+    with pytest.raises(UserError, match='MODEL.TYPE mocov3 has no classifier'):
         attached(config, build_model(config))
     with pytest.raises(UserError, match='TRAIN.TASK supervised trains on 1 .*: remove DATA.VIEWS or set it to 1'):
         ClassificationTask(recipe(TRAIN__TASK='supervised', DATA__VIEWS=2))

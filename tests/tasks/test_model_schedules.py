@@ -72,7 +72,7 @@ def test_the_default_length_always_leaves_a_finished_epoch(epochs, start):
     ],
 )
 def test_a_run_that_ends_before_the_attention_has_faded_is_refused(changes):
-    with pytest.raises(UserError, match=r'still has the weight .* in the last of \d+ epochs'):
+    with pytest.raises(UserError, match=r'attention weight λ is .* in the last of \d+ epochs'):
         ClassificationTask(configured(**changes))
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from config import get_config
 from engine.distributed import Context
-from engine.throughput import Subject, peak_memory, time_interleaved
+from engine.throughput import BenchmarkCase, peak_memory, time_interleaved
 from models import build_model
 from models.exported import Predictor, save_program
 from tests.models.helpers import small_config
@@ -93,8 +93,8 @@ TRAINED = {
 def test_training_step_of_each_objective(task):
     """With the losses that training has, but no teacher; gradients do not stay."""
     small = ['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.EMBED_DIM', 16, 'MODEL.TRANS.DEPTH', 1, 'MODEL.TRANS.NUM_HEADS', 2]
-    subject = Subject(task, get_config(None, [*small, *TRAINED[task]]))
-    call = subject.training_call(4, Context(0, 1, False))
+    case = BenchmarkCase(task, get_config(None, [*small, *TRAINED[task]]))
+    call = case.training_call(4, Context(0, 1, False))
     call()
     call()
 
@@ -115,7 +115,7 @@ def test_models_take_turns():
     assert [len(taken) for taken in seconds] == [3, 3, 3]
 
 
-class Killed(Subject):
+class Killed(BenchmarkCase):
     """A model that is too much for the machine."""
 
     def calls(self, batch_sizes, context):

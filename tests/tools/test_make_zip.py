@@ -89,7 +89,7 @@ def test_does_not_overwrite(tree):
     ('listed', 'message'),
     [
         ('images/gone.png', r'images/gone\.png.*No such file.*repair it or remove it from the list'),
-        ('images/a\tb.png', 'tabulator or a line break'),
+        ('images/a\tb.png', 'tab or a line break'),
         ('images/note.txt', 'not an image by its name'),
         ('images/\udcff.png', 'not UTF-8'),
     ],

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/visualize_mae.py: what is seen stays as it is, the rest is rebuilt."""
+"""tools/visualize_mae.py: visible patches stay unchanged, masked patches are reconstructed."""
 
 import os
 import subprocess
@@ -12,8 +12,8 @@ from PIL import Image
 
 from config import get_config
 from models import build_model
-from tasks.mae_pictures import rebuild
-from tasks.pictures import GAP, PAPER, draw
+from tasks.mae_pictures import reconstruct
+from tasks.pictures import BACKGROUND, GAP, image_grid
 from tests.conftest import ROOT
 from tools._pictures import single_batch
 from tools.visualize_mae import main
@@ -71,18 +71,18 @@ def test_half_of_the_patches_are_seen_and_kept(tmp_path, channels):
     def pictures(seed):
         noise = paddle.to_tensor(np.random.default_rng(seed).random((1, 16), 'float32'))
         data = config.DATA
-        return rebuild(model, single_batch(image, config), noise, data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
+        return reconstruct(model, single_batch(image, config), noise, data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
 
-    original, seen, rebuilt = pictures(0)
+    original, visible, reconstructed = pictures(0)
     np.testing.assert_array_equal(original, image)
-    hidden = (seen == PAPER).all(-1)
+    hidden = (visible == BACKGROUND).all(-1)
     assert hidden.mean() == 0.5
-    np.testing.assert_array_equal(seen[~hidden], image[~hidden])
-    assert np.abs(rebuilt[~hidden].astype(int) - image[~hidden]).max() <= 1
-    assert (rebuilt[hidden] != image[hidden]).mean() > 0.5
+    np.testing.assert_array_equal(visible[~hidden], image[~hidden])
+    assert np.abs(reconstructed[~hidden].astype(int) - image[~hidden]).max() <= 1
+    assert (reconstructed[hidden] != image[hidden]).mean() > 0.5
     _, again, _ = pictures(1)
-    assert (again != seen).any()
-    assert draw([(image, seen, rebuilt)]).size == (3 * (32 + GAP) + GAP, 32 + 2 * GAP)
+    assert (again != visible).any()
+    assert image_grid([(image, visible, reconstructed)]).size == (3 * (32 + GAP) + GAP, 32 + 2 * GAP)
 
 
 def test_mistakes_leave_nothing(made):
@@ -95,7 +95,7 @@ def test_mistakes_leave_nothing(made):
     (folder / 'broken.png').write_bytes(b'x')
     with pytest.raises(UserError, match='none of the 1 images'):
         main([*flags, '-output', output, str(folder / 'broken.png')])
-    with pytest.raises(UserError, match='rebuilds nothing'):
+    with pytest.raises(UserError, match='has no decoder'):
         main(
             [
                 *flags,

@@ -23,11 +23,11 @@ from tools.visualize_tokens import (
     MARGIN,
     PALETTE,
     Reduction,
-    draw_holders,
+    draw_owners,
     draw_strip,
     main,
     merged_counts,
-    merged_holders,
+    merged_owners,
     reductions,
     shorten,
     strip_paths,
@@ -94,10 +94,10 @@ def test_positions_and_masks_are_those_of_the_original(mode, sample):
         theirs = reference[f'out/{mode}/real_idx{j}'][sample]
         kept_row = stage.row[: len(theirs)]
         np.testing.assert_array_equal(np.where(kept_row < 64, kept_row, 0), theirs)
-        kept = stage.holders == np.arange(64)
+        kept = stage.owners == np.arange(64)
         np.testing.assert_array_equal(kept, reference[f'out/{mode}/kept_mask{j}'][sample])
 
-        drawn = np.asarray(draw_holders(image.transpose(1, 2, 0), stage.holders)).transpose(2, 0, 1)
+        drawn = np.asarray(draw_owners(image.transpose(1, 2, 0), stage.owners)).transpose(2, 0, 1)
         masked = np.rint(reference[f'out/{mode}/masked{j}'][sample] * 255)
         if not kept[0]:
             masked[:, :8, :8] = 0
@@ -107,14 +107,14 @@ def test_positions_and_masks_are_those_of_the_original(mode, sample):
 
 @st.composite
 def reduced_rows(draw):
-    """(number of patches, fuse, places kept by each reduction)."""
+    """(number of patches, fuse, positions kept by each reduction)."""
     count = total = draw(st.integers(2, 25))
     fuse = draw(st.booleans())
     kept = []
     while count > 1 and len(kept) < 5 and draw(st.booleans()):
-        places = draw(st.permutations(range(count)))[: draw(st.integers(1, count - 1))]
-        kept.append(np.array(places))
-        count = len(places) + fuse
+        positions = draw(st.permutations(range(count)))[: draw(st.integers(1, count - 1))]
+        kept.append(np.array(positions))
+        count = len(positions) + fuse
     return total, fuse, kept
 
 
@@ -126,15 +126,15 @@ def test_every_patch_is_where_its_set_is(case):
     row = [({patch}, False) for patch in range(total)]
     stages = trace_tokens(kept, total, fuse)
     assert len(stages) == len(kept)
-    for places, stage in zip(kept, stages):
-        rest = [row[i][0] for i in range(len(row)) if i not in places]
-        row = [row[i] for i in places] + ([(set().union(*rest), True)] if fuse else [])
+    for positions, stage in zip(kept, stages):
+        rest = [row[i][0] for i in range(len(row)) if i not in positions]
+        row = [row[i] for i in positions] + ([(set().union(*rest), True)] if fuse else [])
         assert len(stage.row) == len(row)
         for token, (patches, is_fused) in zip(stage.row, row):
-            assert set(np.flatnonzero(stage.holders == token)) == patches
+            assert set(np.flatnonzero(stage.owners == token)) == patches
             assert (token >= total) == is_fused
         held = set().union(*(patches for patches, _ in row))
-        assert set(np.flatnonzero(stage.holders == DROPPED)) == set(range(total)) - held
+        assert set(np.flatnonzero(stage.owners == DROPPED)) == set(range(total)) - held
 
 
 @pytest.mark.parametrize('distilled', [False, True])
@@ -150,8 +150,8 @@ def test_every_patch_is_where_its_set_is(case):
 def test_blocks_and_numbers_are_those_of_the_model(tmp_path, rate, fuse, expected, distilled):
     config = get_config(configuration(tmp_path, rate, fuse, distilled))
     found = reductions(random_model(config), config, pixels())
-    assert {block: len(set(holders.tolist()) - {DROPPED}) for block, holders, _ in found} == expected
-    assert any((holders == DROPPED).any() for _, holders, _ in found) != fuse
+    assert {block: len(set(owners.tolist()) - {DROPPED}) for block, owners, _ in found} == expected
+    assert any((owners == DROPPED).any() for _, owners, _ in found) != fuse
 
 
 @settings(deadline=None, derandomize=True)
@@ -163,12 +163,12 @@ def test_merged_holders_are_the_sets(groups, random):
     source = np.array([groups == token for token in tokens], 'float32').reshape(-1, len(groups))
     if not tokens:
         return
-    holders = merged_holders(source)
-    np.testing.assert_array_equal(holders == DROPPED, groups == 0)
+    owners = merged_owners(source)
+    np.testing.assert_array_equal(owners == DROPPED, groups == 0)
     for token in tokens:
         patches = np.flatnonzero(groups == token)
         number = patches[0] if len(patches) == 1 else len(groups) + patches[0]
-        assert set(np.flatnonzero(holders == number)) == set(patches)
+        assert set(np.flatnonzero(owners == number)) == set(patches)
 
 
 def input_of(config, image):
@@ -184,9 +184,9 @@ def test_merged_groups_are_those_of_the_model(tmp_path, distilled):
     found = reductions(model, config, image)
     state = model.forward_tokens(input_of(config, image))[1]
     assert [step.block for step in found] == [0, 1, 2] and all(step.merged for step in found)
-    assert [len(set(step.holders)) for step in found] == list(state.counts) == [13, 10, 7]
-    assert all((holders != DROPPED).all() for _, holders, _ in found)
-    _, sizes = np.unique(found[-1].holders, return_counts=True)
+    assert [len(set(step.owners)) for step in found] == list(state.counts) == [13, 10, 7]
+    assert all((owners != DROPPED).all() for _, owners, _ in found)
+    _, sizes = np.unique(found[-1].owners, return_counts=True)
     prefix = 1 + distilled
     assert sorted(sizes) == sorted(state.size[0, prefix:, 0].numpy()) and sizes.sum() == 16
     for (_, before, _), (_, after, _) in zip(found, found[1:]):
@@ -200,8 +200,8 @@ def test_equal_patches_are_merged(tmp_path, distilled):
     model = random_model(config)
     model.pos_embed.set_value(paddle.zeros_like(model.pos_embed))
     twins = pixels(6, size=(32, 16)).reshape(32, 2, 1, 8, 3).repeat(2, 2).reshape(32, 32, 3)
-    holders = reductions(model, config, twins)[0].holders
-    np.testing.assert_array_equal(holders, 16 + np.arange(16) // 2 * 2)
+    owners = reductions(model, config, twins)[0].owners
+    np.testing.assert_array_equal(owners, 16 + np.arange(16) // 2 * 2)
 
 
 @pytest.mark.parametrize('fuse', [False, True])
@@ -211,15 +211,15 @@ def test_both_at_once(tmp_path, fuse):
     model, image = random_model(config), pixels(7)
     found = reductions(model, config, image)
     counts = model.forward_tokens(input_of(config, image))[1].counts
-    assert [len(set(holders) - {DROPPED}) for _, holders, _ in found] == list(counts)
-    assert all((holders == DROPPED).any() != fuse for _, holders, _ in found)
+    assert [len(set(owners) - {DROPPED}) for _, owners, _ in found] == list(counts)
+    assert all((owners == DROPPED).any() != fuse for _, owners, _ in found)
 
 
 def test_kept_are_the_patches_the_class_token_attends_to(tmp_path):
     config = get_config(configuration(tmp_path, rate=0.5))
     model, image = random_model(config), pixels(3)
     scores = model.forward_tokens(input_of(config, image))[1].scores[0][0].numpy()
-    kept = np.flatnonzero(reductions(model, config, image)[0].holders == np.arange(16))
+    kept = np.flatnonzero(reductions(model, config, image)[0].owners == np.arange(16))
     assert set(kept) == set(np.argsort(-scores)[:8])
 
 
@@ -227,8 +227,8 @@ def test_kept_are_the_patches_the_class_token_attends_to(tmp_path):
 def test_colours_tell_tokens_apart():
     """A kept patch is untouched, a dropped one pale and grey, a fused one tinted; outlines follow the tokens."""
     image = np.full((36, 36, 3), (200, 40, 40), 'uint8')
-    holders = np.array([0, 9, 9, DROPPED, 4, 10, DROPPED, 7, 8])
-    drawn = np.asarray(draw_holders(image, holders, scale=2)).astype(int)
+    owners = np.array([0, 9, 9, DROPPED, 4, 10, DROPPED, 7, 8])
+    drawn = np.asarray(draw_owners(image, owners, scale=2)).astype(int)
     assert drawn.shape == (72, 72, 3)
     np.testing.assert_array_equal(drawn[:24, :24], np.broadcast_to(image[0, 0], (24, 24, 3)))
     pale = drawn[36, 12]
@@ -243,8 +243,8 @@ def test_colours_tell_tokens_apart():
 def test_merged_patches_take_their_mean_colour():
     """Patches on their own are untouched; others have the colour of all of their token, and an outline around it."""
     image = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], 'uint8').repeat(12, 0).repeat(12, 1)[..., np.newaxis]
-    holders = np.array([9, 1, 2, 9, 4, DROPPED, 6, 16, 16])
-    drawn = np.asarray(draw_holders(image, holders, merged=True)).astype(int)
+    owners = np.array([9, 1, 2, 9, 4, DROPPED, 6, 16, 16])
+    drawn = np.asarray(draw_owners(image, owners, merged=True)).astype(int)
     assert (drawn[:12, 12:] == image[:12, 12:]).all() and (drawn[12:24, 12:24] == 50).all()
     assert (drawn[1:23, 1:11] == 25).all(), 'the mean of 10 and 40'
     assert (drawn[25:35, 13:35] == 85).all(), 'the mean of 80 and 90'
@@ -252,7 +252,7 @@ def test_merged_patches_take_their_mean_colour():
     assert [len(colours) for colours in outlines] == [1, 1] and outlines[0] != outlines[1]
     assert all(max(colour) == 255 and min(colour) == 0 for colours in outlines for colour in colours)
     assert drawn[18, 30].min() > 200, 'a dropped patch is pale'
-    assert merged_counts(holders) == '4 alone, 4 in 2, 1 dropped'
+    assert merged_counts(owners) == '4 alone, 4 in 2, 1 dropped'
     assert merged_counts(np.array([0, 5, 5, 3])) == '2 alone, 2 merged into 1'
 
 
@@ -262,8 +262,8 @@ def test_a_strip_of_any_size(side, channels):
     """Small images are enlarged; many fused tokens still fit the width of their panel."""
     image = pixels(size=(side, side), channels=channels)
     many = np.arange(16) // 2 + 16
-    for holders in (np.where(np.arange(16) < 5, np.arange(16), DROPPED), many):
-        strip = np.asarray(draw_strip('photos/' + 'long ' * 40 + '\udcff.png', image, [Reduction(3, holders)]))
+    for owners in (np.where(np.arange(16) < 5, np.arange(16), DROPPED), many):
+        strip = np.asarray(draw_strip('photos/' + 'long ' * 40 + '\udcff.png', image, [Reduction(3, owners)]))
         assert strip.shape[1] == 2 * MARGIN + 2 * 224 + GAP
         assert (strip[:, -MARGIN:] == 255).all() and (strip[:, MARGIN + 224 : MARGIN + 224 + GAP] == 255).all()
         original = strip[MARGIN : MARGIN + 224, MARGIN : MARGIN + 224]
@@ -361,6 +361,6 @@ def test_a_model_without_tokens_to_reduce(tmp_path):
         'MODEL: {TYPE: gmlp, NUM_CLASSES: 2, MIXER: {PATCH_SIZE: 8, EMBED_DIM: 8, DEPTH: 1, MLP_RATIO: 2}}\n'
     )
     image = save(tmp_path / 'cat.png')
-    with pytest.raises(UserError, match='MODEL.TYPE is gmlp, whose tokens all stay'):
+    with pytest.raises(UserError, match='MODEL.TYPE is gmlp, which keeps all tokens'):
         main(['-cfg', str(cfg), '-pretrained', weights(tmp_path, cfg), '-output', str(tmp_path / 'out'), image])
     assert not (tmp_path / 'out').exists()

@@ -49,8 +49,8 @@ def test_a_contradiction_is_left_over(launched_with, name, value):
 
 def test_what_is_left_over_is_dropped_and_said_once(launched_with, capsys, monkeypatch):
     launched_with(PADDLE_TRAINERS_NUM='2', FLAGS_selected_gpus='3')
-    environment.forget_launcher()
-    environment.forget_launcher()
+    environment.clear_launcher_variables()
+    environment.clear_launcher_variables()
     assert capsys.readouterr().err == (
         'note: PADDLE_TRAINERS_NUM, FLAGS_selected_gpus are left over from another job and ignored.\n'
     )
@@ -61,9 +61,9 @@ def test_a_command_for_one_process_refuses_a_launcher_only(launched_with, monkey
     launched_with(**COMPLETE)
     monkeypatch.setattr(environment, '_is_child_of_launcher', lambda: True)
     with pytest.raises(UserError, match='started 2 processes of'):
-        environment._stay_alone()
+        environment._require_single_process()
     monkeypatch.setattr(environment, '_is_child_of_launcher', lambda: False)
-    environment._stay_alone()
+    environment._require_single_process()
     assert environment.launched() is None
 
 
@@ -74,7 +74,7 @@ def test_a_restart_keeps_the_interpreters_flags(tmp_path, as_module, has_orig_ar
     program = tmp_path / 'restarts.py'
     program.write_text(
         'import json, sys\n' + ('' if has_orig_argv else 'del sys.orig_argv\n') + 'from utils import environment\n'
-        'environment._tune()\n'
+        'environment._set_cpu_variables()\n'
         'print(json.dumps([sys.flags.optimize, sys._xoptions, sys.warnoptions, sys.argv[1:]]))\n'
     )
     command = ['-m', 'restarts'] if as_module else [str(program)]

@@ -31,7 +31,7 @@ def resolved(schema, **values):
         schema.set(tree, name.replace('__', '.'), value, '-opts')
     schema.end_layer(tree)
     schema.check(tree)
-    schema.drop_foreign(tree)
+    schema.reset_unused(tree)
     return tree
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight files: every format users bring, read without running anything in them, and the one format written."""
+"""Weight files: readers of all supported formats, which run no code of the file, and the writer of .pdparams."""
 
 from utils.formats.paddle_files import write_pdparams
 from utils.formats.readers import NPZ, OLD_TORCH, PADDLE, SAFETENSORS, TORCH, file_format, read_file

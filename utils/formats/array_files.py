@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of arrays by name: .safetensors and .npz."""
+"""Readers of arrays by name: .safetensors and .npz."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import safetensors
 from utils.formats import bfloat16
 from utils.formats.limits import RefusedError, check_key, check_shape
 
-# An archive of numpy arrays may be compressed: by no more than this, which arrays of zeros alone exceed.
+# Limit of the compression ratio of .npz, against decompression bombs. Only arrays of zeros exceed it.
 MAX_COMPRESSION = 100
-FREE_COMPRESSION = 64 << 20  # bytes that are never too many
+FREE_COMPRESSION = 64 << 20  # unpacked bytes that are always allowed
 _LENGTH = 8  # bytes of the length of a safetensors header
 MAX_HEADER = 16 << 20  # bytes; 100 for each of the 1000 arrays of a large model
 
@@ -26,7 +26,10 @@ _SAFETENSORS_TYPES = {
 
 
 def read_safetensors(file: IO[bytes], size: int) -> dict[str, np.ndarray]:
-    """The library checks header, names and offsets; its numpy front end does not know bfloat16."""
+    """Read a .safetensors file; `size`: of the file in bytes.
+
+    The library checks header, names and offsets. Its numpy API lacks bfloat16, so the bytes are decoded here.
+    """
     file.seek(0)
     header = int.from_bytes(file.read(_LENGTH), 'little')
     if not 0 < header <= min(size - _LENGTH, MAX_HEADER):  # before all of the file is read
@@ -43,7 +46,7 @@ def read_safetensors(file: IO[bytes], size: int) -> dict[str, np.ndarray]:
 
 
 def read_npz(file: IO[bytes], size: int) -> dict[str, np.ndarray]:
-    """The arrays of `numpy.savez` by name; `size`: of the file, bytes."""
+    """Read the arrays of `numpy.savez` by name; `size`: of the file in bytes."""
     with zipfile.ZipFile(file) as archive:
         if sum(member.file_size for member in archive.infolist()) > FREE_COMPRESSION + MAX_COMPRESSION * size:
             raise RefusedError(f'it is compressed more than {MAX_COMPRESSION} times, as no weights are')

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names what people take for a weight file by mistake, and what to do instead."""
+"""Recognize files that are given as a weight file by mistake, and suggest what to do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _UNPACK = 'unpack it and give the weight file inside'
 _TENSORFLOW = 'TensorFlow weights are not read, give weights of PyTorch or Paddle'
 _SAVE_WEIGHTS = 'save the state dict of the model instead'
 
-# First bytes -> what the file is, what to do.
+# First bytes, kind of file, what to do.
 _MAGIC: Sequence[tuple[bytes, str, str]] = (
     (
         b'version https://git-lfs.github.com/',
@@ -57,7 +57,7 @@ _TABLE_END = b'\x57\xfb\x80\x8b\x24\x75\x47\xdb'  # of the index of a TensorFlow
 
 
 def foreign_kind(file: IO[bytes], path: str) -> tuple[str, str] | None:
-    """What a file is that is certainly not a weight file, and what to do; None: it may be one."""
+    """Return the kind of a file that is no weight file, and what to do; None if it may be a weight file."""
     file.seek(0)
     head = file.read(512)
     if not head:
@@ -79,7 +79,7 @@ def foreign_kind(file: IO[bytes], path: str) -> tuple[str, str] | None:
 
 def _zip_kind(file: IO[bytes]) -> tuple[str, str] | None:
     if not zipfile.is_zipfile(file):
-        return None  # the reader says that it is damaged
+        return None  # the reader reports the damage
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if not name.endswith('/')]
     if any('/code/' in f'/{name}' and name.endswith('.py') for name in names):
@@ -92,7 +92,7 @@ def _zip_kind(file: IO[bytes]) -> tuple[str, str] | None:
 
 
 def _json_kind(file: IO[bytes], path: str) -> tuple[str, str] | None:
-    """None where it only looks like JSON."""
+    """Return the kind of a JSON file, and what to do; None if it is no valid JSON."""
     if os.path.getsize(path) > MAX_JSON:
         return None
     file.seek(0)

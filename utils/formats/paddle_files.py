@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of `paddle.save` (.pdparams, .pdopt), read and written without Paddle."""
+"""Reader and writer of Paddle's files (.pdparams, .pdopt) without Paddle."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from utils.formats.pickles import PickleReader, mapped
 
 
 def read(file: IO[bytes], size: int) -> Any:
-    """The content of a file of `paddle.save`; `size`: of the file, bytes."""
+    """Read a file of `paddle.save`; `size`: of the file in bytes."""
     with mapped(file) as stream:
         content = PickleReader().load(stream)
     if isinstance(content, dict):
-        content.pop('StructuredToParameterName@@', None)  # automatic names, which mean nothing in another process
+        content.pop('StructuredToParameterName@@', None)  # automatic names, valid in the writing process only
         _join_slices(content)
     return _without_names(content, {})
 
 
 def _join_slices(state: dict) -> None:
-    """Protocols 2 and 3 cut arrays beyond 1 GiB into several entries. Each is taken out, so that none is used twice."""
+    """Join arrays larger than 1 GiB, which `paddle.save` splits into several entries under pickle protocols 2 and 3."""
     for name, parts in state.pop('UnpackBigParamInfor@@', {}).items():
         slices = [state.pop(check_key(part)) for part in parts['slices']]
         if not all(isinstance(part, np.ndarray) and part.ndim == 1 for part in slices):
@@ -34,7 +34,7 @@ def _join_slices(state: dict) -> None:
 
 
 def _without_names(value: Any, seen: dict[int, Any]) -> Any:
-    """Inside nested objects Paddle writes a tensor as (automatic name, array). `seen`: containers already visited."""
+    """Replace (automatic name, array), Paddle's form of a nested tensor, by the array. `seen`: visited containers."""
     if id(value) in seen or not isinstance(value, (dict, list, tuple)):
         return seen.get(id(value), value)
     if isinstance(value, tuple):
@@ -49,12 +49,12 @@ def _without_names(value: Any, seen: dict[int, Any]) -> Any:
 
 # ---------------------------------------------------------------------------------------------------- writing
 def write_pdparams(state: dict, path: str) -> None:
-    """Writes a (nested) dict of arrays, numbers, text and lists, so that `paddle.load` and `read_file` take it.
+    """Write a (nested) dict of arrays, numbers, text and lists for `paddle.load` and `read_file`.
 
-    The file is complete or not there at all. Paddle tensors are stored as arrays.
+    The write is atomic. Paddle tensors are stored as arrays.
 
     Raises:
-        TypeError: something that `read_file` would refuse; nothing is written.
+        TypeError: a value that `read_file` would refuse; nothing is written.
         UserError: a full or read-only disk.
     """
     plain = _plain(state, os.path.basename(path))

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a pickle as data, whoever wrote it.
+"""Safe reader of pickles from untrusted sources: it returns plain data and runs no code of the file.
 
-Python's unpickler runs what a file names. An allow-list in its `find_class` is a half measure: what is on the list can
-still be called with any argument and altered, and twelve bytes can ask for gigabytes. So the opcodes, decoded by the
-standard library's `pickletools`, are followed here instead. Containers, numbers and text are built as they come; a
-name that calls something must be a key of a table, whose value is a function of ours that makes plain data. Nothing in
-a file is ever imported, called or assigned to. Time and memory are bounded by the bytes read, see `limits`.
+Python's unpickler calls what a file names. An allow-list in its `find_class` is not enough: a file can still call the
+listed names with any argument, or request gigabytes in twelve bytes. This reader executes the opcodes itself, decoded by
+the standard library's `pickletools`. It builds containers, numbers and text. Each class or function name must be a key
+of `KNOWN`, whose value builds plain data. Nothing that a file names is imported, called or modified.
+`utils.formats.limits` bounds time and memory by the number of bytes read.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ __all__ = ['KNOWN', 'DType', 'Inert', 'PickleReader', 'RefusedError', 'mapped']
 
 
 def mapped(file: IO[bytes]) -> mmap.mmap:
-    """The whole file as a stream, of which a read never asks for more memory than there is left in the file."""
+    """Map a file into memory: a read then allocates no more bytes than the file has left."""
     return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class DType:
-    """`numpy.dtype` of a number or boolean; anything that could hold Python objects is refused."""
+    """`numpy.dtype` of numbers or booleans; a dtype that may hold Python objects is refused."""
 
     def __init__(self, code: str, *_: Any):
         if not isinstance(code, str) or len(code) > MAX_CODE or np.dtype(code).kind not in 'biufc':
@@ -50,7 +50,7 @@ class DType:
         self.numpy = np.dtype(code)
 
     def set_state(self, state: tuple) -> None:
-        """What numpy stores besides the code; of it only the byte order matters."""
+        """Set the byte order, the only part of numpy's stored state that matters."""
         if not isinstance(state, tuple) or len(state) < 2 or state[1] not in _BYTE_ORDERS:
             raise ValueError('an unknown byte order')
         self.numpy = self.numpy.newbyteorder(state[1])
@@ -60,7 +60,7 @@ _BYTE_ORDERS = ('<', '>', '=', '|')
 
 
 class Inert:
-    """An object of a class that weights do not need, such as the arguments of a training run: kept as plain data."""
+    """Placeholder of an object that weights do not need, such as the arguments of a training run."""
 
     def __init__(self, *args: Any):
         self.args = args
@@ -78,7 +78,7 @@ def _empty_array(kind: Any, *_: Any) -> np.ndarray:
 
 
 def _fill(array: np.ndarray, state: tuple) -> None:
-    """Gives an array of `_empty_array` its shape, type and content, in place, since the file may refer to it again."""
+    """Set shape, type and content of an array in place, since the file may refer to the array again."""
     if not isinstance(state, tuple) or len(state) > MAX_ARGUMENTS:
         raise ValueError('an array without its content')
     shape, dtype, fortran_order, raw = state[-4:]
@@ -101,7 +101,7 @@ def _scalar(dtype: DType, raw: bytes | str) -> np.generic:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How protocols below 3 write bytes."""
+    """Decode bytes of pickle protocols below 3."""
     if encoding != 'latin1':
         raise RefusedError('it asks for another codec than latin1')
     return text.encode('latin1')
@@ -180,8 +180,8 @@ class PickleReader:
     """Reads one pickle after another from a stream.
 
     Args:
-        known: names a file may use, and what each stands for: a function that makes data, or the datum itself.
-        persistent_load: what a reference to something outside the pickle stands for.
+        known: allowed names -> the function that builds the data, or the data itself.
+        persistent_load: returns the object of a persistent id, which lies outside the pickle.
     """
 
     def __init__(self, known: Mapping[str, Any] = KNOWN, persistent_load: Callable[[Any], Any] | None = None):
@@ -189,14 +189,14 @@ class PickleReader:
         self._persistent_load = persistent_load
 
     def load(self, stream: IO[bytes]) -> Any:
-        """Returns the next object of `stream`, which is left behind its end.
+        """Read the next object of `stream` and leave the stream after it.
 
         Raises:
-            RefusedError: a name that is not known.
-            Exception: of any kind, where the bytes are not a pickle.
+            RefusedError: the pickle uses a name or an operation that is not allowed.
+            Exception: any exception, if the bytes are not a pickle.
         """
         self._stack: list = []
-        self._outer: list[list] = []  # what was on the stack before each open MARK
+        self._outer: list[list] = []  # the stack before each open MARK
         self._memo: dict[int, Any] = {}
         self._allowance = Allowance()
         start = stream.tell()
@@ -217,12 +217,12 @@ class PickleReader:
         check_tree(result, self._allowance.read)
         return result
 
-    # Each operation takes the opcode's argument, or None.
+    # Each operation takes the argument of its opcode, or None.
     def _push(self, value: Any) -> None:
         self._stack.append(value)
 
     def _take(self, count: int) -> tuple:
-        """The last `count` values, removed from the stack."""
+        """Pop the last `count` values from the stack."""
         if count > len(self._stack):
             raise IndexError('an operation without its operands')
         taken = self._stack[len(self._stack) - count :]
@@ -230,7 +230,7 @@ class PickleReader:
         return tuple(taken)
 
     def _to_mark(self) -> list:
-        """The values since the last MARK, removed from the stack."""
+        """Pop the values after the last MARK from the stack."""
         taken, self._stack = self._stack, self._outer.pop()
         return taken
 
@@ -245,7 +245,7 @@ class PickleReader:
         self._push(self._memo[_memo_index(index)])
 
     def _name(self, name: str) -> None:
-        """Stands for a class or function; module and name come apart at a blank."""
+        """Push the entry of a class or function; a blank separates module and name."""
         if len(name) > MAX_NAME:
             raise RefusedError(f'it names code by {len(name)} characters')
         name = name.replace(' ', '.', 1)
@@ -260,13 +260,13 @@ class PickleReader:
         self._name(' '.join(parts))
 
     def _instance(self, name: str) -> None:
-        """Protocol 0: a class by name, called with all since the mark."""
+        """Call a class by name with all values since the mark (protocol 0)."""
         args = self._to_mark()
         self._name(name)
         self._call(*self._take(1), args)
 
     def _object(self, _) -> None:
-        """Protocol 1: a class and its arguments, all since the mark."""
+        """Call a class with its arguments, all values since the mark (protocol 1)."""
         function, *args = self._to_mark()
         self._call(function, args)
 
@@ -277,7 +277,7 @@ class PickleReader:
         self._push(function(*args))
 
     def _build(self, _) -> None:
-        """State of the object below: that of arrays is their content; attributes of dictionaries are of no interest."""
+        """Set the state of the object below: the content of an array; attributes of a dict are ignored."""
         (state,) = self._take(1)
         target = self._stack[-1]
         if isinstance(target, np.ndarray):

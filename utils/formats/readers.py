@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads a weight file of any format as plain data; the content decides which format it is."""
+"""Reader of weight files as plain data; the content of a file decides its format."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ SAFETENSORS, NPZ = 'safetensors', 'npz'
 
 
 def read_file(path: str) -> Any:
-    """Reads a weight file or checkpoint as plain data: containers, numbers, text and numpy arrays.
+    """Read a weight file or checkpoint as plain data: containers, numbers, text and numpy arrays.
 
-    The content decides what it is: .pdparams/.pdopt of Paddle, what torch.save wrote (any version, PyTorch is not
-    needed), .safetensors, or .npz. bfloat16 becomes float32, but stays uint16 bits in Paddle's files, as Paddle has it.
+    Formats: Paddle (.pdparams, .pdopt), PyTorch (`torch.save` of any version; PyTorch is not needed), .safetensors and
+    .npz. bfloat16 becomes float32, except in Paddle's files, which hold it as uint16 bits.
 
     Raises:
-        UserError: a file that cannot be read, is damaged, or asks for more than data; the text names it.
+        UserError: the file cannot be read, is damaged, or holds more than data; the text names the file.
     """
     with _errors_of(path), open_regular(path) as file:
         return _READERS[_format_of(file, path)](file, os.path.getsize(path))
 
 
 def file_format(path: str) -> str:
-    """PADDLE, TORCH, OLD_TORCH, SAFETENSORS or NPZ: what the content says. Raises UserError as `read_file` does."""
+    """Return PADDLE, TORCH, OLD_TORCH, SAFETENSORS or NPZ by the content. Raises UserError as `read_file` does."""
     with _errors_of(path), open_regular(path) as file:
         return _format_of(file, path)
 
@@ -55,7 +55,7 @@ def _format_of(file: IO[bytes], path: str) -> str:
 
 @contextlib.contextmanager
 def _errors_of(path: str):
-    """Turns what can go wrong with the file into one sentence; a damaged file can fail in any way whatever."""
+    """Turn every error of the block into a UserError; a damaged file can raise any exception."""
     try:
         yield
     except UserError:
@@ -71,7 +71,7 @@ def _errors_of(path: str):
 
 
 def _one_line(error: Exception) -> str:
-    """What an error says, which may quote the file."""
+    """Return the text of an error in one short line, without control characters that it may quote from the file."""
     return printable(' '.join(str(error).split()), NAME).rstrip('.') or type(error).__name__
 
 

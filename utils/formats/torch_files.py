@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads what `torch.save` wrote, without PyTorch: the zip archives of PyTorch 1.6 and later, and the files before them.
+"""Reader of files of `torch.save` without PyTorch: zip archives of PyTorch 1.6 and later, and the older format.
 
-Both hold one pickle of the saved object, in which a tensor is a view (offset, size, strides) on a numbered storage,
-and the storages as raw numbers. Several tensors may share a storage.
+Both hold a pickle of the saved object and the storages as raw numbers. In the pickle, a tensor is a view (offset, size,
+strides) of a numbered storage. Several tensors may share a storage.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from utils.formats.pickles import KNOWN, Inert, PickleReader, RefusedError, mapp
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 BFLOAT16 = 'bfloat16'
-# A tensor may repeat numbers (stride 0), which costs nothing until it is copied: up to here it may.
+# Limit of the elements of a tensor that repeats numbers (stride 0): it takes no memory until it is copied.
 MAX_REPEATED = 1 << 24
 
 
 @dataclass(frozen=True)
 class StorageType:
-    """`torch.FloatStorage` and its like: the numpy code of its numbers, or BFLOAT16."""
+    """Type of a storage, such as `torch.FloatStorage`: the numpy code of its numbers, or BFLOAT16."""
 
     code: str
 
     @property
     def stored(self) -> np.dtype:
-        """How the file holds a number, apart from the byte order."""
+        """Type of a number in the file, without its byte order."""
         return np.dtype('u2' if self.code == BFLOAT16 else self.code)
 
     @property
     def loaded(self) -> np.dtype:
-        """How numpy holds it."""
+        """Type of a number in the array."""
         return np.dtype('f4' if self.code == BFLOAT16 else self.code)
 
 
@@ -53,11 +53,11 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """What it takes in the file."""
+        """Size in the file, in bytes."""
         return self.array.size * self.type.stored.itemsize
 
     def fill(self, raw: bytes, byteorder: str) -> None:
-        """Takes its numbers from the bytes of the file."""
+        """Copy the numbers from the bytes of the file."""
         if len(raw) != self.nbytes:
             raise ValueError(f'a storage of {len(raw)} bytes instead of {self.nbytes}')
         numbers = np.frombuffer(raw, self.type.stored.newbyteorder(byteorder))
@@ -65,7 +65,7 @@ class Storage:
 
 
 def _tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: Any) -> np.ndarray:
-    """torch._utils._rebuild_tensor, and _v2, which adds requires_grad, hooks and metadata."""
+    """Build a tensor (`torch._utils._rebuild_tensor`; `_v2` adds requires_grad, hooks and metadata)."""
     if rest[2:] and rest[2]:
         raise RefusedError('it holds a conjugated or negated view of a tensor; store its clone()')
     numbers = (offset, *check_shape(size), *check_shape(stride))
@@ -107,10 +107,10 @@ TORCH_KNOWN = {
 
 
 class _Storages(dict):
-    """Storages by key, made when the pickle first refers to them.
+    """Storages by key, created when the pickle first refers to them.
 
     Args:
-        limit: bytes all of them may take together: the size of the file that holds them.
+        limit: bytes that all storages may take together: the size of the file.
         fill: called once with the key and the new storage.
     """
 
@@ -120,7 +120,11 @@ class _Storages(dict):
         self._fill = fill
 
     def refer(self, reference: tuple) -> Storage:
-        """A persistent id: ('storage', type, key, device, count, and in old files (view key, offset, count) or None)."""
+        """Return the storage of a persistent id.
+
+        Args:
+            reference: ('storage', type, key, device, count), in old files also (view key, offset, count) or None.
+        """
         kind, type_, key, _, count, *view = reference
         if kind != 'storage' or not isinstance(type_, StorageType) or not _is_count(count) or not _is_key(key):
             raise ValueError('a reference that is no storage')
@@ -144,7 +148,7 @@ def _is_key(key: Any) -> bool:
 
 
 def read_archive(stream: IO[bytes], size: int) -> Any:
-    """The object in a zip archive of `torch.save`; `size`: of the file, bytes."""
+    """Read the object in a zip archive of `torch.save`; `size`: of the file in bytes."""
     with zipfile.ZipFile(stream) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -162,20 +166,20 @@ def read_archive(stream: IO[bytes], size: int) -> Any:
 
 
 def is_object(name: str) -> bool:
-    """Whether an archive's member is the pickle of the saved object."""
+    """Return True if a member of an archive is the pickle of the saved object."""
     return name == 'data.pkl' or (name.endswith('/data.pkl') and name.count('/') == 1)
 
 
 def read_legacy(file: IO[bytes], size: int) -> Any:
-    """The object in a file of `torch.save` before PyTorch 1.6; `size`: of the file, bytes."""
+    """Read the object in a file of `torch.save` before PyTorch 1.6; `size`: of the file in bytes."""
     with mapped(file) as stream:
         return _legacy_object(stream, size)
 
 
 def _legacy_object(stream: IO[bytes], size: int) -> Any:
-    """The same of an open stream: pickles in a row, then the storages one by one."""
+    """Read the object from a stream: several pickles, then the storages one by one."""
     plain = PickleReader()
-    magic, _, _ = plain.load(stream), plain.load(stream), plain.load(stream)  # the second and third: protocol, machine
+    magic, _, _ = plain.load(stream), plain.load(stream), plain.load(stream)  # then protocol and machine
     if magic != LEGACY_MAGIC:
         raise ValueError('a wrong magic number')
     storages = _Storages(size)

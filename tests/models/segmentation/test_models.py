@@ -286,14 +286,14 @@ def test_mistakes():
         ),
         ([*UPERNET, 'MODEL.UPERNET.OUT_INDICES', [0, 2, 1, 3]], 'must be 4 blocks in ascending order'),
         ([*UPERNET, 'MODEL.TRANS.DEPTH', 5, 'MODEL.UPERNET.LAST_NORM', True], 'LAST_NORM needs the last block, 4'),
-        ([*UPERNET, 'MODEL.LAMBDA.PRUNE_LAYERS', [0]], 'set MODEL.LAMBDA.REMOVED True'),
+        ([*UPERNET, 'MODEL.LAMBDA.PRUNE_LAYERS', [0]], 'set MODEL.LAMBDA.REMOVED to True'),
         ([*SEGMENTER, 'MODEL.NUM_CLASSES', 0], 'set MODEL.NUM_CLASSES'),
         ([*SEGMENTER, 'MODEL.SEGMENTER.DECODER', 'unet'], 'one of: mask, linear'),
     ):
         with pytest.raises(UserError, match=message):
             build_model(get_config(opts=opts))
     model = build_model(get_config(opts=[*UPERNET, 'MODEL.TRANS.REL_POS', ['block']]))
-    with pytest.raises(UserError, match='relative positions are for images of 32 pixels'):
+    with pytest.raises(UserError, match='relative positions of this model need images of 32 pixels'):
         model(paddle.randn([2, 3, 64, 64]))
     with pytest.raises(UserError, match='one value per channel.*set DATA.BATCH_SIZE to 2 or more'):
         model(paddle.randn([1, 3, 32, 32]))

@@ -57,7 +57,7 @@ def test_files_of_an_encoder(kind):
     assert f'{len(wanted)} arrays of the state dict are used' in report
     assert 'the file has no neck' in report and 'the file has no decoder' in report and 'no LayerScale' in report
     if kind == 'deit':
-        assert 'not used: the model has no such LayerNorm; the classifier is of images' in report
+        assert 'not used: the model has no such LayerNorm; the head is an image classifier' in report
 
 
 def test_a_segmenter_takes_the_final_norm_and_prefix_tokens():

@@ -200,7 +200,7 @@ def test_the_report_tells_what_was_dropped_resized_and_built():
     assert report.dropped == {
         'bn.num_batches_tracked': 'a counter, which Paddle does not keep',
         'decoder.weight': 'Toy does not use it',
-        'blocks.0.relative_position_index': 'an index table, which the model builds itself',
+        'blocks.0.relative_position_index': 'an index table, which the model builds',
     }
     assert report.matched.resized == {'pos_embed': ((1, 4, 8), (1, 8, 8))}
     assert report.matched.kept == ['index', 'attn_relative_position_index']
