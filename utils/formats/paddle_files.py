@@ -10,6 +10,7 @@ from typing import IO, Any
 import numpy as np
 
 from utils.files import atomic_write
+from utils.formats import checksums
 from utils.formats.limits import check_key, check_shape
 from utils.formats.pickles import PickleReader, mapped
 
@@ -18,6 +19,7 @@ def read(file: IO[bytes], size: int) -> Any:
     """Read a file of `paddle.save`; `size`: of the file in bytes."""
     with mapped(file) as stream:
         content = PickleReader().load(stream)
+        checksums.verify(stream, content)
     if isinstance(content, dict):
         content.pop('StructuredToParameterName@@', None)  # automatic names, valid in the writing process only
         _join_slices(content)
@@ -59,7 +61,9 @@ def write_pdparams(state: dict, path: str) -> None:
     """
     plain = _plain(state, os.path.basename(path))
     with atomic_write(path) as file:
-        pickle.dump(plain, file, protocol=4)
+        summed = checksums.SummedFile(file)
+        pickle.dump(plain, summed, protocol=4)
+        file.write(checksums.trailer(plain, summed.checksum))
 
 
 def _plain(value: Any, where: str) -> Any:
