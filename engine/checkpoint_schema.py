@@ -98,8 +98,7 @@ class Checkpoint:
                     f'{self.source}: optimizer.{kind} names parameters the model lacks: {names}; {_OTHER_MODEL}.'
                 )
             for parameter, value in entries.items():
-                expected = ((1,), ()) if _SCALAR_KIND in kind else (shapes[parameter],)
-                if np.shape(value) not in expected:
+                if np.shape(value) != ((1,) if _SCALAR_KIND in kind else shapes[parameter]):
                     raise UserError(
                         f'{self.source}: optimizer.{kind}.{parameter} has shape {list(np.shape(value))}, but the parameter '
                         f'{list(shapes[parameter])}; {_OTHER_MODEL}.'
