@@ -70,6 +70,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.storage)
 
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """All storages; the first one holds the images."""
+        return (self.storage,)
+
     def load(self, index: int) -> Image.Image:
         """Return image `index` as an RGB image. Raises BadImageError."""
         with self.naming(index):

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in one LMDB file per split, for storage that is slow with a million small files.
 
-The files are `DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`. Their keys decide between two formats:
+The files are `DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`. Their keys decide between three formats:
 
 LeanViT's format, written by tools/make_lmdb.py; numbers are little-endian:
     __format__      b'leanvit-lmdb-1'
     __labels__      a label per image, int32
     __classes__     class names as a JSON list; absent if classes have no names
     0, 1, ...       (decimal) label int32, CRC-32 of the image uint32, the image file
+
+LeanViT's format with label maps, of the same tool:
+    __format__      b'leanvit-lmdb-maps-1'
+    __count__       number of images, decimal
+    __label_maps__  what the values of the maps mean, see datasets/packed_maps.py
+    0, 1, ...       as above, with label 0
+    map/0, ...      the same for the label map files
 
 The format of pyarrow's serialize(), as in EViT (https://github.com/youweiliang/evit) and other codes:
     __len__         number of images
@@ -30,9 +37,11 @@ import numpy as np
 from tqdm import tqdm
 
 from datasets.arrow import deserialize
-from datasets.dataset import Dataset, EncodedStorage
+from datasets.classes import ClassTable
+from datasets.dataset import Dataset, EncodedStorage, Images
 from datasets.folder import data_path
 from datasets.images import MAX_FILE, UnreadableImage
+from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
 from utils.files import atomic_write, read_regular
@@ -40,26 +49,33 @@ from utils.text import NAME, printable
 
 FORMAT_KEY, FORMAT = b'__format__', b'leanvit-lmdb-1'
 LABELS_KEY, CLASSES_KEY = b'__labels__', b'__classes__'
+MAPS_FORMAT, COUNT_KEY, MAPS_KEY = b'leanvit-lmdb-maps-1', b'__count__', b'__label_maps__'
 _HEAD = struct.Struct('<iI')
 MAX_CLASSES = 64 << 20  # bytes of all class names; a million names
 _HEADER = 4096  # bytes of the head of a .npy file, at most
 
 
 @register_dataset('lmdb')
-def build_lmdb(config, split: str) -> Dataset:
-    """LMDB file `DATA_PATH/<split>.lmdb` in either format."""
+def build_lmdb(config, split: str) -> Images:
+    """LMDB file `DATA_PATH/<split>.lmdb` in any of the formats."""
     path = os.path.join(data_path(config), f'{split}.lmdb')
     try:
         marker = read_value(path, FORMAT_KEY)
         if marker == FORMAT:
             return _own(path)
+        if marker == MAPS_FORMAT:
+            return _with_maps(config, path)
         if marker is None and read_value(path, b'__len__') is not None:
             return _upstream(path)
     except (UnreadableImage, ValueError) as error:
         raise UserError(f"'{path}' is damaged: {error}.") from None
     finally:
         close_file(path)  # each worker opens its own
-    kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
+    kind = (
+        'is not complete'
+        if marker is None
+        else f'has the unknown format {printable(marker.decode(errors="replace"), NAME)}'
+    )
     raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it again.")
 
 
@@ -80,6 +96,25 @@ def _class_names(stored: bytes | None) -> Any:
         return json.loads(stored)
     except RecursionError:
         raise ValueError('its class names are nested') from None
+
+
+def _with_maps(config, path: str) -> Images:
+    count = int(read_value(path, COUNT_KEY) or b'0')
+    if not 0 <= count < _entries(path):
+        raise ValueError(f'it has {_entries(path)} records for {count} images')
+    images, maps = (LmdbStorage(path, count, unpack_record, key) for key in (record_key, map_key))
+    return packed_dataset(config, images, maps, path, read_value(path, MAPS_KEY) or b'')
+
+
+def packed_classes(root: str) -> ClassTable | None:
+    """Return the classes of an LMDB file in `root`; None if no file has label maps."""
+    for path in (os.path.join(root, f'{split}.lmdb') for split in ('train', 'val')):
+        with contextlib.suppress(UnreadableImage):
+            description = read_value(path, MAPS_KEY) if os.path.isfile(path) else None
+            close_file(path)
+            if description is not None:
+                return read_description(description, path)[0]
+    return None
 
 
 def _upstream(path: str) -> Dataset:
@@ -129,15 +164,33 @@ def _unpack_upstream(record: bytes) -> tuple[bytes, int]:
 
 
 def record_key(index: int) -> bytes:
+    """Return the key of an image."""
     return str(index).encode()
+
+
+def map_key(index: int) -> bytes:
+    """Return the key of a label map."""
+    return b'map/' + record_key(index)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 class LmdbStorage(EncodedStorage):
-    """Images in an LMDB file; `unpack` converts a record to (image file, label) or raises ValueError."""
+    """Image files in an LMDB file.
 
-    def __init__(self, path: str, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
+    Args:
+        unpack: converts a record to (image file, label) or raises ValueError.
+        key: of a record, by its index.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        length: int,
+        unpack: Callable[[bytes], tuple[bytes, int]],
+        key: Callable[[int], bytes] = record_key,
+    ):
         self.path = path
+        self._key = key
         self._length = length
         self._unpack = unpack
 
@@ -149,16 +202,17 @@ class LmdbStorage(EncodedStorage):
 
     def record(self, index: int) -> tuple[bytes, int]:
         """Return image file and label of an item. Raises UnreadableImage."""
-        record = read_value(self.path, record_key(index))
+        key = self._key(index)
+        record = read_value(self.path, key)
         if record is None:
-            raise UnreadableImage(f'there is no record {index}')
+            raise UnreadableImage(f'there is no record {key.decode()}')
         try:
             return self._unpack(record)
         except ValueError as error:
-            raise UnreadableImage(f'record {index}: {error}') from None
+            raise UnreadableImage(f'record {key.decode()}: {error}') from None
 
     def describe(self, index: int) -> str:
-        return f'{self.path}, key {index}'
+        return f'{self.path}, key {self._key(index).decode()}'
 
 
 # Open files of this process, since LMDB may open each only once: real path -> (process id, lmdb.Environment).

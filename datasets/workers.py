@@ -14,7 +14,6 @@ import mmap
 import multiprocessing
 import os
 import signal
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 from datasets.sample import Plane
 from utils.cli import SIGNALS
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, forking
 
 
 class WorkerError(UserError, RuntimeError):
@@ -120,9 +119,7 @@ class WorkerPool:
             initializer=_start_worker,
             initargs=(make, memories, os.getpid()),
         )
-        with warnings.catch_warnings():
-            # Python warns of a fork beside threads; workers use no lock that another thread may hold.
-            warnings.simplefilter('ignore', DeprecationWarning)
+        with forking():
             # Workers inherit the mask, so signals are blocked before their first line of Python.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:

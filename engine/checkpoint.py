@@ -146,7 +146,7 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
         if not entries.keys() <= targets.keys():
             raise UserError(
                 f"the checkpoint's optimizer state holds {kind}, which {type(optimizer).__name__} does not have here; set "
-                'TRAIN.OPTIMIZER and AMP_LEVEL as in the run that wrote it.'
+                'TRAIN.OPTIMIZER as in the run that wrote it.'
             )
         for name, value in entries.items():
             if tuple(targets[name].shape) != tuple(np.shape(value)):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from paddle import nn
 
-from engine.paddle_private import MASTER_WEIGHT
 from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, check_finite, match_state
 from utils.errors import UserError
 from utils.text import NAME, printable
@@ -21,6 +20,7 @@ MAX_COUNT = 1 << 53  # of steps, epochs and images: float64 holds all integers b
 MAX_SEED = 1 << 64
 _SCALAR_KIND = '_pow_acc'  # accumulators of one number, in Paddle's names
 _OTHER_MODEL = 'set MODEL and DATA.IMAGE_SIZE as in the run that wrote it, or start from the weights with -pretrained'
+MASTER_WEIGHT = 'master_weight'  # optimizer state of version 0.1.0 at AMP_LEVEL O2: the weights in float32
 TOTALS = 6  # sums over the unfinished epoch
 FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in all versions
 SCALER = (
@@ -124,8 +124,10 @@ def validate_checkpoint(content: dict, path: str) -> Checkpoint:
     part.get('config', (str, dict), optional=True)
     ours = 'progress' in content
     where, weights = choose_state_dict({'model': content['model']}, source=f'{source}: model')
-    optimizer = part.get('optimizer', dict, {}, optional=not ours)
+    optimizer = dict(part.get('optimizer', dict, {}, optional=not ours))
     (_check_optimizer if ours else _check_flat)(optimizer, f'{source}: optimizer')
+    if ours:
+        weights = {**weights, **optimizer.pop(MASTER_WEIGHT, {})}
     progress = _progress(part.get('progress', dict), source) if ours else {}
     return Checkpoint(
         path,

@@ -145,7 +145,7 @@ def _train(config, task: Task, model, loaders, context, log, folder: RunFolder) 
     if resume:
         path, state = read_checkpoint(resume, log.master)
         trainer.snapshot.load_state_dict(state, path)
-    open_folder(folder, config, context, log)
+    open_folder(folder, config, context, log, keep_config=trainer.finished)
     trainer.fit()
 
 

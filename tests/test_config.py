@@ -397,7 +397,7 @@ def test_missing_files_and_cycles(write, tmp_path):
 
 
 def test_opts_need_pairs_and_known_keys():
-    with pytest.raises(UserError, match="'AMP' has no partner"):
+    with pytest.raises(UserError, match="'AMP' is not part of a pair"):
         get_config(opts=['SAVE', 'x', 'AMP'])
     with pytest.raises(UserError, match="unknown key 'SAVES'. Did you mean 'SAVE'"):
         get_config(opts=['SAVES', 'x'])

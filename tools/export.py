@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained classifier as an inference program that runs without this code.
+"""Export a trained model as an inference program that runs without this code.
 
     python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams -output exported/gmlp_s16_224
     python tools/export.py -pretrained output/latest -output exported/mine
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with unfinished_files(folder, name) as prefix:
-            difference = export(model, image_shape(task), prefix)
+            difference = export(model, task.image_shape(), prefix)
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
                 file.write(json_text(describe(config, model.num_classes, task), indent=2))
             publish(prefix, os.path.join(folder, name))
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flag_parser('Export a trained classifier as an inference program.', ('-cfg', '-pretrained', '-image_size'))
+    parser = flag_parser('Export a trained model as an inference program.', ('-cfg', '-pretrained', '-image_size'))
     add_output_prefix(parser, PROGRAM, WEIGHTS, PREPROCESS)
     return parser.parse_args(argv)
 
@@ -76,11 +76,6 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
         link = os.path.join(plain, 'files')
         os.symlink(unfinished, link)
         yield os.path.join(link, 'program')
-
-
-def image_shape(task: Task) -> list[int]:
-    """Return [C, H, W]."""
-    return list(task.example(1).images.shape[1:])
 
 
 def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
@@ -121,7 +116,7 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
     return {
         'model': config.MODEL.NAME,
         'num_classes': num_classes,
-        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(task)]},
+        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *task.image_shape()]},
         'exif_rotate': data.EXIF_ROTATE,
         'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
         **task.preprocessing(),

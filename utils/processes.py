@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 import multiprocessing
 import resource
@@ -12,17 +13,16 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from utils.cli import SIGNALS
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-MEMORY = (
-    1 << 30
-)  # bytes that a function of `run_in_subprocess` may take: a thousand times the largest MATLAB file that is read
-SECONDS = 15  # of processor time
+# Limits of a function in a subprocess: bytes, a thousand times the largest MATLAB file of a data set, and processor time.
+MEMORY = 1 << 30
+SECONDS = 15
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -30,6 +30,23 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     if sys.platform == 'linux':
         with contextlib.suppress(OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+@contextlib.contextmanager
+def forking() -> Iterator[None]:
+    """Fork worker processes in this block, also beside threads and after CUDA has started.
+
+    The garbage collector of a child must not free a GPU tensor, since CUDA does not work there. Therefore all objects that
+    exist at the fork are frozen: the child keeps them until it ends.
+    """
+    with warnings.catch_warnings():
+        # Python warns of a fork beside threads; children must use no lock that another thread may hold.
+        warnings.simplefilter('ignore', DeprecationWarning)
+        gc.freeze()
+        try:
+            yield
+        finally:
+            gc.unfreeze()
 
 
 def run_in_subprocess(function: Callable, *args: Any) -> Any:
@@ -41,9 +58,7 @@ def run_in_subprocess(function: Callable, *args: Any) -> Any:
     """
     forks = 'fork' in multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context('fork' if forks else None)
-    with warnings.catch_warnings(), ProcessPoolExecutor(1, context, initializer=_crash_silently) as executor:
-        # Python warns of a fork beside threads; the function must use no lock that another thread may hold.
-        warnings.simplefilter('ignore', DeprecationWarning)
+    with forking(), ProcessPoolExecutor(1, context, initializer=_crash_silently) as executor:
         return executor.submit(function, *args).result()
 
 

@@ -75,6 +75,7 @@ class Key:
         models: values of MODEL.TYPE for which the key has an effect; default: those of its section.
         tasks: values of TRAIN.TASK for which the key has an effect; default: those of its section.
         hint: text added to the error message of a wrong value.
+        aliases: old spelling of a value -> new spelling.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Key:
         models: Collection[str] = (),
         tasks: Collection[str] = (),
         hint: str = '',
+        aliases: Mapping[str, str] | None = None,
     ):
         self.default = default
         self.allowed = Interval(allowed) if isinstance(allowed, str) else allowed
@@ -97,6 +99,7 @@ class Key:
         self.pair = pair
         self.owners = Owners(tuple(models), tuple(tasks))
         self.hint = hint
+        self.aliases = aliases or {}
 
     def coerce(self, value):
         """Convert `value` to the type of this key, without a check of bounds. Raises ValueError if that is impossible."""
@@ -109,6 +112,8 @@ class Key:
         if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
             return 'no'
         value = _as_kind(value, self.kind)
+        if isinstance(value, str):
+            value = self.aliases.get(value, value)
         return tuple(value) if isinstance(value, list) and not isinstance(self.default, list) else value
 
     def accepts(self, value) -> bool:

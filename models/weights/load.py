@@ -147,10 +147,10 @@ def load_state(
     source: str = 'the state dict',
     log: Callable[[str], None] = print,
     replace_head: bool = True,
-) -> None:
+) -> dict[str, np.ndarray]:
     """Set all weights of a model from arrays under its names; see `load_pretrained`.
 
-    All checks run before the first weight changes.
+    All checks run before the first weight changes. Returns the arrays in the model's shapes, floats in float32.
     """
     rules, targets = rules_of(model), model.state_dict()
     _check_metadata(rules.metadata(model), arrays.get(METADATA, {}), source)
@@ -173,6 +173,7 @@ def load_state(
         log(f'----- Pretrained: {line}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in result.state.items()}
     model.set_state_dict({**targets, **values})
+    return result.state
 
 
 def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tensor], source: str) -> Iterator[str]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import struct
@@ -22,6 +23,7 @@ from datasets.arrow import deserialize
 from datasets.classes import read_classes
 from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
+from datasets.packed_maps import read_description
 from tests.conftest import ROOT
 from tests.datasets.layouts import CAR_FIELDS, write_cars, write_flowers, write_text
 from tests.datasets.test_datasets import write_cifar
@@ -275,6 +277,25 @@ def test_lmdb_of_every_kind(tmp_path, make_config):
     for stored in (b'', b'text', b'\x1b[2J', b'\xff' * 100):
         assert text(__format__=stored)
         assert text(__len__=stored)
+
+
+def test_descriptions_of_label_maps_of_every_kind():
+    good = {'classes': [['a', '#000000'], ['b', '#ffffff']], 'reduce_zero': False, 'ids': None}
+    assert read_description(json.dumps(good).encode(), 'x')[0].names == ['a', 'b']
+    plain = [value for value in VALUES[:-1] if not isinstance(value, bytes) and value != [b'a']]
+    pairs = [[['a', value]] for value in plain] + [
+        [[value, '#000000']] for value in plain if not isinstance(value, str)
+    ]
+    cases = [('classes', value) for value in [*plain, *pairs, [['a', '#' + '00' * 10**5]]]]
+    cases += [('reduce_zero', value) for value in plain if not isinstance(value, bool)]
+    cases += [('ids', value) for value in [*plain, [2], [-1], [True], [0] * 70_000] if value not in (None, [], [None])]
+    for key, value in cases:
+        with pytest.raises(UserError, match='the description of its label maps cannot be read') as info:
+            read_description(json.dumps({**good, key: value}).encode(), 'x')
+        assert len(str(info.value)) < 400, (key, value)
+    for data in (b'', b'[' * 10**5, b'\xff', b'[]', b'1'):
+        with pytest.raises(UserError, match='the description of its label maps cannot be read'):
+            read_description(data, 'x')
 
 
 def test_arrow_streams_that_lead_back_or_multiply():

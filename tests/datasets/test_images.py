@@ -22,7 +22,7 @@ from utils.errors import UserError
 
 
 def photograph(width: int, height: int, seed: int = 0, noise: float = 4) -> Image.Image:
-    """Smooth colours with some noise."""
+    """Smooth colors with some noise."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((width, height), 3)
     return Image.fromarray(
@@ -50,7 +50,7 @@ def test_same_pixels_as_pillow(size, subsampling, options):
 
 
 @pytest.mark.parametrize('mode', ['L', 'CMYK'])
-def test_other_colours(mode):
+def test_other_colors(mode):
     data = jpeg(photograph(50, 40).convert(mode))
     assert isinstance(open_image(data), Jpeg) == (mode == 'L')
     assert decode_image(data).mode == 'RGB'
@@ -223,7 +223,7 @@ def test_fast_resize_stays_close(interpolation, size, large):
 
 
 @pytest.mark.parametrize('keys', [['DATA.IMAGE_CHANNELS', 1], ['DATA.IMAGE_SIZE', 32], ['DATA.CROP', 'padded']])
-def test_pillow_keeps_grey_and_padded_images(keys):
+def test_pillow_keeps_gray_and_padded_images(keys):
     picture = open_image(LARGE)
     found, expected = (
         build_transform(get_config(None, [*keys, *more]), training=True).image(picture, np.random.default_rng(0))

@@ -74,7 +74,7 @@ def test_metric():
 
 
 def test_evaluator_over_two_processes():
-    """Counts are added before any division, whoever evaluated which image."""
+    """Counts are added before any division, for any distribution of the images."""
     g = golden('segmentation-metric')
     outputs = [(paddle.to_tensor(g[f'in/pred{index}'].astype('int64')), paddle.zeros([3, 4, 4])) for index in range(5)]
     labels = [g[f'in/labels{index}'] for index in range(5)]
@@ -238,7 +238,7 @@ def test_class_maps_of_many_classes():
 def test_wrong_settings(pairs):
     with pytest.raises(UserError, match='VAL.SCALE_RATIOS is empty'):
         build_task(config_of(VAL__SCALE_RATIOS=()))
-    with pytest.raises(UserError, match='no random erasing'):
+    with pytest.raises(UserError, match='does not support repeated augmentation and random erasing'):
         build_task(config_of(TRAIN__RANDOM_ERASE_PROB=0.5))
     with pytest.raises(UserError, match='DATA.DATASET digits does not have the targets of TRAIN.TASK segmentation'):
         build_task(config_of(DATA__DATASET='digits').clone()).dataset('train')
