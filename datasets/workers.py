@@ -76,7 +76,13 @@ def _shared_arrays(batch_size: int, planes: Sequence[Plane]) -> list[np.ndarray]
     """Allocate zeroed arrays [batch_size, *shape] in one shared memory map, aligned to 8 bytes."""
     sizes = [batch_size * math.prod(plane.shape) * np.dtype(plane.dtype).itemsize for plane in planes]
     starts = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
-    memory = mmap.mmap(-1, starts[-1])
+    try:
+        memory = mmap.mmap(-1, starts[-1])
+    except (OSError, OverflowError, ValueError):
+        raise UserError(
+            f'a batch of {batch_size} images takes {starts[-1] / 1e9:.1f} GB, more than this process may have; lower '
+            'DATA.BATCH_SIZE, DATA.IMAGE_SIZE, DATA.NUM_WORKERS or DATA.PREFETCH.'
+        ) from None
     return [
         np.ndarray((batch_size, *plane.shape), plane.dtype, memory, offset=start)
         for plane, start in zip(planes, starts)

@@ -17,6 +17,7 @@ from engine.precision import MasterWeights
 from engine.statistics import read_totals
 from models.weights.load import load_state
 from tasks import Task
+from utils.errors import UserError
 from utils.weights import METADATA
 
 
@@ -130,6 +131,7 @@ class Snapshot:
         checkpoint = validate_checkpoint(content, path)
         checkpoint.check_optimizer(self.model, accumulator_names(self.optimizer), self.config.TRAIN.OPTIMIZER.NAME)
         average = checkpoint.match_average(self.model) if self.ema is not None else None
+        self._check_samples(checkpoint)
         weights = {**checkpoint.weights, METADATA: checkpoint.metadata}
         self.weights.load(load_state(self.model, weights, checkpoint.source, self.log, replace_head=False))
         if not checkpoint.complete:
@@ -145,6 +147,15 @@ class Snapshot:
                 self.log('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
             self.ema.set_state_dict(self.weights.state_dict() if average is None else average.state)
         self.log(f'----- Resume: epoch {self.state.epoch}, step {self.state.step} from {path}')
+
+    def _check_samples(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError if the checkpoint continues after an image that the data do not have."""
+        images = self.steps_per_epoch * self.global_batch
+        if checkpoint.samples > images:
+            raise UserError(
+                f'{checkpoint.source}: sampler.samples is {checkpoint.samples}, but an epoch has at most {images} images; give '
+                'the data of that run, or start from the weights with -pretrained.'
+            )
 
     def _load_progress(self, checkpoint: Checkpoint) -> None:
         state, last_epoch = self.state, self.config.TRAIN.LAST_EPOCH
