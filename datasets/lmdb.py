@@ -25,11 +25,13 @@ It stores labels with the images. They are collected once and saved beside the f
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -38,16 +40,19 @@ from datasets.arrow import deserialize
 from datasets.classes import ClassTable
 from datasets.dataset import Dataset, EncodedStorage, Images
 from datasets.folder import data_path
-from datasets.images import UnreadableImage
+from datasets.images import MAX_FILE, UnreadableImage
 from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_regular
+from utils.text import NAME, printable
 
 FORMAT_KEY, FORMAT = b'__format__', b'leanvit-lmdb-1'
 LABELS_KEY, CLASSES_KEY = b'__labels__', b'__classes__'
 MAPS_FORMAT, COUNT_KEY, MAPS_KEY = b'leanvit-lmdb-maps-1', b'__count__', b'__label_maps__'
 _HEAD = struct.Struct('<iI')
+MAX_CLASSES = 64 << 20  # bytes of all class names; a million names
+_HEADER = 4096  # bytes of the head of a .npy file, at most
 
 
 @register_dataset('lmdb')
@@ -66,19 +71,37 @@ def build_lmdb(config, split: str) -> Images:
         raise UserError(f"'{path}' is damaged: {error}.") from None
     finally:
         close_file(path)  # each worker opens its own
-    kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
+    kind = (
+        'is not complete'
+        if marker is None
+        else f'has the unknown format {printable(marker.decode(errors="replace"), NAME)}'
+    )
     raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it again.")
 
 
 def _own(path: str) -> Dataset:
     labels = np.frombuffer(read_value(path, LABELS_KEY) or b'', '<i4')
-    names = read_value(path, CLASSES_KEY)
+    if len(labels) > _entries(path):
+        raise ValueError(f'it has {len(labels)} labels, but {_entries(path)} records')
     storage = LmdbStorage(path, len(labels), unpack_record)
-    return Dataset(storage, labels, f"'{path}'", None if names is None else json.loads(names))
+    return Dataset(storage, labels, f"'{path}'", _class_names(read_value(path, CLASSES_KEY)))
+
+
+def _class_names(stored: bytes | None) -> Any:
+    if stored is None:
+        return None
+    if len(stored) > MAX_CLASSES:
+        raise ValueError('its class names are too long')
+    try:
+        return json.loads(stored)
+    except RecursionError:
+        raise ValueError('its class names are nested') from None
 
 
 def _with_maps(config, path: str) -> Images:
     count = int(read_value(path, COUNT_KEY) or b'0')
+    if not 0 <= count < _entries(path):
+        raise ValueError(f'it has {_entries(path)} records for {count} images')
     images, maps = (LmdbStorage(path, count, unpack_record, key) for key in (record_key, map_key))
     return packed_dataset(config, images, maps, path, read_value(path, MAPS_KEY) or b'')
 
@@ -95,7 +118,10 @@ def packed_classes(root: str) -> ClassTable | None:
 
 
 def _upstream(path: str) -> Dataset:
-    storage = LmdbStorage(path, int(deserialize(read_value(path, b'__len__'))), _unpack_upstream)
+    length, records = deserialize(read_value(path, b'__len__')), _entries(path)
+    if not isinstance(length, int) or not 0 <= length < records:
+        raise ValueError(f'its length is {printable(repr(length), NAME)}, but it has {records} records')
+    storage = LmdbStorage(path, length, _unpack_upstream)
     return Dataset(storage, _upstream_labels(storage), f"'{path}'")
 
 
@@ -103,7 +129,7 @@ def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
     kept = storage.path + '.labels.npy'
     with contextlib.suppress(OSError, ValueError, EOFError):
         if os.path.getmtime(kept) >= os.path.getmtime(storage.path):
-            labels = np.load(kept)
+            labels = np.load(io.BytesIO(read_regular(kept, _HEADER + len(storage) * np.dtype(np.int64).itemsize)))
             if labels.shape == (len(storage),) and labels.dtype.kind == 'i':
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
@@ -206,10 +232,22 @@ def read_value(path: str, key: bytes) -> bytes | None:
         environment = open_readonly(path)
         _OPEN[os.path.realpath(path)] = os.getpid(), environment
     try:
-        with environment.begin() as transaction:
-            return transaction.get(key)
+        with environment.begin(buffers=True) as transaction:
+            return _copied(transaction.get(key))
     except lmdb_module().Error as error:
         raise UnreadableImage(str(error)) from None
+
+
+def _copied(value: memoryview | None) -> bytes | None:
+    """A value of the file, whose length a damaged file may state as anything."""
+    if value is not None and len(value) > MAX_FILE:
+        raise UnreadableImage(f'a value of {len(value)} bytes, more than the {MAX_FILE} that are read')
+    return None if value is None else bytes(value)
+
+
+def _entries(path: str) -> int:
+    """Number of values in a file that is open."""
+    return _OPEN[os.path.realpath(path)][1].stat()['entries']
 
 
 def close_file(path: str) -> None:

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from datasets.classes import ClassTable
 from datasets.dataset import BadImageError, EncodedStorage, Images, Storage
-from datasets.images import UnreadableImage
+from datasets.images import UnreadableImage, loaded
 from datasets.sample import LabelMap, Sample
 from utils.errors import UserError
 
@@ -21,6 +19,7 @@ LABELS = 'labels'  # name of the target
 VALUES = 1 << 16  # number of values of a 16-bit map
 INVALID = -1
 _PROBES = 4  # maps that are checked at the start
+_FORMATS = ('PNG', 'BMP', 'TIFF', 'GIF')  # lossless
 _SINGLE_CHANNEL = ('L', 'P', '1', 'I', 'I;16', 'I;16B', 'I;16L')
 
 
@@ -165,16 +164,8 @@ def read_values(data: bytes) -> np.ndarray:
     Raises:
         UnreadableImage: the file is no image with one channel of 1, 8 or 16 bits.
     """
-    if not data:
-        raise UnreadableImage('the file is empty')
-    try:
-        with Image.open(io.BytesIO(data), formats=('PNG', 'BMP', 'TIFF', 'GIF')) as image:
-            image.load()
-            mode, values = image.mode, np.array(image)
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage('not a PNG, BMP, TIFF or GIF image') from None
-    except Exception as error:  # damaged bytes can raise any exception
-        raise UnreadableImage(str(error) or type(error).__name__) from None
+    with loaded(data, _FORMATS) as image:
+        mode, values = image.mode, np.array(image)
     if mode not in _SINGLE_CHANNEL:
         raise UnreadableImage(f'a label map has one channel of whole numbers, or a palette, but this image is {mode}')
     values = values.astype('int64')

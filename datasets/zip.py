@@ -25,10 +25,11 @@ import numpy as np
 from datasets.classes import ClassTable
 from datasets.dataset import EncodedStorage, Images, PackedStrings
 from datasets.folder import data_path, read_lines, read_listing
-from datasets.images import EXTENSIONS, UnreadableImage
+from datasets.images import EXTENSIONS, MAX_FILE, UnreadableImage
 from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
+from utils.files import open_regular
 
 MAPS = '__label_maps__.json'  # member that describes the label maps, if there are some
 _LOCAL_HEADER = struct.Struct('<4s22xHH')  # signature, lengths of the name and of the extra field
@@ -109,7 +110,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         UserError: the file is missing, damaged, or no zip file.
     """
     try:
-        with zipfile.ZipFile(archive) as file:
+        with open_regular(archive) as content, zipfile.ZipFile(content) as file:
             members = {member.filename: member for member in file.infolist()}
     except FileNotFoundError:
         raise UserError(f"'{archive}' does not exist; {_HINT}, or give another -data_path.") from None
@@ -119,7 +120,7 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
         raise UserError(f"'{archive}' is damaged or no zip file: {error}; copy or write it again.") from None
     size = os.path.getsize(archive)
     for member in members.values():
-        if not 0 <= member.header_offset <= size - member.compress_size:
+        if not 0 <= member.header_offset <= size - member.compress_size or member.file_size >= 1 << 63:
             raise UserError(f"'{archive}' is cut off within '{member.filename}'; copy or write it again.")
     return members
 
@@ -144,6 +145,10 @@ class ZipStorage(EncodedStorage):
 
     def read(self, index: int) -> bytes:
         offset, stored_size, size, checksum, method, flags = self._members[index].tolist()
+        if max(size, stored_size) > MAX_FILE:
+            raise UnreadableImage(
+                f'the member has {max(size, stored_size)} bytes, more than the {MAX_FILE} that are read'
+            )
         if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or flags & _ENCRYPTED:
             raise UnreadableImage('the member is encrypted or compressed by another method than deflate')
         try:

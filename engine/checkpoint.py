@@ -146,7 +146,7 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
         if not entries.keys() <= targets.keys():
             raise UserError(
                 f"the checkpoint's optimizer state holds {kind}, which {type(optimizer).__name__} does not have here; set "
-                'TRAIN.OPTIMIZER and AMP_LEVEL as in the run that wrote it.'
+                'TRAIN.OPTIMIZER as in the run that wrote it.'
             )
         for name, value in entries.items():
             if tuple(targets[name].shape) != tuple(np.shape(value)):
@@ -180,7 +180,8 @@ def from_automatic_names(state: dict, model: paddle.nn.Layer) -> dict[str, dict]
     for key, match in entries.items():
         name, parameter = renamed[match['parameter']]
         value = np.asarray(state[key])
-        if value.size != 1 and value.shape != tuple(parameter.shape):
+        wanted = (1,) if '_pow_acc' in match['kind'] else tuple(parameter.shape)
+        if value.dtype.kind not in 'iuf' or value.shape != wanted:
             return None
         result.setdefault(match['kind'], {})[name] = value
     return result

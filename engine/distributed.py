@@ -8,7 +8,6 @@ import io
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,10 +17,11 @@ import paddle.distributed as dist
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, forking
 
 JOIN_NOTICE = 10.0  # seconds of waiting for other ranks until a note is printed
 JOIN_LIMIT = 300.0  # seconds until the wait is an error
+BUCKET = 2**25  # values of one all-reduce of gradients: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class Context:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def average(self, values: list[paddle.Tensor]) -> None:
+        """Average tensors of one type over the ranks, in place, in all-reduces of up to `BUCKET` values."""
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(values):
+            joined = self.sum(paddle.concat([value.flatten() for value in bucket])) / self.world_size
+            for value, part in zip(bucket, joined.split([value.size for value in bucket])):
+                paddle.assign(part.reshape(value.shape), value)
 
     def broadcast_text(self, text: str) -> str:
         """Return the text of rank 0 on every rank."""
@@ -65,6 +74,19 @@ class Context:
         """Wait until the device has finished its queue, to measure time."""
         if self.on_gpu:
             paddle.device.synchronize()
+
+
+def _buckets(values: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
+    """Split a list into consecutive lists of up to `BUCKET` values, at least one tensor each."""
+    bucket, size = [], 0
+    for value in values:
+        if bucket and size + value.size > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(value)
+        size += value.size
+    if bucket:
+        yield bucket
 
 
 def start() -> Context:
@@ -104,8 +126,7 @@ def _join_timeout(name: str) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handle_signals(signal.SIG_DFL)
     watched = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # a fork beside threads; the child uses no lock of theirs
+    with forking():
         watcher = os.fork()
     if watcher == 0:
         _watch(watched, name)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import paddle
 
+from engine.precision import MasterWeights
 from models.weights.match import STATISTICS_SUFFIXES
 
 
@@ -16,19 +17,24 @@ class ModelEma:
 
     Parameters and the statistics of normalization layers are averaged in float32. Other buffers, such as index tables and
     the weight of the decaying attention, are copied. Create it after pretrained weights are loaded.
+
+    Args:
+        weights: float32 weights of `model`; None: the model's own.
     """
 
-    def __init__(self, model: paddle.nn.Layer, decay: float):
+    def __init__(self, model: paddle.nn.Layer, decay: float, weights: MasterWeights | None = None):
         self.model = model
         self.decay = decay
-        self.average = {name: value.astype('float32').clone() for name, value in model.state_dict().items()}
+        self.weights = model if weights is None else weights
+        state = self.weights.state_dict()
+        self.average = {name: value.astype('float32').clone() for name, value in state.items()}
         parameters = {name for name, _ in model.named_parameters()}
         self.copied = {n for n in self.average if n not in parameters and not n.endswith(STATISTICS_SUFFIXES)}
 
     @paddle.no_grad()
     def update(self) -> None:
         """Update the averages with the current weights."""
-        for name, value in self.model.state_dict().items():
+        for name, value in self.weights.state_dict().items():
             average = self.average[name]
             if name in self.copied:
                 average.set_value(value.astype('float32'))

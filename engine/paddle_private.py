@@ -12,19 +12,15 @@ import paddle
 from paddle import Tensor
 from paddle.optimizer import Optimizer
 
-MASTER_WEIGHT = 'master_weight'  # kind of the float32 copies of weights in half precision
-
 
 def accumulators(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """Return the optimizer state by kind and by automatic parameter name; it is empty before the first step."""
-    state = dict(optimizer._accumulators)
-    master = getattr(optimizer, '_master_weights', None)
-    return {**state, MASTER_WEIGHT: master} if master else state
+    return dict(optimizer._accumulators)
 
 
 def accumulator_names(optimizer: Optimizer) -> set[str]:
     """Return the kinds of state that an optimizer may hold, such as `moment1`."""
-    return {MASTER_WEIGHT, *(getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str'))}
+    return {getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str')}
 
 
 def create_accumulators(optimizer: Optimizer, wanted: Callable[[Tensor], bool]) -> None:
@@ -42,13 +38,28 @@ class ScaledMomentum(paddle.optimizer.Momentum):
         """Return the rescaled gradient.
 
         Args:
-            weight: the master weight in float32, or the parameter itself if there is none.
+            weight: the parameter.
             group: settings of the parameter group.
         """
         raise NotImplementedError
 
     def _append_optimize_op(self, block, param_and_grad):
         parameter, gradient = param_and_grad['params']
-        weight = self._master_weights.get(parameter.name, parameter)
-        gradient = self.scaled(weight, gradient, param_and_grad)
+        gradient = self.scaled(parameter, gradient, param_and_grad)
         return super()._append_optimize_op(block, {**param_and_grad, 'params': (parameter, gradient)})
+
+
+class LossScaler(paddle.amp.GradScaler):
+    """Dynamic loss scaling; one read of the device per step (`found_inf`).
+
+    Paddle's update prints on every rank, and converts a tensor of shape [1] by `float`, which numpy 2.4 refuses.
+    """
+
+    def _update(self):
+        overflow = bool(self._cache_found_inf)
+        self._decr_count = self._decr_count + 1 if overflow else 0
+        self._incr_count = 0 if overflow else self._incr_count + 1
+        if self._decr_count == self._decr_every_n_nan_or_inf:
+            self._scale, self._decr_count = self._scale * self._decr_ratio, 0
+        if self._incr_count == self._incr_every_n_steps:
+            self._scale, self._incr_count = self._scale * self._incr_ratio, 0

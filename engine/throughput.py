@@ -17,6 +17,7 @@ import paddle
 
 from engine import distributed
 from engine.distributed import Context
+from engine.precision import Precision
 from models import build_model
 from models.exported import Predictor
 from tasks import Task, build_task
@@ -69,26 +70,26 @@ def time_interleaved(calls: list[Call], context: Context, rounds: int, warmup: i
     return seconds
 
 
-def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None = None) -> Call:
-    """Return a forward pass of random images on the device; `autocast`: arguments of `paddle.amp.auto_cast`."""
+def layer_call(model: paddle.nn.Layer, shape: list[int], precision: Precision) -> Call:
+    """Return a forward pass of random images on the device."""
     model.eval()
     images = paddle.randn(shape)
 
     def call() -> None:
-        with paddle.no_grad(), paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
+        with paddle.no_grad(), precision.autocast():
             model(images)
 
     return call
 
 
-def training_call(model: paddle.nn.Layer, task: Task, batch_size: int, autocast: dict | None = None) -> Call:
+def training_call(model: paddle.nn.Layer, task: Task, batch_size: int, precision: Precision) -> Call:
     """Return forward and backward pass of a random micro-batch, as in engine/train.py."""
     model.train()
     batch = task.example(batch_size)
 
     def call() -> None:
         task.update_schedules(model, 0.0)
-        with paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
+        with precision.autocast():
             losses = task.loss(model, batch, np.random.default_rng(0))
         losses.total.backward()
         model.clear_gradients(set_to_zero=False)
@@ -129,29 +130,26 @@ class BenchmarkCase:
         if self.program is not None:
             predictor = Predictor(self.program, self.precision)
             return [predictor_call(predictor, shape) for shape in shapes]
-        model, autocast = self._layers(context)
-        return [layer_call(model, shape, autocast) for shape in shapes]
+        model, precision = self._layers(context)
+        return [layer_call(model, shape, precision) for shape in shapes]
 
     def training_call(self, batch_size: int, context: Context) -> Call:
         """Build the model with random weights and return forward and backward pass of TRAIN.TASK, without a teacher."""
-        model, autocast = self._layers(context)
+        model, precision = self._layers(context)
         model.set_grad_checkpointing(self.config.TRAIN.RECOMPUTE)
         config = self.config.clone()
         config.defrost()
         config.MODEL.NUM_CLASSES = model.num_classes
         task = build_task(config)
         task.attach(model, print, training=False)
-        return training_call(model, task, batch_size, autocast)
+        return training_call(model, task, batch_size, precision)
 
-    def _layers(self, context: Context) -> tuple[paddle.nn.Layer, dict | None]:
-        """Return the model, and the arguments of `paddle.amp.auto_cast` if it runs in mixed precision."""
+    def _layers(self, context: Context) -> tuple[paddle.nn.Layer, Precision]:
+        """Return the model and the precision of its passes."""
         model = build_model(self.config)
-        if not (self.config.AMP and context.on_gpu):
-            return model, None
-        autocast = {'level': self.config.AMP_LEVEL, 'dtype': self.config.AMP_DTYPE}
-        if self.config.AMP_LEVEL == 'O2':
-            model = paddle.amp.decorate(model, **autocast)
-        return model, autocast
+        precision = Precision(self.config, context.on_gpu)
+        precision.cast(model)
+        return model, precision
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -134,7 +134,7 @@ class MaskedAutoencoder(VisionTransformer):
         if dim % num_heads:
             raise UserError(
                 f'{dim} channels (MODEL.MAE.DECODER_EMBED_DIM) do not divide into {num_heads} heads '
-                '(MODEL.MAE.DECODER_NUM_HEADS).'
+                '(MODEL.MAE.DECODER_NUM_HEADS): change one of them.'
             )
         table = sincos_position_table(dim, self.patch_embed.grid_size, self.num_prefix)
         self.decoder_embed = nn.Linear(self.embed_dim, dim)

@@ -120,7 +120,9 @@ def _evit(model) -> EViTSpec:
             raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {depth - 1}.')
         clash = sorted({*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS} & {*evit.DROP_LOC})
         if clash:
-            raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
+            raise UserError(
+                f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes: remove it from one.'
+            )
         rate = [evit.KEEP_RATE if layer in evit.DROP_LOC else 1.0 for layer in range(depth)]
     return EViTSpec(rate, evit.FUSE_TOKEN)
 

@@ -22,7 +22,7 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add('-data_path', metavar='DIR', required=True, help='folder that holds the data, see docs/data.md')
+    add('-data_path', metavar='DIR', required=True, help='folder of the data, see docs/data.md')
     add_output_folder(parser, 'to write to (default: -data_path)')
     add('-dataset', default='imagenet2012', metavar='NAME', help='any data set of image files (default: imagenet2012)')
     add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='splits to write (default: both)')

@@ -19,8 +19,12 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError
 from utils.run_paths import follow_latest
+from utils.text import printable
+from utils.yaml_files import compose
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MAX_FILES = 100  # merged for one configuration; each may name several more as BASE
+MAX_LITERAL = 10_000  # characters that are parsed; longer values are text
 SHOWN = 80  # characters of a value in an error message
 SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values decide which other keys have an effect
 EXEMPT = -1  # layer of values that may have no effect
@@ -71,6 +75,7 @@ class Key:
         models: values of MODEL.TYPE for which the key has an effect; default: those of its section.
         tasks: values of TRAIN.TASK for which the key has an effect; default: those of its section.
         hint: text added to the error message of a wrong value.
+        aliases: old spelling of a value -> new spelling.
     """
 
     def __init__(
@@ -84,6 +89,7 @@ class Key:
         models: Collection[str] = (),
         tasks: Collection[str] = (),
         hint: str = '',
+        aliases: Mapping[str, str] | None = None,
     ):
         self.default = default
         self.allowed = Interval(allowed) if isinstance(allowed, str) else allowed
@@ -93,6 +99,7 @@ class Key:
         self.pair = pair
         self.owners = Owners(tuple(models), tuple(tasks))
         self.hint = hint
+        self.aliases = aliases or {}
 
     def coerce(self, value):
         """Convert `value` to the type of this key, without a check of bounds. Raises ValueError if that is impossible."""
@@ -105,6 +112,8 @@ class Key:
         if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
             return 'no'
         value = _as_kind(value, self.kind)
+        if isinstance(value, str):
+            value = self.aliases.get(value, value)
         return tuple(value) if isinstance(value, list) and not isinstance(self.default, list) else value
 
     def accepts(self, value) -> bool:
@@ -275,6 +284,8 @@ class Schema:
         real = os.path.realpath(path)
         if real in parents:
             raise UserError(f"BASE of '{parents[-1]}' leads back to '{real}'; remove one of the two.")
+        if len(config.layers) + len(parents) >= MAX_FILES:
+            raise UserError(f"'{path}': BASE leads to more than {MAX_FILES} files; remove some.")
         values = self._read(path, f" (BASE of '{parents[-1]}')" if parents else '')
         for name, value, where in values:
             for base in self._coerce(name, value, where) if name == 'BASE' else ():
@@ -382,16 +393,11 @@ class Schema:
     def _read(self, path: str, named: str) -> list[tuple[str, Any, str]]:
         """Return (dotted key, value, 'file:line') of every value of a file."""
         try:
-            with open(path, encoding='utf-8') as file:
-                root = yaml.compose(file, Loader=yaml.SafeLoader)
+            root = compose(path)
         except OSError as error:
             raise UserError(
                 f"cannot read the configuration '{path}'{named}: {error.strerror}{_elsewhere(path)}"
             ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
-        except RecursionError:
-            raise UserError(f"'{path}' is not a YAML file of keys and values: it is nested too deeply.") from None
         if root is None or root.tag == 'tag:yaml.org,2002:null':
             return []
         if not isinstance(root, yaml.MappingNode):
@@ -447,13 +453,15 @@ def shown(value) -> str:
         text = repr(value)
     except ValueError:  # Python prints no number of more than 4300 digits
         return 'a number of thousands of digits'
-    return text if len(text) <= SHOWN else f'{text[:SHOWN]}...'
+    return printable(text if len(text) <= SHOWN else f'{text[:SHOWN]}...')
 
 
 def literal(text: str):
     """Parse Python literals such as `5e-4`, `None`, `(0.1, 1)` and YAML's booleans; return other text unchanged."""
     if text.lower() in ('true', 'false', 'null'):
         return {'true': True, 'false': False, 'null': None}[text.lower()]
+    if len(text) > MAX_LITERAL:
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

@@ -108,7 +108,7 @@ class AttentionRemoval:
         for layer in self.removed_layers:
             parts = tuple(f'blocks.{layer}.{part}' for part in REMOVED_PARTS)
             unused.update({name: f'block {layer} has no attention' for name in arrays if name.startswith(parts)})
-        if BUFFER in arrays and arrays[BUFFER].shape == (self.depth,):
+        if BUFFER in arrays and arrays[BUFFER].shape == (self.depth,) and arrays[BUFFER].dtype.kind == 'f':
             self._check_lambda(arrays[BUFFER], source)
             if not (self.prune_layers or self.done_layers):
                 unused[BUFFER] = 'λ of no block decays'

@@ -148,6 +148,6 @@ class SegmenterWeights(SegmentorWeights):
         return name and name.replace('decode_head.conv_seg.', 'decode_head.head.')
 
     def layout(self, name: str, array: np.ndarray) -> np.ndarray:
-        if name == 'decode_head.conv_seg.weight' and array.ndim == 4:
+        if name == 'decode_head.conv_seg.weight' and array.shape[2:] == (1, 1):
             return array.reshape(array.shape[:2])
         return super().layout(name, array)

@@ -188,8 +188,8 @@ def test_configured_transforms():
     assert (one.arrays()[LABELS][height:] == 255).all() and (one.arrays()[LABELS][:, width:] == 255).all()
     whole = dense_transform(config, False)(Sample(picture), None)
     assert whole.image.shape == (32, 36, 3)
-    grey = get_config(opts=[*OPTIONS, 'DATA.IMAGE_CHANNELS', 1, 'TRAIN.PHOTOMETRIC', False])
-    assert dense_transform(grey, True)(Sample(picture, {LABELS: labels}), np.random.default_rng(1)).image.shape == (
+    gray = get_config(opts=[*OPTIONS, 'DATA.IMAGE_CHANNELS', 1, 'TRAIN.PHOTOMETRIC', False])
+    assert dense_transform(gray, True)(Sample(picture, {LABELS: labels}), np.random.default_rng(1)).image.shape == (
         24,
         40,
         1,

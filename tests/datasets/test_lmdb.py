@@ -296,7 +296,7 @@ def test_other_files(list_data, make_config, tmp_path):
 
 
 def test_damaged_record(list_data, make_config, tmp_path):
-    """A flipped bit and a missing record are told by key, or skipped, like any unreadable image."""
+    """A flipped bit and a missing record are reported by key, or skipped, like any unreadable image."""
     convert(list_data(6), tmp_path / 'out')
     with writing(tmp_path / 'out' / 'val.lmdb') as transaction:
         record = bytearray(transaction.get(b'2'))

@@ -177,7 +177,9 @@ def test_damaged_maps_are_named(tmp_path, kind, capsys):
     (tmp_path / 'files' / 'annotations' / 'train' / 'f' / '1.png').write_bytes(b'no image')
     pack(kind, tmp_path / 'files', 'segmentation', tmp_path / 'packed')
     place = {'zip': 'train.zip@/annotations/train/f/1.png', 'lmdb': 'train.lmdb, key map/1'}[kind]
-    with pytest.raises(BadImageError, match=f"cannot read the label map '.*{place}': not a PNG"):
+    with pytest.raises(
+        BadImageError, match=f"cannot read the label map '.*{place}': not an image that Pillow knows as PNG"
+    ):
         build(tmp_path / 'packed', kind).sample(1)
     flags = ['-dataset', kind, '-data_path', str(tmp_path / 'packed'), '-report', str(tmp_path / 'report.json')]
     assert verify_data.main([*flags, '-num_workers', '0']) == 1

@@ -120,7 +120,7 @@ def test_what_is_wrong_with_a_folder(generic):
     text = message(save, str(maps / 'a.png'), np.zeros((*SHAPE, 3), 'uint8'))
     assert "cannot read the label map '" in text and 'this image is RGB' in text
     (maps / 'a.png').write_bytes(b'no image')
-    assert 'not a PNG' in message(lambda: None)
+    assert 'knows as PNG' in message(lambda: None)
     (maps / 'a.png').write_bytes(b'')
     assert 'the file is empty' in message(lambda: None)
     text = message(os.remove, maps / 'a.png')
@@ -153,7 +153,7 @@ def test_values_that_are_no_labels():
         Image.fromarray(array).save(file, kind)
         return file.getvalue()
 
-    with pytest.raises(UnreadableImage, match='not a PNG, BMP'):
+    with pytest.raises(UnreadableImage, match='not an image that Pillow knows as PNG, BMP'):
         read_values(stored(np.zeros((4, 4), 'uint8'), 'JPEG'))
     with pytest.raises(UnreadableImage, match='more than 16 bits'):
         read_values(stored(np.full((4, 4), 1 << 20, 'int32'), 'TIFF'))

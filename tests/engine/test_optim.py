@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers, parameter groups, clipping and EMA against the original programs."""
+"""Optimizers, parameter groups, clipping and EMA against the original programs."""
 
 import math
 
@@ -15,7 +15,7 @@ from tests.conftest import assert_close, golden
 
 
 class Named(nn.Layer):
-    """Parameters under given names, with what the optimiser asks of a model."""
+    """Parameters under given names, with what the optimizer needs of a model."""
 
     num_layers = 3
     decays_all = False

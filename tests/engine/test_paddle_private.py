@@ -5,7 +5,7 @@ import numpy as np
 import paddle
 import pytest
 
-from engine.paddle_private import MASTER_WEIGHT, ScaledMomentum, accumulator_names, accumulators, create_accumulators
+from engine.paddle_private import ScaledMomentum, accumulator_names, accumulators, create_accumulators
 
 
 def layer():
@@ -51,11 +51,3 @@ def test_a_scaled_momentum_steps_with_the_gradient_that_it_is_given():
     model(paddle.ones([1, 2])).sum().backward()
     optimizer.step()
     np.testing.assert_allclose(model.weight.numpy(), 2.0 - 0.1 * 2, rtol=1e-6)
-
-
-def test_master_weights_are_a_kind_of_their_own():
-    model = layer()
-    optimizer = paddle.optimizer.AdamW(0.1, parameters=model.parameters(), multi_precision=True)
-    assert MASTER_WEIGHT not in accumulators(optimizer)
-    optimizer._master_weights[model.weight.name] = model.weight
-    assert accumulators(optimizer)[MASTER_WEIGHT] == {model.weight.name: model.weight}

@@ -66,7 +66,7 @@ def test_patch_embed_refuses_images_of_the_wrong_size():
     assert PatchEmbed(32, 8, embed_dim=4, any_size=True)(paddle.randn([1, 3, 24, 40])).shape == [1, 15, 4]
 
 
-def test_initialisers():
+def test_initializers():
     paddle.seed(0)
     conv = nn.Conv2D(3, 256, 8)
     lecun_normal_(conv)

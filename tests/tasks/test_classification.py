@@ -233,7 +233,7 @@ def test_a_teacher_of_other_classes_is_refused_by_the_teachers_keys(tmp_path):
     state = {name: value.numpy() for name, value in build_model(settings).state_dict().items()}
     write_pdparams(state, str(tmp_path / 't.pdparams'))
     config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'), TRAIN__TEACHER_CFG=str(tmp_path / 't.yaml'))
-    with pytest.raises(UserError, match=r'knows 9 classes, but the student 4.*TRAIN\.TEACHER_CFG'):
+    with pytest.raises(UserError, match=r'has 9 classes, but the student 4.*TRAIN\.TEACHER_CFG'):
         build_teacher(config, build_model(config), print)
     write_pdparams({**state, 'Facts@@': {'MODEL.TRANS.NUM_HEADS': 77}}, str(tmp_path / 't.pdparams'))
     with pytest.raises(UserError, match=r'^teacher .*NUM_HEADS to 77.*belong to TRAIN\.TEACHER_CFG'):

@@ -75,7 +75,7 @@ def test_metric():
 
 
 def test_evaluator_over_two_processes():
-    """Counts are added before any division, whoever evaluated which image."""
+    """Counts are added before any division, for any distribution of the images."""
     g = golden('segmentation-metric')
     outputs = [(paddle.to_tensor(g[f'in/pred{index}'].astype('int64')), paddle.zeros([3, 4, 4])) for index in range(5)]
     labels = [g[f'in/labels{index}'] for index in range(5)]

@@ -63,7 +63,7 @@ def test_table_and_json(files, tmp_path):
 
 
 def test_training_step(files, tmp_path, capsys):
-    """Recomputing saves at least half of what blocks keep for the backward pass; its cost in time is told."""
+    """Recomputing saves at least half of what blocks keep for the backward pass; its cost in time is reported."""
     output = tmp_path / 'out.json'
     keys = {'PATCH_SIZE': 4, 'EMBED_DIM': 64, 'DEPTH': 8, 'MLP_RATIO': 8}
     options = [str(item) for key, value in keys.items() for item in (f'MODEL.MIXER.{key}', value)]
@@ -185,9 +185,9 @@ def test_bfloat16_needs_instructions_for_it(files, monkeypatch):
 def test_mistakes(files, tmp_path):
     mistakes = [
         (['gmlp_ti16_225'], "unknown model 'gmlp_ti16_225'.*Did you mean 'gmlp_ti16_224'"),
-        ([files[0], '-precision=bf16'], '-precision belongs to -backend exported'),
-        ([files[0], '-amp', '-backend=exported'], '-amp belongs to -backend dygraph'),
-        ([files[0], '-training', '-backend=exported'], '-training belongs to -backend dygraph'),
+        ([files[0], '-precision=bf16'], '-precision needs -backend exported'),
+        ([files[0], '-amp', '-backend=exported'], '-amp needs -backend dygraph'),
+        ([files[0], '-training', '-backend=exported'], '-training needs -backend dygraph'),
         ([files[0], '-rounds=0'], '-rounds is 0'),
         ([files[0], '-batch_size=0'], 'DATA.BATCH_SIZE is 0'),
         ([files[0], '-json=/proc/out.json'], "cannot write '/proc/out.json'"),

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that announce more than they hold: one sentence, and nothing of that size is allocated."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from models.gmlp import GMLP
+from models.vision_transformer import VisionTransformer
+from models.weights.convert import port_state_dict
+from models.weights.load import load_pretrained, load_state, match_classes, stored_classes
+from tests.models.weights.test_load import SIZES, random_state
+from utils.errors import UserError
+from utils.formats import write_pdparams
+from utils.weights import METADATA, find_state_dict
+
+VIT = {**SIZES, 'num_heads': 2}
+
+
+def repeated(*shape: int) -> np.ndarray:
+    """An array of one stored number, as PyTorch's files can hold it."""
+    return np.lib.stride_tricks.as_strided(np.ones(1, 'float32'), shape, (0,) * len(shape))
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'model.', 'module.model.'])
+def test_prefixes_without_end(prefix):
+    """No recursion, no work per prefix."""
+    names = {f'{prefix * 5000}{name}': np.ones(2, 'float32') for name in 'ab'}
+    assert len(find_state_dict(names)) == 2
+
+
+CLASSIFIERS = {
+    'no numbers': {'head.weight': np.empty((0, 1 << 40), 'float32'), 'head.bias': np.empty((0, 1 << 40), 'float32')},
+    'many classes without numbers': {
+        'head.weight': np.empty((0, 50_000_000), 'float32'), 'head.bias': np.empty((0, 50_000_000), 'float32'),
+    },
+    'a bias alone': {'head.bias': repeated(50_000_000)},
+    'another width': {'head.weight': repeated(1, 50_000_000), 'head.bias': repeated(50_000_000)},
+    'more dimensions': {'head.weight': repeated(8, 1, 50_000_000), 'head.bias': repeated(50_000_000)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+@pytest.mark.parametrize('kind', [GMLP, VisionTransformer])
+def test_classifiers_that_are_none(name, kind):
+    model = kind(**(VIT if kind is VisionTransformer else SIZES))
+    arrays = {**random_state(model), **CLASSIFIERS[name]}
+    assert stored_classes(model, arrays) is None
+    match_classes(model, arrays)
+    assert model.num_classes == 10
+    with pytest.raises(UserError, match=r'head\.|has a classifier of'):
+        load_state(model, arrays, replace_head=False)
+
+
+def test_true_classifiers_are_taken():
+    model = VisionTransformer(**VIT)
+    match_classes(model, random_state(VisionTransformer(**{**VIT, 'num_classes': 17})))
+    assert model.num_classes == 17
+
+
+@pytest.mark.parametrize('port', [False, True])
+def test_sizes_are_checked_before_anything_is_copied(port):
+    """Many large arrays of one repeated number each."""
+    model = VisionTransformer(**VIT)
+    state = random_state(model)
+    arrays = {name: array.T if 'head' in name else repeated(1 << 12, 1 << 12) for name, array in state.items()}
+    tracemalloc.start()
+    with pytest.raises(UserError, match='instead of'):
+        port_state_dict(model, arrays) if port else load_state(model, arrays)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+@pytest.mark.parametrize('shape', [(1, 0, 8), (1, 1 << 40, 0), (0, 5, 8), (2, 17, 8), (1, 17, 16), (17, 8)])
+def test_position_embeddings_that_cannot_be_resized(shape):
+    model = VisionTransformer(**VIT)
+    with pytest.raises(UserError, match='pos_embed'):
+        load_state(model, {**random_state(model), 'pos_embed': np.empty(shape, 'float32')})
+
+
+@pytest.mark.parametrize('value', [np.ones(3), np.zeros(0), [2], {'a': 1}, 'x' * 10**6, '\x1b[2J', None, 3])
+def test_metadata_of_any_kind(tmp_path, value):
+    model = VisionTransformer(**VIT)
+    path = str(tmp_path / 'w.pdparams')
+    write_pdparams({**random_state(model), METADATA: {'MODEL.TRANS.NUM_HEADS': value}}, path)
+    with pytest.raises(UserError, match=r'was trained with MODEL\.TRANS\.NUM_HEADS') as info:
+        load_pretrained(model, path, log=str)
+    assert len(str(info.value)) < 800 and '\x1b' not in str(info.value)
+
+
+@pytest.mark.parametrize('dtype', ['complex64', 'bool', 'int64', 'uint8'])
+def test_numbers_of_another_kind(dtype):
+    model = VisionTransformer(**VIT)
+    for name in ('head.weight', 'pos_embed'):
+        arrays = random_state(model)
+        arrays[name] = arrays[name].astype(dtype)
+        with pytest.raises(UserError, match=f'{name} {dtype} instead of float32'):
+            load_state(model, arrays)
+
+
+def test_names_of_any_length():
+    model = GMLP(**SIZES)
+    arrays = {f'{"x" * 900}{number}': np.ones(1, 'float32') for number in range(2000)}
+    with pytest.raises(UserError, match='without a place in the model') as info:
+        load_state(model, arrays)
+    assert len(str(info.value)) <= 4000
