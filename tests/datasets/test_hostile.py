@@ -288,7 +288,9 @@ def test_descriptions_of_label_maps_of_every_kind():
     ]
     cases = [('classes', value) for value in [*plain, *pairs, [['a', '#' + '00' * 10**5]]]]
     cases += [('reduce_zero', value) for value in plain if not isinstance(value, bool)]
-    cases += [('ids', value) for value in [*plain, [2], [-1], [True], [0] * 70_000] if value not in (None, (), [], [None])]
+    cases += [
+        ('ids', value) for value in [*plain, [2], [-1], [True], [0] * 70_000] if value not in (None, (), [], [None])
+    ]
     for key, value in cases:
         with pytest.raises(UserError, match='the description of its label maps cannot be read') as info:
             read_description(json.dumps({**good, key: value}).encode(), 'x')
