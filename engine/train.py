@@ -18,6 +18,7 @@ import numpy as np
 import paddle
 
 from datasets.batch import to_device
+from datasets.device import Download
 from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
 from engine.ema import ModelEma
@@ -140,7 +141,7 @@ class Trainer:
                 sums, norm = self._step(epoch, window, batches, lr, own)
                 state.step += 1
                 state.samples = min((step + 1) * self.global_batch, self.train_loader.num_samples)
-                pending.append((sums, f'step {state.step} (epoch {epoch}, lr {lr:.3g})'))
+                pending.append((Download(sums), f'step {state.step} (epoch {epoch}, lr {lr:.3g})'))
                 last = step + 1 == end
                 report, save = self.reporter.due(window), self._save_due() and not last
                 current = self._read(pending, totals, keep=0 if report or save or last else self.lag)
@@ -213,7 +214,7 @@ class Trainer:
         current = None
         while len(pending) > keep:
             sums, where = pending.popleft()
-            values = np.array(sums.tolist())
+            values = sums.numpy().astype('float64')
             current = self._named(values)
             if not current['nonfinite']:
                 totals += values

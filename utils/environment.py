@@ -32,6 +32,9 @@ _MALLOC = {
     'MALLOC_TOP_PAD_': '67108864',
 }
 
+# With TF32, which NVIDIA's libraries use by default, the inputs of float32 products have 10 bits of mantissa.
+_GPU_SETTINGS = {'NVIDIA_TF32_OVERRIDE': '0'}
+
 # Warnings for developers of Paddle, on compilation and on the export of a program.
 _IGNORED_WARNINGS = ('No ccache found', "Tensor do not have 'place' interface")
 
@@ -151,17 +154,18 @@ def _is_child_of_launcher() -> bool:
 
 # ---------------------------------------------------------------------------------------------------- start
 def start_paddle(single_process: bool = True) -> None:
-    """Set variables for the CPU, restart the process once so that glibc reads them, and import Paddle.
+    """Set variables for the device and import Paddle; for the CPU restart the process once, so that glibc reads them.
 
-    A command calls it before any module that imports Paddle. On a GPU build no variable is set; variables that are set
-    already are never changed.
+    A command calls it before any module that imports Paddle. Variables that are set already are never changed.
 
     Args:
         single_process: False where a launcher may have started several ranks of this command.
     """
     if single_process:
         _require_single_process()
-    if not is_gpu_build():
+    if is_gpu_build():
+        os.environ.update({**_GPU_SETTINGS, **os.environ})
+    else:
         _set_cpu_variables()
     import_paddle()
 

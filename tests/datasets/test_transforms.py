@@ -2,6 +2,7 @@
 """The transforms and random erasing."""
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -333,8 +334,8 @@ def test_normalizing_on_cpu_and_device(channels, erased, padded):
     valid = np.array([(5, 6), (9, 8), (1, 1)]) if padded else None
     batch = Batch(images, {'label': labels}, labels, erase=erase)
     one, other = (
-        prepare(batch.images, batch.erase, scale, shift, valid).numpy()
-        for prepare in (batching._on_this_cpu, batching._on_the_device)
+        prepare(batch.images, batch.erase, convert(scale), convert(shift), valid).numpy()
+        for prepare, convert in ((batching._on_this_cpu, np.asarray), (batching._on_the_gpu, paddle.to_tensor))
     )
     assert one.shape == (3, channels, 9, 8)
     assert np.array_equal(one, other)

@@ -4,6 +4,7 @@
 import io
 
 import numpy as np
+import paddle
 import pytest
 import simplejpeg
 from PIL import Image
@@ -291,8 +292,8 @@ def test_to_device(lead, channels):
     labels = np.zeros(len(images), 'int64')
     batch = Batch(images, {'label': labels}, labels)
     one, other = (
-        prepare(batch.images, batch.erase, scale, shift).numpy()
-        for prepare in (batching._on_this_cpu, batching._on_the_device)
+        prepare(batch.images, batch.erase, convert(scale), convert(shift)).numpy()
+        for prepare, convert in ((batching._on_this_cpu, np.asarray), (batching._on_the_gpu, paddle.to_tensor))
     )
     assert one.shape == (*lead, channels, 5, 4)
     assert np.array_equal(one, other)

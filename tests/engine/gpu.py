@@ -11,6 +11,8 @@ import paddle
 import pytest
 from paddle import nn
 
+import datasets.batch
+import datasets.device
 from engine.distributed import Context
 from tasks.classification import ClassificationTask
 
@@ -36,7 +38,34 @@ def gpu(monkeypatch) -> Context:
         monkeypatch.setattr(auto_cast, f'_is_gpu_{kind}_supported', lambda: True)
         monkeypatch.setattr(paddle.amp, f'is_{kind}_supported', lambda: True)
     monkeypatch.setattr(paddle.device.cuda, 'max_memory_allocated', lambda: 0)
+    _force_copies(monkeypatch)
     return GPU
+
+
+def _force_copies(monkeypatch) -> None:
+    """Let copies between host and device take the way through pinned memory, which is that of the CPU."""
+    for module in (datasets.device, datasets.batch):
+        monkeypatch.setattr(module, 'on_gpu', lambda: True)
+    monkeypatch.setattr(datasets.device, 'Event', Event)
+    monkeypatch.setattr(paddle, 'CUDAPinnedPlace', paddle.CPUPlace)
+    for name in ('cuda', 'pin_memory'):
+        monkeypatch.setattr(paddle.Tensor, name, lambda tensor, blocking: tensor.clone())
+
+
+class Event:
+    """An event that has happened when two more were recorded, or when it was waited for."""
+
+    recorded = 0
+
+    def record(self) -> None:
+        Event.recorded += 1
+        self.number = Event.recorded
+
+    def query(self) -> bool:
+        return Event.recorded >= self.number + 2
+
+    def synchronize(self) -> None:
+        self.number = -2
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 MAGIC = b'LeanViT-CRC-32-1'
+_OPENING = b'{"file": '  # of the JSON object
 _LENGTH = struct.Struct('<I')
 _LISTED = 3  # names in a message
 
@@ -52,9 +53,11 @@ def verify(stream: mmap.mmap, content: Any) -> None:
     """
     end = stream.tell()
     rest = stream[end:]
-    if not rest.endswith(MAGIC):
-        return
     tail = _LENGTH.size + len(MAGIC)
+    if not rest.endswith(MAGIC):
+        if rest and (rest.startswith(_OPENING) or _OPENING.startswith(rest)):
+            raise ValueError('its checksums are cut short')
+        return
     if len(rest) < tail or _LENGTH.unpack_from(rest, len(rest) - tail)[0] != len(rest) - tail:
         raise ValueError('its checksums are damaged')
     stored = json.loads(rest[:-tail])
