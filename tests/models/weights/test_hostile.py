@@ -23,6 +23,10 @@ from utils.weights import METADATA, find_state_dict
 VIT = {**SIZES, 'num_heads': 2}
 
 
+def load_quietly(model, arrays: dict) -> None:
+    load_state(model, arrays, log=str)
+
+
 def repeated(*shape: int) -> np.ndarray:
     """An array of one stored number, as PyTorch's files can hold it."""
     return np.lib.stride_tricks.as_strided(np.ones(1, 'float32'), shape, (0,) * len(shape))
@@ -140,7 +144,7 @@ def test_any_array_in_the_place_of_any_other(name):
     keys = list({key.rpartition('.')[2] + str(value.shape): key for key, value in state.items()}.values())
     keys += [key for key in state if any(part in key for part in special) and 'blocks.1' not in key and key not in keys]
     for key in [
-        *keys[:60],
+        *keys[:24],
         'pos_embed',
         'base_encoder.pos_embed',
         'decode_head.conv_seg.weight',
@@ -148,12 +152,9 @@ def test_any_array_in_the_place_of_any_other(name):
     ]:
         for array in ARRAYS:
             arrays = {**state, key: array}
-            for load in (
-                lambda: load_state(model, arrays, log=str), lambda: port_state_dict(model, arrays),
-                lambda: match_classes(model, arrays),
-            ):  # fmt: skip
+            for load in (load_quietly, port_state_dict, match_classes):
                 with contextlib.suppress(UserError):
-                    load()
+                    load(model, arrays)
             if model.num_classes not in (0, 5):
                 model = build_model(config)
 
