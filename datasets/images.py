@@ -22,7 +22,7 @@ EXTENSIONS = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.bmp', '.dib', '.gif', '.tif', '.tiff'),
     *('.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.j2k', '.jpf', '.jpx', '.jpc', '.j2c', *(('.avif',) if _AVIF else ())),
 )
-# Limits of one image. The largest pictures of public data sets have 20 million pixels and 10 MB.
+# Limits of one image, above what cameras write.
 MAX_FILE = 128 << 20  # bytes of the file
 MAX_PIXELS = 89_478_485  # what Pillow warns of: with all copies on the way to RGB up to 1.5 GB
 MAX_SIDE = 65535  # pixels, as in JPEG files
@@ -244,7 +244,7 @@ def check_size(image: Image.Image) -> None:
     limit = MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
     if image.width * image.height > limit or max(image.size) > MAX_SIDE:
         raise UnreadableImage(
-            f'{image.width} x {image.height} pixels, but at most {limit} are decoded, and sides of {MAX_SIDE}'
+            f'{image.width} x {image.height} pixels are too many: the limits are {limit}, and {MAX_SIDE} per side'
         )
 
 

@@ -45,6 +45,7 @@ from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
 from utils.files import atomic_write, read_regular
+from utils.formats.array_files import check_header
 from utils.text import NAME, printable
 
 FORMAT_KEY, FORMAT = b'__format__', b'leanvit-lmdb-1'
@@ -127,9 +128,12 @@ def _upstream(path: str) -> Dataset:
 
 def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
     kept = storage.path + '.labels.npy'
-    with contextlib.suppress(OSError, ValueError, EOFError):
+    with contextlib.suppress(OSError, ValueError, EOFError, KeyError):
         if os.path.getmtime(kept) >= os.path.getmtime(storage.path):
-            labels = np.load(io.BytesIO(read_regular(kept, _HEADER + len(storage) * np.dtype(np.int64).itemsize)))
+            data = io.BytesIO(read_regular(kept, _HEADER + len(storage) * np.dtype(np.int64).itemsize))
+            check_header(data, len(data.getbuffer()))
+            data.seek(0)
+            labels = np.load(data)
             if labels.shape == (len(storage),) and labels.dtype.kind == 'i':
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)

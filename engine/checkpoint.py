@@ -153,6 +153,7 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
                 raise UserError(
                     f"the checkpoint's {kind} of {name} has shape {np.shape(value)}, not {targets[name].shape}."
                 )
+            value = np.asarray(value).astype('float32')  # from any precision and byte order; Paddle takes only a few
             targets[name].set_value(paddle.to_tensor(value).astype(targets[name].dtype))
 
 
@@ -181,7 +182,7 @@ def from_automatic_names(state: dict, model: paddle.nn.Layer) -> dict[str, dict]
         name, parameter = renamed[match['parameter']]
         value = np.asarray(state[key])
         wanted = (1,) if '_pow_acc' in match['kind'] else tuple(parameter.shape)
-        if value.dtype.kind not in 'iuf' or value.shape != wanted:
+        if value.dtype.kind != 'f' or value.shape != wanted:
             return None
         result.setdefault(match['kind'], {})[name] = value
     return result

@@ -206,8 +206,8 @@ def _check_optimizer(state: dict, source: str) -> None:
     for kind in state:
         entries = _Parts(state, source, '').get(kind, dict)
         for name, value in entries.items():
-            if not _is_number(value):
-                raise _Parts(entries, source, f'{kind}.').error(name, 'an array of numbers')
+            if not isinstance(value, np.ndarray) or value.dtype.kind != 'f':
+                raise _Parts(entries, source, f'{kind}.').error(name, 'an array of floating-point numbers')
         _check_flat(entries, f'{source}.{kind}')
     moments = [kind for kind in state if kind != MASTER_WEIGHT and _SCALAR_KIND not in kind]
     kinds = {kind: state[kind].keys() for kind in moments if state[kind]}

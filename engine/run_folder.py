@@ -160,6 +160,6 @@ def _write_config(config, folder: RunFolder) -> None:
 def _disk_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of folders
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f"cannot write the run folder '{path}': {reason}; choose another with -output.") from None

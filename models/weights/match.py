@@ -114,13 +114,21 @@ def _may_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
     """Raise UserError with the names of arrays that have NaN or infinite values."""
-    broken = [name for name, array in arrays.items() if array.dtype.kind == 'f' and not np.isfinite(array).all()]
+    # A file can give one array thousands of names: each array is checked once. Numbers must be finite in float32 too.
+    distinct = {id(array): array for array in arrays.values() if array.dtype.kind == 'f'}
+    with np.errstate(over='ignore'):
+        wrong = {key for key, array in distinct.items() if not np.isfinite(_at_most_float32(array)).all()}
+    broken = [name for name, array in arrays.items() if id(array) in wrong]
     if broken:
         more = f' and {len(broken) - LISTED} more arrays' if len(broken) > LISTED else ''
         raise UserError(
             f'{source} has NaN or infinite values in {", ".join(printable(n, NAME) for n in broken[:LISTED])}{more}; the training that wrote it '
             'diverged or the file is damaged, use an earlier one.'
         )
+
+
+def _at_most_float32(array: np.ndarray) -> np.ndarray:
+    return array.astype('float32') if array.dtype.itemsize > 4 else array
 
 
 def _remedies(rules: WeightRules, unknown: Iterable[str], missing: Iterable[str]) -> list[str]:

@@ -117,7 +117,7 @@ class SegmentorWeights(WeightRules):
 
     def count_classes(self, state: Mapping) -> int | None:
         """See `WeightRules`."""
-        counts = {value.shape[0] for name, value in state.items() if name in self.classes}
+        counts = {value.shape[0] for name, value in state.items() if name in self.classes and value.shape}
         return counts.pop() if len(counts) == 1 else None if counts else 0
 
 

@@ -72,7 +72,7 @@ class TransformerWeights(WeightRules):
         if name != 'pos_embed' or array.ndim != 3:
             return array
         side = round(max(array.shape[1] - model.num_prefix, 0) ** 0.5)
-        if side**2 + model.num_prefix != array.shape[1]:
+        if not side or side**2 + model.num_prefix != array.shape[1]:
             return array
         table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
         return resize_position_table(table, (side, side), grid, model.num_prefix).numpy()

@@ -310,7 +310,7 @@ def test_formats_that_are_not_decoded_are_named(name, monkeypatch):
 @pytest.mark.parametrize('size', [(5_000_000, 1), (1, 5_000_000), (65536, 2), (9500, 9500), (13300, 13300)])
 def test_pictures_that_are_too_large(size):
     for read in (decode_image, open_image, read_values):
-        with pytest.raises(UnreadableImage, match=f'{size[0]} x {size[1]} pixels, but at most'):
+        with pytest.raises(UnreadableImage, match=f'{size[0]} x {size[1]} pixels are too many'):
             read(png(*size))
 
 

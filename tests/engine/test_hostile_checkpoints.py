@@ -13,6 +13,7 @@ import numpy as np
 import paddle
 import pytest
 
+from models.weights.match import check_finite
 from tests.engine.test_train import Poisoned, make_trainer
 from utils.errors import UserError
 from utils.formats import read_file, write_pdparams
@@ -111,6 +112,33 @@ def test_training_continues_from_what_is_loaded(part, checkpoint, tmp_path, imag
                 trainer.fit()
             except UserError as error:
                 assert '\n' not in str(error)
+
+
+@pytest.mark.parametrize('dtype', ['>f4', 'f2', 'f8', '>f8', 'f16', 'u2', 'u4', 'u8', 'i1', 'i8', '>i4', 'bool', 'c8'])
+@pytest.mark.parametrize(
+    'place', [('optimizer', 'moment1'), ('optimizer', 'beta1_pow_acc'), ('model_ema',), ('model',)]
+)
+def test_numbers_of_every_type(place, dtype, checkpoint, tmp_path, images):
+    """Any precision and byte order of floating-point numbers is loaded, bfloat16 as uint16 too; other numbers are refused."""
+    content = copy.deepcopy(checkpoint)
+    entries = content
+    for key in place:
+        entries = entries[key]
+    name = list(entries)[0]
+    entries[name] = entries[name].astype(dtype)
+    trainer = make_trainer(str(tmp_path), images, **KEYS)
+    if np.dtype(dtype).kind == 'f' or (dtype == 'u2' and place[0] != 'optimizer'):
+        trainer.snapshot.load_state_dict(content, 'x')
+    else:
+        with pytest.raises(UserError, match=name):
+            trainer.snapshot.load_state_dict(content, 'x')
+
+
+def test_one_array_with_many_names_is_checked_once(checkpoint, monkeypatch):
+    array, calls = np.ones(1000, 'f4'), []
+    monkeypatch.setattr(np, 'isfinite', lambda values: calls.append(1) or np.ones(1, bool))
+    check_finite({str(number): array for number in range(1000)}, 'x')
+    assert len(calls) == 1
 
 
 def test_a_place_behind_the_last_image(checkpoint, tmp_path, images):

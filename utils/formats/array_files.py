@@ -53,13 +53,13 @@ def read_npz(file: IO[bytes], size: int) -> dict[str, np.ndarray]:
         for member in archive.infolist():
             check_key(member.filename)
             with archive.open(member) as stream:
-                _check_header(stream, member.file_size)
+                check_header(stream, member.file_size)
     file.seek(0)
     with np.load(file, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
-def _check_header(stream: IO[bytes], size: int) -> None:
+def check_header(stream: IO[bytes], size: int) -> None:
     """Check that an array of a .npz holds numbers, and no more than `size` bytes: numpy would allocate what it announces."""
     reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, _, dtype = reader[np.lib.format.read_magic(stream)](stream)

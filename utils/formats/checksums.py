@@ -20,6 +20,7 @@ MAGIC = b'LeanViT-CRC-32-1'
 _OPENING = b'{"file": '  # of the JSON object
 _LENGTH = struct.Struct('<I')
 _LISTED = 3  # names in a message
+MAX_TRAILER = 8 << 20  # bytes of the JSON object; 60 for each of the thousands of arrays of a checkpoint
 
 
 class SummedFile:
@@ -51,20 +52,25 @@ def verify(stream: mmap.mmap, content: Any) -> None:
     Raises:
         ValueError: a difference; the text names the arrays.
     """
-    end = stream.tell()
-    rest = stream[end:]
-    tail = _LENGTH.size + len(MAGIC)
-    if not rest.endswith(MAGIC):
-        if rest and (rest.startswith(_OPENING) or _OPENING.startswith(rest)):
+    end, size, tail = stream.tell(), len(stream), _LENGTH.size + len(MAGIC)
+    start, last = stream[end : end + len(_OPENING)], stream[max(end, size - tail) : size]
+    if not last.endswith(MAGIC):
+        if start and (start == _OPENING or _OPENING.startswith(start)):
             raise ValueError('its checksums are cut short')
         return
-    if len(rest) < tail or _LENGTH.unpack_from(rest, len(rest) - tail)[0] != len(rest) - tail:
+    length = size - end - tail
+    if not 0 <= length <= MAX_TRAILER or _LENGTH.unpack_from(last)[0] != length:
         raise ValueError('its checksums are damaged')
-    stored = json.loads(rest[:-tail])
+    stored = json.loads(stream[end : end + length])
     with memoryview(stream) as view, view[:end] as pickled:
         if zlib.crc32(pickled) == stored['file']:
             return
-    found = {name: _checksum(array) for name, array in _arrays(content)}
+    checksums: dict[int, int] = {}  # an array may have many names
+    found = {}
+    for name, array in _arrays(content):
+        if id(array) not in checksums:
+            checksums[id(array)] = _checksum(array)
+        found[name] = checksums[id(array)]
     wrong = [name for name, checksum in stored['arrays'].items() if found.get(name) != checksum]
     more = f' and of {len(wrong) - _LISTED} more arrays' if len(wrong) > _LISTED else ''
     what = f'of {", ".join(wrong[:_LISTED])}{more}' if wrong else 'beside the arrays'

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-MAX_OPCODES = 1 << 22  # of a pickle: ten seconds; the state of a large run has less than 1 % of it
+MAX_OPCODES = 1 << 21  # of a pickle: five seconds; the state of a large run has less than 1 % of it
 MAX_MEMO = 1 << 32  # what pickle's binary operations can count to
 MAX_BITS = 1024  # of an integer: random states have 128, PyTorch's magic number 80
 MAX_DIMS = 32  # of an array: what every numpy takes
@@ -136,5 +136,5 @@ def check_tree(value: Any, size: int) -> None:
 
 def _children(value: Any) -> Any:
     if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, (list, tuple)) else None
+        return value.values() or None
+    return (value or None) if isinstance(value, (list, tuple)) else None

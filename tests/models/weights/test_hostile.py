@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 
 import numpy as np
 import pytest
 
+from config import get_config
+from models import build_model
 from models.gmlp import GMLP
 from models.vision_transformer import VisionTransformer
 from models.weights.convert import port_state_dict
@@ -18,6 +21,10 @@ from utils.formats import write_pdparams
 from utils.weights import METADATA, find_state_dict
 
 VIT = {**SIZES, 'num_heads': 2}
+
+
+def load_quietly(model, arrays: dict) -> None:
+    load_state(model, arrays, log=str)
 
 
 def repeated(*shape: int) -> np.ndarray:
@@ -100,6 +107,56 @@ def test_numbers_of_another_kind(dtype):
         arrays[name] = arrays[name].astype(dtype)
         with pytest.raises(UserError, match=f'{name} {dtype} instead of float32'):
             load_state(model, arrays)
+
+
+TRANS = {
+    'MODEL.TRANS.EMBED_DIM': 8, 'MODEL.TRANS.NUM_HEADS': 2, 'MODEL.TRANS.DEPTH': 4, 'MODEL.TRANS.PATCH_SIZE': 8,
+    'DATA.IMAGE_SIZE': 32, 'MODEL.NUM_CLASSES': 5,
+}  # fmt: skip
+SEGMENTATION = {**TRANS, 'TRAIN.TASK': 'segmentation'}
+MODELS = {
+    'distilled': {**TRANS, 'MODEL.TYPE': 'vit', 'MODEL.TRANS.DISTILLED': True},
+    'relative': {**TRANS, 'MODEL.TYPE': 'vit', 'MODEL.TRANS.REL_POS': ('block', 'shared')},
+    'removal': {**TRANS, 'MODEL.TYPE': 'vit', 'MODEL.LAMBDA.PRUNE_LAYERS': (1,)},
+    'mae': {**TRANS, 'MODEL.TYPE': 'mae', 'TRAIN.TASK': 'mae', 'MODEL.MAE.DECODER_DEPTH': 1},
+    'mocov3': {**TRANS, 'MODEL.TYPE': 'mocov3', 'TRAIN.TASK': 'mocov3', 'MODEL.MOCO.DIM': 8, 'MODEL.MOCO.MLP_DIM': 8},
+    'upernet': {
+        **SEGMENTATION, 'MODEL.TYPE': 'upernet', 'MODEL.UPERNET.OUT_INDICES': (0, 1, 2, 3), 'MODEL.UPERNET.CHANNELS': 8,
+        'MODEL.TRANS.REL_POS': ('shared',),
+    },
+    'segmenter': {**SEGMENTATION, 'MODEL.TYPE': 'segmenter', 'MODEL.SEGMENTER.NUM_LAYERS': 1},
+}  # fmt: skip
+ARRAYS = [
+    np.array(1, 'f4'), np.zeros(0, 'f4'), np.empty((0, 1 << 40), 'f4'), np.empty((1, 1 << 40, 0), 'f4'), repeated(1 << 12, 1 << 12),
+    repeated(1 << 24), repeated(1, 1 << 20, 8), repeated(8, 1 << 20), repeated(1 << 20, 8, 1, 1), np.ones((1,) * 32, 'f4'),
+    np.ones(5, 'c8'), np.float32(3), np.full((1, 17, 8), np.nan, 'f4'), np.ones((1, 1, 8), 'f4'), np.ones((1, 2, 8), 'f4'),
+    np.ones((4, 2), 'f4'), np.ones((3, 2), 'f4'), np.ones((7, 2), 'f4'), np.ones((1, 5, 8), 'f4'), np.full(4, 2, 'f4'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_any_array_in_the_place_of_any_other(name):
+    """Loaded, or refused by a sentence, through each way of loading."""
+    config = get_config(opts=[item for pair in MODELS[name].items() for item in pair])
+    model = build_model(config)
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    special = ('head', 'pos', 'norm', 'seg', 'emb', 'cls', 'table', 'attn_weight')
+    keys = list({key.rpartition('.')[2] + str(value.shape): key for key, value in state.items()}.values())
+    keys += [key for key in state if any(part in key for part in special) and 'blocks.1' not in key and key not in keys]
+    for key in [
+        *keys[:24],
+        'pos_embed',
+        'base_encoder.pos_embed',
+        'decode_head.conv_seg.weight',
+        'auxiliary_head.conv_seg.bias',
+    ]:
+        for array in ARRAYS:
+            arrays = {**state, key: array}
+            for load in (load_quietly, port_state_dict, match_classes):
+                with contextlib.suppress(UserError):
+                    load(model, arrays)
+            if model.num_classes not in (0, 5):
+                model = build_model(config)
 
 
 def test_names_of_any_length():
