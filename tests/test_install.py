@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 from tools._cuda import choose
+from utils import environment
+from utils.errors import UserError
 
 DOCKERFILE = os.path.join(ROOT, 'docker', 'Dockerfile')
 FILES = ('Makefile', 'requirements.txt', 'requirements-gpu.txt', 'requirements-common.txt', 'run_train_multi.sh')
@@ -116,10 +118,6 @@ def test_a_machine_without_a_driver_prints_nothing(tmp_path):
 @pytest.mark.parametrize(
     ('builds', 'sentence'),
     [
-        (
-            {'paddlepaddle-gpu': '2.6.2'},
-            'this is Paddle 2.6.2, but LeanViT needs 3.3 or newer: pip install -r .*-gpu.txt',
-        ),
         ({'paddlepaddle': '2.6.2'}, 'this is Paddle 2.6.2, but LeanViT needs'),
         (
             {'paddlepaddle': '3.3.1', 'paddlepaddle-gpu': '3.3.1'},
@@ -140,6 +138,14 @@ def test_a_build_that_cannot_work_is_one_sentence(tmp_path, builds, sentence):
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count('\n') == 1
     assert re.match(f'error: {sentence}', done.stderr), done.stderr
+
+
+def test_pypis_gpu_build_is_refused(monkeypatch):
+    monkeypatch.setattr(environment, '_installed_builds', lambda: {'paddlepaddle-gpu': '2.6.2'})
+    with pytest.raises(
+        UserError, match='this is Paddle 2.6.2, but LeanViT needs 3.3 or newer: pip install -r .*-gpu.txt'
+    ):
+        environment.import_paddle()
 
 
 # ---------------------------------------------------------------------------------------------------- Docker
