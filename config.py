@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection
 
 from yacs.config import CfgNode as CN
 
+from utils import paddlevit
 from utils.cli import run
 from utils.errors import UserError
 from utils.run_paths import check_run_name, follow_latest
@@ -286,7 +287,7 @@ _RENAMED = {
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + SEGMENTORS + MAE + MOCOV3, TASKS))
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + SEGMENTORS + MAE + MOCOV3, TASKS), paddlevit.adapt)
 
 
 def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:
@@ -389,7 +390,7 @@ _FLAGS = {
 def update_config(config: CN, args: argparse.Namespace) -> CN:
     """Merge the file that `args.cfg` names, the flags, then `-opts` into `config`, which stays unfrozen."""
     config.defrost()
-    given = vars(args)
+    given = _given(args)
     cfg_file = config_file_of(args)
     if cfg_file is not None:
         SCHEMA.merge_file(config, cfg_file)
@@ -403,9 +404,15 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     return config
 
 
+def _given(args: argparse.Namespace) -> dict:
+    """Return the flags that were given. PaddleViT's own parsers set all others to None, and ignore an ACCUM_ITER of 0."""
+    given = {flag: value for flag, value in vars(args).items() if value is not None and value is not False}
+    return {flag: value for flag, value in given.items() if flag != 'accum_iter' or value != 0}
+
+
 def config_file_of(args: argparse.Namespace) -> str | None:
     """Return the YAML file that `-cfg` names, else that of the run folder that `-resume` or `-pretrained` names."""
-    given = vars(args)
+    given = _given(args)
     if 'cfg' in given:
         return follow_latest(given['cfg'])
     folders = (follow_latest(given[flag]) for flag in ('resume', 'pretrained') if flag in given)

@@ -12,6 +12,7 @@ import numpy as np
 from paddle import nn
 
 from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, check_finite, match_state
+from models.weights.rules import rules_of
 from utils.errors import UserError
 from utils.text import NAME, printable
 from utils.weights import choose_state_dict, find_metadata
@@ -74,7 +75,8 @@ class Checkpoint:
         """Match the EMA weights to the model's shapes. Raises UserError if they do not fit."""
         if self.average is None:
             return None
-        arrays = {name: array for name, array in self.average.items() if not name.endswith(REBUILT_SUFFIXES)}
+        average = rules_of(model).adopt(model, self.average)
+        arrays = {name: array for name, array in average.items() if not name.endswith(REBUILT_SUFFIXES)}
         return match_state(model, arrays, f'{self.source}: model_ema')
 
     def check_optimizer(self, model: nn.Layer, kinds: Collection[str], name: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import paddle
 
-from engine.paddle_private import ScaledMomentum
+from engine.paddle_private import FusedAdamW, ScaledMomentum, squared_norm
 from utils.registry import Registry
 
 OPTIMIZERS = Registry('optimizer (TRAIN.OPTIMIZER.NAME)')
@@ -45,7 +45,7 @@ def parameter_groups(
 
 @OPTIMIZERS.register('AdamW')
 def _adamw(groups: list[dict], options) -> paddle.optimizer.Optimizer:
-    return paddle.optimizer.AdamW(
+    return FusedAdamW(
         learning_rate=0.0,  # the loop sets it before each step
         parameters=groups,
         beta1=options.BETAS[0],
@@ -123,13 +123,12 @@ def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) 
     """Clip the gradients in place to a global L2 norm of `max_norm`; None or 0: no clipping (PaddleViT).
 
     Returns:
-        The norm before clipping in float32, a 0-D tensor. Does not wait for the device.
+        The norm before clipping, a 0-D tensor. Does not wait for the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    squares = [paddle.sum(paddle.square(gradient.astype('float32'))) for gradient in gradients]
-    norm = paddle.sqrt(paddle.add_n(squares))
+    norm = paddle.sqrt(paddle.add_n([squared_norm(gradient) for gradient in gradients])).squeeze(0)
     if max_norm and math.isfinite(max_norm):
         factor = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients:
-            gradient.multiply_(factor.astype(gradient.dtype))
+            gradient.multiply_(factor)
     return norm

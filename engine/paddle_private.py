@@ -49,6 +49,58 @@ class ScaledMomentum(paddle.optimizer.Momentum):
         return super()._append_optimize_op(block, {**param_and_grad, 'params': (parameter, gradient)})
 
 
+class FusedAdamW(paddle.optimizer.AdamW):
+    """AdamW that updates all parameters of a group by one operation; on the CPU with the bits of Paddle's AdamW.
+
+    The operation has one bias correction, so parameters with different numbers of steps are updated separately. They occur
+    where a parameter has no gradient in some steps.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._ages: dict[str, tuple[float, int]] = {}  # (beta1^t at the first step in this process, steps since)
+
+    def _create_optimization_pass(self, group, param_group_idx=0):
+        overflow = bool(self._get_auxiliary_var('found_inf'))
+        self._set_auxiliary_var('found_inf', overflow)  # GradScaler reads it; the other groups need not read the device
+        if overflow or not group['params']:
+            return []
+        self._create_global_learning_rate()
+        block = paddle.static.default_main_program().global_block()
+        self._create_accumulators(block, {**group, 'params': [parameter for parameter, _ in group['params']]})
+        cohorts: dict[tuple[float, int], list] = {}
+        for parameter, gradient in group['params']:
+            start, steps = self._ages.get(parameter.name) or (self._state('beta1_pow_acc', parameter).item(), 0)
+            cohorts.setdefault((start, steps), []).append((parameter, gradient))
+            self._ages[parameter.name] = start, steps + 1
+        for pairs in cohorts.values():
+            self._update(pairs)
+        return []
+
+    def _state(self, kind: str, parameter: Tensor) -> Tensor:
+        return self._accumulators[kind][parameter.name]
+
+    def _update(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        parameters, gradients = map(list, zip(*pairs))
+        kinds = 'moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc'
+        moment1, moment2, pow1, pow2 = ([self._state(kind, parameter) for parameter in parameters] for kind in kinds)
+        no_maxima = no_master_weights = never_skip = None
+        no_half_precision = no_global_pow = no_amsgrad = False
+        paddle._C_ops.fused_adam_(
+            parameters, gradients, self._create_param_lr(pairs[0]), moment1, moment2, no_maxima, pow1, pow2,
+            no_master_weights, never_skip, self._beta1, self._beta2, self._epsilon, _CHUNK, float(self._weight_decay), True,
+            no_half_precision, no_global_pow, no_amsgrad,
+        )  # fmt: skip
+
+
+_CHUNK = 32768  # values per block of a GPU
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return the sum of squares as a tensor [1], by one operation."""
+    return paddle._C_ops.squared_l2_norm(tensor)
+
+
 class LossScaler(paddle.amp.GradScaler):
     """Dynamic loss scaling; one read of the device per step (`found_inf`).
 

@@ -21,16 +21,15 @@ from datasets.batch import to_device
 from datasets.device import Download
 from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
-from engine.ema import ModelEma
 from engine.evaluate import describe_metrics, evaluate
 from engine.learning_rate import lr_schedule
 from engine.length import RunLength
-from engine.optim import build_optimizer, clip_gradients
-from engine.precision import MasterWeights, Precision
+from engine.precision import Precision
 from engine.report import Reporter
 from engine.signals import StopSignal
 from engine.state import Snapshot, TrainState
 from engine.statistics import StepSums, names_of
+from engine.update import Updater
 from tasks import Interrupted, Task
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
@@ -65,10 +64,9 @@ class Trainer:
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
         self.precision = Precision(config, context.on_gpu)
-        self.scaler = self.precision.scaler
-        self.weights = MasterWeights(model, self.precision)
-        self.optimizer = build_optimizer(config, model, self.weights.parameters)
-        self.ema = ModelEma(model, config.TRAIN.MODEL_EMA_DECAY, self.weights) if config.TRAIN.MODEL_EMA else None
+        self.updater = Updater(config, model, self.precision)
+        self.weights, self.ema = self.updater.weights, self.updater.ema
+        self.optimizer, self.scaler = self.updater.optimizer, self.updater.scaler
         self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
         self.snapshot = Snapshot(
             config,
@@ -180,12 +178,9 @@ class Trainer:
                     losses = self.task.loss(self.parallel, batch, np.random.default_rng(draws))
                 # Gradients are summed over the window and averaged over the ranks.
                 share = len(batch) * self.context.world_size / total
-                self.scaler.scale(losses.total * share).backward()
-            self.weights.collect_gradients()
+                self.updater.backward(losses.total * share)
             sums.add(losses, batch)
-        self.weights.average_gradients(self.context)
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.weights.parameters.values(), self.config.TRAIN.GRAD_CLIP)
+        norm = self.updater.clip(self.context)
         finite = paddle.isfinite(sums.loss)
         if not self.scaler.is_enable():  # with loss scaling, GradScaler handles overflow
             finite = paddle.logical_and(finite, paddle.isfinite(norm))
@@ -193,13 +188,8 @@ class Trainer:
         own.add_(vector)
         self.context.sum(vector)
         if self.lag or not vector[names_of(self.task).index('nonfinite')].item():
-            self.optimizer.set_lr(lr)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.weights.publish()
-            if self.ema is not None:
-                self.ema.update()
-        self.optimizer.clear_grad(set_to_zero=False)
+            self.updater.step(lr)
+        self.updater.clear_gradients()
         return vector, norm
 
     def _named(self, values) -> dict[str, float]:

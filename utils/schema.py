@@ -11,7 +11,7 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -28,6 +28,8 @@ MAX_LITERAL = 10_000  # characters that are parsed; longer values are text
 SHOWN = 80  # characters of a value in an error message
 SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values decide which other keys have an effect
 EXEMPT = -1  # layer of values that may have no effect
+
+Adapt = Callable[[list, str, str, Collection[str]], tuple[list, list]]  # see `utils.paddlevit.adapt`
 
 
 # ---------------------------------------------------------------------------------------------------- keys
@@ -226,9 +228,11 @@ class Schema:
         root: section of all keys.
         renamed: old names of keys -> new names; None: the key is accepted and has no effect.
         known: models and tasks that the owners of the keys cover; all keys have an effect for other models and tasks.
+        adapt: converts the values of files of another project, see `utils.paddlevit.adapt`; None: none.
     """
 
-    def __init__(self, root: Section, renamed: Mapping[str, str | None], known: Owners):
+    def __init__(self, root: Section, renamed: Mapping[str, str | None], known: Owners, adapt: Adapt | None = None):
+        self.adapt = adapt or (lambda values, path, model_type, known: (values, []))
         self.keys = {name: key for name, key, _ in root.walk()}
         self.owners = {name: owners for name, _, owners in root.walk()}
         self.renamed = renamed
@@ -291,7 +295,9 @@ class Schema:
             for base in self._coerce(name, value, where) if name == 'BASE' else ():
                 if base:
                     self.merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
-        for name, value, where in values:
+        values, defaults = self.adapt(values, path, self.get(config, SELECTORS[0]), self.keys)
+        values = sorted(values, key=lambda value: value[0] != SELECTORS[0])  # MODEL.TYPE first, for errors
+        for name, value, where in [default for default in defaults if default[0] not in config.origins] + values:
             self.set(config, name, value, where)
         if len(values) > len(self.keys) / 2:  # config.yaml of a run records all keys, also those without effect
             sources = {self.renamed.get(name, name): where for name, _, where in values}
@@ -306,7 +312,7 @@ class Schema:
         if name in self.sections:
             raise UserError(f'{where}: {self._not_a_section(name, value)}')
         if name not in self.keys:
-            raise UserError(f"{where}: unknown key '{name}'.{self._nearest(name)} config.py lists all keys.")
+            raise UserError(f'{where}: {self._unknown(config, name)}')
         self._node(config, name)[name.rpartition('.')[2]] = self._coerce(name, value, where)
         config.origins[name] = Origin(where, len(config.layers))
 
@@ -322,6 +328,15 @@ class Schema:
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name.upper(), [*self.keys, *sorted(self.sections)], n=1, cutoff=0.5)
         return f" Did you mean '{near[0]}'?" if near else ''
+
+    def _unknown(self, config: CfgNode, name: str) -> str:
+        kind, models = self.get(config, SELECTORS[0]), self.known.models
+        if name.startswith('MODEL.') and kind.lower() not in models:
+            return (
+                f'MODEL.TYPE {kind} is not an architecture of LeanViT, which has {", ".join(sorted(models))}; '
+                f"so the key '{name}' is unknown."
+            )
+        return f"unknown key '{name}'.{self._nearest(name)} config.py lists all keys."
 
     def _not_a_section(self, name: str, value) -> str:
         example = next((key for key in self.keys if key.startswith(f'{name}.')), name)

@@ -89,6 +89,8 @@ def rename_arrays(
 ) -> dict[str, np.ndarray]:
     """Return the arrays under the model's names and in Paddle's layouts, before shapes are matched."""
     report, renamed = report or PortReport(), {}
+    if own_names:
+        arrays = rules_of(model).adopt(model, arrays)
     for name, array in arrays.items():
         ours, reason = _our_name(model, name, own_names)
         if ours is None:

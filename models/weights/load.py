@@ -153,6 +153,7 @@ def load_state(
     All checks run before the first weight changes. Returns the arrays in the model's shapes, floats in float32.
     """
     rules, targets = rules_of(model), model.state_dict()
+    arrays = rules.adopt(model, arrays)
     _check_metadata(rules.metadata(model), arrays.get(METADATA, {}), source)
     arrays = {name: array for name, array in arrays.items() if not name.endswith((*REBUILT_SUFFIXES, METADATA))}
     ours, theirs = rules.count_classes(targets), rules.count_classes(arrays)

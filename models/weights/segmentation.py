@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from models.layers import resize_relative_table
+from models.weights.paddlevit import from_paddlevit
 from models.weights.rules import Start, WeightRules
 from models.weights.transformer import TransformerWeights, first_match
 
@@ -75,6 +76,10 @@ class SegmentorWeights(WeightRules):
         for pattern, ours in _RENAMED:
             name = pattern.sub(ours, name)
         return name
+
+    def adopt(self, model, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """See `TransformerWeights`."""
+        return from_paddlevit(arrays)
 
     def layout(self, name: str, array: np.ndarray) -> np.ndarray:
         """Transpose the projections of mmsegmentation's mask transformer, which are linear layers there."""

@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from models.layers import resize_position_table, resize_relative_table
+from models.weights.paddlevit import from_paddlevit
 from models.weights.rules import Start, WeightRules
 
 # Prefixes of the encoder in pre-training files: MAE-Lite, MoCo-v3. The head of MoCo-v3's encoder is its projector.
@@ -55,6 +56,14 @@ class TransformerWeights(WeightRules):
         if name.startswith(TRAINING_PARTS):
             return None
         return _LAYER_SCALE.sub(r'.gamma_\1', name.removeprefix(MAE_ENCODER).removeprefix(MOCO_ENCODER))
+
+    def adopt(self, model, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Rename the weights of PaddleViT's DeiT, ViT and MAE folders."""
+        return from_paddlevit(arrays, model.global_pool)
+
+    def count_classes(self, state: Mapping) -> int | None:
+        """See `WeightRules`; PaddleViT's names are understood, too."""
+        return super().count_classes(from_paddlevit(state))
 
     def metadata(self, model) -> dict:
         """Return the number of heads: another number changes the outputs, but not the shapes."""

@@ -12,53 +12,28 @@ import pytest
 import datasets.device
 from datasets.batch import to_device
 from datasets.device import Download, upload
+from engine.waits import count_waits
 from tests.engine import curves
 from tests.engine.gpu import GPU, Event, gpu  # noqa: F401
 from tests.engine.test_curves import GMLP, RECIPES
 from tests.tasks.helpers import build_trainer
 
-READS = ('numpy', 'item', 'tolist', 'cpu', '__bool__', '__float__', '__int__', '__index__', '__array__')
 QUIET = {'REPORT_FREQ': 10**6, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0, 'MODEL.LAMBDA.DECAY_EPOCHS': None}
-
-
-class Waits:
-    """Counts operations that wait for the queue of a GPU; reading pinned memory does not."""
-
-    def __init__(self, monkeypatch):
-        self.found: list[str] = []
-        self._inside, self._pinned = False, []
-        for name in READS:
-            self._count(monkeypatch, paddle.Tensor, name, lambda tensor, *_, **__: not self._is_pinned(tensor))
-        self._count(monkeypatch, paddle, 'to_tensor', lambda *_, place=None, **__: place is None)
-        self._count(monkeypatch, paddle.Tensor, 'set_value', lambda _, value: not isinstance(value, paddle.Tensor))
-        monkeypatch.setattr(paddle.Tensor, 'pin_memory', lambda tensor, blocking: self._pin(tensor, blocking))
-
-    def _count(self, monkeypatch, owner, name, waits) -> None:
-        original = getattr(owner, name)
-
-        def counted(*args, **options):
-            outermost, self._inside = not self._inside, True
-            try:
-                if outermost and waits(*args, **options):
-                    self.found.append(name)
-                return original(*args, **options)
-            finally:
-                self._inside = self._inside and not outermost
-
-        monkeypatch.setattr(owner, name, counted)
-
-    def _pin(self, tensor, blocking):
-        assert not blocking
-        self._pinned.append(tensor.clone())
-        return self._pinned[-1]
-
-    def _is_pinned(self, tensor) -> bool:
-        return any(tensor is pinned for pinned in self._pinned)
 
 
 @pytest.fixture
 def waits(gpu, monkeypatch):  # noqa: F811
-    return Waits(monkeypatch)
+    """The list of waits of a test; all tensors count as those of a GPU, but for those in pinned memory."""
+    pinned = []
+
+    def pin(tensor, blocking):
+        assert not blocking
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(paddle.Tensor, 'pin_memory', pin)
+    with count_waits(lambda tensor: not any(tensor is other for other in pinned)) as found:
+        yield found
 
 
 def waits_of_steps(run, waits) -> list[list[str]]:
@@ -66,13 +41,13 @@ def waits_of_steps(run, waits) -> list[list[str]]:
     step, begins = run._step, []
 
     def counted(*args):
-        begins.append(len(waits.found))
+        begins.append(len(waits))
         return step(*args)
 
     run._step = counted
     run.fit()
     begins = begins[1 : run.steps_per_epoch]
-    return [waits.found[begin:end] for begin, end in zip(begins, begins[1:])]
+    return [waits[begin:end] for begin, end in zip(begins, begins[1:])]
 
 
 def trainer_of(recipe: dict, images: str, folder: str, **options):
@@ -114,7 +89,7 @@ def test_waits_are_counted(waits):
         read()
     paddle.to_tensor([1.0])
     tensor.set_value(np.zeros(2, 'float32'))
-    assert waits.found == ['numpy', 'tolist', 'item', '__bool__', '__array__', 'to_tensor', 'set_value']
+    assert waits == ['numpy', 'tolist', 'item', '__bool__', '__array__', 'to_tensor', 'set_value']
 
 
 # ---------------------------------------------------------------------------------------------------- copies

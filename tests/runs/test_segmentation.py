@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segmentation under the launchers: trained by iterations, stopped and resumed, evaluated on one and two processes."""
 
+import json
 import re
 import signal
 
@@ -75,7 +76,7 @@ def straight(request, tmp_path_factory, scenes):
 
 def test_training_by_iterations(straight):
     """Steps, validations, table of the classes, pictures and VisualDL."""
-    processes, _, folder = straight
+    _, _, folder = straight
     rows = [row for row in metrics(folder) if row['kind'] == 'val']
     assert [row['step'] for row in rows] == [6, 12, 16]
     assert all(row['images'] == 5 and 0 < row['miou'] <= row['aacc'] <= 1 for row in rows)
@@ -117,3 +118,61 @@ def test_evaluation_does_not_depend_on_the_processes_or_the_storage(straight, sc
     assert (found['kind'], found['images']) == ('eval', 5)
     for name in ('miou', 'macc', 'aacc'):
         assert found[name] == expected[name]
+
+
+def test_two_processes_equal_one_with_the_whole_batch(scenes, tmp_path):
+    """Shares of the batch, of the statistics of batch normalization and of the gradient; crops do not depend on the processes."""
+    recipe = tmp_path / 'tiny.yaml'
+    recipe.write_text(CONFIG.format(data=scenes, output=tmp_path))
+    same = (
+        '-opts',
+        'MODEL.DROPPATH',
+        '0',
+        'MODEL.HEAD_DROPOUT',
+        '0',
+        'TRAIN.NUM_ITERS',
+        '3',
+        'TRAIN.MODEL_EMA',
+        'False',
+    )
+    run('main_single_gpu.py', f'-cfg={recipe}', '-tag=one', '-batch_size=4', *same)
+    run('main_multi_gpu.py', f'-cfg={recipe}', '-tag=two', '-batch_size=2', *same, NPROC='2')
+    losses = [[row['loss'] for row in metrics(tmp_path / tag) if row['kind'] == 'train'] for tag in ('one', 'two')]
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    one, two = (state(tmp_path / tag)['model'] for tag in ('one', 'two'))
+    names = [name for name in one if name.endswith('_variance')]
+    assert len(names) > 10
+    for name in names:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-3, err_msg=name)
+
+
+def test_predictions_are_those_of_the_evaluation(straight, scenes, tmp_path):
+    """Class maps with palette, from which the mIoU of the run follows, overlays, and shares of the classes."""
+    _, recipe, folder = straight
+    run('tools/make_lmdb.py', '-dataset=segmentation', f'-data_path={scenes}', f'-output={tmp_path}', '-split', 'val')
+    flags = [f'-cfg={recipe}', f'-pretrained={folder / "last.pdparams"}', f'-output={tmp_path / "out.json"}']
+    opts = ('-opts', 'DATA.DATASET', 'lmdb', 'DATA.DATA_PATH', str(tmp_path))  # names and colors come from the file
+    run('tools/predict.py', *flags, f'{scenes}/images/val', *opts)
+    rows = json.loads((tmp_path / 'out.json').read_text())
+    assert len(rows) == 5
+    counts = np.zeros((2, 2), int)
+    for number, row in enumerate(rows):
+        name = row['image'].rpartition('/')[2].removesuffix('.png')
+        with Image.open(tmp_path / 'out' / f'{number:06d}_{name}_classes.png') as file:
+            found, palette = np.asarray(file), file.getpalette()
+        with Image.open(tmp_path / 'out' / f'{number:06d}_{name}_overlay.png') as file:
+            assert (file.mode, file.size[::-1]) == ('RGB', found.shape)
+        with Image.open(f'{scenes}/annotations/val/{name}.png') as file:
+            labels = np.asarray(file)
+        assert palette[:6] == [0, 0, 0, 128, 0, 0]
+        shares = {entry['name']: entry['share'] for entry in row['classes']}
+        assert shares == {name: share for name, share in zip(('dark', 'bright'), _shares(found)) if share}
+        np.add.at(counts, (labels[labels != 255], found[labels != 255]), 1)
+    hits = np.diag(counts)
+    assert np.mean(hits / (counts.sum(0) + counts.sum(1) - hits)) == pytest.approx(
+        metrics(folder)[-1]['miou'], rel=1e-9
+    )
+
+
+def _shares(classes: np.ndarray) -> list[float]:
+    return (np.bincount(classes.reshape(-1), minlength=2) / classes.size).tolist()

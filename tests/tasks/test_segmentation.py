@@ -2,6 +2,7 @@
 """Semantic segmentation: metric, loss, inference at several scales, training with resume, predictions."""
 
 import os
+import shutil
 
 import numpy as np
 import paddle
@@ -235,6 +236,14 @@ def test_class_maps_of_many_classes():
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
+def test_missing_maps_end_a_run_at_its_start(tmp_path, pairs):
+    shutil.copytree(pairs, tmp_path / 'data')
+    for number in (1, 3):
+        os.remove(tmp_path / 'data' / 'annotations' / 'train' / f'{number}.png')
+    with pytest.raises(UserError, match=r"images/train/1.png' has no label map '.*/1.png'; 2 of 10 images have none"):
+        trainer_of(str(tmp_path / 'data'), tmp_path / 'run')
+
+
 def test_wrong_settings(pairs):
     with pytest.raises(UserError, match='VAL.SCALE_RATIOS is empty'):
         build_task(config_of(VAL__SCALE_RATIOS=()))

@@ -115,7 +115,7 @@ def test_relative_positions_at_another_size(trained, tmp_path):
 
 
 def test_sizes_that_a_model_does_not_take(trained):
-    with pytest.raises(UserError, match='relative positions are for images of 32 pixels'):
+    with pytest.raises(UserError, match='relative positions of this model need images of 32 pixels'):
         export.main([*trained('relative'), '-opts', 'DATA.CROP_SIZE', '[32,48]'])
     with pytest.raises(UserError, match='an image of 30x32 pixels does not divide into patches of 8'):
         export.main([*trained('mask'), '-opts', 'DATA.CROP_SIZE', '[30,32]'])
