@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text from files that others wrote, made fit for terminals and logs. Standard library only, syntax of Python 3.6."""
 
+import unicodedata
+
 NAME = 160  # characters of one name or value in a message: longer than any parameter name or usual path
 SENTENCE = 4000  # characters of one message or printed line: a screen full, and every list of names that an error shows
 _CUT = ' [...] '
@@ -18,7 +20,11 @@ def printable(text: object, limit: int = SENTENCE, keep: str = '') -> str:
     text = _cut(str(text), limit)
     if text.isprintable():
         return text
-    return _cut(''.join(c if c.isprintable() or c in keep else _escaped(c) for c in text), limit)
+    return _cut(''.join(c if _is_harmless(c) or c in keep else _escaped(c) for c in text), limit)
+
+
+def _is_harmless(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == 'Zs'  # spaces, such as the ideographic one
 
 
 def _cut(text: str, limit: int) -> str:

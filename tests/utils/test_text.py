@@ -36,7 +36,7 @@ def test_escapes(name):
 
 
 def test_plain_text_stays():
-    for text in ('größe 数据 \\x1b', "it's 'x'", ''):
+    for text in ('größe 数据 \\x1b', "it's 'x'", '', '数\u3000据\xa0'):
         assert printable(text) == text
     assert printable_lines('a\tb\nc\x07') == 'a\tb\nc\\x07'
 

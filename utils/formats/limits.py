@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 MAX_OPCODES = 1 << 21  # of a pickle: five seconds; the state of a large run has less than 1 % of it
 MAX_MEMO = 1 << 32  # what pickle's binary operations can count to
 MAX_BITS = 1024  # of an integer: random states have 128, PyTorch's magic number 80
@@ -53,8 +51,7 @@ class Allowance:
 
 
 def _size(value: Any) -> int:
-    if isinstance(value, np.ndarray):
-        return value.nbytes
+    """Return what a call may copy of an argument; no function copies arrays."""
     return len(value) if isinstance(value, (list, tuple, dict, set, frozenset, str, bytes, bytearray)) else 1
 
 

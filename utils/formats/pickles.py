@@ -91,6 +91,8 @@ def _fill(array: np.ndarray, state: tuple) -> None:
 
 
 def _from_buffer(buffer: bytes | bytearray, dtype: DType, shape: tuple, order: str) -> np.ndarray:
+    if not isinstance(buffer, (bytes, bytearray)):
+        raise ValueError('an array without its content')
     return np.frombuffer(buffer, dtype.numpy).reshape(check_shape(shape), order=order).copy(order=order)
 
 

@@ -20,6 +20,7 @@ from tests.utils.formats.helpers import archive, entry, ops, safetensors_file, t
 from utils.errors import UserError
 from utils.formats import read_file
 from utils.formats.limits import MAX_DEPTH
+from utils.formats.pickles import KNOWN, DType
 
 P = b'\x80\x02'
 GET0, GET1, PUT0, PUT1 = b'h\xf0', b'h\xf1', b'q\xf0', b'q\xf1'  # `ops` uses the first places of the memo
@@ -121,6 +122,29 @@ def test_every_attack_is_one_sentence(tmp_path):
     for (name, reason), line in zip(FILES, lines):
         assert ("' is refused: " in line or "' is damaged" in line) and reason in line and len(line) < 500, (name, line)
     assert len(lines) == len(FILES)
+
+
+def test_arrays_are_not_copied_from_arrays():
+    copy = KNOWN['numpy.core.numeric._frombuffer']
+    assert copy(bytearray(8), DType('f4'), (2,), 'C').tolist() == [0, 0]
+    with pytest.raises(ValueError, match='without its content'):
+        copy(np.zeros(2, 'f4'), DType('f4'), (2,), 'C')
+
+
+def test_large_parameters_are_read(tmp_path):
+    """Their numbers are not in the pickle; wrapping them as parameters copies nothing."""
+    count = 1 << 22
+    parameter = b'ctorch._utils\n_rebuild_parameter\n(' + tensor(size=(count,), stored=count) + b'\x88}tR'
+    numbers = np.arange(count, dtype='<f4')
+    path = write(tmp_path / 'x.pth', archive(b'}' + ops('w') + parameter + b's', {'0': numbers.tobytes()}))
+    assert np.array_equal(read_file(path)['w'], numbers)
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_large_arrays_are_read(tmp_path, protocol):
+    state = {str(number): np.arange(1 << 19, dtype='f4') for number in range(4)}
+    path = write(tmp_path / 'x.pdparams', pickle.dumps(state, protocol))
+    np.testing.assert_equal(read_file(path), state)
 
 
 def test_depth_that_is_read(tmp_path):
