@@ -26,18 +26,20 @@ from collections.abc import Callable, Collection
 from yacs.config import CfgNode as CN
 
 from utils import paddlevit
-from utils.cli import run
+from utils.cli import run, unquoted, whole_number
 from utils.errors import UserError
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
 
 # Owners of keys: a key has no effect for any other MODEL.TYPE (`models`, aliases included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
-UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
-SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
+UPERNET, SEGMENTER, MASK_RCNN = ('upernet',), ('segmenter',), ('mask_rcnn',)
+SEGMENTORS = UPERNET + SEGMENTER
+DENSE = SEGMENTORS + MASK_RCNN
+ENCODERS = VIT + DENSE
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
-SUPERVISED, TAUGHT, SEGMENTATION = ('supervised',), ('supervised', 'mae'), ('segmentation',)
-TASKS = ('supervised', 'mae', 'mocov3', 'segmentation')
+SUPERVISED, TAUGHT, SEGMENTATION, DETECTION = ('supervised',), ('supervised', 'mae'), ('segmentation',), ('detection',)
+TASKS = ('supervised', 'mae', 'mocov3', 'segmentation', 'detection')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -71,6 +73,8 @@ _C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # label of pi
 _C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # label maps: 0 is ignored, and k > 0 is class k - 1 (ade20k: always)
 _C.DATA.IMAGE_SCALE = Key((2048, 512), '[1, 65536]', length=(2,), tasks=SEGMENTATION)  # images fit into: (longer, shorter side)
 _C.DATA.CROP_SIZE = Key(None, '[1, 8192]', [int], length=(2,), tasks=SEGMENTATION)  # training: (height, width); None: IMAGE_SIZE
+_C.DATA.ANNOTATION_FILES = Key(('annotations/instances_train.json', 'annotations/instances_val.json'), length=(2,), tasks=DETECTION)  # DATASET detection: training, validation
+_C.DATA.IMAGE_FOLDERS = Key(('images/train', 'images/val'), length=(2,), tasks=DETECTION)  # DATASET detection: folders of their images
 _C.DATA.EXIF_ROTATE = Key(False)  # rotate by the EXIF orientation (phone photographs); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
@@ -84,8 +88,8 @@ _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # dropout rate after the layers of an MLP
 _C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # dropout rate of the attention weights
 _C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT + UPERNET)  # dropout rate before the classifier; upernet: of whole channels
-_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + SEGMENTORS)  # stochastic depth rate
-_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + SEGMENTORS)  # True: the rate grows linearly with depth, from 0 to DROPPATH
+_C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + DENSE)  # stochastic depth rate
+_C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + DENSE)  # True: the rate grows linearly with depth, from 0 to DROPPATH
 
 _C.MODEL.MIXER = Section(models=GMLP)  # gMLP
 _C.MODEL.MIXER.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
@@ -101,16 +105,20 @@ _C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
 _C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # attention heads
 _C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED_DIM
 _C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
-_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT)  # a registered token mixer for all blocks, or a list with one per block
+_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT + MASK_RCNN)  # a registered token mixer for all blocks, or a list with one per block
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # global average pooling: classify the normalized mean of the patch tokens, not the class token
-_C.MODEL.TRANS.DISTILLED = Key(False, models=ENCODERS)  # distillation token with a second classifier, for the teacher's labels (DeiT)
+_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT + SEGMENTORS)  # distillation token with a second classifier, for the teacher's labels (DeiT)
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
 _C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # learned absolute position embedding
-_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=ENCODERS)  # relative position biases: per block, shared, or both
+_C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT + SEGMENTORS)  # relative position biases: per block, shared, or both
 _C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
 _C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
 _C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks and in the classifier (BEiT)
+
+_C.MODEL.WINDOWED = Section(models=VIT + MASK_RCNN)  # the mixer `windowed`: attention within windows (ViTDet)
+_C.MODEL.WINDOWED.SIZE = Key(14, '[1, 1024]')  # side of a window, patches
+_C.MODEL.WINDOWED.REL_POS = Key(True)  # decomposed relative positions within a window
 
 _C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens that the class token attends to
 _C.MODEL.EVIT.KEEP_RATE = Key(1.0, '(0, 1]')  # keep rate: fraction of the patch tokens that each block of DROP_LOC keeps; 1: off
@@ -159,6 +167,24 @@ _C.MODEL.SEGMENTER.DECODER = Key('mask', ('mask', 'linear'))  # mask transformer
 _C.MODEL.SEGMENTER.NUM_LAYERS = Key(2, '[1, 1000]')  # blocks of the mask transformer
 _C.MODEL.SEGMENTER.DROPOUT = Key(0.1, '[0, 1)')  # rate in these blocks
 
+_C.MODEL.DET = Section(models=MASK_RCNN)  # Mask R-CNN; its backbone is MODEL.TRANS
+_C.MODEL.DET.POSITION_SIZE = Key(224, '[1, 8192]')  # image size that the position embedding is for: that of the pre-training
+_C.MODEL.DET.CHANNELS = Key(256, '[1, 65536]')  # width of the pyramid and of the convolutions of the heads
+_C.MODEL.DET.ANCHOR_SIZES = Key((32.0, 64.0, 128.0, 256.0, 512.0), '(0, 8192]', length=(5,))  # side of the anchors of each level, pixels
+_C.MODEL.DET.ANCHOR_RATIOS = Key((0.5, 1.0, 2.0), '(0, 100]')  # height / width of the anchors
+_C.MODEL.DET.RPN_CANDIDATES = Key((2000, 1000), '[1, 1e6]', length=(2,))  # anchors per level before NMS, in training and evaluation
+_C.MODEL.DET.RPN_PROPOSALS = Key((1000, 1000), '[1, 1e6]', length=(2,))  # regions per image after NMS, in training and evaluation
+_C.MODEL.DET.RPN_NMS = Key(0.7, '[0, 1]')  # NMS threshold of the regions of a level
+_C.MODEL.DET.RPN_SAMPLES = Key(256, '[1, 1e6]')  # anchors per image in the loss, at most half of them positive
+_C.MODEL.DET.ROI_SAMPLES = Key(512, '[1, 1e6]')  # regions per image in the loss, at most a quarter of them with an object
+_C.MODEL.DET.BOX_CONVS = Key(4, '[0, 100]')  # convolutions of the box head
+_C.MODEL.DET.BOX_FEATURES = Key(1024, '[1, 65536]')  # channels of its linear layer
+_C.MODEL.DET.MASK_CONVS = Key(4, '[0, 100]')  # convolutions of the mask head
+_C.MODEL.DET.CANONICAL_SIZE = Key(224.0, '(0, 8192]')  # sqrt(area) of the regions that are pooled at stride 16, pixels
+_C.MODEL.DET.MIN_SCORE = Key(0.05, '[0, 1]')  # detections have a higher score
+_C.MODEL.DET.NMS = Key(0.5, '[0, 1]')  # NMS threshold of the detections of a class
+_C.MODEL.DET.MAX_DETECTIONS = Key(100, '[1, 10000]')  # per image
+
 _C.MODEL.MSMLP = Section(models=MS_MLP)  # MS-MLP
 _C.MODEL.MSMLP.PATCH_SIZE = Key(4, '[1, 1024]')  # side of a patch, pixels
 _C.MODEL.MSMLP.EMBED_DIM = Key(96, '[1, 65536]')  # channels of the first stage, doubled by each further one
@@ -187,7 +213,8 @@ _C.TRAIN.LR_SCHEDULER.UPDATE = Key('epoch', ('epoch', 'step'))  # once per epoch
 _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT: 2)
 _C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR also scales WARMUP_START_LR and END_LR (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step: factor of each decay
+_C.TRAIN.LR_SCHEDULER.MILESTONES = Key((), '[0, 1e9]', [float])  # NAME multistep: epochs, or steps where NUM_ITERS is set, of the decays
+_C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step, multistep: factor of each decay
 _C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # layer-wise learning-rate decay: factor per layer, from the head down; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # gradient clipping: maximum global norm; None or 0: off
@@ -209,7 +236,7 @@ _C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per 
 _C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
 _C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
 _C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
-_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION)  # random factor on IMAGE_SCALE
+_C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION + DETECTION)  # random factor on IMAGE_SCALE; detection: on IMAGE_SIZE
 _C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # maximum fraction of one class in a crop; 1: no limit
 _C.TRAIN.PHOTOMETRIC = Key(True, tasks=SEGMENTATION)  # random brightness, contrast, saturation and hue
 _C.TRAIN.RAND_AUGMENT = Key(True)  # RandAugment: random operations on each image
@@ -257,6 +284,7 @@ _C.VAL.IS_SLIDE = Key(False)  # sliding windows of CROP_SIZE; False: the whole i
 _C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # stride of the windows: (rows, columns)
 _C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # multi-scale evaluation: factors on IMAGE_SCALE, whose probabilities are averaged
 _C.VAL.FLIP = Key(False)  # also average with the flipped image
+_C.VAL.SHOW_SCORE = Key(0.5, '[0, 1]', tasks=DETECTION)  # pictures show objects of at least this score
 
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = Key('./output')  # parent of the run folders
@@ -287,7 +315,7 @@ _RENAMED = {
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + SEGMENTORS + MAE + MOCOV3, TASKS), paddlevit.adapt)
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + DENSE + MAE + MOCOV3, TASKS), paddlevit.adapt)
 
 
 def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:
@@ -344,7 +372,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 
-    def add(flag: str, kind: Callable = _unquoted, **options) -> None:
+    def add(flag: str, kind: Callable = unquoted, **options) -> None:
         if only is None or flag in only:
             options = options if 'action' in options else {'type': kind, **options}
             parser.add_argument(flag, default=argparse.SUPPRESS, **options)
@@ -354,17 +382,17 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-data_path', metavar='DIR', help='folder of the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
-    add('-batch_size', _integer, metavar='N', help='images per process, for training and evaluation')
-    add('-batch_size_eval', _integer, metavar='N', help='images per process in evaluation')
-    add('-image_size', _integer, metavar='N', help='side of the input in pixels')
-    add('-num_classes', _integer, metavar='N', help='number of classes (default: taken from the data)')
-    add('-accum_iter', _integer, metavar='N', help='micro-batches per optimizer step')
-    add('-num_workers', _integer, metavar='N', help='image loading processes per training process')
+    add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
+    add('-batch_size_eval', whole_number, metavar='N', help='images per process in evaluation')
+    add('-image_size', whole_number, metavar='N', help='side of the input in pixels')
+    add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
+    add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
+    add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
     add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
-    add('-last_epoch', _integer, metavar='N', help='last finished epoch, if -resume names a file with weights only')
+    add('-last_epoch', whole_number, metavar='N', help='last finished epoch, if -resume names a file with weights only')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add('-ngpus', _integer, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)')
+    add('-ngpus', whole_number, metavar='N', help='processes (default: NPROC, or one per GPU; CPU: two)')
     add('-eval', action='store_true', help='evaluate only')
     add('-amp', action='store_true', help='mixed precision (GPU only)')
     add('-throughput', action='store_true', help='measure images per second and stop')
@@ -382,8 +410,7 @@ _FLAGS = {
     'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH', 'output': 'SAVE', 'tag': 'TAG', 'batch_size': 'DATA.BATCH_SIZE',
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
-    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH',
-    'teacher_model_path': 'TRAIN.TEACHER_MODEL', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
+    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'teacher_model_path': 'TRAIN.TEACHER_MODEL', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
 }  # fmt: skip
 
 
@@ -427,7 +454,7 @@ def merge_opts(config: CN, opts: list) -> None:
     for key, value in zip(opts[::2], opts[1::2]):
         if key == 'BASE':
             raise UserError('-opts: BASE has an effect in YAML files only; name the file with -cfg.')
-        SCHEMA.set(config, str(key), _unquoted(value) if isinstance(value, str) else value, '-opts')
+        SCHEMA.set(config, str(key), unquoted(value) if isinstance(value, str) else value, '-opts')
 
 
 def validate(config: CN) -> None:
@@ -450,17 +477,6 @@ def _finish(config: CN) -> None:
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
         if node[key] is not None:  # `latest` may soon point to another run
             node[key] = follow_latest(node[key])
-
-
-def _unquoted(text: str) -> str:
-    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in '\'"' else text
-
-
-def _integer(text: str) -> int:
-    return int(_unquoted(text))
-
-
-_integer.__name__ = 'whole number'
 
 
 # ---------------------------------------------------------------------------------------------------- printing

@@ -8,7 +8,17 @@ A new data set is a function from a configuration and a split to a `Dataset`:
 ...     return Dataset(FileStorage(config.DATA.DATA_PATH, paths), labels, source=config.DATA.DATA_PATH)
 """
 
-from datasets import cifar, digits, folder, lmdb, scenes, segmentation_layouts, transfer, zip  # noqa: F401 (register themselves)
+from datasets import (  # noqa: F401 (register themselves)
+    cifar,
+    detection,
+    digits,
+    folder,
+    lmdb,
+    scenes,
+    segmentation_layouts,
+    transfer,
+    zip,
+)
 from datasets.dataset import Dataset, FileStorage, Images, describe_empty, resolve_num_classes
 from datasets.loader import Batch, Loader, build_dataloader
 from datasets.registry import DATASETS, register_dataset

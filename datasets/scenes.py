@@ -4,10 +4,12 @@
 Each scene shows scikit-learn's digits on a textured background, in random number, size, position and color; later digits
 cover earlier ones. Scenes are written once in the layout of user data:
 
-    $LEANVIT_CACHE/digit_scenes-1/classes.txt                      ground, 0 to 9
+    $LEANVIT_CACHE/digit_scenes-2/classes.txt                      ground, 0 to 9
                                   images/{train,val}/NNNN.png
                                   annotations/{train,val}/NNNN.png label maps
-                                  annotations/instances_{train,val}.json     boxes of the visible parts, in COCO's format
+                                  annotations/instances_{train,val}.json     objects in COCO's format
+
+Boxes and masks of objects are those of their visible pixels.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from PIL import Image
 
 from datasets.classes import default_palette, read_classes
 from datasets.embedded import load_digits, written_once
+from datasets.polygons import mask_polygons
 from datasets.registry import register_dataset
 from datasets.segmentation import SegmentationDataset
 from datasets.segmentation_layouts import CLASSES, segmentation_folder
@@ -28,7 +31,8 @@ from datasets.segmentation_layouts import CLASSES, segmentation_folder
 NAMES = ('ground', *map(str, range(10)))
 SCENES = {'train': 800, 'val': 200}
 SIDE = 64  # side of a scene in pixels
-_VERSION = 1
+_VERSION = 2  # of the files: 2 has masks of the objects
+_SEED = 1  # of the scenes, which are those of version 1
 _HELD_OUT = 5  # every fifth digit appears in validation scenes only
 _INK = 96  # threshold, of 255: brighter pixels of an enlarged digit belong to it
 _LEAST = 0.4  # minimum visible fraction of a digit that is listed as an object
@@ -52,12 +56,12 @@ class Scene(NamedTuple):
     Attributes:
         image: [SIDE, SIDE, 3] uint8.
         labels: [SIDE, SIDE] uint8, 0 for the background, k + 1 for the digit k.
-        objects: (label, box (left, top, width, height), visible pixels) of each sufficiently visible digit.
+        objects: (label, mask of the visible pixels [SIDE, SIDE] bool) of each sufficiently visible digit.
     """
 
     image: np.ndarray
     labels: np.ndarray
-    objects: list[tuple[int, tuple[int, int, int, int], int]]
+    objects: list[tuple[int, np.ndarray]]
 
 
 def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator) -> Scene:
@@ -75,13 +79,8 @@ def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
         owner[rows, columns] = len(stamps)
         stamps.append((int(targets[number]) + 1, int(ink.sum())))
     labels = np.array([label for label, _ in stamps] + [0], 'uint8')[owner]  # -1 is the background
-    objects = []
-    for index, (label, full) in enumerate(stamps):
-        rows, columns = np.nonzero(owner == index)
-        if len(rows) >= _LEAST * full:
-            left, top = int(columns.min()), int(rows.min())
-            box = (left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top)
-            objects.append((label, box, len(rows)))
+    visible = [(label, owner == index, full) for index, (label, full) in enumerate(stamps)]
+    objects = [(label, mask) for label, mask, full in visible if mask.sum() >= _LEAST * full]
     return Scene(np.clip(image, 0, 255).astype('uint8'), labels, objects)
 
 
@@ -97,7 +96,7 @@ def _write_scenes(folder: str) -> None:
     pixels, held_out = np.round(data.images * (255 / 16)).astype('uint8'), np.arange(len(data.target)) % _HELD_OUT == 0
     for number, (split, count) in enumerate(SCENES.items()):
         mine = held_out if split == 'val' else ~held_out
-        rng = np.random.default_rng([_VERSION, number])
+        rng = np.random.default_rng([_SEED, number])
         scenes = [make_scene(pixels[mine], data.target[mine], rng) for _ in range(count)]
         _write_split(folder, split, scenes)
     with open(os.path.join(folder, CLASSES), 'w', encoding='utf-8') as file:
@@ -119,7 +118,7 @@ def _write_split(folder: str, split: str, scenes: list[Scene]) -> None:
 
 
 def _coco(scenes: list[Scene]) -> dict:
-    """Return the boxes in COCO's format; the digit k has the category id k + 1, as in the label maps."""
+    """Return the objects in COCO's format; the digit k has the category id k + 1, as in the label maps."""
     objects = [(number, *found) for number, scene in enumerate(scenes) for found in scene.objects]
     return {
         'images': [
@@ -127,8 +126,17 @@ def _coco(scenes: list[Scene]) -> dict:
             for number in range(len(scenes))
         ],
         'annotations': [
-            {'id': index, 'image_id': number, 'category_id': label, 'bbox': list(box), 'area': area, 'iscrowd': 0}
-            for index, (number, label, box, area) in enumerate(objects, 1)
+            {'id': index, 'image_id': number, 'category_id': label, 'iscrowd': 0, **_shape(mask)}
+            for index, (number, label, mask) in enumerate(objects, 1)
         ],
         'categories': [{'id': label, 'name': name} for label, name in enumerate(NAMES) if label],
     }
+
+
+def _shape(mask: np.ndarray) -> dict:
+    """Box, area and polygons of a mask [SIDE, SIDE]."""
+    rows, columns = np.nonzero(mask)
+    left, top = int(columns.min()), int(rows.min())
+    box = [left, top, int(columns.max()) + 1 - left, int(rows.max()) + 1 - top]
+    polygons = [polygon.astype(int).reshape(-1).tolist() for polygon in mask_polygons(mask)]
+    return {'bbox': box, 'area': len(rows), 'segmentation': polygons}

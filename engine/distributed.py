@@ -59,6 +59,14 @@ class Context:
         dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def gather(self, text: str) -> list[str]:
+        """The texts of all processes by rank, on every process."""
+        if self.world_size == 1:
+            return [text]
+        texts: list[str] = []
+        dist.all_gather_object(texts, text)
+        return texts
+
     def barrier(self) -> None:
         """Wait until every rank calls this."""
         if self.world_size > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from utils.errors import UserError
 from utils.schedules import SCHEDULES
 
 
@@ -14,7 +15,7 @@ def lr_schedule(config, global_batch: int, steps_per_epoch: int = 1) -> Callable
     Args:
         config: the configuration; its section TRAIN is read.
         global_batch: images per optimizer step over all ranks and micro-batches.
-        steps_per_epoch: converts TRAIN.NUM_ITERS and WARMUP_ITERS, if set, to fractional epochs.
+        steps_per_epoch: converts TRAIN.NUM_ITERS, WARMUP_ITERS and MILESTONES, if in steps, to fractional epochs.
 
     Returns:
         `lr(epoch, progress)` with `epoch` from 1 and `progress` in [0, 1), the fraction of the epoch's steps already taken.
@@ -25,6 +26,9 @@ def lr_schedule(config, global_batch: int, steps_per_epoch: int = 1) -> Callable
     function = SCHEDULES[train.LR_SCHEDULER.NAME]
     scale = lr_scale(config, global_batch)
     ends = scale if train.LR_SCHEDULER.SCALE_ENDS else 1.0
+    steps = 1 if train.NUM_ITERS is None else steps_per_epoch
+    if train.LR_SCHEDULER.NAME == 'multistep' and not train.LR_SCHEDULER.MILESTONES:
+        raise UserError('TRAIN.LR_SCHEDULER.NAME multistep needs TRAIN.LR_SCHEDULER.MILESTONES: say when it decays.')
     values = {
         'base': train.BASE_LR * scale,
         'start': train.WARMUP_START_LR * ends,
@@ -32,6 +36,7 @@ def lr_schedule(config, global_batch: int, steps_per_epoch: int = 1) -> Callable
         'warmup': train.WARMUP_EPOCHS if train.WARMUP_ITERS is None else train.WARMUP_ITERS / steps_per_epoch,
         'total': train.NUM_EPOCHS if train.NUM_ITERS is None else train.NUM_ITERS / steps_per_epoch,
         'decay_epochs': train.LR_SCHEDULER.DECAY_EPOCHS,
+        'milestones': [milestone / steps for milestone in train.LR_SCHEDULER.MILESTONES],
         'decay_rate': train.LR_SCHEDULER.DECAY_RATE,
         'power': train.LR_SCHEDULER.POWER,
     }

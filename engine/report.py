@@ -172,7 +172,19 @@ class Reporter:
                 picture.save(file, 'PNG')
             self.writer.add_image(name, np.asarray(picture), state.step)
 
+    def files(self, texts: Mapping[str, str], prefix: str = '') -> None:
+        """Files of an evaluation in the run's folder, in the place of those of an earlier one."""
+        if self.context.is_main:
+            write_files(self.folder, {prefix + name: text for name, text in texts.items()})
+
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(f'{group}/{name}', float(value), step)
+
+
+def write_files(folder: str, texts: Mapping[str, str]) -> None:
+    """Write texts to a folder by file name. Raises UserError where the disk is full."""
+    for name, text in texts.items():
+        with atomic_write(os.path.join(folder, name), 'w') as file:
+            file.write(text)

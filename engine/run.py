@@ -14,6 +14,7 @@ from engine import distributed
 from engine.checkpoint import read_checkpoint
 from engine.checkpoint_schema import validate_checkpoint
 from engine.evaluate import describe_metrics, evaluate
+from engine.report import write_files
 from engine.run_folder import RunFolder, lock_folder, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
@@ -122,6 +123,7 @@ def _evaluate(config, task: Task, model, weights: Weights, loader, context, log,
     if context.is_main:
         metrics = MetricsFile(os.path.join(folder.path, 'metrics.jsonl'))
         metrics.append({'kind': 'eval', 'epoch': 0, 'step': 0, **result})
+        write_files(folder.path, evaluator.files())
     if result['skipped']:
         log.master(f'{result["skipped"]} images could not be read and are not counted.')
 

@@ -276,6 +276,7 @@ class Trainer:
         )
         for line in self.evaluator.details():
             self.log.master(line)
+        self.reporter.files(self.evaluator.files(), '' if kind == 'val' else 'ema_')
         speed = result['images'] / result['seconds']
         self.reporter.record(kind, state.last_epoch, state.step, **result, images_per_second=speed)
         name, direction = self.evaluator.best

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Union
 
 import numpy as np
 import paddle
@@ -20,16 +22,24 @@ PREPROCESS = '.preprocess.json'  # preprocessing of the images, written by tools
 INPUT_NAME = 'x'
 PRECISIONS = ('fp32', 'bf16')
 GPU_POOL_MB = 256  # initial size of the memory pool, which grows
+NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
+Outputs = Union[np.ndarray, tuple]
 
 
-def save_program(model: nn.Layer, image_shape: Sequence[int], prefix: str) -> None:
-    """Export a model in evaluation mode as a program with one float32 input `x` [any batch, *image_shape].
+def save_program(
+    model: nn.Layer, image_shape: Sequence[int], prefix: str, more: Mapping[str, np.ndarray] = NOTHING
+) -> None:
+    """Export a model in evaluation mode as a program with the float32 input `x` [any batch, *image_shape].
 
     The model stays in evaluation mode.
+
+    Args:
+        more: examples of further inputs by name, in the order of the arguments of `forward`; dtypes and shapes are used.
     """
     model.eval()
-    spec = InputSpec([None, *image_shape], 'float32', name=INPUT_NAME)
-    static = paddle.jit.to_static(model, input_spec=[spec], full_graph=True)
+    specs = [InputSpec([None, *image_shape], 'float32', name=INPUT_NAME)]
+    specs += [InputSpec([None, *array.shape[1:]], str(array.dtype), name=name) for name, array in more.items()]
+    static = paddle.jit.to_static(model, input_spec=specs, full_graph=True)
     try:
         paddle.jit.save(static, prefix)
     finally:
@@ -75,15 +85,18 @@ class Predictor:
         config.enable_memory_optim()
         config.disable_glog_info()
         self._predictor = inference.create_predictor(config)
-        self._input = self._predictor.get_input_handle(INPUT_NAME)
-        self._output = self._predictor.get_output_handle(self._predictor.get_output_names()[0])
+        names = self._predictor.get_output_names()
+        self._outputs = [self._predictor.get_output_handle(name) for name in names]
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Normalized images [B, C, H, W] float32 -> logits [B, K] float32."""
-        self._input.reshape(images.shape)
-        self._input.copy_from_cpu(images)
+    def __call__(self, images: np.ndarray, **more: np.ndarray) -> Outputs:
+        """Normalized images [B, C, H, W] float32 and further inputs by name -> logits [B, K] float32, or several outputs."""
+        for name, array in {INPUT_NAME: images, **more}.items():
+            handle = self._predictor.get_input_handle(name)
+            handle.reshape(array.shape)
+            handle.copy_from_cpu(np.ascontiguousarray(array))
         self._predictor.run()
-        return self._output.copy_to_cpu()
+        outputs = tuple(handle.copy_to_cpu() for handle in self._outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def cpu_threads() -> int:

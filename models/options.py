@@ -64,6 +64,20 @@ def dense_options(config) -> dict:
     return options
 
 
+def detector_options(config) -> dict:
+    """Arguments of a detector's `PatchEncoder`.
+
+    Raises:
+        UserError: as `dense_options`; or an image size that the levels of the pyramid do not divide.
+    """
+    options, det = dense_options(config), config.MODEL.DET
+    del options['distilled']
+    for key, size in (('DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE), ('MODEL.DET.POSITION_SIZE', det.POSITION_SIZE)):
+        if size % options['patch_size']:
+            raise UserError(f'{key} is {size}, but must be a multiple of the patch size {options["patch_size"]}.')
+    return {**options, 'position_size': det.POSITION_SIZE}
+
+
 def pretraining_options(config) -> dict:
     """Return arguments of `VisionTransformer` for self-supervised pre-training: plain blocks, no dropout."""
     model, trans = config.MODEL, config.MODEL.TRANS
@@ -100,8 +114,14 @@ def mixer_specs(model) -> MixerSpec | list[MixerSpec]:
 def _mixer_spec(model, name: str) -> MixerSpec:
     if name.lower() == 'attention' and 'block' in model.TRANS.REL_POS:
         name = 'relative'
-    options = {key.lower(): value for key, value in model.get(name.upper(), {}).items()}
+    options = _mixer_options(model, name.lower())
     return MixerSpec(name, model.TRANS.QKV_BIAS, model.TRANS.KEY_BIAS, model.ATTENTION_DROPOUT, options)
+
+
+def _mixer_options(model, name: str) -> dict:
+    if name == 'windowed':
+        return {'size': model.WINDOWED.SIZE, 'rel_pos': model.WINDOWED.REL_POS}
+    return {key.lower(): value for key, value in model.get(name.upper(), {}).items()}
 
 
 def reducer_specs(model) -> list[ReducerSpec]:

@@ -150,6 +150,11 @@ class VisionTransformer(Classifier):
     def _check_relative(self) -> None:
         """Set `relative`. Raise UserError if tokens are reduced, as relative positions need all patch tokens."""
         mixers = [block.attn for block in self.blocks]
+        if self.num_prefix and any(getattr(mixer, 'patches_only', False) for mixer in mixers):
+            raise UserError(
+                'windowed attention and decomposed relative positions (MODEL.TRANS.MIXER) are for models without class '
+                'token, such as MODEL.TYPE mask_rcnn.'
+            )
         self.relative = self.rel_pos_bias is not None or any(isinstance(mixer, RelativeAttention) for mixer in mixers)
         if not self.relative:
             return

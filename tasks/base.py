@@ -11,7 +11,7 @@ TRAIN.TASK, in a module of this package or in your own folder:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -43,6 +43,9 @@ class Group(Protocol):
 
     def sum(self, values: Tensor) -> Tensor:
         """All-reduce a tensor in place and return it."""
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all processes by rank, on every process."""
 
 
 class Interrupted(Exception):
@@ -132,6 +135,10 @@ class Evaluator:
 
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
         """Return pictures by name. The main process calls this method after `result`."""
+        return {}
+
+    def files(self) -> dict[str, str]:
+        """Texts by file name, of which the run's folder keeps those of the last evaluation. As `pictures`."""
         return {}
 
 
@@ -314,6 +321,17 @@ class Task:
             'image_size': crop.size,
             'crop_pct': self.config.DATA.CROP_PCT if resize.size > crop.size else 1.0,
         }
+
+    def program_inputs(self, batch_size: int) -> dict[str, np.ndarray]:
+        """Examples of what an exported program takes beside the images, by name, in the order of the model's arguments."""
+        return {}
+
+    def exports(self, model: nn.Layer) -> Iterator[None]:
+        """Yield before each export that is compared with the model on random images; the last one is what users get.
+
+        A model that may return nothing for such images is compared under other settings first.
+        """
+        yield
 
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """Return one prediction per image from the result of `infer`."""

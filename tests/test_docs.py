@@ -18,7 +18,7 @@ from tests.test_structure import SOURCES
 
 DOCS = os.path.join(ROOT, 'docs')
 PAGES = sorted(glob.glob(f'{DOCS}/*.md'))
-METHODS = ('deit', 'evit', 'gmlp', 'lambda_vit', 'mae', 'mocov3', 'ms_mlp', 'segmentation', 'tome')
+METHODS = ('deit', 'detection', 'evit', 'gmlp', 'lambda_vit', 'mae', 'mocov3', 'ms_mlp', 'segmentation', 'tome')
 TOOLS = ('analysis', 'plan', 'visualize')
 START, END = ['What it is for', 'Try it in minutes'], ['Options', 'Results', 'How it works', 'References']
 ORDER = {

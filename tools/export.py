@@ -20,7 +20,7 @@ import argparse
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import paddle
@@ -50,7 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         os.makedirs(folder, exist_ok=True)
         with unfinished_files(folder, name) as prefix:
-            difference = export(model, task.image_shape(), prefix)
+            difference = 0.0
+            for _ in task.exports(model):
+                difference = max(difference, export(model, task, prefix))
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
                 file.write(json_text(describe(config, model.num_classes, task), indent=2))
             publish(prefix, os.path.join(folder, name))
@@ -78,17 +80,17 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
         yield os.path.join(link, 'program')
 
 
-def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
-    """Write the program and run it. Return the largest difference of a logit, relative to the largest logit.
+def export(model: paddle.nn.Layer, task: Task, prefix: str) -> float:
+    """Write the program and run it. Return the largest difference of an output, relative to its largest value.
 
     Raises:
         UserError: the difference is too large.
     """
-    rng = np.random.default_rng(0)
-    batches = [rng.standard_normal((size, *shape), 'float32') for size in BATCHES]
+    rng, shape = np.random.default_rng(0), task.image_shape()
+    batches = [(rng.standard_normal((size, *shape), 'float32'), task.program_inputs(size)) for size in BATCHES]
     with paddle.no_grad():
-        expected = [model(paddle.to_tensor(images)).numpy() for images in batches]
-    save_program(model, shape, prefix)
+        expected = [outputs_of(model, images, more) for images, more in batches]
+    save_program(model, shape, prefix, batches[0][1])
     try:
         predictor = Predictor(prefix)
     except Exception as error:  # of any type: Paddle reports no error on a full disk
@@ -96,7 +98,9 @@ def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
             'the exported program cannot be read back, so nothing is written; free space on its disk, or write elsewhere '
             '(-output).'
         ) from error
-    differences = [relative_difference(predictor(images), logits) for images, logits in zip(batches, expected)]
+    differences = [
+        largest_difference(predictor(images, **more), outputs) for (images, more), outputs in zip(batches, expected)
+    ]
     worst = float(np.max(differences))
     if not worst <= TOLERANCE:  # NaN included
         raise UserError(
@@ -104,6 +108,18 @@ def export(model: paddle.nn.Layer, shape: list[int], prefix: str) -> float:
             'nothing is written.'
         )
     return worst
+
+
+def outputs_of(model: paddle.nn.Layer, images: np.ndarray, more: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """What a model returns, one tensor or several."""
+    outputs = model(paddle.to_tensor(images), *map(paddle.to_tensor, more.values()))
+    return tuple(output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
+def largest_difference(actual: np.ndarray | tuple, expected: tuple[np.ndarray, ...]) -> float:
+    """The largest one of all outputs, each relative to its own largest value."""
+    actual = actual if isinstance(actual, tuple) else (actual,)
+    return float(np.max([relative_difference(*pair) for pair in zip(actual, expected)]))
 
 
 def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -117,6 +133,10 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
         'model': config.MODEL.NAME,
         'num_classes': num_classes,
         'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *task.image_shape()]},
+        **{
+            f'input_{name}': {'name': name, 'dtype': str(array.dtype), 'shape': [None, *array.shape[1:]]}
+            for name, array in task.program_inputs(1).items()
+        },
         'exif_rotate': data.EXIF_ROTATE,
         'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
         **task.preprocessing(),

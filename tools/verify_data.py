@@ -5,9 +5,9 @@
     python tools/verify_data.py -dataset folder -data_path ./flowers -report flowers.json
     python tools/verify_data.py -cfg ./configs/gmlp_s16_224.yaml -data_path /dataset/imagenet -num_workers 8
 
-Reads and decodes every image and label map as training does. Problems are wrong lines or labels in lists, classes without
-images, unreadable images, duplicates within a split, and the same file in training and validation. The exit status is 0
-without problems, else 1.
+Reads and decodes every image with its label map or objects as training does. Problems are wrong lines or labels in lists,
+classes without images, unreadable images, duplicates within a split, and the same file in training and validation. The exit
+status is 0 without problems, else 1.
 """
 
 from __future__ import annotations

@@ -212,3 +212,17 @@ def _exit(status: int) -> None:
     if 'PADDLE_TRAINER_ID' in os.environ:
         os._exit(status)
     sys.exit(status)
+
+
+# ---------------------------------------------------------------------------------------------------- values
+def unquoted(text: str) -> str:
+    """The value of a flag without a pair of quotes around it."""
+    return text[1:-1] if len(text) >= 2 and text[0] == text[-1] and text[0] in '\'"' else text
+
+
+def whole_number(text: str) -> int:
+    """The value of a flag as an integer."""
+    return int(unquoted(text))
+
+
+whole_number.__name__ = 'whole number'  # what argparse calls it

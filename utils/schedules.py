@@ -7,8 +7,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from utils.registry import Registry
+
+_EXACT = 1e-9  # epochs; steps divided by steps per epoch are not exact
 
 SCHEDULES = Registry('learning-rate schedule (TRAIN.LR_SCHEDULER.NAME)')
 
@@ -65,6 +68,25 @@ def step(
     if t < warmup:
         return _warmup(t, base, start, warmup)
     return max(base * decay_rate ** (t // decay_epochs), end)
+
+
+@SCHEDULES.register('multistep')
+def multistep(
+    t: float,
+    *,
+    base: float,
+    start: float,
+    end: float,
+    warmup: float,
+    milestones: Sequence[float],
+    decay_rate: float,
+    **_,
+) -> float:
+    """After the warm-up `base`, times `decay_rate` from each of the milestones on (detectron2), at least `end`."""
+    if t < warmup:
+        return _warmup(t, base, start, warmup)
+    passed = sum(t >= milestone - _EXACT for milestone in milestones)
+    return max(base * decay_rate**passed, end)
 
 
 @SCHEDULES.register('poly')

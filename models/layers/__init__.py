@@ -27,6 +27,7 @@ from models.layers.tokens import (
     take_tokens,
 )
 from models.layers.tome import ToMeReducer, ToMeSpec, merge_schedule
+from models.layers.windowed_attention import DecomposedAttention, WindowedAttention, resize_decomposed_table
 
 __all__ = [
     'NORM_EPS',
@@ -35,6 +36,7 @@ __all__ = [
     'AttentionRemoval',
     'Block',
     'BlockIntermediates',
+    'DecomposedAttention',
     'DropPath',
     'EViTReducer',
     'EViTSpec',
@@ -51,6 +53,7 @@ __all__ = [
     'ToMeSpec',
     'TokenReducer',
     'TokenState',
+    'WindowedAttention',
     'build_mixer',
     'check_keep_rates',
     'check_reducers',
@@ -67,6 +70,7 @@ __all__ = [
     'register_reducer',
     'relative_position_index',
     'requested',
+    'resize_decomposed_table',
     'resize_maps',
     'resize_position_table',
     'resize_relative_table',

@@ -88,8 +88,8 @@ class Attention(nn.Layer):
         Returns:
             [B, N, C], and the requested maps.
         """
-        pair_biases = [bias for bias in (bias, self.own_bias()) if bias is not None]
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
+        pair_biases = [bias for bias in (bias, self.own_bias(q, grid)) if bias is not None]
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
         if not need_maps and not pair_biases and _fused_kernel(x):
             x = self._fused(q, k, v, key_bias)
@@ -113,8 +113,13 @@ class Attention(nn.Layer):
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
         return x if key_bias is None else x[..., : self.head_dim]
 
-    def own_bias(self) -> Tensor | None:
-        """Return the layer's own bias of the attention logits, [H, N, N]; None: no bias."""
+    def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
+        """Return the layer's own bias of the attention logits, [H, N, N] or [B, H, N, N]; None: no bias.
+
+        Args:
+            q: queries before scaling, [B, N, H, C / H].
+            grid: as in `forward`.
+        """
         return None
 
     def _project(self, x: Tensor) -> Tensor:
@@ -137,7 +142,7 @@ class RelativeAttention(Attention):
         super().__init__(dim, num_heads, **options)
         add_relative_positions(self, grid, num_heads)
 
-    def own_bias(self) -> Tensor:
+    def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """See `Attention`."""
         return relative_bias(self)
 

@@ -17,10 +17,12 @@ from typing import Any
 from paddle import nn
 
 from models.layers.attention import Attention, RelativeAttention
+from models.layers.windowed_attention import DecomposedAttention, WindowedAttention
 from utils.registry import Registry
 
 MIXERS = Registry('token mixer (MODEL.TRANS.MIXER)')
 register_mixer = MIXERS.register
+DEFAULT_WINDOW = 14  # side of a window of windowed attention, patches
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,21 @@ def _attention(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int],
 def _relative(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float) -> RelativeAttention:
     """Build attention with one relative position bias per block."""
     return RelativeAttention(dim, num_heads, grid, **_options(spec, drop_rate))
+
+
+@register_mixer('windowed')
+def _windowed(spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float) -> WindowedAttention:
+    """Attention within windows (ViTDet). Options: `size`, side of a window; `rel_pos`, decomposed relative positions."""
+    window, relative = spec.options.get('size', DEFAULT_WINDOW), spec.options.get('rel_pos', True)
+    return WindowedAttention(dim, num_heads, window, relative, **_options(spec, drop_rate))
+
+
+@register_mixer('decomposed')
+def _decomposed(
+    spec: MixerSpec, dim: int, num_heads: int, grid: tuple[int, int], drop_rate: float
+) -> DecomposedAttention:
+    """Attention with decomposed relative positions (ViTDet)."""
+    return DecomposedAttention(dim, num_heads, grid, **_options(spec, drop_rate))
 
 
 def _options(spec: MixerSpec, drop_rate: float) -> dict:

@@ -63,7 +63,7 @@ def test_ms_mlp_rates_per_step(index):
 @given(st.sampled_from(sorted(SCHEDULES)), st.floats(0, 1), st.floats(0, 10), st.integers(11, 30))
 def test_rates_stay_between_their_ends(name, share, warmup, total):
     values = {'base': 1.0, 'start': 1e-3, 'end': 1e-2, 'warmup': warmup, 'total': total}
-    rate = SCHEDULES[name](share * total, **values, decay_epochs=4.0, decay_rate=0.1)
+    rate = SCHEDULES[name](share * total, **values, decay_epochs=4.0, decay_rate=0.1, milestones=[5.0, 8.0])
     assert 1e-3 - 1e-12 <= rate <= 1.0 + 1e-12
     if share * total >= warmup:
         assert rate >= 1e-2 - 1e-12
@@ -100,3 +100,30 @@ def test_poly_by_iterations(name, steps_per_epoch):
     places = [divmod(int(step), steps_per_epoch) for step in reference[f'in/{name}/iter']]
     rates = np.array([lr(epoch + 1, step / steps_per_epoch) for epoch, step in places])
     np.testing.assert_allclose(rates / 1e-4, reference[f'out/{name}/multiplier'], 1e-9)
+
+
+@pytest.mark.parametrize('steps_per_epoch', [1832, 1, 7])
+def test_detectron2_rates(steps_per_epoch):
+    reference = golden('vitdet-schedule')
+    total = reference.meta['max_iter']
+    options = [
+        *('TRAIN.NUM_ITERS', total, 'TRAIN.WARMUP_ITERS', 250, 'TRAIN.BASE_LR', 1e-4, 'TRAIN.WARMUP_START_LR', 1e-7),
+        *('TRAIN.LR_SCHEDULER.NAME', 'multistep', 'TRAIN.LR_SCHEDULER.UPDATE', 'step', 'TRAIN.LINEAR_SCALED_LR', 64),
+        *('TRAIN.LR_SCHEDULER.MILESTONES', (total * 24 // 27, total * 26 // 27), 'TRAIN.END_LR', 0.0),
+    ]
+    for batch in (64, 16):
+        lr = lr_schedule(get_config(opts=options), batch, steps_per_epoch)
+        places = [divmod(int(step), steps_per_epoch) for step in reference['in/iter']]
+        rates = np.array([lr(epoch + 1, step / steps_per_epoch) for epoch, step in places])
+        np.testing.assert_allclose(rates / (1e-4 * batch / 64), reference['out/multiplier'], 1e-6)
+
+
+def test_milestones():
+    options = ['TRAIN.LR_SCHEDULER.NAME', 'multistep', 'TRAIN.WARMUP_EPOCHS', 0, 'TRAIN.BASE_LR', 1.0]
+    options += ['TRAIN.END_LR', 0.02]
+    with pytest.raises(UserError, match='multistep needs TRAIN.LR_SCHEDULER.MILESTONES'):
+        lr_schedule(get_config(opts=options), 512)
+    lr = lr_schedule(
+        get_config(opts=[*options, 'TRAIN.LR_SCHEDULER.MILESTONES', '3, 5']), 512, 10
+    )  # as PaddleViT writes
+    np.testing.assert_allclose([lr(epoch, 0.0) for epoch in (2, 3, 4, 5, 6)], [1, 0.1, 0.1, 0.02, 0.02])

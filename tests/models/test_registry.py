@@ -105,7 +105,7 @@ def test_file(name):
     own, config = yaml.safe_load(text), get_config(path)
     assert config.MODEL.NAME == own['MODEL']['NAME'] == name
     # The data say how many classes there are; a recipe for one data set may say it as well.
-    of_one_data_set = '_transfer_' in name or config.DATA.DATASET == 'ade20k'
+    of_one_data_set = '_transfer_' in name or config.DATA.DATASET in ('ade20k', 'coco')
     assert (config.MODEL.NUM_CLASSES is None) == (not of_one_data_set)
     assert f'-cfg=./configs/{name}.yaml' in text
 

@@ -41,7 +41,10 @@ MIXERS = {  # by registered mixer: its variants
             'MODEL.TRANS.RESCALED_INIT': True, 'MODEL.TRANS.ABS_POS': False,
         },
     },
+    'windowed': {'windowed': {'MODEL.TRANS.MIXER': ('windowed',), 'MODEL.WINDOWED.SIZE': 2}},
+    'decomposed': {'decomposed': {'MODEL.TRANS.MIXER': ('decomposed',)}},
 }  # fmt: skip
+PATCHES_ONLY = ('windowed', 'decomposed')  # mixers of models without class token, which tests/models/detection tries
 REDUCERS = {  # by registered reducer: its variants
     'evit': {'evit': EVIT, 'evit_fuse': {**EVIT, 'MODEL.EVIT.FUSE_TOKEN': True}},
     'tome': {'tome': {'MODEL.TOME.R': 2}},
@@ -53,6 +56,11 @@ TASK_OPTIONS = {  # by registered task: the smallest model that it trains
     },
     'mocov3': {'MODEL.TYPE': 'mocov3', 'MODEL.MOCO.DIM': 8, 'MODEL.MOCO.MLP_DIM': 16},
     'segmentation': {'MODEL.TYPE': 'segmenter', 'MODEL.SEGMENTER.DECODER': 'linear', 'TRAIN.RANDOM_ERASE_PROB': 0.0},
+    'detection': {
+        'MODEL.TYPE': 'mask_rcnn', 'MODEL.DET.POSITION_SIZE': 16, 'MODEL.DET.CHANNELS': 8, 'MODEL.DET.BOX_FEATURES': 8,
+        'MODEL.DET.BOX_CONVS': 1, 'MODEL.DET.MASK_CONVS': 1, 'MODEL.DET.ANCHOR_SIZES': (2, 4, 8, 12, 16),
+        'TRAIN.RANDOM_ERASE_PROB': 0.0,
+    },
 }  # fmt: skip
 HEADS = {
     'token': {},
@@ -80,6 +88,8 @@ IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype('float3
 
 def conflict(mixer: str, reducer: str, head: str, objective: str) -> str | None:
     """Key that the refusal of a combination names; None: it is allowed."""
+    if mixer in PATCHES_ONLY:
+        return 'MODEL.TRANS.MIXER'
     if mixer in ('block', 'shared', 'beit') and (reducer != 'all' or head == 'distilled'):
         return 'MODEL.TRANS.REL_POS'
     if (objective != 'none') != head.startswith('distilled'):

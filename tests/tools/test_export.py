@@ -71,8 +71,8 @@ def test_the_guide_squashes_and_turns_what_the_evaluation_does(tmp_path, monkeyp
 class Deviating(export.Predictor):
     """A program that is off by a little."""
 
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        logits = super().__call__(images)
+    def __call__(self, images: np.ndarray, **more: np.ndarray) -> np.ndarray:
+        logits = super().__call__(images, **more)
         return logits + 1e-4 * np.abs(logits).max() * (len(images) == 3)
 
 
@@ -125,8 +125,8 @@ def test_a_full_disk(trained, tmp_path, monkeypatch):
     """Paddle does not notice it."""
     save = export.save_program
 
-    def cut(model, shape, prefix):
-        save(model, shape, prefix)
+    def cut(model, shape, prefix, more):
+        save(model, shape, prefix, more)
         os.truncate(prefix + export.PROGRAM, 0)
 
     monkeypatch.setattr(export, 'save_program', cut)

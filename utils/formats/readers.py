@@ -18,6 +18,7 @@ from utils.text import NAME, printable
 
 PADDLE, TORCH, OLD_TORCH = 'PaddlePaddle', 'PyTorch', 'PyTorch (before 1.6)'
 SAFETENSORS, NPZ = 'safetensors', 'npz'
+DETECTRON2 = 'detectron2'  # a pickle of arrays in PyTorch's layouts
 
 
 def read_file(path: str) -> Any:
@@ -50,7 +51,9 @@ def _format_of(file: IO[bytes], path: str) -> str:
             return TORCH if any(map(torch_files.is_object, archive.namelist())) else NPZ
     if str(path).endswith('.safetensors') or (head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= size):
         return SAFETENSORS
-    return OLD_TORCH if torch_files.LEGACY_MAGIC.to_bytes(10, 'little') in head[:32] else PADDLE
+    if torch_files.LEGACY_MAGIC.to_bytes(10, 'little') in head[:32]:
+        return OLD_TORCH
+    return DETECTRON2 if str(path).lower().endswith('.pkl') else PADDLE
 
 
 @contextlib.contextmanager
@@ -77,6 +80,7 @@ def _one_line(error: Exception) -> str:
 
 _READERS: dict[str, Callable[[IO[bytes], int], Any]] = {
     PADDLE: paddle_files.read,
+    DETECTRON2: paddle_files.read,
     TORCH: torch_files.read_archive,
     OLD_TORCH: torch_files.read_legacy,
     SAFETENSORS: array_files.read_safetensors,

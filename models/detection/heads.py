@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Heads of Mask R-CNN (https://arxiv.org/abs/1703.06870): class and box of each region, and its mask.
+
+With LayerNorm in the convolutions as in ViTDet. Parameter names are those of detectron2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.detection.boxes import BoxCoder, pairwise_iou
+from models.detection.masks import Instance, mask_targets
+from models.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, subsample
+from models.detection.pyramid import ConvNorm, double, kaiming_normal_
+from models.detection.roi_align import PyramidPooler
+
+THRESHOLD = 0.5  # intersection over union from which on a region has the class of an object
+POSITIVE_SHARE = 0.25
+BOX_SIDE, MASK_SIDE = 7, 14  # of pooled regions, cells; masks have twice the side
+
+
+class Sample(NamedTuple):
+    """Sampled regions of a batch with what they learn, sorted by image.
+
+    Attributes:
+        boxes: [R, 4].
+        images: number of the image, [R] int64.
+        classes: K for background, [R] int64.
+        targets: boxes that the regions with an object learn, [R, 4].
+        objects: index of the object in its image; of background of no meaning, [R] int64.
+    """
+
+    boxes: Tensor
+    images: Tensor
+    classes: Tensor
+    targets: Tensor
+    objects: Tensor
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+class BoxHead(nn.Layer):
+    """Convolutions and a linear layer.
+
+    Args:
+        channels: of the pooled regions.
+        convs: number of convolutions.
+        features: channels of the result.
+    """
+
+    def __init__(self, channels: int, convs: int, features: int):
+        super().__init__()
+        self.convs = [f'conv{i + 1}' for i in range(convs)]
+        for name in self.convs:
+            setattr(self, name, ConvNorm(channels, channels, 3, relu=True))
+        self.fc1 = nn.Linear(channels * BOX_SIDE**2, features)
+        bound = (3.0 / self.fc1.weight.shape[0]) ** 0.5
+        initializer.Uniform(-bound, bound)(self.fc1.weight)
+        initializer.Constant(0.0)(self.fc1.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, channels, 7, 7] -> [R, features]."""
+        for name in self.convs:
+            x = getattr(self, name)(x)
+        return F.relu(self.fc1(x.flatten(1)))
+
+
+class BoxPredictor(nn.Layer):
+    """Logits of the classes and of background, and a box for each class.
+
+    Args:
+        features: channels of `BoxHead`.
+        num_classes: K.
+    """
+
+    def __init__(self, features: int, num_classes: int):
+        super().__init__()
+        self.features = features
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace both layers by newly initialized ones."""
+        self.cls_score = nn.Linear(self.features, num_classes + 1)
+        self.bbox_pred = nn.Linear(self.features, 4 * num_classes)
+        for layer, std in ((self.cls_score, 0.01), (self.bbox_pred, 0.001)):
+            initializer.Normal(std=std)(layer.weight)
+            initializer.Constant(0.0)(layer.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[R, features] -> logits [R, K + 1], background last, and deltas [R, K * 4], float32."""
+        return self.cls_score(x).astype('float32'), self.bbox_pred(x).astype('float32')
+
+
+class MaskHead(nn.Layer):
+    """Convolutions, a transposed one, and a mask for each class.
+
+    Args:
+        channels: of the pooled regions.
+        convs: number of convolutions.
+        num_classes: K.
+    """
+
+    def __init__(self, channels: int, convs: int, num_classes: int):
+        super().__init__()
+        self.convs = [f'mask_fcn{i + 1}' for i in range(convs)]
+        for name in self.convs:
+            setattr(self, name, ConvNorm(channels, channels, 3, relu=True))
+        self.deconv = double(channels, channels)
+        kaiming_normal_(self.deconv.weight, channels * 4)
+        initializer.Constant(0.0)(self.deconv.bias)
+        self.channels = channels
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the last layer by a newly initialized one."""
+        self.predictor = nn.Conv2D(self.channels, num_classes, 1)
+        initializer.Normal(std=0.001)(self.predictor.weight)
+        initializer.Constant(0.0)(self.predictor.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, channels, 14, 14] -> logits [R, K, 28, 28]."""
+        for name in self.convs:
+            x = getattr(self, name)(x)
+        return self.predictor(F.relu(self.deconv(x)))
+
+
+class ROIHeads(nn.Layer):
+    """Box head and mask head on regions of the pyramid, p2 to p5.
+
+    Args:
+        channels: of the maps.
+        strides: pixels per cell of the levels.
+        num_classes: K.
+        samples: regions per image that the loss takes.
+        box_convs, box_features: see `BoxHead`.
+        mask_convs: see `MaskHead`.
+        canonical_size: see `PyramidPooler`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[float],
+        num_classes: int,
+        samples: int = 512,
+        box_convs: int = 4,
+        box_features: int = 1024,
+        mask_convs: int = 4,
+        canonical_size: float = 224.0,
+    ):
+        super().__init__()
+        self.num_classes, self.samples = num_classes, samples
+        self.box_pooler = PyramidPooler(strides, BOX_SIDE, canonical_size)
+        self.mask_pooler = PyramidPooler(strides, MASK_SIDE, canonical_size)
+        self.box_head = BoxHead(channels, box_convs, box_features)
+        self.box_predictor = BoxPredictor(box_features, num_classes)
+        self.mask_head = MaskHead(channels, mask_convs, num_classes)
+        self.coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace what depends on the number of classes by newly initialized layers."""
+        self.num_classes = num_classes
+        self.box_predictor.reset_classifier(num_classes)
+        self.mask_head.reset_classifier(num_classes)
+
+    def predict_boxes(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Regions [R, 4] of `images` [R], sorted by image -> results of `BoxPredictor`."""
+        return self.box_predictor(self.box_head(self.box_pooler(maps[:4], boxes, images)))
+
+    def predict_masks(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, classes: Tensor) -> Tensor:
+        """Logits of the masks of regions [R, 4] of `images` [R], for `classes` [R] -> [R, 28, 28] float32."""
+        logits = self.mask_head(self.mask_pooler(maps[:4], boxes, images)).astype('float32')
+        return paddle.take_along_axis(logits, classes.reshape([-1, 1, 1, 1]), axis=1).squeeze(1)
+
+    # ------------------------------------------------------------------------------------------------ training
+    def assign(
+        self, boxes: Tensor, valid: Tensor, objects: Tensor, classes: Tensor, keys: Tensor, image: int
+    ) -> Sample:
+        """Sample regions of an image.
+
+        Args:
+            boxes, valid: proposals of the image, see `Proposals`. The boxes of the objects are proposals too.
+            objects: boxes of the objects, [G, 4].
+            classes: of the objects, [G] int64.
+            keys: random numbers that decide which regions are sampled, [P + G] float64.
+            image: number of the image.
+        """
+        count = objects.shape[0]
+        boxes = paddle.concat([boxes, objects]) if count else boxes
+        valid = paddle.concat([valid, paddle.ones([count], 'bool')]) if count else valid
+        index, labels = match(pairwise_iou(objects, boxes), THRESHOLD, THRESHOLD)
+        labels = paddle.where(valid, labels, paddle.full_like(labels, IGNORED))
+        labels = subsample(labels, keys, self.samples, POSITIVE_SHARE)
+        # Regions with an object come first, in their order; then background.
+        rows = paddle.concat([paddle.nonzero(labels == value).flatten() for value in (POSITIVE, NEGATIVE)])
+        index, boxes, positive = (paddle.gather(values, rows) for values in (index, boxes, labels == POSITIVE))
+        background = paddle.full_like(index, self.num_classes)
+        learnt = paddle.where(positive, paddle.gather(classes, index), background) if count else background
+        targets = paddle.gather(objects, index) if count else boxes
+        return Sample(boxes, paddle.full_like(index, image), learnt, targets, index)
+
+    def losses(
+        self, maps: Sequence[Tensor], samples: Sequence[Sample], masks: Sequence[Sequence[Instance]]
+    ) -> dict[str, Tensor]:
+        """Losses of the heads.
+
+        Args:
+            maps: levels of the pyramid.
+            samples: `assign` of each image.
+            masks: objects of each image, as polygons or bitmaps in pixels of the network input.
+        """
+        sample = Sample(*(paddle.concat(parts) for parts in zip(*samples)))
+        logits, deltas = self.predict_boxes(maps, sample.boxes, sample.images)
+        result = box_losses(logits, deltas, sample, self.coder)
+        rows = paddle.nonzero(sample.classes < self.num_classes).flatten()
+        if not rows.shape[0]:  # a region whose loss counts 0, so that all parameters have a gradient
+            boxes, zero = paddle.to_tensor([[0.0, 0.0, 1.0, 1.0]]), paddle.zeros([1], 'int64')
+            return {**result, 'loss_mask': self.predict_masks(maps, boxes, zero, zero).sum() * 0.0}
+        boxes, images, classes, objects = (
+            paddle.gather(values, rows) for values in (sample.boxes, sample.images, sample.classes, sample.objects)
+        )
+        owners = zip(images.tolist(), objects.tolist())
+        targets = mask_targets([masks[image][number] for image, number in owners], boxes.numpy(), 2 * MASK_SIDE)
+        given = self.predict_masks(maps, boxes, images, classes)
+        return {**result, 'loss_mask': mask_loss(given, paddle.to_tensor(np.asarray(targets, 'float32')))}
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+def box_losses(logits: Tensor, deltas: Tensor, sample: Sample, coder: BoxCoder) -> dict[str, Tensor]:
+    """Cross entropy of all regions, and L1 of the boxes of those with an object over the number of all.
+
+    Args:
+        logits: [R, K + 1].
+        deltas: [R, K * 4].
+    """
+    count, num_classes = logits.shape[0], logits.shape[1] - 1
+    entropy = F.cross_entropy(logits, sample.classes) if count else logits.sum() * 0.0
+    rows = paddle.nonzero(sample.classes < num_classes).flatten()
+    loss = deltas.sum() * 0.0
+    if rows.shape[0]:
+        boxes, targets, classes = (
+            paddle.gather(values, rows) for values in (sample.boxes, sample.targets, sample.classes)
+        )
+        given = paddle.gather(deltas.reshape([-1, 4]), rows * num_classes + classes)
+        loss = (given - coder.encode(boxes, targets)).abs().sum()
+    return {'loss_cls': entropy, 'loss_box_reg': loss / max(count, 1)}
+
+
+def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean binary cross entropy of masks [R, m, m]; 0 of none."""
+    if not logits.shape[0]:
+        return logits.sum() * 0.0
+    return F.binary_cross_entropy_with_logits(logits, targets)

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Non-maximum suppression within groups of boxes, and the choice of the final detections."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import paddle
+from paddle import Tensor
+from paddle.vision.ops import nms
+
+from models.detection.boxes import clip_boxes
+
+
+def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
+    """Greedy non-maximum suppression by descending score; boxes of different groups do not suppress each other.
+
+    Args:
+        boxes: [N, 4], finite.
+        scores: [N].
+        groups: number of the group, [N] int64.
+        threshold: a box is dropped whose intersection over union with a better one exceeds it.
+
+    Returns:
+        Indices of the kept boxes by descending score, [k] int64.
+    """
+    order = paddle.argsort(scores, descending=True, stable=True)
+    boxes = boxes.astype('float64')  # in which the displacement of groups rounds nothing away
+    boxes = boxes + (groups.astype('float64') * (boxes.max() - boxes.min() + 1.0)).unsqueeze(1)
+    return paddle.gather(order, nms(paddle.gather(boxes, order), threshold))
+
+
+class Best(NamedTuple):
+    """The best boxes of each image by descending score; after the last one come boxes of zeros.
+
+    Attributes:
+        boxes: [B, k, 4].
+        scores: [B, k]; 0 behind the last box.
+        index: place among all boxes, [B, k] int64.
+        valid: [B, k] bool.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    index: Tensor
+    valid: Tensor
+
+
+def suppress(
+    boxes: Tensor, scores: Tensor, groups: Tensor, usable: Tensor, num_groups: int, threshold: float, limit: int
+) -> Best:
+    """Non-maximum suppression within the groups of each image.
+
+    Args:
+        boxes: [B, N, 4], finite.
+        scores: [B, N].
+        groups: number of the group, below `num_groups`, [B, N] int64.
+        usable: the other boxes are dropped, [B, N] bool.
+        threshold: see `grouped_nms`.
+        limit: largest number of boxes per image.
+    """
+    count = boxes.shape[1]
+    images, flat_boxes, flat_scores = numbers_of(boxes), boxes.reshape([-1, 4]), scores.flatten()
+    groups, kept = (groups + images.unsqueeze(1) * num_groups).flatten(), paddle.zeros_like(groups).flatten()
+    if paddle.in_dynamic_mode():
+        parts = [paddle.nonzero(image).flatten() + number * count for number, image in enumerate(usable)]
+    else:  # a program has no loop over any number of images: the images are groups, too
+        parts = [paddle.nonzero(usable.flatten()).flatten()]
+    for part in parts:
+        if paddle.in_dynamic_mode() and not part.shape[0]:
+            continue
+        rows = grouped_nms(*(paddle.gather(values, part) for values in (flat_boxes, flat_scores, groups)), threshold)
+        rows = paddle.gather(part, rows)
+        kept = paddle.scatter(kept, rows, paddle.ones_like(rows))
+    return _best(boxes, scores, kept.reshape([-1, count]), min(limit, count))
+
+
+def _best(boxes: Tensor, scores: Tensor, kept: Tensor, limit: int) -> Best:
+    lowest = paddle.full_like(scores, np.finfo('float32').min)
+    scores, index = paddle.where(kept > 0, scores, lowest).topk(limit, axis=1)
+    valid = paddle.take_along_axis(kept, index, axis=1) > 0
+    boxes = paddle.take_along_axis(boxes, index.unsqueeze(-1), axis=1)
+    boxes, scores = boxes * valid.unsqueeze(-1).astype(boxes.dtype), scores * valid.astype(scores.dtype)
+    return Best(boxes, scores, index, valid)
+
+
+def numbers_of(x: Tensor) -> Tensor:
+    """0, 1, ... for each row of a tensor of two or more axes, [B] int64; also in a program of any batch size."""
+    ones = paddle.ones_like(x.flatten(1)[:, 0], dtype='int64')
+    return paddle.cumsum(ones, axis=0) - 1
+
+
+def choose_detections(
+    boxes: Tensor,
+    probabilities: Tensor,
+    valid: Tensor,
+    sizes: Tensor,
+    min_score: float = 0.05,
+    threshold: float = 0.5,
+    limit: int = 100,
+) -> Best:
+    """The best detections of each image, after non-maximum suppression within each class.
+
+    Args:
+        boxes: of each class, [B, R, K * 4].
+        probabilities: [B, R, K + 1], background last. Rows with numbers that are not finite are left out.
+        valid: the other regions are left out, [B, R] bool.
+        sizes: (height, width) of the images, [B, 2].
+        min_score: probabilities up to this are no detections.
+        threshold: see `grouped_nms`.
+        limit: largest number of detections per image.
+
+    Returns:
+        `Best`, whose index is region * K + class.
+    """
+    regions, num_classes = probabilities.shape[1], probabilities.shape[2] - 1
+    finite = paddle.logical_and(boxes.isfinite().all(-1), probabilities.isfinite().all(-1))
+    finite = paddle.logical_and(finite, valid).unsqueeze(-1)
+    scores = paddle.where(finite, probabilities[:, :, :-1], paddle.zeros_like(probabilities[:, :, :-1]))
+    boxes = paddle.where(finite, boxes, paddle.zeros_like(boxes))
+    classes = paddle.ones_like(scores, dtype='int64') * paddle.arange(num_classes)
+    boxes = clip_boxes(boxes.reshape([-1, regions * num_classes, 4]), sizes)
+    scores, classes = scores.flatten(1), classes.flatten(1)
+    return suppress(boxes, scores, classes, scores > min_score, num_classes, threshold, limit)

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Windowed attention and decomposed relative positions, as in ViTDet (https://arxiv.org/abs/2203.16527).
+
+Decomposed relative positions (MViTv2, https://arxiv.org/abs/2112.01526) add to the logit of query q at (y, x) and key at
+(y', x') the products q . R_h[y - y'] + q . R_w[x - x'], where q is not scaled. The heads share both tables.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import Tensor, nn
+from paddle.nn import initializer
+
+from models.layers.attention import Attention, AttentionMaps
+from utils.errors import UserError
+
+
+# ---------------------------------------------------------------------------------------------------- windows
+def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
+    """Cut maps into windows, with zeros at the right and bottom up to a multiple of the window.
+
+    Args:
+        x: [B, H, W, C].
+        window: side w of a window.
+
+    Returns:
+        Windows [B * number of windows, w, w, C], and the padded (H, W).
+    """
+    height, width, channels = x.shape[1:]
+    rows, columns = -(-height // window), -(-width // window)
+    padding = [0, 0, 0, rows * window - height, 0, columns * window - width, 0, 0]
+    if any(padding):
+        x = F.pad(x, padding, pad_from_left_axis=True)
+    x = x.reshape([-1, rows, window, columns, window, channels]).transpose([0, 1, 3, 2, 4, 5])
+    return x.reshape([-1, window, window, channels]), (rows * window, columns * window)
+
+
+def window_merge(windows: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The inverse of `window_partition`: windows [B * number, w, w, C] -> [B, *size, C], without the padding."""
+    window, channels = windows.shape[2:]
+    rows, columns = padded[0] // window, padded[1] // window
+    x = windows.reshape([-1, rows, columns, window, window, channels]).transpose([0, 1, 3, 2, 4, 5])
+    return x.reshape([-1, *padded, channels])[:, : size[0], : size[1]]
+
+
+# ---------------------------------------------------------------------------------------------------- positions
+def relative_rows(table: Tensor, q_size: int, k_size: int) -> Tensor:
+    """Row of a table for each query and key position along one axis.
+
+    Args:
+        table: [T, d]; for another T than 2 max(q, k) - 1 it is interpolated linearly.
+        q_size, k_size: q and k; positions are scaled to the longer one and the differences truncated.
+
+    Returns:
+        [q, k, d]
+    """
+    table = resize_decomposed_table(table, 2 * max(q_size, k_size) - 1)
+    q_scale, k_scale = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
+    differences = (np.arange(q_size) * q_scale)[:, None] - np.arange(k_size) * k_scale + (k_size - 1) * k_scale
+    index = paddle.to_tensor(differences.astype('int64').reshape(-1))
+    return paddle.gather(table, index).reshape([q_size, k_size, table.shape[1]])
+
+
+def resize_decomposed_table(table: Tensor, rows: int) -> Tensor:
+    """A table of relative positions along one axis [T, d] -> [rows, d], linearly with half-pixel centers."""
+    if table.shape[0] == rows:
+        return table
+    columns = table.transpose([1, 0]).unsqueeze(0)
+    resized = F.interpolate(columns, size=[rows], mode='linear', align_corners=False, align_mode=0, data_format='NCW')
+    return resized[0].transpose([1, 0])
+
+
+def decomposed_bias(q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Bias of the logits of decomposed relative positions.
+
+    Args:
+        q: queries before scaling [B, H * W, heads, d], of a grid H x W.
+        rows: `relative_rows` of the vertical table, [H, H, d].
+        columns: of the horizontal table, [W, W, d].
+
+    Returns:
+        [B, heads, H * W, H * W]
+    """
+    height, width, (heads, dim) = rows.shape[0], columns.shape[0], q.shape[2:]
+    q = q.reshape([-1, height, width, heads, dim])
+    vertical = paddle.matmul(
+        q.transpose([1, 0, 3, 2, 4]).reshape([height, -1, dim]), rows.astype(q.dtype), transpose_y=True
+    )
+    vertical = vertical.reshape([height, -1, heads, width, height]).transpose([1, 2, 0, 3, 4])
+    horizontal = paddle.matmul(
+        q.transpose([2, 0, 3, 1, 4]).reshape([width, -1, dim]), columns.astype(q.dtype), transpose_y=True
+    )
+    horizontal = horizontal.reshape([width, -1, heads, height, width]).transpose([1, 2, 3, 0, 4])
+    bias = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)  # [B, heads, H, W, H, W]
+    return bias.reshape([-1, heads, height * width, height * width])
+
+
+def add_decomposed_tables(layer: nn.Layer, grid: tuple[int, int], head_dim: int) -> None:
+    """Give `layer` both tables, of zeros, under detectron2's names."""
+    for name, length in zip(('rel_pos_h', 'rel_pos_w'), grid):
+        table = layer.create_parameter([2 * length - 1, head_dim], default_initializer=initializer.Constant(0.0))
+        setattr(layer, name, table)
+
+
+# ---------------------------------------------------------------------------------------------------- mixers
+class DecomposedAttention(Attention):
+    """Attention among all patches with decomposed relative positions; other grids interpolate the tables.
+
+    Args:
+        grid: (rows, columns) of patches.
+        options: arguments of `Attention`.
+    """
+
+    patches_only = True
+
+    def __init__(self, dim: int, num_heads: int, grid: tuple[int, int], **options):
+        super().__init__(dim, num_heads, **options)
+        add_decomposed_tables(self, grid, self.head_dim)
+
+    def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """See `Attention`."""
+        check_grid(grid, q.shape[1])
+        tables = (self.rel_pos_h, self.rel_pos_w)
+        return decomposed_bias(q, *(relative_rows(table, length, length) for table, length in zip(tables, grid)))
+
+
+class WindowedAttention(Attention):
+    """Attention among the patches of each window.
+
+    Windows are not shifted. Maps are padded with zeros to whole windows; the padding takes part as it does in ViTDet, with the
+    biases of the projections as its keys and values.
+
+    Args:
+        window: side of a window, patches.
+        relative: decomposed relative positions.
+        options: arguments of `Attention`.
+    """
+
+    offers = ()  # its attention weights are those of windows
+    patches_only = True
+
+    def __init__(self, dim: int, num_heads: int, window: int, relative: bool = True, **options):
+        super().__init__(dim, num_heads, **options)
+        self.window, self.relative = window, relative
+        if relative:
+            add_decomposed_tables(self, (window, window), self.head_dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        need_maps: bool = False,
+        need_keys: bool = False,
+        key_bias: Tensor | None = None,
+        bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, AttentionMaps]:
+        """See `Attention`; no maps are returned."""
+        check_grid(grid, x.shape[1])
+        windows, padded = window_partition(x.reshape([-1, *grid, x.shape[2]]), self.window)
+        mixed, _ = super().forward(windows.flatten(1, 2), grid=(self.window, self.window))
+        mixed = mixed.reshape([-1, self.window, self.window, x.shape[2]])
+        return window_merge(mixed, padded, grid).flatten(1, 2), AttentionMaps()
+
+    def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
+        """See `Attention`."""
+        if not self.relative:
+            return None
+        tables = (self.rel_pos_h, self.rel_pos_w)
+        return decomposed_bias(q, *(relative_rows(table, self.window, self.window) for table in tables))
+
+
+def check_grid(grid: tuple[int, int] | None, tokens: int) -> None:
+    """Raises UserError where the tokens are not all patches of a grid."""
+    if grid is None or (tokens > 0 and grid[0] * grid[1] != tokens):
+        raise UserError(
+            'windowed attention and decomposed relative positions (MODEL.TRANS.MIXER) need all patch tokens and no other.'
+        )
