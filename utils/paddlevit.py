@@ -126,6 +126,8 @@ def adapt(values: list[Value], path: str, model_type: str, known: Collection[str
             f"'{path}': LeanViT has no linear probing of MAE (MODEL.TYPE LINEARPROBE); pre-training runs a kNN probe "
             'instead, and MODEL.TYPE FINETUNE trains the whole model.'
         )
+    if folder not in _DEFAULTS:  # the schema names the key that no model has
+        return Adapted(values, [])
     source = f"{path} (default of PaddleViT's {folder} files)"
     defaults = dict(_DEFAULTS[folder])
     if folder == 'deit' and 'distilled' in f'{given.get("MODEL.NAME", "")} {os.path.basename(path)}':
@@ -144,10 +146,10 @@ def _flat(values: Iterable[Value]) -> Iterator[Value]:
 
 def _is_paddlevit(given: dict[str, Any]) -> bool:
     kind = given.get('MODEL.TYPE')
-    if isinstance(kind, str) and kind not in _TYPES and kind.lower() not in ('vit', 'deit'):
+    if 'MODEL.TYPE' in given and not (isinstance(kind, str) and (kind in _TYPES or kind.lower() in ('vit', 'deit'))):
         return False
     own = [name for name in given if name in _RENAMED]
-    whole = kind in _TYPES and 'MODEL.TRANS.PATCH_SIZE' in given and not any(given.get('BASE') or ())
+    whole = kind in _TYPES and 'MODEL.TRANS.PATCH_SIZE' in given and given.get('BASE') in (None, '', [], [''])
     return bool(own) or whole
 
 
@@ -166,7 +168,10 @@ def _renamed(values: list[Value], folder: str) -> Iterator[Value]:
         if name in _HEAD_SIZES:
             _refuse_if(value not in (None, 'None'), name, where, 'the head size is EMBED_DIM / NUM_HEADS')
         elif name == 'MODEL.TRANS.MLP_DIM':
-            _refuse_if(not channels, name, where, 'it needs HIDDEN_SIZE in the same file')
+            numbers = isinstance(value, (int, float)) and isinstance(channels, (int, float))
+            _refuse_if(
+                not channels or not numbers, name, where, 'it needs HIDDEN_SIZE in the same file, and both a number'
+            )
             yield 'MODEL.TRANS.MLP_RATIO', value / channels, where
         elif name == 'MODEL.TYPE':
             yield name, _type(value, folder), where

@@ -56,9 +56,15 @@ def from_paddlevit(arrays: Mapping[str, np.ndarray], pooled: bool = False) -> di
     for name in list(renamed):
         if match := _SPLIT.fullmatch(name):
             parts = [f'{match[1]}.{part}.{match[2]}' for part in 'qkv']
-            if all(part in renamed for part in parts):
+            if _can_be_joined([renamed.get(part) for part in parts]):
                 renamed[f'{match[1]}.qkv.{match[2]}'] = np.concatenate([renamed.pop(part) for part in parts], axis=-1)
     return renamed
+
+
+def _can_be_joined(parts: list[np.ndarray | None]) -> bool:
+    """Return True for three arrays of one shape whose numbers are all stored, so that the result is no larger than the file."""
+    shapes = {part.shape if part is not None else () for part in parts}
+    return len(shapes) == 1 and () not in shapes and all(part.size and 0 not in part.strides for part in parts)
 
 
 def _rename(name: str, last_norm: str) -> str:

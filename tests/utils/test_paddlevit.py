@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 
 import pytest
@@ -233,3 +234,18 @@ def test_its_namespace_with_nones(tmp_path):
     assert update_config(get_config(), args).TRAIN.ACCUM_ITER == 1
     args.cfg = None
     assert update_config(get_config(), args).MODEL.TYPE == 'gmlp'
+
+
+@pytest.mark.parametrize('value', ['null', '[]', '[1]', '{a: 1}', '3', '.inf', 'x', '""', '[[1]]'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        'MODEL: {{TYPE: {}, DEPTH: 2}}', 'MODEL: {{DEPTH: {}}}', 'MODEL: {{TYPE: ViT, MLP_DIM: {}, HIDDEN_SIZE: 8}}',
+        'MODEL: {{TYPE: ViT, MLP_DIM: 8, HIDDEN_SIZE: {}}}', 'MODEL: {{TYPE: ViT, TRANS: {{PATCH_SIZE: 16}}}}\nBASE: {}',
+        'MODEL: {{TYPE: PRETRAIN, TRANS: {{ENCODER: {}}}}}', 'MODEL: {{TYPE: ViT, NAME: {}, DEPTH: 2}}',
+    ],
+)  # fmt: skip
+def test_values_of_any_kind_are_read_or_refused(tmp_path, text, value):
+    (tmp_path / 'm.yaml').write_text(text.format(value))
+    with contextlib.suppress(UserError):
+        get_config(str(tmp_path / 'm.yaml'))

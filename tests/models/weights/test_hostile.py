@@ -15,6 +15,7 @@ from models.gmlp import GMLP
 from models.vision_transformer import VisionTransformer
 from models.weights.convert import port_state_dict
 from models.weights.load import load_pretrained, load_state, match_classes, stored_classes
+from models.weights.paddlevit import from_paddlevit
 from tests.models.weights.test_load import SIZES, random_state
 from utils.errors import UserError
 from utils.formats import write_pdparams
@@ -165,3 +166,17 @@ def test_names_of_any_length():
     with pytest.raises(UserError, match='without a place in the model') as info:
         load_state(model, arrays)
     assert len(str(info.value)) <= 4000
+
+
+@pytest.mark.parametrize('other', [(), (0,), (3, 2), (2, 3, 1), (0, 3)])
+def test_queries_of_paddlevit_that_cannot_be_joined(other):
+    """Other shapes than those of keys and values, or numbers that are repeated a million times."""
+    sign = {'patch_embedding.patch_embedding.weight': np.ones((2, 2), 'float32')}
+    names = [f'encoder.layers.0.attn.{part}.weight' for part in ('query', 'key', 'value')]
+    for shapes in ([other, (2, 3), (2, 3)], [(2, 3), (2, 3), other]):
+        arrays = {name: np.ones(shape, 'float32') for name, shape in zip(names, shapes)}
+        assert 'blocks.0.attn.qkv.weight' not in from_paddlevit({**sign, **arrays})
+    assert 'blocks.0.attn.qkv.weight' not in from_paddlevit(
+        {**sign, **dict.fromkeys(names, repeated(1 << 12, 1 << 12))}
+    )
+    assert from_paddlevit({**sign, **dict.fromkeys(names, np.ones((2, 3)))})['blocks.0.attn.qkv.weight'].shape == (2, 9)
