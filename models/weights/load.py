@@ -129,6 +129,7 @@ def stored_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> int | N
     classifier of that many would be allocated for it.
     """
     rules, ours = rules_of(model), model.num_classes
+    arrays = rules.adopt(model, arrays)
     classes = rules.count_classes(arrays)
     heads = {name: tuple(target.shape) for name, target in model.state_dict().items() if rules.is_head(name)}
     pairs = [(arrays[name].shape, shape) for name, shape in heads.items() if name in arrays]
