@@ -9,7 +9,8 @@ One YAML file describes a run. Later values override earlier ones:
 
 `python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value.
 
-Keys have PaddleViT's names where it has them, so its YAML files load unchanged, including old names.
+Keys have PaddleViT's names where it has them. YAML files of its gMLP folder load unchanged, including old names; those of its
+DeiT, ViT and MAE folders are translated by `utils.paddlevit`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if __name__ == '__main__':
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Collection
 
 from yacs.config import CfgNode as CN
@@ -28,6 +30,7 @@ from yacs.config import CfgNode as CN
 from utils import paddlevit
 from utils.cli import run, unquoted, whole_number
 from utils.errors import UserError
+from utils.foreign_flags import translate
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
 
@@ -362,8 +365,12 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
 
 
 def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse PaddleViT's command line: `-x value` or `-x=value`, with optional quotes around the value."""
-    return flag_parser('Train or evaluate an image classifier.').parse_args(argv)
+    """Parse PaddleViT's command line: `-x value` or `-x=value`, with optional quotes around the value.
+
+    Flags of the codes of the papers are translated, see `utils.foreign_flags`.
+    """
+    words = translate(sys.argv[1:] if argv is None else argv)
+    return flag_parser('Train or evaluate an image classifier.').parse_args(words)
 
 
 def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
