@@ -330,7 +330,7 @@ def test_mistakes():
             [*SMALL, 'MODEL.EVIT.KEEP_RATE', 0.5],
             'MODEL.EVIT.KEEP_RATE is 0.5, but has no effect for MODEL.TYPE mask_rcnn',
         ),
-        ([*SMALL, 'MODEL.LAMBDA.PRUNE_LAYERS', [0]], 'set MODEL.LAMBDA.REMOVED True'),
+        ([*SMALL, 'MODEL.LAMBDA.PRUNE_LAYERS', [0]], 'set MODEL.LAMBDA.REMOVED to True'),
         ([*SMALL, 'MODEL.NUM_CLASSES', 0], 'a detector needs classes: set MODEL.NUM_CLASSES'),
         ([*SMALL, 'DATA.IMAGE_SIZE', 60], 'DATA.IMAGE_SIZE is 60, but must be a multiple of the patch size 8'),
         ([*SMALL, 'MODEL.DET.POSITION_SIZE', 60], 'MODEL.DET.POSITION_SIZE is 60, but must be a multiple of'),
