@@ -30,9 +30,10 @@ def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
     """
     height, width, channels = x.shape[1:]
     rows, columns = -(-height // window), -(-width // window)
-    padding = [0, 0, 0, rows * window - height, 0, columns * window - width, 0, 0]
-    if any(padding):
-        x = F.pad(x, padding, pad_from_left_axis=True)
+    for axis, missing in ((1, rows * window - height), (2, columns * window - width)):
+        if missing:  # by concatenation: oneDNN's padding of Paddle 3.3 writes beyond its memory in exported programs
+            line = paddle.zeros_like(x[:, :1] if axis == 1 else x[:, :, :1])
+            x = paddle.concat([x, *[line] * missing], axis=axis)
     x = x.reshape([-1, rows, window, columns, window, channels]).transpose([0, 1, 3, 2, 4, 5])
     return x.reshape([-1, window, window, channels]), (rows * window, columns * window)
 
