@@ -1,14 +1,31 @@
 # make train: fresh machine -> .venv -> the embedded default, trained and evaluated.   make test: the whole test suite.
+# With an NVIDIA driver, .venv gets the GPU build of Paddle; `make gpu CUDA=126` chooses its CUDA version.
 PYTHON ?= python3
 VENV := .venv
+PIP = $(VENV)/bin/python -m pip install -q --disable-pip-version-check
+CUDA ?= $(shell $(PYTHON) tools/_cuda.py)
+# requirements-gpu.txt as arguments of pip, with the index of CUDA
+INSTALL_GPU = $(PIP) $$(sed -e '/^\#/d' -e 's,/cu[0-9]*/,/cu$(CUDA)/,' requirements-gpu.txt)
+INSTALL = $(if $(CUDA),$(INSTALL_GPU),$(PIP) -r requirements.txt)
 
-.PHONY: train test lint format clean
+.PHONY: train install gpu test check-device lint format clean
 
-train: $(VENV)/.installed
+train: install
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh run_train_multi.sh
+
+install: $(VENV)/.installed
+
+gpu: | $(VENV)/bin/python
+	@test -n "$(CUDA)" || { echo "error: nvidia-smi names no CUDA version: give it, as in 'make gpu CUDA=126'." >&2; exit 2; }
+	$(VENV)/bin/python -m pip uninstall -q -y paddlepaddle paddlepaddle-gpu
+	$(INSTALL_GPU)
+	touch $(VENV)/.installed
 
 test: $(VENV)/.installed-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+check-device: install
+	$(VENV)/bin/python tools/check_device.py
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -24,10 +41,10 @@ clean:
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt requirements-common.txt | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt
+$(VENV)/.installed: requirements.txt requirements-gpu.txt requirements-common.txt | $(VENV)/bin/python
+	$(INSTALL)
 	touch $@
 
 $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
-	$(VENV)/bin/python -m pip install -q --disable-pip-version-check -r requirements-test.txt
+	$(PIP) -r requirements-test.txt
 	touch $@

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The configuration tree: every key with its default, its bounds and what it does.
+"""The configuration: every key with its default, its bounds and its meaning.
 
-A run is described by one YAML file. Values are taken in this order, later ones winning:
+One YAML file describes a run. Later values override earlier ones:
 
     defaults below  <  each file of BASE, recursively  <  the YAML itself  <  command-line flags  <  -opts KEY VALUE
 
 >>> config = get_config('./configs/gmlp_s16_224.yaml', opts=['MODEL.NUM_CLASSES', 10])
 
-`python -m config -cfg FILE [flags]` prints the result and where each value was given.
+`python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value.
 
-Keys are PaddleViT's where PaddleViT has the key; its YAML files load unchanged, old spellings included.
+Keys have PaddleViT's names where it has them. YAML files of its gMLP folder load unchanged, including old names; those of its
+DeiT, ViT and MAE folders are translated by `utils.paddlevit`.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ if __name__ == '__main__':
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Collection
 
 from yacs.config import CfgNode as CN
 
+from utils import paddlevit
 from utils.cli import run, unquoted, whole_number
 from utils.errors import UserError
+from utils.foreign_flags import translate
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
 
-# Owners of keys: a key has no effect for another MODEL.TYPE (`models`, other spellings included) or TRAIN.TASK (`tasks`).
+# Owners of keys: a key has no effect for any other MODEL.TYPE (`models`, aliases included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
 UPERNET, SEGMENTER, MASK_RCNN = ('upernet',), ('segmenter',), ('mask_rcnn',)
 SEGMENTORS = UPERNET + SEGMENTER
@@ -43,50 +47,50 @@ TASKS = ('supervised', 'mae', 'mocov3', 'segmentation', 'detection')
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
 # fmt: off
-# One line per key: Key(default, bounds or choices, type where the default does not show it, owner).
+# One line per key: Key(default, bounds or choices, type if the default does not show it, owner).
 _C = Section()
 _C.BASE = Key([''])  # YAML files to inherit from, relative to the file that names them
 
 # ---------------------------------------------------------------------------------------------------- data
 _C.DATA = Section()
 _C.DATA.DATASET = Key('imagenet2012')  # a registered data set; docs/data.md lists them
-_C.DATA.DATA_PATH = Key('/dataset/imagenet/')  # folder that holds the data
+_C.DATA.DATA_PATH = Key('/dataset/imagenet/')  # folder of the data
 _C.DATA.BATCH_SIZE = Key(256, '[1, 65536]')  # training images per process and micro-batch
 _C.DATA.BATCH_SIZE_EVAL = Key(None, '[1, 65536]', int)  # evaluation images per process; None: BATCH_SIZE
 _C.DATA.IMAGE_SIZE = Key(224, '[1, 8192]')  # side of the square input, pixels
 _C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: gray
 _C.DATA.CROP_PCT = Key(0.875, '[0.01, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
 _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px
-_C.DATA.EVAL_CROP = Key('centre', ('centre', 'squash'))  # evaluation: crop as CROP_PCT says, or resize both sides
-_C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; TRAIN.TASK decides: it need not be set
-_C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both per training image
-_C.DATA.FAST_RESIZE = Key(True)  # training: resize by OpenCV; False: by Pillow, slower, whose pixels differ slightly
-_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # of images in [0, 1]; 1 channel: the first
-_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', length=(1, 3), hint=SCALED)  # standard deviation of the same
-_C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process itself
-_C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches each worker prepares ahead
+_C.DATA.EVAL_CROP = Key('center', ('center', 'squash'), aliases={'centre': 'center'})  # evaluation: center crop by CROP_PCT, or resize both sides
+_C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; None: TRAIN.TASK decides
+_C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both for each training image
+_C.DATA.FAST_RESIZE = Key(True)  # training: resize with OpenCV; False: with Pillow, slower, with slightly different pixels
+_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # mean of images in [0, 1]; 1 channel: the first value
+_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', length=(1, 3), hint=SCALED)  # standard deviation of images in [0, 1]
+_C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process
+_C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches that each worker prefetches
 _C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
-_C.DATA.CACHE = Key('no', ('no', 'part', 'full'))  # image files in memory: none, this process's share of the data, all
+_C.DATA.CACHE = Key('no', ('no', 'part', 'full'))  # image files in memory: none, the part of this rank, or all
 _C.DATA.BAD_IMAGE = Key('error', ('error', 'skip'))  # unreadable image: end the run and name it, or skip and count it
-_C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # value of the pixels without a class
-_C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # 0 in label maps is ignored, and k > 0 is class k - 1 (ade20k: always)
+_C.DATA.IGNORE_INDEX = Key(255, '[0, 65535]', tasks=SEGMENTATION)  # label of pixels without a class
+_C.DATA.REDUCE_ZERO_LABEL = Key(False, tasks=SEGMENTATION)  # label maps: 0 is ignored, and k > 0 is class k - 1 (ade20k: always)
 _C.DATA.IMAGE_SCALE = Key((2048, 512), '[1, 65536]', length=(2,), tasks=SEGMENTATION)  # images fit into: (longer, shorter side)
 _C.DATA.CROP_SIZE = Key(None, '[1, 8192]', [int], length=(2,), tasks=SEGMENTATION)  # training: (height, width); None: IMAGE_SIZE
 _C.DATA.ANNOTATION_FILES = Key(('annotations/instances_train.json', 'annotations/instances_val.json'), length=(2,), tasks=DETECTION)  # DATASET detection: training, validation
 _C.DATA.IMAGE_FOLDERS = Key(('images/train', 'images/val'), length=(2,), tasks=DETECTION)  # DATASET detection: folders of their images
-_C.DATA.EXIF_ROTATE = Key(False)  # rotate as the EXIF orientation says (phone pictures); published accuracies ignore it
+_C.DATA.EXIF_ROTATE = Key(False)  # rotate by the EXIF orientation (phone photographs); published accuracies ignore it
 
 # ---------------------------------------------------------------------------------------------------- model
 _C.MODEL = Section()
 _C.MODEL.TYPE = Key('gmlp')  # a registered architecture, see `python -m models`
-_C.MODEL.NAME = Key('gmlp')  # shown in logs and tables
-_C.MODEL.NUM_CLASSES = Key(None, '[0, 1e7]', int)  # None: that of the data set; 1000 where a model is built without one
-_C.MODEL.PRETRAINED = Key(None, kind=str)  # weights to start from, with or without .pdparams; none: from scratch
-_C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize the classifier that PRETRAINED has
+_C.MODEL.NAME = Key('gmlp')  # name in logs and tables
+_C.MODEL.NUM_CLASSES = Key(None, '[0, 1e7]', int)  # None: number of classes of the data set; 1000 without a data set
+_C.MODEL.PRETRAINED = Key(None, kind=str)  # initial weights, with or without .pdparams; none: from scratch
+_C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize the classifier of PRETRAINED
 _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
-_C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # rate after the layers of an MLP
-_C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # rate of the attention weights
-_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT + UPERNET)  # rate of what the classifier sees; upernet: of whole channels
+_C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # dropout rate after the layers of an MLP
+_C.MODEL.ATTENTION_DROPOUT = Key(0.0, '[0, 1)', models=VIT)  # dropout rate of the attention weights
+_C.MODEL.HEAD_DROPOUT = Key(0.0, '[0, 1)', models=VIT + UPERNET)  # dropout rate before the classifier; upernet: of whole channels
 _C.MODEL.DROPPATH = Key(0.1, '[0, 1)', models=CLASSIFIERS + DENSE)  # stochastic depth rate
 _C.MODEL.DROPPATH_RAMP = Key(False, models=CLASSIFIERS + DENSE)  # True: the rate grows linearly with depth, from 0 to DROPPATH
 
@@ -101,65 +105,65 @@ _C.MODEL.TRANS = Section(models=TRANSFORMERS)  # Vision Transformer
 _C.MODEL.TRANS.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
 _C.MODEL.TRANS.EMBED_DIM = Key(768, '[1, 65536]')  # channels of a token
 _C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
-_C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # heads of each attention
+_C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # attention heads
 _C.MODEL.TRANS.MLP_RATIO = Key(4.0, '(0, 64]')  # channels inside an MLP / EMBED_DIM
 _C.MODEL.TRANS.QKV_BIAS = Key(True)  # biases of query, key and value
-_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT + MASK_RCNN)  # a registered token mixer for all blocks, or a list of one per block
-_C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # classify the normalized mean of the patch tokens, not the class token
-_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT + SEGMENTORS)  # a distillation token, and a second classifier for a teacher's labels
+_C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT + MASK_RCNN)  # a registered token mixer for all blocks, or a list with one per block
+_C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # global average pooling: classify the normalized mean of the patch tokens, not the class token
+_C.MODEL.TRANS.DISTILLED = Key(False, models=VIT + SEGMENTORS)  # distillation token with a second classifier, for the teacher's labels (DeiT)
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
-_C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # add a learned position to each token
+_C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # learned absolute position embedding
 _C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT + SEGMENTORS)  # relative position biases: per block, shared, or both
 _C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
 _C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
-_C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks, tiny classifier (BEiT)
+_C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks and in the classifier (BEiT)
 
 _C.MODEL.WINDOWED = Section(models=VIT + MASK_RCNN)  # the mixer `windowed`: attention within windows (ViTDet)
 _C.MODEL.WINDOWED.SIZE = Key(14, '[1, 1024]')  # side of a window, patches
 _C.MODEL.WINDOWED.REL_POS = Key(True)  # decomposed relative positions within a window
 
-_C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens the class token attends to
-_C.MODEL.EVIT.KEEP_RATE = Key(1.0, '(0, 1]')  # share of the tokens kept by each block of DROP_LOC; 1: off
-_C.MODEL.EVIT.DROP_LOC = Key((3, 6, 9), '[0, 999]')  # those blocks, numbered from 0
-_C.MODEL.EVIT.FUSE_TOKEN = Key(False)  # fuse the others into one token instead of dropping them
-_C.MODEL.EVIT.SHRINK_START_EPOCH = Key(0, '[0, 1e6]')  # training: epochs with all tokens before the keep rate falls
-_C.MODEL.EVIT.SHRINK_EPOCHS = Key(0, '[0, 1e6]')  # training: epochs in which it falls from 1 to KEEP_RATE
+_C.MODEL.EVIT = Section(models=VIT)  # EViT: blocks that keep only the patch tokens that the class token attends to
+_C.MODEL.EVIT.KEEP_RATE = Key(1.0, '(0, 1]')  # keep rate: fraction of the patch tokens that each block of DROP_LOC keeps; 1: off
+_C.MODEL.EVIT.DROP_LOC = Key((3, 6, 9), '[0, 999]')  # blocks that reduce the tokens, numbered from 0
+_C.MODEL.EVIT.FUSE_TOKEN = Key(False)  # fuse the other tokens into one token instead of dropping them
+_C.MODEL.EVIT.SHRINK_START_EPOCH = Key(0, '[0, 1e6]')  # training: epochs with all tokens before the keep rate decreases
+_C.MODEL.EVIT.SHRINK_EPOCHS = Key(0, '[0, 1e6]')  # training: epochs in which the keep rate decreases from 1 to KEEP_RATE
 
-_C.MODEL.LAMBDA = Section(models=ENCODERS)  # "MLP Can Be A Good Transformer Learner": blocks that lose their attention
-_C.MODEL.LAMBDA.PRUNE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention fades in training, numbered from 0
-_C.MODEL.LAMBDA.DONE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention faded in an earlier training
-_C.MODEL.LAMBDA.REMOVED = Key(False)  # build the blocks of both lists without attention: for a model that is trained
-_C.MODEL.LAMBDA.START_EPOCH = Key(0, '[0, 1e6]')  # training: finished epochs up to which the attention has weight 1
-_C.MODEL.LAMBDA.DECAY_EPOCHS = Key(None, '[1, 1e6]', int)  # epochs in which it falls to 0; None: 299/400 of those that remain
+_C.MODEL.LAMBDA = Section(models=ENCODERS)  # attention removal ("MLP Can Be A Good Transformer Learner")
+_C.MODEL.LAMBDA.PRUNE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention weight decays to 0 in training, numbered from 0
+_C.MODEL.LAMBDA.DONE_LAYERS = Key((), '[0, 999]', [int])  # blocks whose attention weight decayed in an earlier training
+_C.MODEL.LAMBDA.REMOVED = Key(False)  # build the blocks of both lists without attention, after the training
+_C.MODEL.LAMBDA.START_EPOCH = Key(0, '[0, 1e6]')  # training: last epoch, counted from 0, with attention weight 1
+_C.MODEL.LAMBDA.DECAY_EPOCHS = Key(None, '[1, 1e6]', int)  # epochs in which the weight decays to 0; None: 299/400 of the remaining ones
 
 _C.MODEL.TOME = Section(models=VIT)  # ToMe: blocks that merge similar tokens
-_C.MODEL.TOME.R = Key(0, '[0, 1e6]')  # tokens each block merges; 0: off
-_C.MODEL.TOME.INFLECT = Key(0.0, '[-1, 1]')  # -1: R falls over the depth from 2 R to 0; 1: it rises; between: less steeply
-_C.MODEL.TOME.SCHEDULE = Key(None, '[0, 1e6]', [int])  # R of each merging block, in order, instead of R and INFLECT
-_C.MODEL.TOME.START_IDX = Key(0, '[0, 1000]')  # blocks with attention that come before those that merge
+_C.MODEL.TOME.R = Key(0, '[0, 1e6]')  # tokens that each block merges; 0: off
+_C.MODEL.TOME.INFLECT = Key(0.0, '[-1, 1]')  # -1: R decreases over the depth from 2 R to 0; 1: it increases from 0 to 2 R; between: less steep
+_C.MODEL.TOME.SCHEDULE = Key(None, '[0, 1e6]', [int])  # R of each merging block, in order; replaces R and INFLECT
+_C.MODEL.TOME.START_IDX = Key(0, '[0, 1000]')  # number of blocks with attention before the first merging block
 _C.MODEL.TOME.PROP_ATTN = Key(True)  # proportional attention: add log(token size) to the attention logits
 
 _C.MODEL.MAE = Section(models=MAE)  # masked autoencoder; its encoder is MODEL.TRANS
 _C.MODEL.MAE.DECODER_EMBED_DIM = Key(512, '[1, 65536]')  # channels of a token of the decoder
-_C.MODEL.MAE.DECODER_DEPTH = Key(8, '[0, 1000]')  # number of its blocks; 0: there is no decoder
-_C.MODEL.MAE.DECODER_NUM_HEADS = Key(16, '[1, 1024]')  # heads of each of its attentions
-_C.MODEL.MAE.MASK_RATIO = Key(0.75, '(0, 1)')  # share of the patches that are removed
-_C.MODEL.MAE.NORM_PIX_LOSS = Key(True)  # rebuild patches normalized by their own mean and variance
+_C.MODEL.MAE.DECODER_DEPTH = Key(8, '[0, 1000]')  # number of decoder blocks; 0: no decoder
+_C.MODEL.MAE.DECODER_NUM_HEADS = Key(16, '[1, 1024]')  # attention heads of the decoder
+_C.MODEL.MAE.MASK_RATIO = Key(0.75, '(0, 1)')  # mask ratio: fraction of the patches that are removed
+_C.MODEL.MAE.NORM_PIX_LOSS = Key(True)  # reconstruct patches normalized by their own mean and variance
 
-_C.MODEL.MOCO = Section(models=MOCOV3)  # MoCo-v3; its encoder is MODEL.TRANS
-_C.MODEL.MOCO.DIM = Key(256, '[1, 65536]')  # channels of the features that are compared
+_C.MODEL.MOCO = Section(models=MOCOV3)  # MoCo v3; its encoder is MODEL.TRANS
+_C.MODEL.MOCO.DIM = Key(256, '[1, 65536]')  # channels of the features in the InfoNCE loss
 _C.MODEL.MOCO.MLP_DIM = Key(4096, '[1, 65536]')  # hidden channels of projector and predictor
-_C.MODEL.MOCO.MOMENTUM = Key(0.99, '[0, 1)')  # of the momentum encoder in the first step; it rises to 1 on a half cosine
-_C.MODEL.MOCO.TEMPERATURE = Key(0.2, '[0.001, 100]')  # similarities are divided by it
-_C.MODEL.MOCO.FREEZE_PATCH = Key(False)  # leave the patch embedding as it was drawn, for stability
+_C.MODEL.MOCO.MOMENTUM = Key(0.99, '[0, 1)')  # initial momentum of the momentum encoder; a half cosine increases it to 1
+_C.MODEL.MOCO.TEMPERATURE = Key(0.2, '[0.001, 100]')  # temperature of the InfoNCE loss
+_C.MODEL.MOCO.FREEZE_PATCH = Key(False)  # freeze the random patch embedding, for stability (MoCo v3, section 4)
 
 _C.MODEL.UPERNET = Section(models=UPERNET)  # UPerNet; its backbone is MODEL.TRANS
 _C.MODEL.UPERNET.OUT_INDICES = Key((3, 5, 7, 11), '[0, 999]', length=(4,))  # blocks whose output is used, from 0
 _C.MODEL.UPERNET.NECK = Key('pyramid', ('pyramid', 'mln', 'none'))  # transposed convolutions, MultiLevelNeck, or none
 _C.MODEL.UPERNET.CHANNELS = Key(768, '[1, 65536]', none=True)  # width of the head; None: TRANS.EMBED_DIM
-_C.MODEL.UPERNET.LAST_NORM = Key(False)  # LayerNorm on the last of the maps
-_C.MODEL.UPERNET.AUX_CHANNELS = Key(256, '[0, 65536]')  # width of the FCN auxiliary head, for training; 0: none
+_C.MODEL.UPERNET.LAST_NORM = Key(False)  # LayerNorm on the last feature map
+_C.MODEL.UPERNET.AUX_CHANNELS = Key(256, '[0, 65536]')  # width of the auxiliary FCN head in training; 0: none
 
 _C.MODEL.SEGMENTER = Section(models=SEGMENTER)  # Segmenter; its encoder is MODEL.TRANS
 _C.MODEL.SEGMENTER.DECODER = Key('mask', ('mask', 'linear'))  # mask transformer, or a linear classifier of each patch
@@ -195,28 +199,28 @@ _C.MODEL.MSMLP.PATCH_NORM = Key(True)  # LayerNorm after the patch embedding
 
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = Section()
-_C.TRAIN.TASK = Key('supervised')  # supervised: learn classes; mae: rebuild removed patches; mocov3: match two views
-_C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, for resuming from a file that holds weights only
+_C.TRAIN.TASK = Key('supervised')  # supervised: classification; mae: masked pre-training; mocov3: contrastive pre-training; segmentation
+_C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, to resume from a file with weights only
 _C.TRAIN.NUM_EPOCHS = Key(300, '[1, 1e6]')  # length of the run
 _C.TRAIN.NUM_ITERS = Key(None, '[1, 1e9]', int)  # length in optimizer steps, instead of NUM_EPOCHS; the last epoch may be incomplete
-_C.TRAIN.WARMUP_EPOCHS = Key(20.0, '[0, 1e6]')  # length of the warm-up, may be a fraction
+_C.TRAIN.WARMUP_EPOCHS = Key(20.0, '[0, 1e6]')  # length of the warm-up; may be a fraction
 _C.TRAIN.WARMUP_ITERS = Key(None, '[0, 1e9]', int)  # length of the warm-up in optimizer steps, instead of WARMUP_EPOCHS
 _C.TRAIN.WEIGHT_DECAY = Key(0.1, '[0, 10]')  # on tensors of two or more dimensions that the model does not exempt; mocov3: on all
 _C.TRAIN.BASE_LR = Key(0.001, '[0, 1000]')  # learning rate after the warm-up
-_C.TRAIN.WARMUP_START_LR = Key(1e-6, '[0, 1000]')  # where the warm-up starts
-_C.TRAIN.END_LR = Key(1e-5, '[0, 1000]')  # where the schedule ends
-_C.TRAIN.LINEAR_SCALED_LR = Key(512, '[1, 1e9]', none=True)  # learning rates x global batch / this; None: as they are
+_C.TRAIN.WARMUP_START_LR = Key(1e-6, '[0, 1000]')  # learning rate at the start of the warm-up
+_C.TRAIN.END_LR = Key(1e-5, '[0, 1000]')  # learning rate at the end of the schedule
+_C.TRAIN.LINEAR_SCALED_LR = Key(512, '[1, 1e9]', none=True)  # linear scaling rule: learning rates x global batch / this; None: no scaling
 _C.TRAIN.LR_SCHEDULER = Section()
-_C.TRAIN.LR_SCHEDULER.NAME = Key('warmupcosine')  # a name of engine/schedules.py
+_C.TRAIN.LR_SCHEDULER.NAME = Key('warmupcosine')  # a schedule of utils/schedules.py
 _C.TRAIN.LR_SCHEDULER.UPDATE = Key('epoch', ('epoch', 'step'))  # once per epoch (PaddleViT, timm), or in every step
 _C.TRAIN.LR_SCHEDULER.LAG = Key(0, '[0, 1000]')  # UPDATE epoch: epoch e, from 1, trains at schedule index e - LAG (DeiT: 2)
-_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR acts on WARMUP_START_LR and END_LR too (DeiT: False)
+_C.TRAIN.LR_SCHEDULER.SCALE_ENDS = Key(True)  # LINEAR_SCALED_LR also scales WARMUP_START_LR and END_LR (DeiT: False)
 _C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = Key(30.0, '[1, 1e6]')  # NAME step: epochs between decays
 _C.TRAIN.LR_SCHEDULER.MILESTONES = Key((), '[0, 1e9]', [float])  # NAME multistep: epochs, or steps where NUM_ITERS is set, of the decays
 _C.TRAIN.LR_SCHEDULER.DECAY_RATE = Key(0.1, '[0, 1]')  # NAME step, multistep: factor of each decay
 _C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
-_C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # learning-rate factor per layer, from the head downwards; 1: off
-_C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # largest global gradient norm; None or 0: off
+_C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # layer-wise learning-rate decay: factor per layer, from the head down; 1: off
+_C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # gradient clipping: maximum global norm; None or 0: off
 _C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
 _C.TRAIN.OPTIMIZER = Section()
 _C.TRAIN.OPTIMIZER.NAME = Key('AdamW')  # AdamW, SGD, Lamb, LARS
@@ -224,101 +228,101 @@ _C.TRAIN.OPTIMIZER.EPS = Key(1e-8, '(0, 1]')  # AdamW, Lamb
 _C.TRAIN.OPTIMIZER.BETAS = Key((0.9, 0.999), '[0, 1)', length=(2,))  # AdamW, Lamb
 _C.TRAIN.OPTIMIZER.MOMENTUM = Key(0.9, '[0, 1)')  # SGD, LARS
 _C.TRAIN.OPTIMIZER.NESTEROV = Key(False)  # SGD
-_C.TRAIN.MODEL_EMA = Key(False)  # keep an exponential moving average of the weights, validated beside them
-_C.TRAIN.MODEL_EMA_DECAY = Key(0.99996, '[0, 1)')  # share of the old average kept at each step
-_C.TRAIN.RECOMPUTE = Key(False)  # compute blocks again in the backward pass: half the memory, a third more time
+_C.TRAIN.MODEL_EMA = Key(False)  # exponential moving average (EMA) of the weights, which is validated too
+_C.TRAIN.MODEL_EMA_DECAY = Key(0.99996, '[0, 1)')  # decay of the EMA per step
+_C.TRAIN.RECOMPUTE = Key(False)  # gradient checkpointing: compute blocks again in the backward pass; half the memory, a third more time
 _C.TRAIN.NONFINITE = Key('error', ('error', 'skip'))  # loss or gradient not finite: end the run, or skip the step
-_C.TRAIN.DROP_LAST = Key(False)  # leave out the last incomplete batch of an epoch, as DeiT and its descendants do
+_C.TRAIN.DROP_LAST = Key(False)  # drop the last incomplete batch of an epoch, as in DeiT
 
-# augmentation, in the order it is applied
+# augmentation, in the order of application
 _C.TRAIN.REPEATED_AUG = Key(0, '[0, 1000]')  # repeated augmentation: draws per image, at unchanged epoch length (DeiT: 3); 0: off
 _C.TRAIN.CROP_SCALE = Key((0.08, 1.0), '(0, 1]', pair='<=')  # RandomResizedCrop: range of the area
 _C.TRAIN.CROP_RATIO = Key((0.75, 4.0 / 3.0), '(0, 100]', pair='<=')  # RandomResizedCrop: range of width / height
 _C.TRAIN.HFLIP = Key(0.5, '[0, 1]')  # probability of a horizontal flip
 _C.TRAIN.SCALE_RANGE = Key((0.5, 2.0), '(0, 100]', pair='<=', tasks=SEGMENTATION + DETECTION)  # random factor on IMAGE_SCALE; detection: on IMAGE_SIZE
-_C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # crops have less than this share of one class; 1: no limit
+_C.TRAIN.CROP_CLASS_SHARE = Key(0.75, '(0, 1]', tasks=SEGMENTATION)  # maximum fraction of one class in a crop; 1: no limit
 _C.TRAIN.PHOTOMETRIC = Key(True, tasks=SEGMENTATION)  # random brightness, contrast, saturation and hue
-_C.TRAIN.RAND_AUGMENT = Key(True)  # random operations on each image
+_C.TRAIN.RAND_AUGMENT = Key(True)  # RandAugment: random operations on each image
 _C.TRAIN.RAND_AUGMENT_LAYERS = Key(2, '[1, 100]')  # operations drawn per image, each applied with probability 0.5
-_C.TRAIN.RAND_AUGMENT_MAGNITUDE = Key(9, '[0, 10]')  # mean strength, 0 to 10; each draw is normal with deviation 0.5
+_C.TRAIN.RAND_AUGMENT_MAGNITUDE = Key(9, '[0, 10]')  # mean magnitude, 0 to 10; each draw is normal with standard deviation 0.5
 _C.TRAIN.RAND_AUGMENT_SPACE = Key('timm', ('timm', 'paddlevit'))  # timm's rand-m9-mstd0.5-inc1, or PaddleViT's
-_C.TRAIN.AUTO_AUGMENT = Key(False)  # the ImageNet policy, when RAND_AUGMENT is off
-_C.TRAIN.COLOR_JITTER = Key(0.4, '[0, 10]')  # brightness, contrast, saturation, when neither of the above is on
-_C.TRAIN.RANDOM_ERASE_PROB = Key(0.25, '[0, 1]')  # probability of covering boxes of an image; 0: off
+_C.TRAIN.AUTO_AUGMENT = Key(False)  # AutoAugment's ImageNet policy, if RAND_AUGMENT is off
+_C.TRAIN.COLOR_JITTER = Key(0.4, '[0, 10]')  # strength of brightness, contrast and saturation, if both policies are off
+_C.TRAIN.RANDOM_ERASE_PROB = Key(0.25, '[0, 1]')  # random erasing: probability per image; 0: off
 _C.TRAIN.RANDOM_ERASE_MODE = Key('pixel', ('pixel', 'rand', 'const'))  # noise per pixel, one random color, or zeros
-_C.TRAIN.RANDOM_ERASE_COUNT = Key(1, '[1, 1000]')  # largest number of boxes
-_C.TRAIN.RANDOM_ERASE_SPLIT = Key(False)  # leave the first half of each batch untouched
+_C.TRAIN.RANDOM_ERASE_COUNT = Key(1, '[1, 1000]')  # maximum number of boxes
+_C.TRAIN.RANDOM_ERASE_SPLIT = Key(False)  # no random erasing in the first half of each batch
 
 # mixing of a batch and its targets
 _C.TRAIN.SMOOTHING = Key(0.1, '[0, 1)', tasks=SUPERVISED)  # label smoothing
 _C.TRAIN.MIXUP_ALPHA = Key(0.8, '[0, 1000]', tasks=SUPERVISED)  # 0: no mixup
-_C.TRAIN.CUTMIX_ALPHA = Key(1.0, '[0, 1000]', tasks=SUPERVISED)  # 0: no cutmix
-_C.TRAIN.CUTMIX_MINMAX = Key(None, '[0, 1]', [float], pair='<', tasks=SUPERVISED)  # sides of the box, instead of CUTMIX_ALPHA
-_C.TRAIN.MIXUP_PROB = Key(1.0, '[0, 1]', tasks=SUPERVISED)  # probability that a batch (pair, image) is mixed at all
-_C.TRAIN.MIXUP_SWITCH_PROB = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # probability of cutmix where both are on
+_C.TRAIN.CUTMIX_ALPHA = Key(1.0, '[0, 1000]', tasks=SUPERVISED)  # 0: no CutMix
+_C.TRAIN.CUTMIX_MINMAX = Key(None, '[0, 1]', [float], pair='<', tasks=SUPERVISED)  # range of box side / image side; replaces CUTMIX_ALPHA
+_C.TRAIN.MIXUP_PROB = Key(1.0, '[0, 1]', tasks=SUPERVISED)  # probability that a batch (pair, image) is mixed
+_C.TRAIN.MIXUP_SWITCH_PROB = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # probability of CutMix if both are on
 _C.TRAIN.MIXUP_MODE = Key('batch', ('batch', 'pair', 'elem'), tasks=SUPERVISED)  # one draw per batch, pair or elem
 
-# loss of each pixel
-_C.TRAIN.AUX_WEIGHT = Key(0.4, '[0, 1000]', tasks=SEGMENTATION)  # weight of the auxiliary head
+# segmentation loss
+_C.TRAIN.AUX_WEIGHT = Key(0.4, '[0, 1000]', tasks=SEGMENTATION)  # weight of the auxiliary loss
 _C.TRAIN.AVG_NON_IGNORE = Key(False, tasks=SEGMENTATION)  # divide the loss by the labeled pixels; False: by all pixels
 
 # distillation from a trained model
-_C.TRAIN.DISTILLATION_TYPE = Key('none', ('none', 'soft', 'hard'), tasks=SUPERVISED)  # labels of the teacher (DeiT, section 3)
-_C.TRAIN.DISTILLATION_ALPHA = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # share of the distillation loss
+_C.TRAIN.DISTILLATION_TYPE = Key('none', ('none', 'soft', 'hard'), tasks=SUPERVISED)  # targets from the teacher (DeiT, section 3)
+_C.TRAIN.DISTILLATION_ALPHA = Key(0.5, '[0, 1]', tasks=SUPERVISED)  # weight of the distillation loss; 1 minus this: weight of the cross-entropy
 _C.TRAIN.DISTILLATION_TAU = Key(1.0, '[0.001, 1000]', tasks=SUPERVISED)  # temperature of soft distillation
-_C.TRAIN.TEACHER_MODEL = Key(None, kind=str, tasks=TAUGHT)  # weights of TEACHER_CFG; without that an exported model
+_C.TRAIN.TEACHER_MODEL = Key(None, kind=str, tasks=TAUGHT)  # weights of the teacher; without TEACHER_CFG an exported model
 _C.TRAIN.TEACHER_CFG = Key(None, kind=str, tasks=TAUGHT)  # configuration of the teacher: a file or a model name
 
-_C.TRAIN.MAE_DISTILL = Section(models=MAE)  # TASK mae: the encoder learns from that of TEACHER_CFG too (MAE-Lite)
-_C.TRAIN.MAE_DISTILL.ATTN_IDX = Key((), '[1, 1000]', [int])  # blocks, from 1, whose attention logits learn from the teacher's
-_C.TRAIN.MAE_DISTILL.ATTN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of that loss
-_C.TRAIN.MAE_DISTILL.ATTN_ADAPTER = Key(True)  # a learned map between the heads, even of equal numbers
-_C.TRAIN.MAE_DISTILL.HIDDEN_IDX = Key((), '[0, 1000]', [int])  # blocks, from 0, whose normalized input does so; the depth: the output
-_C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of that loss
-_C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = Key(True)  # a learned map between the channels, even of equal numbers
+_C.TRAIN.MAE_DISTILL = Section(models=MAE)  # TASK mae: distillation from the encoder of TEACHER_CFG (MAE-Lite, section 5)
+_C.TRAIN.MAE_DISTILL.ATTN_IDX = Key((), '[1, 1000]', [int])  # blocks, from 1, whose attention logits are distilled
+_C.TRAIN.MAE_DISTILL.ATTN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of the attention loss
+_C.TRAIN.MAE_DISTILL.ATTN_ADAPTER = Key(True)  # learned linear map between the heads, also of equal numbers
+_C.TRAIN.MAE_DISTILL.HIDDEN_IDX = Key((), '[0, 1000]', [int])  # blocks, from 0, whose normalized input is distilled; the depth: the output
+_C.TRAIN.MAE_DISTILL.HIDDEN_ALPHA = Key(1.0, '[0, 1e6]')  # weight of the feature loss
+_C.TRAIN.MAE_DISTILL.HIDDEN_ADAPTER = Key(True)  # learned linear map between the channels, also of equal numbers
 
 # ---------------------------------------------------------------------------------------------------- evaluation
 _C.VAL = Section(tasks=SEGMENTATION)
-_C.VAL.IS_SLIDE = Key(False)  # windows of CROP_SIZE; False: the whole image at once
-_C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # rows and columns between windows
-_C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # factors on IMAGE_SCALE whose probabilities are averaged
-_C.VAL.FLIP = Key(False)  # average with the mirrored image too
+_C.VAL.IS_SLIDE = Key(False)  # sliding windows of CROP_SIZE; False: the whole image
+_C.VAL.STRIDE_SIZE = Key((341, 341), '[1, 8192]', length=(2,))  # stride of the windows: (rows, columns)
+_C.VAL.SCALE_RATIOS = Key((1.0,), '(0, 100]')  # multi-scale evaluation: factors on IMAGE_SCALE, whose probabilities are averaged
+_C.VAL.FLIP = Key(False)  # also average with the flipped image
 _C.VAL.SHOW_SCORE = Key(0.5, '[0, 1]', tasks=DETECTION)  # pictures show objects of at least this score
 
 # ---------------------------------------------------------------------------------------------------- run
 _C.SAVE = Key('./output')  # parent of the run folders
 _C.TAG = Key('')  # name of the run folder; empty: train-/eval- and a time stamp
 _C.SAVE_FREQ = Key(10, '[0, 1e9]')  # epochs between epoch_NNNN.pdparams files; 0: none
-_C.SAVE_KEEP = Key(3, '[0, 1e9]')  # how many of them stay; 0: all
-_C.SAVE_STEPS = Key(0, '[0, 1e9]')  # also write last.pdparams after each such number of optimizer steps; 0: per epoch only
+_C.SAVE_KEEP = Key(3, '[0, 1e9]')  # number of epoch_NNNN.pdparams files to keep; 0: all
+_C.SAVE_STEPS = Key(0, '[0, 1e9]')  # optimizer steps between additional saves of last.pdparams; 0: per epoch only
 _C.REPORT_FREQ = Key(20, '[1, 1e9]')  # micro-batches between log lines
 _C.VALIDATE_FREQ = Key(1, '[1, 1e6]')  # epochs between validations
 _C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between validations, instead of VALIDATE_FREQ
-_C.SEED = Key(0, '[0, 18446744073709551615]')  # of weights, data order, augmentation and dropout
+_C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
 _C.THROUGHPUT = Key(False)  # measure images per second only
 _C.AMP = Key(False)  # mixed precision on GPU
-_C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # O1: per operation; O2: weights in half precision with float32 master copies
+_C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # O1: mixed precision per operation; O2: half-precision weights with float32 master weights
 _C.AMP_DTYPE = Key('float16', ('float16', 'bfloat16'))  # float16 with loss scaling, or bfloat16
 # fmt: on
 
-# Old spellings, most of them PaddleViT's, and the key each became; None: accepted without effect.
+# Old names, mostly PaddleViT's, and the new names; None: accepted without effect.
 _RENAMED = {
     'MODEL.MIXER.HIDDEN_SIZE': 'MODEL.MIXER.EMBED_DIM',
     'MODEL.MIXER.NUM_LAYERS': 'MODEL.MIXER.DEPTH',
     'MODEL.DROP_PATH': 'MODEL.DROPPATH',
-    'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the average lives beside the weights
+    'TRAIN.MODEL_EMA_FORCE_CPU': None,  # the EMA is on the device of the weights
     'TRAIN.IGNORE_INDEX': 'DATA.IGNORE_INDEX',
     'MODEL.PUBLISHED': None,  # the published weights are in configs/zoo.csv
     'NGPUS': None,  # one process per visible device
     'LOCAL_RANK': None,
 }
 
-SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + DENSE + MAE + MOCOV3, TASKS))
+SCHEMA = Schema(_C, _RENAMED, Owners(CLASSIFIERS + DENSE + MAE + MOCOV3, TASKS), paddlevit.adapt)
 
 
 def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:
-    """Add the keys of a model, a part or a task of your own; see docs/extending.md.
+    """Add the keys of your own model, layer or task; see docs/extending.md.
 
     >>> keys = Section(models=('mine',))
     >>> keys.WIDTH = Key(64, '[1, 4096]')  # channels
@@ -326,9 +330,9 @@ def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:
 
     Args:
         name: dotted name of the section.
-        section: the keys, with the values of MODEL.TYPE or TRAIN.TASK that they belong to; none: they belong to all.
-        reads: keys and sections of other models or tasks that the new one reads too, such as 'MODEL.TRANS'. Those of all
-            classifiers, such as MODEL.DROPPATH, count as read. Any other one that is set is an error.
+        section: the keys, with the values of MODEL.TYPE or TRAIN.TASK that own them; none: all.
+        reads: keys and sections of other models or tasks that also have an effect for the new one, such as 'MODEL.TRANS'.
+            Keys of all classifiers, such as MODEL.DROPPATH, always have. Setting any other key is an error.
 
     Raises:
         ValueError: a key exists already, or one of `reads` does not.
@@ -339,17 +343,17 @@ def add_keys(name: str, section: Section, reads: Collection[str] = ()) -> None:
 
 # ---------------------------------------------------------------------------------------------------- reading
 def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
-    """Returns the configuration of a YAML file.
+    """Return the configuration of a YAML file.
 
     Args:
-        cfg_file: path of a YAML file; None gives the defaults.
-        opts: alternating keys and values that win over the file, such as `['TRAIN.BASE_LR', 5e-4]`.
+        cfg_file: path of a YAML file; None: the defaults.
+        opts: alternating keys and values that override the file, such as `['TRAIN.BASE_LR', 5e-4]`.
 
     Returns:
-        A frozen copy of the tree.
+        A frozen configuration.
 
     Raises:
-        UserError: a file that cannot be read, an unknown key, or a value of the wrong kind.
+        UserError: the file cannot be read, a key is unknown, or a value has a wrong type.
     """
     config = SCHEMA.tree()
     if cfg_file is not None:
@@ -361,12 +365,16 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
 
 
 def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parses PaddleViT's command line: single dash, `-x value` or `-x=value`, quotes around a value are dropped."""
-    return flag_parser('Train or evaluate an image classifier.').parse_args(argv)
+    """Parse PaddleViT's command line: `-x value` or `-x=value`, with optional quotes around the value.
+
+    Flags of the codes of the papers are translated, see `utils.foreign_flags`.
+    """
+    words = translate(sys.argv[1:] if argv is None else argv)
+    return flag_parser('Train or evaluate an image classifier.').parse_args(words)
 
 
 def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of the launchers' flags; a tool takes `only` some of them, such as '-cfg', and adds its own."""
+    """Build the parser of the launchers' flags, or of `only` some of them, to which a tool adds its own."""
     parser = argparse.ArgumentParser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -378,7 +386,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
 
     add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
     add('-dataset', metavar='NAME', help='imagenet2012, list, folder, cifar100 or another data set of docs/data.md')
-    add('-data_path', metavar='DIR', help='folder that holds the data')
+    add('-data_path', metavar='DIR', help='folder of the data')
     add('-output', metavar='DIR', help='parent of the run folder')
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
     add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
@@ -387,15 +395,13 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
     add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
     add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
-    add('-pretrained', metavar='FILE', help='.pdparams weights to start from or to evaluate')
+    add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
-    add('-last_epoch', whole_number, metavar='N', help='last finished epoch, when -resume names a weights-only file')
+    add('-last_epoch', whole_number, metavar='N', help='last finished epoch, if -resume names a file with weights only')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add(
-        '-ngpus', whole_number, metavar='N', help='processes on this machine (default: NPROC, or one per GPU; CPU: two)'
-    )
+    add('-ngpus', whole_number, metavar='N', help='processes (default: NPROC, or one per GPU; CPU: two)')
     add('-eval', action='store_true', help='evaluate only')
-    add('-amp', action='store_true', help='mixed precision (acts on GPU)')
+    add('-amp', action='store_true', help='mixed precision (GPU only)')
     add('-throughput', action='store_true', help='measure images per second and stop')
     parser.add_argument(
         '-opts',
@@ -411,15 +417,14 @@ _FLAGS = {
     'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH', 'output': 'SAVE', 'tag': 'TAG', 'batch_size': 'DATA.BATCH_SIZE',
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
-    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH',
-    'teacher_model_path': 'TRAIN.TEACHER_MODEL', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
+    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'teacher_model_path': 'TRAIN.TEACHER_MODEL', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
 }  # fmt: skip
 
 
 def update_config(config: CN, args: argparse.Namespace) -> CN:
-    """Merges the file that `args.cfg` names, the flags, then `-opts` into `config`, which is left unfrozen."""
+    """Merge the file that `args.cfg` names, the flags, then `-opts` into `config`, which stays unfrozen."""
     config.defrost()
-    given = vars(args)
+    given = _given(args)
     cfg_file = config_file_of(args)
     if cfg_file is not None:
         SCHEMA.merge_file(config, cfg_file)
@@ -433,9 +438,15 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
     return config
 
 
+def _given(args: argparse.Namespace) -> dict:
+    """Return the flags that were given. PaddleViT's own parsers set all others to None, and ignore an ACCUM_ITER of 0."""
+    given = {flag: value for flag, value in vars(args).items() if value is not None and value is not False}
+    return {flag: value for flag, value in given.items() if flag != 'accum_iter' or value != 0}
+
+
 def config_file_of(args: argparse.Namespace) -> str | None:
-    """The YAML file that `-cfg` names; without it the one of the run folder that `-resume` or `-pretrained` names."""
-    given = vars(args)
+    """Return the YAML file that `-cfg` names, else that of the run folder that `-resume` or `-pretrained` names."""
+    given = _given(args)
     if 'cfg' in given:
         return follow_latest(given['cfg'])
     folders = (follow_latest(given[flag]) for flag in ('resume', 'pretrained') if flag in given)
@@ -444,9 +455,9 @@ def config_file_of(args: argparse.Namespace) -> str | None:
 
 
 def merge_opts(config: CN, opts: list) -> None:
-    """Merges alternating keys and values, as `-opts` gives them, into `config`."""
+    """Merge alternating keys and values, as from `-opts`, into `config`."""
     if len(opts) % 2:
-        raise UserError(f"-opts takes pairs of KEY VALUE, but '{opts[-1]}' has no partner.")
+        raise UserError(f"-opts takes pairs of KEY VALUE, but '{opts[-1]}' is not part of a pair.")
     for key, value in zip(opts[::2], opts[1::2]):
         if key == 'BASE':
             raise UserError('-opts: BASE has an effect in YAML files only; name the file with -cfg.')
@@ -454,30 +465,30 @@ def merge_opts(config: CN, opts: list) -> None:
 
 
 def validate(config: CN) -> None:
-    """Checks values that are wrong whatever the data are. Raises UserError with the key and what it may be."""
+    """Check the values without the data. Raises UserError with the key and the allowed values."""
     SCHEMA.check(config)
     for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
         channels, values = config.DATA.IMAGE_CHANNELS, SCHEMA.get(config, key)
         if len(values) < channels:
-            place = f'{SCHEMA.where(config, key)}: '.removeprefix(': ')
-            raise UserError(f'{place}{key} is {values}, but must have {channels} numbers (DATA.IMAGE_CHANNELS).')
+            source = f'{SCHEMA.where(config, key)}: '.removeprefix(': ')
+            raise UserError(f'{source}{key} is {values}, but must have {channels} numbers (DATA.IMAGE_CHANNELS).')
     if config.TAG:
         check_run_name(config.TAG)
 
 
 def _finish(config: CN) -> None:
-    """Ends the layer of the command line and checks the result."""
+    """End the layer of the command line and check the result."""
     SCHEMA.end_layer(config)
     validate(config)
     SCHEMA.reset_unused(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
-        if node[key] is not None:  # this run, or another, may soon be the latest
+        if node[key] is not None:  # `latest` may soon point to another run
             node[key] = follow_latest(node[key])
 
 
 # ---------------------------------------------------------------------------------------------------- printing
 def describe(config: CN) -> list[str]:
-    """A line per key: its name, its value, and where that was given."""
+    """Return a line per key: name, value and source of the value."""
     rows = [(key, _text(SCHEMA.get(config, key)), SCHEMA.where(config, key) or 'default') for key in SCHEMA.keys]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f'{key:<{widths[0]}}  {value:<{widths[1]}}  {where}' for key, value, where in rows]
@@ -488,7 +499,7 @@ def _text(value) -> str:
 
 
 def main() -> None:
-    """Prints the resolved configuration of a command line."""
+    """Print the resolved configuration of a command line."""
     print('\n'.join(describe(update_config(get_config(), get_arguments()))), flush=True)
 
 

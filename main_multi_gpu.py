@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or evaluates with one process per device: every visible GPU, else two processes on the CPU. `-h` lists the flags.
+"""Train or evaluate with one process per device: every visible GPU, else two processes on the CPU. `-h` lists the flags.
 
 Several machines: `python -m paddle.distributed.launch --nnodes N --master HOST:PORT main_multi_gpu.py -cfg=...` on each.
 """
@@ -16,7 +16,9 @@ def main() -> None:
     from utils.environment import start_paddle
 
     args = get_arguments()
-    config = update_config(get_config(), args)  # in the parent too: a mistake is told once, before anything starts
+    config = update_config(
+        get_config(), args
+    )  # also in the parent, so that an error is printed once, before workers start
     if not is_worker():
         sys.exit(launch(getattr(args, 'ngpus', None)))
     start_paddle(single_process=False)

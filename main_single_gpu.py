@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Trains or evaluates on one device: a GPU when there is one, else the CPU. `-h` lists the flags."""
+"""Train or evaluate on one device: a GPU if there is one, else the CPU. `-h` lists the flags."""
 
 from utils.cli import run
 

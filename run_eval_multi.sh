@@ -1,10 +1,10 @@
 #!/bin/sh
-# Evaluates: the run that was trained last, or CFG with -pretrained=FILE. Any flag of main_multi_gpu.py may follow and wins.
+# Evaluate the run trained last, or CFG with -pretrained=FILE. Flags of main_multi_gpu.py may follow and override these variables:
 #   CFG, DATASET, DATA_PATH, BATCH_SIZE   what to evaluate (default: the configuration and best weights in ./output/latest)
-#   CUDA_VISIBLE_DEVICES, NPROC           where: GPUs, number of processes
+#   CUDA_VISIBLE_DEVICES, NPROC           GPUs, number of processes
 #   PYTHON                                the interpreter (default: .venv of the repository, else python3)
-# Paths are relative to the current directory, ./output/latest too.
-ROOT=$(  # of the repository, also where this file is a link to it
+# All paths, including ./output/latest, are relative to the current directory.
+ROOT=$(  # folder of the repository, also if this file is a symbolic link
     file=$0
     while CDPATH='' cd -- "$(dirname -- "$file")" && file=$(basename -- "$file") && [ -L "$file" ]; do
         file=$(readlink -- "$file")

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools compute from trained models: attention statistics, CKA, layer selection, pictures. The loop does not need it."""
+"""Analysis of trained models for the tools: attention statistics, CKA, layer selection."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the layers of Vision Transformers do: how far and how evenly heads look, and how alike two models see.
+"""Attention entropy, attention distance and CKA of Vision Transformers (MAE-Lite, https://arxiv.org/abs/2205.14443).
 
-The analyses of MAE-Lite, https://arxiv.org/abs/2205.14443. Batch after batch goes into sums; no features are kept.
+Statistics are accumulated over batches; no features are stored.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from paddle import Tensor
 from models.vision_transformer import VisionTransformer
 from utils.errors import UserError
 
-PATCH_DISTANCE = 14.0  # between neighbouring patches, whatever their size: the constant of the published figures
+PATCH_DISTANCE = 14.0  # between neighboring patches of any size: the constant of the published figures
 LOG_EPS = 1e-6
-CHUNK = 16  # images whose attention is looked at together, so that its float64 copies stay small
+CHUNK = 16  # images per step, which limits the memory of float64 copies
 MIN_BATCH = 4  # images that the unbiased estimate of HSIC needs
-MIN_HSIC_RATIO = 1e-13  # of a layer's squared products, what its HSIC must exceed to be more than rounding
+MIN_HSIC_RATIO = 1e-13  # relative to the squared products of a layer: a smaller HSIC is a rounding error
 
 
 # ---------------------------------------------------------------------------------------------------- attention
 class AttentionStatistics:
     """Mean entropy and mean distance of the attention of each head.
 
-    Class and distillation token are left out before the softmax, so that A = softmax(S) adds up to 1 over the patch
-    tokens; it is not quite the attention that the network uses. For image b, head h and token p
+    Class and distillation token are excluded before the softmax, so that A = softmax(S) sums to 1 over the patch
+    tokens. This differs slightly from the attention of the forward pass. For image b, head h and token p
 
         entropy(b, h, p) = -sum_q A[p, q] ln(A[p, q] + 1e-6)
         distance(b, h, p) = sum_q A[p, q] D[p, q],
 
     where D[p, q] is the Euclidean distance between the positions of p and q. Both are averaged over p and b, then over
-    the batches. Softmax and logarithm are float32, distances and means float64.
+    the batches. Softmax and logarithm are computed in float32, distances and means in float64.
 
     Args:
         depth: number of layers.
-        patch_distance: between neighbouring patches, in the unit of the distances.
-        per_image: let every image count the same; False: every batch, however small (the published figures).
+        patch_distance: distance of neighboring patches, in the unit of the results.
+        per_image: equal weight for every image; False: for every batch, also smaller ones (the published figures).
     """
 
     def __init__(self, depth: int, patch_distance: float = PATCH_DISTANCE, per_image: bool = False):
@@ -51,17 +51,17 @@ class AttentionStatistics:
         self._weights = [0] * depth
 
     def add(self, layer: int, scores: Tensor, num_prefix: int = 1, positions: Tensor | None = None) -> None:
-        """Takes in the attention of a layer for a batch.
+        """Add the attention of a layer for a batch.
 
         Args:
-            layer: its number, from 0.
-            scores: scaled scores before the softmax, [B, H, P + N, P + N].
-            num_prefix: P, tokens before the patch tokens.
-            positions: of the patch tokens, [N, 2] or [B, N, 2], neighbouring patches being 1 apart; None: token i is patch
-                i of a square grid, row by row.
+            layer: number of the layer, from 0.
+            scores: attention logits, [B, H, P + N, P + N].
+            num_prefix: P, number of tokens before the patch tokens.
+            positions: positions of the patch tokens, [N, 2] or [B, N, 2], in units of patches; None: a square grid in
+                row-major order.
 
         Raises:
-            UserError: N tokens form no square.
+            UserError: N is not a square number.
         """
         scores = scores[:, :, num_prefix:, num_prefix:]
         batch, heads, tokens, _ = scores.shape
@@ -81,7 +81,7 @@ class AttentionStatistics:
         self.tokens[layer] = tokens
 
     def result(self) -> dict[str, list[list[float] | None]]:
-        """'entropy' and 'distance': for each layer a number per head; None where no attention was added.
+        """Return 'entropy' and 'distance': for each layer one value per head; None for layers without attention.
 
         Raises:
             UserError: the attention of a layer is not finite.
@@ -90,56 +90,62 @@ class AttentionStatistics:
         for layer, (sums, weight) in enumerate(zip(self._sums, self._weights)):
             means = [None, None] if sums is None else (sums / weight).tolist()
             if sums is not None and not np.isfinite(means).all():
-                raise UserError(f'the attention of block {layer} is not finite: the weights are damaged.')
+                raise UserError(f'the attention of block {layer} is not finite: the weights are damaged, use others.')
             for values, mean in zip(result.values(), means):
                 values.append(mean)
         return result
 
 
 def square_grid(patches: int) -> Tensor:
-    """Places (row, column) of the patches of a square image, row by row, [patches, 2] float64."""
+    """Return the positions (row, column) of the patches of a square image in row-major order, [patches, 2] float64."""
     side = math.isqrt(patches)
     if side**2 != patches:
-        raise UserError(f'{patches} patches form no square; attention distances are defined on square images.')
+        raise UserError(f'{patches} patches form no square; attention distances need square images.')
     rows, columns = np.divmod(np.arange(patches, dtype='float64'), side)
     return paddle.to_tensor(np.stack([rows, columns], axis=-1))
 
 
 def mean_grid_distance(patches: int, patch_distance: float = PATCH_DISTANCE) -> float:
-    """Mean distance of attention that is the same everywhere."""
+    """Return the mean distance of uniform attention."""
     return patch_distance * _pairwise(square_grid(patches)).mean().item()
 
 
 def _pairwise(positions: Tensor) -> Tensor:
-    """Euclidean distances of points [..., N, 2] -> [..., N, N]."""
+    """Compute pairwise Euclidean distances: [..., N, 2] -> [..., N, N]."""
     return (positions.unsqueeze(-2) - positions.unsqueeze(-3)).square().sum(-1).sqrt()
 
 
 def _entropy_and_distance(scores: Tensor, distances: Tensor) -> Tensor:
-    """Means over the tokens, summed over the images: scores [b, H, N, N], distances [..., N, N] -> [2, H] float64."""
+    """Average over tokens, sum over images: scores [b, H, N, N], distances [..., N, N] -> [2, H] float64."""
     scores = scores.astype('float32')
     weights = F.softmax(scores, axis=-1)
     entropy = -(weights * (weights + LOG_EPS).log()).sum(-1)
     distance = (weights.astype('float64') * distances).sum(-1)
-    damage = 0.0 * scores.sum().astype('float64')  # NaN where a score is not finite, which the CPU's softmax conceals
-    return paddle.stack([values.astype('float64').mean(-1).sum(0) for values in (entropy, distance)]) + damage
+    nan_if_not_finite = 0.0 * scores.sum().astype(
+        'float64'
+    )  # NaN if a score is not finite; the softmax on CPUs hides it
+    return (
+        paddle.stack([values.astype('float64').mean(-1).sum(0) for values in (entropy, distance)]) + nan_if_not_finite
+    )
 
 
 @paddle.no_grad()
 def measure_attention(
     model: VisionTransformer, batches: Iterable[Tensor], patch_distance: float = PATCH_DISTANCE
 ) -> dict[str, object]:
-    """Entropy and distance of all heads of a model over images, each of which counts the same.
+    """Compute entropy and distance of all attention heads, averaged over images.
 
-    Where tokens have become fewer (EViT, ToMe), the attention is that among those which are left, and a token of
-    several patches stands at the mean of their positions.
+    After token reduction (EViT, ToMe), the statistics are over the remaining tokens. The position of a token with
+    several patches is the mean of their positions.
 
     Args:
-        batches: normalised images [b, C, S, S].
+        model: a Vision Transformer.
+        batches: normalized images [b, C, S, S].
+        patch_distance: see `AttentionStatistics`.
 
     Returns:
-        `images`: their number; `tokens`: patch tokens that each block attends to; `entropy` and `distance`: for each
-        block a number per head. None for blocks without attention.
+        `images`: number of images; `tokens`: number of patch tokens in each block; `entropy` and `distance`: for each
+        block one value per head. None for blocks without attention.
     """
     model.eval()
     statistics, images = AttentionStatistics(model.depth, patch_distance, per_image=True), 0
@@ -151,7 +157,7 @@ def measure_attention(
 
 
 def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Yield the number of each block with attention, and the arguments of `AttentionStatistics.add`; one at a time."""
+    """Yield the arguments of `AttentionStatistics.add` for each block with attention."""
     source, prefix = None, model.num_prefix
     for layer, results in enumerate(model.iter_intermediates(images, want=('attn_logits', 'source'))):
         if results.attn_logits is not None:
@@ -165,15 +171,15 @@ def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, 
 
 # ---------------------------------------------------------------------------------------------------- similarity
 class CKA:
-    """How alike layers of two models represent the same images: linear CKA, estimated without bias from batches.
+    """Linear CKA of the layers of two models, an unbiased minibatch estimate.
 
-    With X [b, ...] the flattened activations of a layer on b images, K = X X^T without its diagonal, and L that of the
-    other layer (https://arxiv.org/abs/2010.15327, equations 2 and 3):
+    X [b, ...] are the flattened activations of a layer on b images. K = X X^T without its diagonal; L is the same for
+    the other layer (https://arxiv.org/abs/2010.15327, equations 2 and 3):
 
         HSIC(K, L) = [tr(K L) + (1'K 1)(1'L 1) / ((b - 1)(b - 2)) - 2 / (b - 2) 1'K L 1] / (b (b - 3))
         CKA = mean HSIC(K, L) / sqrt(mean HSIC(K, K) mean HSIC(L, L)),
 
-    the means being over batches. All of it is float64. It can be slightly negative.
+    with means over batches, in float64. The estimate can be slightly negative.
     """
 
     def __init__(self):
@@ -184,7 +190,9 @@ class CKA:
         self._scale: Tensor | None = None
 
     def add(self, first: Iterable[Tensor], second: Iterable[Tensor]) -> None:
-        """Takes in a batch: of each layer of both models [b, ...], all with the same images. Generators save memory.
+        """Add a batch: the activations [b, ...] of each layer of both models for the same images.
+
+        Generators need less memory than lists.
 
         Raises:
             UserError: fewer than four images.
@@ -199,32 +207,34 @@ class CKA:
         self.images += grams.shape[1]
 
     def hsic(self) -> np.ndarray:
-        """Mean HSIC of each layer with each, those of the first model before those of the second, [M + N, M + N].
+        """Return the mean HSIC of all pairs of layers, those of the first model first, [M + N, M + N].
 
         Raises:
-            UserError: nothing was added.
+            UserError: no batch was added.
         """
         if self._hsic is None:
             raise UserError(f'CKA needs a batch of at least {MIN_BATCH} images, but there is none.')
         return self._hsic.numpy() / self._batches
 
     def result(self) -> np.ndarray:
-        """[M, N]; NaN where the representation of a layer is the same for all images.
+        """Return CKA, [M, N]; NaN for a layer with the same activations for all images.
 
         Raises:
-            UserError: nothing was added, or a layer is not finite.
+            UserError: no batch was added, or a layer is not finite.
         """
         hsic = self.hsic()
         own = hsic.diagonal()
         for model, layers in (('first', own[: self._first]), ('second', own[self._first :])):
             for layer in np.flatnonzero(~np.isfinite(layers)):
-                raise UserError(f'layer {layer} of the {model} model is not finite: the weights are damaged.')
+                raise UserError(
+                    f'layer {layer} of the {model} model is not finite: the weights are damaged, use others.'
+                )
         own = np.where(own > MIN_HSIC_RATIO * self._scale.numpy() / self._batches, own, np.nan)
         return hsic[: self._first, self._first :] / np.sqrt(np.outer(own[: self._first], own[self._first :]))
 
 
 def _gram(features: Tensor) -> Tensor:
-    """Inner products of the images' features [b, ...], 0 on the diagonal, [b, b] float64."""
+    """Compute the Gram matrix of features [b, ...] with zero diagonal, [b, b] float64."""
     if len(features) < MIN_BATCH:
         raise UserError(f'CKA needs batches of at least {MIN_BATCH} images, not {len(features)}.')
     rows = features.flatten(1).astype('float64')
@@ -232,7 +242,7 @@ def _gram(features: Tensor) -> Tensor:
 
 
 def _hsic(grams: Tensor) -> tuple[Tensor, Tensor]:
-    """HSIC of each of n layers with each, [n, n], and the size of its first term with itself, [n], of [n, b, b]."""
+    """Compute HSIC of all pairs of layers, [n, n], and its first term for each layer itself, [n]; grams [n, b, b]."""
     b = grams.shape[-1]
     flat, rows = grams.flatten(1), grams.sum(-1)
     totals = rows.sum(-1)
@@ -246,13 +256,15 @@ def _hsic(grams: Tensor) -> tuple[Tensor, Tensor]:
 def compare_layers(
     first: VisionTransformer, second: VisionTransformer, batches: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[np.ndarray, int]:
-    """CKA of the layers of two models; see `representations`.
+    """Compute CKA of the layers of two models; see `representations`.
 
     Args:
-        batches: the same images for both, normalised for each, [b, C, S, S]. Batches of fewer than four are left out.
+        first, second: Vision Transformers.
+        batches: pairs of the same images, normalized for each model, [b, C, S, S]. Batches of fewer than four are
+            skipped.
 
     Returns:
-        [depth + 1, depth + 1] as `CKA.result` gives it, and the number of images it is of.
+        `CKA.result`, [depth + 1, depth + 1], and the number of images.
     """
     first.eval()
     second.eval()
@@ -264,11 +276,11 @@ def compare_layers(
 
 
 def representations(model: VisionTransformer, images: Tensor) -> Iterator[Tensor]:
-    """Yield the normalized input of each block, and the output of the last one, by patch: depth + 1 times [b, patches, C].
+    """Yield the normalized input of each block and the normalized output, by patch: depth + 1 times [b, patches, C].
 
-    That is the output of `norm1`, for blocks without attention that of `norm2`, and at the end that of the model's last
-    norm, which a pooling model applies to the tokens here. Where tokens were reduced (EViT, ToMe), each patch is
-    represented by the token it is in, and dropped patches are 0.
+    The norm is `norm1`, `norm2` for blocks without attention, and for the output the last norm of the model (`fc_norm`
+    of a pooling model, here without pooling). After token reduction (EViT, ToMe), a patch has the features of its
+    token; dropped patches are 0.
     """
     source, prefix = None, model.num_prefix
     for results in model.iter_intermediates(images, want=('inputs', 'source', 'tokens')):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention layers a model can do without: NOSE, "MLP Can Be A Good Transformer Learner", arXiv 2404.05657.
+"""Selection of attention layers to remove: NOSE, "MLP Can Be A Good Transformer Learner", arXiv 2404.05657.
 
-Attention layers are chosen one after the other; the next is the one whose absence raises the entropy of the model's output
-the most, or lowers it the least (the smallest transfer entropy). No labels and no training are needed. Entropies are those
-of Gaussian channels; the constants 0.5 ln(2 pi e) per channel, which cancel in differences, are left out.
+A greedy search selects the layer with the smallest transfer entropy, whose removal increases the entropy of the output
+most, or decreases it least. It needs neither labels nor training. Channels are modeled as Gaussian; the constants
+0.5 ln(2 pi e) per channel cancel in differences and are omitted.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ HEAD, FEATURE = TARGETS = ('head', 'feature')
 
 
 class ChannelStatistics:
-    """Count, mean and squared deviations of each channel over samples that come in batches (Chan et al., 1983).
+    """Count, mean and squared deviations of each channel, merged over batches and processes (Chan et al., 1983).
 
-    Everything is float64; merging batches, or processes, gives what all samples at once would give.
+    Computed in float64. The result equals that of all samples at once.
     """
 
     def __init__(self):
@@ -34,7 +34,7 @@ class ChannelStatistics:
         self.deviations: Tensor | None = None
 
     def add(self, samples: Tensor) -> None:
-        """Takes in samples [n, C]."""
+        """Add samples [n, C]."""
         samples = samples.astype('float64')
         mean = samples.mean(0)
         deviations = (samples - mean).square().sum(0)
@@ -48,7 +48,7 @@ class ChannelStatistics:
         self.count = total
 
     def std(self, context: Group, ddof: int = 0) -> np.ndarray:
-        """Standard deviation of each channel over the samples of all processes, [C]; each must have some.
+        """Return the standard deviation of each channel over all processes, [C]; every process must have samples.
 
         Raises:
             UserError: too few samples.
@@ -62,9 +62,9 @@ class ChannelStatistics:
 
 
 def entropy(statistics: ChannelStatistics, target: str, context: Group) -> float:
-    """Entropy of an output, but for its constants. A channel that never changes counts as the smallest number there is.
+    """Return the entropy of an output without its constants. The standard deviation of a constant channel is `tiny`.
 
-    head: sum_k log2(std of logit k), over n - 1. feature: sum_c ln(std of channel c), over n.
+    head: sum_k log2(std of logit k), with n - 1. feature: sum_c ln(std of channel c), with n.
     """
     std = np.maximum(statistics.std(context, ddof=1 if target == HEAD else 0), np.finfo('float64').tiny)
     return float((np.log2(std) if target == HEAD else np.log(std)).sum())
@@ -72,12 +72,12 @@ def entropy(statistics: ChannelStatistics, target: str, context: Group) -> float
 
 @dataclass(frozen=True)
 class Step:
-    """One choice of `select_layers`.
+    """One step of `select_layers`.
 
     Attributes:
         base: entropy without the layers chosen before.
-        entropies: for each layer left, the entropy when it goes too.
-        chosen: the layer that goes.
+        entropies: entropy after the removal of each remaining layer.
+        chosen: the selected layer.
     """
 
     base: float
@@ -86,7 +86,7 @@ class Step:
 
     @property
     def transfer(self) -> dict[int, float]:
-        """Transfer entropy of each layer left: `base` minus the entropy without it."""
+        """Return the transfer entropy of each remaining layer: `base` minus the entropy without it."""
         return {layer: self.base - value for layer, value in self.entropies.items()}
 
 
@@ -97,23 +97,24 @@ def select_layers(
     context: Group,
     target: str = HEAD,
 ) -> Iterator[Step]:
-    """Chooses attention layers to remove, greedily; each choice is yielded when it is made.
+    """Select attention layers to remove by a greedy search, and yield each step.
 
-    While an entropy is measured a missing layer is the identity, y = x, not the 2x of the model that is trained later.
-    In the end the model is what it was.
+    During the search a removed layer is the identity, y = x, not 2x as in the model that is trained later. At the end
+    the model is restored.
 
     Args:
-        model: a trained one, on every process the same.
-        batches: step, from 0 -> normalised images [b, C, H, W] of this process; the same images at every step.
-        number: how many layers to choose.
-        target: 'head': the logits; 'feature': what the classifier sees.
+        model: a trained model, equal on every process.
+        batches: step, from 0 -> normalized images [b, C, H, W] of this process; the same images in every step.
+        number: number of layers to select.
+        context: process group.
+        target: 'head': entropy of the logits; 'feature': entropy of the input of the classifier.
 
     Raises:
         UserError: more layers than the model has.
     """
     left = model.attention_layers()
     if not 1 <= number < len(left):
-        raise UserError(f'{number} attention layers cannot be chosen: the model has {len(left)}, and one must stay.')
+        raise UserError(f'cannot select {number} attention layers: the model has {len(left)}, and one must remain.')
     base = None
     try:
         for step in range(number):
@@ -124,7 +125,7 @@ def select_layers(
             if base is None:
                 base = entropy(sums[None], target, context)
             entropies = {layer: entropy(sums[layer], target, context) for layer in left}
-            chosen = max(left, key=entropies.__getitem__)  # of equals the first
+            chosen = max(left, key=entropies.__getitem__)  # the first one of equal entropies
             yield Step(base, entropies, chosen)
             model.blocks[chosen].set_attn_weight(0.0, identity=1.0)
             left.remove(chosen)
@@ -136,9 +137,9 @@ def select_layers(
 
 @paddle.no_grad()
 def _outputs(model: VisionTransformer, images: Tensor, layers: list[int], target: str, whole: bool):
-    """Yields (layer, output [b, channels] without its attention), and of the `whole` model (None, output).
+    """Yield (layer, output [b, channels] without its attention), and with `whole` (None, output of the full model).
 
-    Up to a layer the model without it is the whole model: that part is computed once.
+    The blocks before a removed layer are computed only once.
     """
     model.eval()
     for layer, results in enumerate(model.iter_intermediates(images, want=('block_input',))):
@@ -161,7 +162,7 @@ def _output(model: VisionTransformer, tokens: Tensor, target: str) -> Tensor:
 def branch_entropies(
     model: VisionTransformer, batches: Iterable[Tensor], context: Group
 ) -> dict[str, dict[int, float]]:
-    """Entropy of what each branch adds to its block, all tokens of all images being samples.
+    """Compute the entropy of the output of each residual branch; samples are all tokens of all images.
 
     Returns:
         'attn' and 'mlp': block -> sum_c ln(std of channel c).

@@ -49,6 +49,8 @@ def _read_stream(data: memoryview) -> list:
         message = _Table(metadata, *struct.unpack_from('<I', metadata))
         position += size
         kind, header, body_size = message.number(1, 'B'), message.table(2), message.number(3, 'q')
+        if body_size < 0:  # it would lead back
+            raise ValueError('not a value serialized by pyarrow (a body of negative size)')
         if kind == _SCHEMA:
             (column,) = header.tables(1)
         elif kind == _RECORD_BATCH and column is not None:
@@ -64,6 +66,7 @@ class _RecordBatch:
         self._lengths = iter(header.structs(1, '<qq'))
         self._positions = iter(header.structs(2, '<qq'))
         self._body = body
+        self._left = len(body)  # values that may still come: each takes a byte, or is one of a union that has
         self._union_has_validity = version < _VERSION_5
 
     def _buffer(self) -> memoryview:
@@ -76,7 +79,8 @@ class _RecordBatch:
     def values(self, field: _Table) -> list:
         """Return the Python values of a field: None, int, bytes, or lists of them."""
         length, _ = next(self._lengths)
-        if not 0 <= length <= len(self._body):
+        self._left -= length
+        if length < 0 or self._left < 0:
             raise ValueError(f'not a value serialized by pyarrow ({length} values in {len(self._body)} bytes)')
         kind = field.number(2, 'B')
         if kind == _NULL:

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 import paddle
 
+from datasets.device import on_gpu, upload
 from datasets.loader import Batch
 from datasets.sample import VALID
 
@@ -29,29 +31,38 @@ def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batc
         images = [_normalize(image[None], None, mean, std)[0] for image in batch.images]
     else:
         images = _normalize(batch.images, batch.erase, mean, std, batch.targets.get(VALID))
-    targets = {
-        name: target if isinstance(target, list) else paddle.to_tensor(target) for name, target in batch.targets.items()
-    }
+    targets = {name: target if isinstance(target, list) else upload(target) for name, target in batch.targets.items()}
     return dataclasses.replace(batch, images=images, targets=targets, erase=None)
 
 
 def _normalize(images: np.ndarray, erase, mean: Sequence[float], std: Sequence[float], valid=None) -> paddle.Tensor:
     channels = images.shape[-1]
-    scale = 1.0 / (255.0 * np.asarray(std[:channels], 'float64'))
-    shift = -np.asarray(mean[:channels], 'float64') / np.asarray(std[:channels], 'float64')
-    scale, shift = (values.astype('float32').reshape(-1, 1, 1) for values in (scale, shift))
-    prepare = _on_this_cpu if paddle.device.get_device() == 'cpu' else _on_the_device
-    return prepare(images, erase, scale, shift, valid)
+    statistics = tuple(mean[:channels]), tuple(std[:channels])
+    if on_gpu():
+        return _on_the_gpu(images, erase, *_on_device(*statistics, paddle.device.get_device()), valid)
+    return _on_this_cpu(images, erase, *_scale_and_shift(*statistics), valid)
 
 
-def _on_the_device(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
-    """Copy uint8 pixels to the device, a quarter of the size of float32, and compute there."""
-    images = paddle.to_tensor(pixels).astype('float32').moveaxis(-1, -3)
-    images = images * paddle.to_tensor(scale) + paddle.to_tensor(shift)
+def _scale_and_shift(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Return [C, 1, 1] float32 factors with which x * scale + shift = (x / 255 - mean) / std."""
+    deviation = np.asarray(std, 'float64')
+    values = 1.0 / (255.0 * deviation), -np.asarray(mean, 'float64') / deviation
+    return tuple(value.astype('float32').reshape(-1, 1, 1) for value in values)
+
+
+@functools.lru_cache(maxsize=16)
+def _on_device(mean: tuple[float, ...], std: tuple[float, ...], device: str) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Return `_scale_and_shift` as tensors on the current device, `device`."""
+    return tuple(upload(values) for values in _scale_and_shift(mean, std))
+
+
+def _on_the_gpu(pixels: np.ndarray, erase, scale: paddle.Tensor, shift: paddle.Tensor, valid=None) -> paddle.Tensor:
+    """Copy uint8 pixels to the GPU, a quarter of the size of float32, and compute there. The host does not wait."""
+    images = upload(pixels).astype('float32').moveaxis(-1, -3) * scale + shift
     if valid is not None:
-        images = images * paddle.to_tensor(_mask(valid, pixels.shape[1:3]).astype('float32'))
+        images = images * upload(_mask(valid, pixels.shape[1:3]).astype('float32'))
     if erase is not None:
-        positions, values = (paddle.to_tensor(array) for array in erase)
+        positions, values = (upload(array) for array in erase)
         images = paddle.scatter(images.flatten(), positions, values).reshape(images.shape)
     return images
 
@@ -63,7 +74,7 @@ def _mask(valid: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray, valid=None) -> paddle.Tensor:
-    """Compute the same bits as `_on_the_device` with numpy, 20 times faster than Paddle on the CPU."""
+    """Compute the same bits as `_on_the_gpu` with numpy, 20 times faster than Paddle on the CPU."""
     *many, height, width, channels = pixels.shape
     images = np.empty((*many, channels, height, width), 'float32')
     one_by_one = images.reshape(-1, channels, height, width), pixels.reshape(-1, height, width, channels)

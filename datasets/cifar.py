@@ -12,7 +12,11 @@ from datasets.dataset import Dataset
 from datasets.folder import data_path
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.formats.pickles import PickleReader
+from utils.files import open_regular
+from utils.formats.pickles import PickleReader, mapped
+from utils.text import NAME, printable
+
+MAX_FILE = 1 << 29  # bytes; CIFAR-100's train has 155 MB
 
 
 @register_dataset('cifar10')
@@ -51,28 +55,36 @@ def _build(config, name: str, folder: str, files: list[str], label_key: str, met
     if not os.path.exists(os.path.join(root, meta)):
         root = os.path.join(root, folder)
     (class_names,) = _fields(os.path.join(root, meta), name, names_key)
+    if not isinstance(class_names, list):
+        raise UserError(f"'{os.path.join(root, meta)}' has no list of {names_key}; unpack {name}-python.tar.gz again.")
     images, labels = [], []
     for file in files:
         path = os.path.join(root, file)
         pixels, file_labels = _fields(path, name, 'data', label_key)
         if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
             raise UserError(f"'{path}' does not hold rows of 3072 bytes; unpack {name}-python.tar.gz again.")
-        if not isinstance(file_labels, (list, np.ndarray)):
+        if not isinstance(file_labels, list) and not (isinstance(file_labels, np.ndarray) and file_labels.ndim == 1):
             raise UserError(f"'{path}' has no list of {label_key}; unpack {name}-python.tar.gz again.")
         images.append(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-        labels += list(file_labels)
+        labels += file_labels.tolist() if isinstance(file_labels, np.ndarray) else file_labels
     return Dataset(ArrayStorage(np.concatenate(images), root), labels, source=f"'{root}'", class_names=class_names)
 
 
 def _fields(path: str, name: str, *keys: str) -> list:
     """Return entries of a pickled dict."""
     try:
-        with open(path, 'rb') as file:
-            content = PickleReader().load(file)
+        with open_regular(path, MAX_FILE) as file, mapped(file) as stream:
+            content = PickleReader().load(stream)
+        if not isinstance(content, dict):
+            raise ValueError('it holds no dict')
+        missing = [key for key in keys if key not in content]
+        if missing:
+            raise ValueError(f'it has no {missing[0]}')
         return [content[key] for key in keys]
     except FileNotFoundError:
         raise UserError(
             f"'{path}' is missing; unpack https://www.cs.toronto.edu/~kriz/{name}-python.tar.gz into DATA.DATA_PATH."
         ) from None
     except Exception as error:  # a damaged pickle can raise any exception
-        raise UserError(f"'{path}' is damaged ({error}); unpack {name}-python.tar.gz again.") from None
+        reason = printable(getattr(error, 'strerror', None) or error, NAME) or type(error).__name__
+        raise UserError(f"'{path}' is damaged ({reason}); unpack {name}-python.tar.gz again.") from None

@@ -8,14 +8,15 @@ import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
-from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
+from datasets.images import MAX_FILE, Jpeg, UnreadableImage, decode_image, open_image
 from datasets.sample import Sample
 from utils.errors import UserError
+from utils.files import read_regular
 
 _PLAUSIBLE = 1000  # classes; if a list has more and most have no image, a label is probably wrong
 _LISTED, _SHOWN = 1000, 5  # maximum of classes without an image, in a list and in a sentence
@@ -68,6 +69,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.storage)
+
+    @property
+    def storages(self) -> tuple[Storage, ...]:
+        """All storages; the first one holds the images."""
+        return (self.storage,)
 
     def load(self, index: int) -> Image.Image:
         """Return image `index` as an RGB image. Raises BadImageError."""
@@ -137,7 +143,7 @@ class Dataset(Images):
     ):
         super().__init__(storage, source, notes)
         self.labels = _whole_numbers(labels, source)
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = None if class_names is None else _names(class_names, source)
         self._locate = locate
         if len(storage) != len(self.labels):
             raise UserError(f'{source} has {len(storage)} images, but {len(self.labels)} labels.')
@@ -159,11 +165,18 @@ class Dataset(Images):
         return self._locate(index) if self._locate else f"'{self.describe(index)}'"
 
 
+def _names(names: Any, source: str) -> list[str]:
+    """Class names. Raises UserError for anything that is not a list of texts."""
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise UserError(f'{source} has class names that are not a list of texts.')
+    return list(names)
+
+
 def _whole_numbers(labels: Sequence[int], source: str) -> np.ndarray:
     """Return labels as [N] int64. Raises UserError if they are no list of 64-bit integers."""
     try:
         array = np.asarray(labels)
-    except ValueError:  # lists of different lengths
+    except (ValueError, TypeError, OverflowError):  # such as lists of different lengths
         array = np.empty(1, object)
     whole = array.ndim == 1 and array.dtype.kind in 'iu'
     if array.size and not (whole and array.max() <= np.iinfo(np.int64).max):
@@ -186,8 +199,7 @@ class FileStorage(EncodedStorage):
 
     def read(self, index: int) -> bytes:
         try:
-            with open(self.describe(index), 'rb') as file:
-                return file.read()
+            return read_regular(self.describe(index), MAX_FILE)
         except (OSError, ValueError, MemoryError) as error:  # ValueError: zero byte in the name
             raise UnreadableImage(getattr(error, 'strerror', None) or str(error) or type(error).__name__) from None
 

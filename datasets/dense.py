@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from datasets.images import UnreadableImage
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
-from datasets.transforms import FastFlip, Geometric, Picture, Transform, opencv, size_of
+from datasets.transforms import MAX_ASPECT_RATIO, FastFlip, Geometric, Picture, Transform, opencv, size_of
 from utils.errors import UserError
 
 TRIES = 10  # maximum number of redraws of a crop that one class dominates
@@ -68,7 +69,9 @@ def scaled_size(size: Size, scale: Sequence[int]) -> Size:
 
 
 def window_size(size: Size, short: int) -> Size:
-    """Scale a size, with its aspect ratio, so that its shorter side is `short`."""
+    """Scale a size, with its aspect ratio, so that its shorter side is `short`. Raises UnreadableImage for thin images."""
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise UnreadableImage(f'{size[0]} x {size[1]} pixels, more than {MAX_ASPECT_RATIO} times as long as wide')
     return tuple(max(int(side * short / min(size) + 0.5), 1) for side in size)
 
 

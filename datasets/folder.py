@@ -16,9 +16,11 @@ from datasets.registry import register_dataset
 from datasets.walk import describe_counts, describe_left_out, folders_in, images_below
 from utils.environment import expand_user
 from utils.errors import UserError
+from utils.files import open_regular
 
 _DIGITS = 9  # maximum of a label, since LMDB files store it in 32 bits
 _QUOTED = 200  # characters of a line in a message
+_LINE = 65536  # characters of a line that are read; paths have at most 4096
 
 
 # ---------------------------------------------------------------------------------------------------- folders
@@ -212,8 +214,10 @@ def read_lines(path: str, hint: str) -> Iterator[tuple[int, str]]:
         hint: how to get a missing file, for messages.
     """
     try:
-        with open(path, encoding='utf-8-sig', errors='surrogateescape') as file:
-            for number, line in enumerate(file, 1):
+        with open_regular(path, encoding='utf-8-sig', errors='surrogateescape') as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LINE), ''), 1):
+                if len(line) == _LINE:
+                    raise UserError(f'{path}:{number}: the line has {_LINE} characters or more; is it a list file?')
                 if '\0' in line:
                     raise UserError(f'{path}:{number}: a zero byte in the line; remove it, or save the list as UTF-8.')
                 if line.strip():

@@ -5,10 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, features
+
+from utils.text import NAME, printable
 
 # Allowed raster formats, by Pillow's names. Pillow's other readers are disabled: some start programs (EPS), and most read
 # formats that photographs do not use.
@@ -18,6 +22,20 @@ EXTENSIONS = (
     *('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.apng', '.webp', '.bmp', '.dib', '.gif', '.tif', '.tiff'),
     *('.ppm', '.pgm', '.pbm', '.pnm', '.jp2', '.j2k', '.jpf', '.jpx', '.jpc', '.j2c', *(('.avif',) if _AVIF else ())),
 )
+# Limits of one image, above what cameras write.
+MAX_FILE = 128 << 20  # bytes of the file
+MAX_PIXELS = 89_478_485  # what Pillow warns of: with all copies on the way to RGB up to 1.5 GB
+MAX_SIDE = 65535  # pixels, as in JPEG files
+MAX_PIXELS_OF = {'JPEG2000': MAX_PIXELS // 2}  # its decoder holds each channel twice, in 32 bits
+MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10
+MAX_WORK = 2 << 30  # pixels times scans: a scan of a million pixels takes a millisecond, whatever its few bytes hold
+_FEW_SCANS = 16  # up to here they need not be counted exactly
+# First bytes of files that are no raster image, or one that Pillow does not decode here; the others it knows itself.
+_OTHER_KINDS = (
+    (b'%PDF', 'PDF'), (b'<svg', 'SVG'), (b'<', 'text with markup'), (b'PK', 'a zip archive'), (b'\0\0\0\x1cftyphei', 'HEIC'),
+    (b'\0\0\0\x18ftyphei', 'HEIC'), (b'\0\0\0\x18ftypmif', 'HEIC'), (b'version https://git-lfs', 'a git-lfs pointer'),
+)  # fmt: skip
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # refused instead
 
 
 class UnreadableImage(Exception):
@@ -46,6 +64,8 @@ def open_image(data: bytes, exif_rotate: bool = False) -> Image.Image | Jpeg:
     Raises:
         UnreadableImage: here or, for a `Jpeg`, when its pixels are decoded.
     """
+    if len(data) > MAX_FILE:
+        raise UnreadableImage(f'the file has {len(data)} bytes, more than the {MAX_FILE} that are read')
     size = _plain_jpeg_size(data)
     if size is None:
         return _decode(data, exif_rotate)
@@ -149,22 +169,97 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    return (width, height) if colors in ('YCbCr', 'Gray') and width * height <= Image.MAX_IMAGE_PIXELS else None
+    if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
+        return None
+    _check_scans(data, width * height)
+    return (width, height) if colors in ('YCbCr', 'Gray') else None
+
+
+def _check_scans(data: bytes, pixels: int) -> None:
+    """Each scan of a JPEG file goes over all pixels. Raises UnreadableImage for more scans than any encoder writes."""
+    if data.count(_SCAN) <= _FEW_SCANS:
+        return
+    limit = min(MAX_SCANS, MAX_WORK // max(pixels, 1))
+    if count_scans(data, limit) > limit:
+        raise UnreadableImage(f'a JPEG file of more than {limit} scans, which would take too long')
+
+
+_SCAN, _END = b'\xff\xda', 0xD9
+
+
+def count_scans(data: bytes, limit: int) -> int:
+    """Scans of a JPEG file up to its end marker, which other data may follow; no more than `limit` + 1 are counted."""
+    place, scans = 2, 0
+    while scans <= limit:
+        place = data.find(b'\xff', place)
+        if place < 0 or place + 4 > len(data) or data[place + 1] == _END:
+            break
+        marker = data[place + 1]
+        if marker == 0xFF:  # padding
+            place += 1
+        elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:  # part of the pixels, or a marker alone
+            place += 2
+        else:
+            scans += marker == _SCAN[1]
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], 'big')
+    return scans
 
 
 def _decode(data: bytes, exif_rotate: bool = False) -> Image.Image:
     """Decode an image file to RGB with Pillow."""
+    with loaded(data) as image:
+        picture = to_rgb(image)
+        return _rotated(picture, _orientation(image)) if exif_rotate else picture
+
+
+@contextlib.contextmanager
+def loaded(data: bytes, formats: Sequence[str] = FORMATS) -> Iterator[Image.Image]:
+    """The image of a file, decoded by Pillow, in the mode that it is stored in.
+
+    Args:
+        formats: those that are decoded, by Pillow's names.
+
+    Raises:
+        UnreadableImage: another format, damaged data, an image above the limits; also for what the block raises.
+    """
     if not data:
         raise UnreadableImage('the file is empty')
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            check_size(image)
+            if image.format in ('JPEG', 'MPO'):
+                _check_scans(data, image.width * image.height)
             image.load()  # Pillow applies the orientation of TIFF files here
-            picture = to_rgb(image)
-            return _rotated(picture, _orientation(image)) if exif_rotate else picture
+            yield image
+    except UnreadableImage:
+        raise
     except Image.UnidentifiedImageError:
-        raise UnreadableImage(f'not an image that Pillow knows as {", ".join(FORMATS)}') from None
+        raise UnreadableImage(_refused(data, formats)) from None
     except Exception as error:  # damaged bytes can raise any exception
-        raise UnreadableImage(str(error) or type(error).__name__) from None
+        raise UnreadableImage(printable(error, NAME) or type(error).__name__) from None
+
+
+def check_size(image: Image.Image) -> None:
+    """Raises UnreadableImage for an image, not decoded yet, that would take too much memory."""
+    limit = MAX_PIXELS_OF.get(image.format, MAX_PIXELS)
+    if image.width * image.height > limit or max(image.size) > MAX_SIDE:
+        raise UnreadableImage(
+            f'{image.width} x {image.height} pixels are too many: the limits are {limit}, and {MAX_SIDE} per side'
+        )
+
+
+def _refused(data: bytes, formats: Sequence[str]) -> str:
+    """Why a file is not decoded, and which format it has where that is known. None of Pillow's other readers is started."""
+    head = data[:32]
+    found = next((kind for magic, kind in _OTHER_KINDS if head.lstrip().lower().startswith(magic.lower())), None)
+    if found is None:
+        Image.init()
+        for name, (_, accept) in Image.OPEN.items():
+            with contextlib.suppress(Exception):  # these look at the first bytes only
+                if accept is not None and accept(head) is True and name not in formats:
+                    found = name
+                    break
+    return f'not an image that Pillow knows as {", ".join(formats)}' + (f', but {found}' if found else '')
 
 
 def _orientation(image: Image.Image) -> Orientation:

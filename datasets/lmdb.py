@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images in one LMDB file per split, for storage that is slow with a million small files.
 
-The files are `DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`. Their keys decide between two formats:
+The files are `DATA_PATH/train.lmdb` and `DATA_PATH/val.lmdb`. Their keys decide between three formats:
 
 LeanViT's format, written by tools/make_lmdb.py; numbers are little-endian:
     __format__      b'leanvit-lmdb-1'
     __labels__      a label per image, int32
     __classes__     class names as a JSON list; absent if classes have no names
     0, 1, ...       (decimal) label int32, CRC-32 of the image uint32, the image file
+
+LeanViT's format with label maps, of the same tool:
+    __format__      b'leanvit-lmdb-maps-1'
+    __count__       number of images, decimal
+    __label_maps__  what the values of the maps mean, see datasets/packed_maps.py
+    0, 1, ...       as above, with label 0
+    map/0, ...      the same for the label map files
 
 The format of pyarrow's serialize(), as in EViT (https://github.com/youweiliang/evit) and other codes:
     __len__         number of images
@@ -18,63 +25,115 @@ It stores labels with the images. They are collected once and saved beside the f
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import struct
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from datasets.arrow import deserialize
-from datasets.dataset import Dataset, EncodedStorage
+from datasets.classes import ClassTable
+from datasets.dataset import Dataset, EncodedStorage, Images
 from datasets.folder import data_path
-from datasets.images import UnreadableImage
+from datasets.images import MAX_FILE, UnreadableImage
+from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_regular
+from utils.formats.array_files import check_header
+from utils.text import NAME, printable
 
 FORMAT_KEY, FORMAT = b'__format__', b'leanvit-lmdb-1'
 LABELS_KEY, CLASSES_KEY = b'__labels__', b'__classes__'
+MAPS_FORMAT, COUNT_KEY, MAPS_KEY = b'leanvit-lmdb-maps-1', b'__count__', b'__label_maps__'
 _HEAD = struct.Struct('<iI')
+MAX_CLASSES = 64 << 20  # bytes of all class names; a million names
+_HEADER = 4096  # bytes of the head of a .npy file, at most
 
 
 @register_dataset('lmdb')
-def build_lmdb(config, split: str) -> Dataset:
-    """LMDB file `DATA_PATH/<split>.lmdb` in either format."""
+def build_lmdb(config, split: str) -> Images:
+    """LMDB file `DATA_PATH/<split>.lmdb` in any of the formats."""
     path = os.path.join(data_path(config), f'{split}.lmdb')
     try:
         marker = read_value(path, FORMAT_KEY)
         if marker == FORMAT:
             return _own(path)
+        if marker == MAPS_FORMAT:
+            return _with_maps(config, path)
         if marker is None and read_value(path, b'__len__') is not None:
             return _upstream(path)
     except (UnreadableImage, ValueError) as error:
         raise UserError(f"'{path}' is damaged: {error}.") from None
     finally:
         close_file(path)  # each worker opens its own
-    kind = 'is not complete' if marker is None else f'has the unknown format {marker.decode(errors="replace")}'
+    kind = (
+        'is not complete'
+        if marker is None
+        else f'has the unknown format {printable(marker.decode(errors="replace"), NAME)}'
+    )
     raise UserError(f"'{path}' {kind}; `python tools/make_lmdb.py` writes it again.")
 
 
 def _own(path: str) -> Dataset:
     labels = np.frombuffer(read_value(path, LABELS_KEY) or b'', '<i4')
-    names = read_value(path, CLASSES_KEY)
+    if len(labels) > _entries(path):
+        raise ValueError(f'it has {len(labels)} labels, but {_entries(path)} records')
     storage = LmdbStorage(path, len(labels), unpack_record)
-    return Dataset(storage, labels, f"'{path}'", None if names is None else json.loads(names))
+    return Dataset(storage, labels, f"'{path}'", _class_names(read_value(path, CLASSES_KEY)))
+
+
+def _class_names(stored: bytes | None) -> Any:
+    if stored is None:
+        return None
+    if len(stored) > MAX_CLASSES:
+        raise ValueError('its class names are too long')
+    try:
+        return json.loads(stored)
+    except RecursionError:
+        raise ValueError('its class names are nested') from None
+
+
+def _with_maps(config, path: str) -> Images:
+    count = int(read_value(path, COUNT_KEY) or b'0')
+    if not 0 <= count < _entries(path):
+        raise ValueError(f'it has {_entries(path)} records for {count} images')
+    images, maps = (LmdbStorage(path, count, unpack_record, key) for key in (record_key, map_key))
+    return packed_dataset(config, images, maps, path, read_value(path, MAPS_KEY) or b'')
+
+
+def packed_classes(root: str) -> ClassTable | None:
+    """Return the classes of an LMDB file in `root`; None if no file has label maps."""
+    for path in (os.path.join(root, f'{split}.lmdb') for split in ('train', 'val')):
+        with contextlib.suppress(UnreadableImage):
+            description = read_value(path, MAPS_KEY) if os.path.isfile(path) else None
+            close_file(path)
+            if description is not None:
+                return read_description(description, path)[0]
+    return None
 
 
 def _upstream(path: str) -> Dataset:
-    storage = LmdbStorage(path, int(deserialize(read_value(path, b'__len__'))), _unpack_upstream)
+    length, records = deserialize(read_value(path, b'__len__')), _entries(path)
+    if not isinstance(length, int) or not 0 <= length < records:
+        raise ValueError(f'its length is {printable(repr(length), NAME)}, but it has {records} records')
+    storage = LmdbStorage(path, length, _unpack_upstream)
     return Dataset(storage, _upstream_labels(storage), f"'{path}'")
 
 
 def _upstream_labels(storage: LmdbStorage) -> np.ndarray:
     kept = storage.path + '.labels.npy'
-    with contextlib.suppress(OSError, ValueError, EOFError):
+    with contextlib.suppress(OSError, ValueError, EOFError, KeyError):
         if os.path.getmtime(kept) >= os.path.getmtime(storage.path):
-            labels = np.load(kept)
+            data = io.BytesIO(read_regular(kept, _HEADER + len(storage) * np.dtype(np.int64).itemsize))
+            check_header(data, len(data.getbuffer()))
+            data.seek(0)
+            labels = np.load(data)
             if labels.shape == (len(storage),) and labels.dtype.kind == 'i':
                 return labels
     numbers = tqdm(range(len(storage)), desc=f'labels of {storage.path}', disable=None)
@@ -109,15 +168,33 @@ def _unpack_upstream(record: bytes) -> tuple[bytes, int]:
 
 
 def record_key(index: int) -> bytes:
+    """Return the key of an image."""
     return str(index).encode()
+
+
+def map_key(index: int) -> bytes:
+    """Return the key of a label map."""
+    return b'map/' + record_key(index)
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 class LmdbStorage(EncodedStorage):
-    """Images in an LMDB file; `unpack` converts a record to (image file, label) or raises ValueError."""
+    """Image files in an LMDB file.
 
-    def __init__(self, path: str, length: int, unpack: Callable[[bytes], tuple[bytes, int]]):
+    Args:
+        unpack: converts a record to (image file, label) or raises ValueError.
+        key: of a record, by its index.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        length: int,
+        unpack: Callable[[bytes], tuple[bytes, int]],
+        key: Callable[[int], bytes] = record_key,
+    ):
         self.path = path
+        self._key = key
         self._length = length
         self._unpack = unpack
 
@@ -129,16 +206,17 @@ class LmdbStorage(EncodedStorage):
 
     def record(self, index: int) -> tuple[bytes, int]:
         """Return image file and label of an item. Raises UnreadableImage."""
-        record = read_value(self.path, record_key(index))
+        key = self._key(index)
+        record = read_value(self.path, key)
         if record is None:
-            raise UnreadableImage(f'there is no record {index}')
+            raise UnreadableImage(f'there is no record {key.decode()}')
         try:
             return self._unpack(record)
         except ValueError as error:
-            raise UnreadableImage(f'record {index}: {error}') from None
+            raise UnreadableImage(f'record {key.decode()}: {error}') from None
 
     def describe(self, index: int) -> str:
-        return f'{self.path}, key {index}'
+        return f'{self.path}, key {self._key(index).decode()}'
 
 
 # Open files of this process, since LMDB may open each only once: real path -> (process id, lmdb.Environment).
@@ -158,10 +236,22 @@ def read_value(path: str, key: bytes) -> bytes | None:
         environment = open_readonly(path)
         _OPEN[os.path.realpath(path)] = os.getpid(), environment
     try:
-        with environment.begin() as transaction:
-            return transaction.get(key)
+        with environment.begin(buffers=True) as transaction:
+            return _copied(transaction.get(key))
     except lmdb_module().Error as error:
         raise UnreadableImage(str(error)) from None
+
+
+def _copied(value: memoryview | None) -> bytes | None:
+    """A value of the file, whose length a damaged file may state as anything."""
+    if value is not None and len(value) > MAX_FILE:
+        raise UnreadableImage(f'a value of {len(value)} bytes, more than the {MAX_FILE} that are read')
+    return None if value is None else bytes(value)
+
+
+def _entries(path: str) -> int:
+    """Number of values in a file that is open."""
+    return _OPEN[os.path.realpath(path)][1].stat()['entries']
 
 
 def close_file(path: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from datasets.device import upload
 from utils.errors import UserError
 
 
@@ -74,7 +75,7 @@ class Mixup:
         size, _, height, width = images.shape
         maps, shares = self.draw(size, height, width, rng)
         if maps is not None:
-            weights = paddle.to_tensor(maps[:, None], images.dtype)
+            weights = upload(maps[:, None]).astype(images.dtype)
             images = images * weights + images.flip(0) * (1.0 - weights)
         return images, mix_targets(labels, self.num_classes, shares, self.smoothing)
 
@@ -153,7 +154,7 @@ def mix_targets(labels: paddle.Tensor, num_classes: int, shares: np.ndarray, smo
     """
     off = smoothing / num_classes
     hard = F.one_hot(labels, num_classes) * (1.0 - smoothing) + off
-    weights = paddle.to_tensor(np.asarray(shares, np.float32)[:, None])
+    weights = upload(np.asarray(shares, np.float32)[:, None])
     return hard * weights + hard.flip(0) * (1.0 - weights)
 
 

@@ -4,15 +4,14 @@
 from __future__ import annotations
 
 import contextlib
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from datasets.classes import ClassTable
 from datasets.dataset import BadImageError, EncodedStorage, Images, Storage
-from datasets.images import UnreadableImage
+from datasets.images import UnreadableImage, loaded
 from datasets.sample import LabelMap, Sample
 from utils.errors import UserError
 
@@ -20,7 +19,23 @@ LABELS = 'labels'  # name of the target
 VALUES = 1 << 16  # number of values of a 16-bit map
 INVALID = -1
 _PROBES = 4  # maps that are checked at the start
+_FORMATS = ('PNG', 'BMP', 'TIFF', 'GIF')  # lossless
 _SINGLE_CHANNEL = ('L', 'P', '1', 'I', 'I;16', 'I;16B', 'I;16L')
+
+
+class LabelCoding(NamedTuple):
+    """Meaning of the stored values of label maps, apart from the ignored value.
+
+    Attributes:
+        reduce_zero: 0 is ignored, and k > 0 is class k - 1, as in ADE20K.
+        ids: label of each value from 0, None for an ignored value; None: the values are the labels.
+    """
+
+    reduce_zero: bool = False
+    ids: Sequence[int | None] | None = None
+
+
+PLAIN = LabelCoding()
 
 
 class SegmentationDataset(Images):
@@ -31,8 +46,9 @@ class SegmentationDataset(Images):
         maps: storage of the label maps, in the order of the images.
         source: see `Images`.
         classes: names and colors of the classes.
-        labels: label of each stored value, [VALUES] int32, INVALID for invalid values; see `label_table`.
+        coding: what the values of the maps mean.
         ignored: label of pixels without a class.
+        missing: indices of images whose map is known to be missing.
 
     Attributes:
         num_classes: number of classes.
@@ -45,17 +61,25 @@ class SegmentationDataset(Images):
         maps: EncodedStorage,
         source: str,
         classes: ClassTable,
-        labels: np.ndarray,
+        coding: LabelCoding = PLAIN,
         ignored: int = 255,
         notes: Sequence[str] = (),
+        missing: Sequence[int] = (),
     ):
         super().__init__(storage, source, notes)
         self.maps = maps
         self.classes = classes
         self.num_classes, self.class_names = len(classes.names), classes.names
-        self.ignored = ignored
+        self.coding, self.ignored = coding, ignored
+        labels = label_table(self.num_classes, ignored, coding)
         self._labels = labels.astype(label_type(self.num_classes, ignored))
         self._valid = labels != INVALID
+        self._missing = list(missing)
+
+    @property
+    def storages(self) -> tuple[EncodedStorage, ...]:
+        """See `Images`."""
+        return self.storage, self.maps
 
     def sample(self, index: int, exif_rotate: bool = False) -> Sample:
         """Return image and label map. Raises UserError if their sizes differ."""
@@ -95,7 +119,16 @@ class SegmentationDataset(Images):
             self.sample(index)
 
     def check(self) -> None:
-        """Check a few maps, so that a wrong number of classes is an error at the start."""
+        """Check a few maps, so that missing maps and a wrong number of classes are errors at the start. Raises UserError.
+
+        The constructor does not check, so that tools find all faults, and pack maps whatever their values mean.
+        """
+        if self._missing:
+            index = self._missing[0]
+            raise UserError(
+                f"image '{self.describe(index)}' has no label map '{self.maps.describe(index)}'; {len(self._missing)} of "
+                f'{len(self)} images have none: add the maps or remove the images.'
+            )
         for index in np.unique(np.linspace(0, len(self) - 1, _PROBES).astype(int)).tolist():
             with contextlib.suppress(BadImageError):  # DATA.BAD_IMAGE may skip it
                 self.label_map(index)
@@ -112,19 +145,14 @@ def label_type(num_classes: int, ignored: int) -> str:
     return 'uint8' if max(num_classes - 1, ignored) < 256 else 'int32'
 
 
-def label_table(num_classes: int, ignored: int, reduce_zero: bool = False, ids: Mapping[int, int] | None = None):
-    """Return the label of each stored value, [VALUES] int32; INVALID for invalid values.
-
-    Args:
-        reduce_zero: 0 is ignored, and k > 0 is class k - 1, as in ADE20K; the value `ignored` stays ignored.
-        ids: stored value -> label, if they differ.
-    """
+def label_table(num_classes: int, ignored: int, coding: LabelCoding = PLAIN) -> np.ndarray:
+    """Return the label of each stored value, [VALUES] int32; INVALID for invalid values."""
     table = np.full(VALUES, INVALID, 'int32')
-    if ids is not None:
-        table[list(ids)] = list(ids.values())
+    if coding.ids is not None:
+        table[: len(coding.ids)] = [ignored if label is None else label for label in coding.ids]
     else:
-        table[np.arange(num_classes) + reduce_zero] = np.arange(num_classes)
-        if reduce_zero:
+        table[np.arange(num_classes) + coding.reduce_zero] = np.arange(num_classes)
+        if coding.reduce_zero:
             table[0] = ignored
     table[ignored] = ignored
     return table
@@ -136,16 +164,8 @@ def read_values(data: bytes) -> np.ndarray:
     Raises:
         UnreadableImage: the file is no image with one channel of 1, 8 or 16 bits.
     """
-    if not data:
-        raise UnreadableImage('the file is empty')
-    try:
-        with Image.open(io.BytesIO(data), formats=('PNG', 'BMP', 'TIFF', 'GIF')) as image:
-            image.load()
-            mode, values = image.mode, np.array(image)
-    except Image.UnidentifiedImageError:
-        raise UnreadableImage('not a PNG, BMP, TIFF or GIF image') from None
-    except Exception as error:  # damaged bytes can raise any exception
-        raise UnreadableImage(str(error) or type(error).__name__) from None
+    with loaded(data, _FORMATS) as image:
+        mode, values = image.mode, np.array(image)
     if mode not in _SINGLE_CHANNEL:
         raise UnreadableImage(f'a label map has one channel of whole numbers, or a palette, but this image is {mode}')
     values = values.astype('int64')

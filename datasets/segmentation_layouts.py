@@ -9,9 +9,8 @@ from datasets.classes import ClassTable, builtin_classes, read_classes
 from datasets.dataset import FileStorage
 from datasets.folder import data_path, read_lines
 from datasets.registry import register_dataset
-from datasets.segmentation import SegmentationDataset, label_table
+from datasets.segmentation import PLAIN, LabelCoding, SegmentationDataset
 from datasets.walk import images_below
-from utils.environment import expand_user
 from utils.errors import UserError
 
 CLASSES = 'classes.txt'
@@ -31,7 +30,9 @@ def build_segmentation(config, split: str) -> SegmentationDataset:
 def build_ade20k(config, split: str) -> SegmentationDataset:
     """ADE20K: the folder ADEChallengeData2016; the value 0 of its maps is ignored."""
     folder = {'train': 'training', 'val': 'validation'}[split]
-    return segmentation_folder(config, data_path(config), folder, builtin_classes('ade20k'), reduce_zero=True)
+    return segmentation_folder(
+        config, data_path(config), folder, builtin_classes('ade20k'), LabelCoding(reduce_zero=True)
+    )
 
 
 @register_dataset('voc2012')
@@ -67,38 +68,32 @@ def build_cityscapes(config, split: str) -> SegmentationDataset:
         raise UserError(f"'{os.path.join(root, 'leftImg8bit', split)}' holds no image that ends in {ending}.")
     images = [os.path.join('leftImg8bit', split, f'{name}{ending}') for name in names]
     maps = [os.path.join('gtFine', split, f'{name}_gtFine_labelTrainIds.png') for name in names]
-    if os.path.exists(os.path.join(root, maps[0])):
+    others = [path.replace('labelTrainIds', 'labelIds') for path in maps]
+    if len(_missing(root, maps)) <= len(_missing(root, others)):
         return _paired(config, root, images, maps, builtin_classes('cityscapes'))
-    maps = [path.replace('labelTrainIds', 'labelIds') for path in maps]
-    ids = dict.fromkeys(range(34), config.DATA.IGNORE_INDEX)
-    ids.update({value: label for label, value in enumerate(_CITYSCAPES_IDS)})
-    return _paired(config, root, images, maps, builtin_classes('cityscapes'), ids=ids)
+    labels = {value: label for label, value in enumerate(_CITYSCAPES_IDS)}
+    coding = LabelCoding(ids=[labels.get(value) for value in range(_CITYSCAPES_IDS[-1] + 1)])
+    return _paired(config, root, images, others, builtin_classes('cityscapes'), coding)
 
 
 def segmentation_folder(
-    config, root: str, split: str, classes: ClassTable, reduce_zero: bool = False
+    config, root: str, split: str, classes: ClassTable, coding: LabelCoding = PLAIN
 ) -> SegmentationDataset:
     """Build a data set of images below `root/images/split` and maps of the same names below `root/annotations/split`."""
     images, maps = (os.path.join(root, folder, split) for folder in ('images', 'annotations'))
     names = _files(images)
     if not names:
         raise UserError(f"'{images}' holds no image.")
-    annotated = {os.path.splitext(name)[0]: name for name in _files(maps)}
     stems = [os.path.splitext(name)[0] for name in names]
-    lacking = [name for name, stem in zip(names, stems) if stem not in annotated]
-    if lacking:
-        raise UserError(
-            f"image '{os.path.join(images, lacking[0])}' has no label map of its name in '{maps}'; {len(lacking)} of "
-            f'{len(names)} images have none: add the maps or remove the images.'
-        )
     twice = _first_twice(stems)
     if twice:
         raise UserError(f"two images in '{images}' have the name '{twice}' with different extensions; rename one.")
-    left_over = len(annotated) - len(names)
+    annotated = {os.path.splitext(name)[0]: name for name in _files(maps)}
+    left_over = len(annotated.keys() - stems)
     notes = [f"{left_over} label maps in '{maps}' belong to no image."] if left_over else []
-    paths = [os.path.join('annotations', split, annotated[stem]) for stem in stems]
+    paths = [os.path.join('annotations', split, annotated.get(stem, f'{stem}.png')) for stem in stems]
     names = [os.path.join('images', split, name) for name in names]
-    return _paired(config, root, names, paths, classes, reduce_zero=reduce_zero, notes=notes)
+    return _paired(config, root, names, paths, classes, coding, notes)
 
 
 def _files(folder: str) -> list[str]:
@@ -116,39 +111,30 @@ def _first_twice(names: list[str]) -> str | None:
 
 
 def _paired(
-    config, root: str, images: list[str], maps: list[str], classes: ClassTable, **options
+    config, root: str, images: list[str], maps: list[str], classes: ClassTable, coding: LabelCoding = PLAIN, notes=()
 ) -> SegmentationDataset:
     """Build a data set of image files and map files in the same order."""
-    _check_exist(root, maps)
-    return paired(config, FileStorage(root, images), FileStorage(root, maps), f"'{root}'", classes, **options)
+    missing, storages = _missing(root, maps), (FileStorage(root, images), FileStorage(root, maps))
+    return paired(config, *storages, f"'{root}'", classes, coding, notes, missing)
 
 
 def paired(
-    config, images, maps, source: str, classes: ClassTable, reduce_zero: bool = False, ids=None, notes=()
+    config, images, maps, source: str, classes: ClassTable, coding: LabelCoding, notes=(), missing=()
 ) -> SegmentationDataset:
     """Build a data set of images and maps from two storages, by DATA.IGNORE_INDEX and DATA.REDUCE_ZERO_LABEL."""
     data = config.DATA
-    table = label_table(len(classes.names), data.IGNORE_INDEX, reduce_zero or data.REDUCE_ZERO_LABEL, ids)
-    dataset = SegmentationDataset(images, maps, source, classes, table, data.IGNORE_INDEX, notes)
-    dataset.check()
-    return dataset
+    coding = coding._replace(reduce_zero=coding.reduce_zero or data.REDUCE_ZERO_LABEL)
+    return SegmentationDataset(images, maps, source, classes, coding, data.IGNORE_INDEX, notes, missing)
 
 
-def _check_exist(root: str, paths: list[str]) -> None:
-    """Raise UserError for the first missing file; each folder is listed once."""
+def _missing(root: str, paths: list[str]) -> list[int]:
+    """Return the indices of missing files; each folder is listed once."""
     listed: dict[str, set[str]] = {}
-    for path in paths:
+    missing = []
+    for index, path in enumerate(paths):
         folder, name = os.path.split(os.path.join(root, path))
         if folder not in listed:
             listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
         if name not in listed[folder]:
-            raise UserError(f"the label map '{os.path.join(folder, name)}' is missing; add it, or remove its image.")
-
-
-def known_classes(config) -> ClassTable | None:
-    """Return the classes of DATA.DATASET if they are known without its images, else None."""
-    name = config.DATA.DATASET.removesuffix('aug')
-    if name in BUILTIN:
-        return builtin_classes(name)
-    path = os.path.join(expand_user(config.DATA.DATA_PATH), CLASSES)
-    return read_classes(path) if os.path.isfile(path) else None
+            missing.append(index)
+    return missing

@@ -21,7 +21,14 @@ from datasets.dataset import Dataset, FileStorage
 from datasets.folder import data_path, read_lines
 from datasets.registry import register_dataset
 from utils.errors import UserError
-from utils.processes import run_in_subprocess
+from utils.files import open_regular, read_regular
+from utils.processes import SECONDS, run_in_subprocess
+from utils.text import NAME, printable
+
+MAX_JSON = 1 << 28  # bytes; train2018.json has 120 MB
+_PATH = 4096  # characters of a path: what file systems have
+MAX_ENTRIES = 1 << 20  # of a MATLAB variable; the largest data set has 16185 images
+MAX_MAT = 16 << 20  # bytes; cars_annos.mat has 500 kB
 
 
 # ---------------------------------------------------------------------------------------------------- Flowers-102
@@ -116,13 +123,14 @@ def build_cars(config, split: str) -> Dataset:
     )
     content = _read_mat(path, source, ['annotations'])
     cars = np.atleast_1d(content['annotations'])
+    cars = cars.ravel()
     missing = {'relative_im_path', 'class', 'test'} - set(cars.dtype.names or ())
     if missing:
         raise UserError(f"'{path}', annotations have no '{sorted(missing)[0]}'; is it another file?")
-    class_names = [str(name) for name in np.atleast_1d(content.get('class_names', _numbers(196)))]
+    class_names = [str(name) for name in np.atleast_1d(content.get('class_names', _numbers(196))).ravel()]
     labels = _whole_numbers(cars['class'], 1, len(class_names), f"'{path}', class") - 1
     chosen = _whole_numbers(cars['test'], 0, 1, f"'{path}', test") == (split != 'train')
-    paths = [str(name) for name in cars['relative_im_path'][chosen]]
+    paths = [str(name)[:_PATH] for name in cars['relative_im_path'][chosen]]
     return Dataset(FileStorage(root, paths), labels[chosen], f"'{path}'", class_names)
 
 
@@ -163,8 +171,7 @@ def build_inaturalist(config, split: str) -> Dataset:
 def _read_json(path: str) -> Any:
     """Read a JSON file of iNaturalist."""
     try:
-        with open(path, encoding='utf-8') as file:
-            return json.load(file)
+        return json.loads(read_regular(path, MAX_JSON))
     except FileNotFoundError:
         raise UserError(
             f"'{path}' is missing; it is in {os.path.basename(path)}.tar.gz of "
@@ -174,8 +181,12 @@ def _read_json(path: str) -> Any:
         raise UserError(
             f'{path}:{error.lineno}: damaged, {error.msg} (column {error.colno}); unpack it again.'
         ) from None
-    except (ValueError, RecursionError) as error:  # bytes that are not UTF-8, numbers of thousands of digits
-        raise UserError(f"'{path}' is damaged ({error}); unpack it again.") from None
+    except (
+        ValueError,
+        RecursionError,
+        MemoryError,
+    ) as error:  # bytes that are not UTF-8, numbers of thousands of digits
+        raise UserError(f"'{path}' is damaged ({printable(error, NAME)}); unpack it again.") from None
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}.") from None
 
@@ -221,9 +232,12 @@ def _read_mat(path: str, source: str, names: Iterable[str]) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"'{path}' is missing; {source}, or give another -data_path.") from None
     except BrokenProcessPool:
-        raise UserError(f"'{path}' is damaged, SciPy crashes on it; {source}.") from None
+        raise UserError(
+            f"'{path}' is damaged: SciPy crashes on it, or does not read it in {SECONDS} seconds; {source}."
+        ) from None
     except Exception as error:  # a damaged file can raise any exception
-        raise UserError(f"'{path}' cannot be read ({error}); {source}.") from None
+        reason = printable(getattr(error, 'strerror', None) or error, NAME) or type(error).__name__
+        raise UserError(f"'{path}' cannot be read ({reason}); {source}.") from None
     for name in names:
         if name not in content:
             raise UserError(f"'{path}' has no variable '{name}'; {source}.")
@@ -233,8 +247,12 @@ def _read_mat(path: str, source: str, names: Iterable[str]) -> dict[str, Any]:
 def _load_mat(path: str) -> dict[str, Any]:
     from scipy.io import loadmat
 
-    with open(path, 'rb') as file:
-        return loadmat(file, squeeze_me=True)
+    with open_regular(path, MAX_MAT) as file:
+        content = loadmat(file, squeeze_me=True)
+    for name, value in content.items():
+        if np.size(value) > MAX_ENTRIES:
+            raise ValueError(f"its variable '{name}' has {np.size(value)} entries, more than {MAX_ENTRIES}")
+    return content
 
 
 def _whole_numbers(values: Any, low: int, high: int, where: str) -> np.ndarray:
@@ -246,5 +264,6 @@ def _whole_numbers(values: Any, low: int, high: int, where: str) -> np.ndarray:
     numbers = np.atleast_1d(values).ravel().tolist()
     for position, value in enumerate(numbers, 1):
         if not isinstance(value, (int, float)) or not low <= value <= high or value % 1:
-            raise UserError(f'{where}: number {position} is {value!r}, not a whole number from {low} to {high}.')
+            shown = printable(repr(value), NAME)
+            raise UserError(f'{where}: number {position} is {shown}, not a whole number from {low} to {high}.')
     return np.array(numbers, dtype=np.int64)

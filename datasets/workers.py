@@ -14,7 +14,6 @@ import mmap
 import multiprocessing
 import os
 import signal
-import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ import numpy as np
 from datasets.sample import Plane
 from utils.cli import SIGNALS
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, forking
 
 
 class WorkerError(UserError, RuntimeError):
@@ -77,7 +76,13 @@ def _shared_arrays(batch_size: int, planes: Sequence[Plane]) -> list[np.ndarray]
     """Allocate zeroed arrays [batch_size, *shape] in one shared memory map, aligned to 8 bytes."""
     sizes = [batch_size * math.prod(plane.shape) * np.dtype(plane.dtype).itemsize for plane in planes]
     starts = np.cumsum([0, *(-(-size // 8) * 8 for size in sizes)]).tolist()
-    memory = mmap.mmap(-1, starts[-1])
+    try:
+        memory = mmap.mmap(-1, starts[-1])
+    except (OSError, OverflowError, ValueError):
+        raise UserError(
+            f'a batch of {batch_size} images takes {starts[-1] / 1e9:.1f} GB, more than this process may have; lower '
+            'DATA.BATCH_SIZE, DATA.IMAGE_SIZE, DATA.NUM_WORKERS or DATA.PREFETCH.'
+        ) from None
     return [
         np.ndarray((batch_size, *plane.shape), plane.dtype, memory, offset=start)
         for plane, start in zip(planes, starts)
@@ -114,9 +119,7 @@ class WorkerPool:
             initializer=_start_worker,
             initargs=(make, memories, os.getpid()),
         )
-        with warnings.catch_warnings():
-            # Python warns of a fork beside threads; workers use no lock that another thread may hold.
-            warnings.simplefilter('ignore', DeprecationWarning)
+        with forking():
             # Workers inherit the mask, so signals are blocked before their first line of Python.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
             try:

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models without their training: exported programs and predictions."""
+"""Deployment: inference with trained models."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model put to use: load it, and predict what its task says of image files."""
+"""Inference: load a trained model, and predict image files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from utils.errors import UserError
 
 
 class FilePrediction(NamedTuple):
-    """The prediction of an image file, or why there is none.
+    """Prediction of an image file, or an error.
 
     Attributes:
         image: path of the file.
-        prediction: None where the file could not be read.
-        error: why it could not be read.
+        prediction: None if the file is unreadable.
+        error: reason; None if the file is readable.
     """
 
     image: str
@@ -34,12 +34,12 @@ class FilePrediction(NamedTuple):
 
 
 def load_trained(config, log: Callable[[str], None] = print) -> tuple[Task, paddle.nn.Layer]:
-    """Build the model of a configuration with the weights MODEL.PRETRAINED, for evaluation, and its task.
+    """Build task and model of a configuration, and load the weights MODEL.PRETRAINED for evaluation.
 
-    Where MODEL.NUM_CLASSES is None, the weights say how many classes there are; the configuration gets that number.
+    If MODEL.NUM_CLASSES is None, it is set to the number of classes of the weights.
 
     Raises:
-        UserError: weights that are missing or do not fit.
+        UserError: missing weights, or weights that do not fit.
     """
     task, model = build_task(config), build_model(config)
     weights = read_weights(config.MODEL.PRETRAINED)
@@ -53,10 +53,10 @@ def load_trained(config, log: Callable[[str], None] = print) -> tuple[Task, padd
 
 
 def load_classifier(config, log: Callable[[str], None] = print) -> paddle.nn.Layer:
-    """The model of `load_trained`, which must have a classifier.
+    """Load a trained model with a classifier, without its task.
 
     Raises:
-        UserError: it has none.
+        UserError: see `load_trained`; or the model has no classifier.
     """
     model = build_model(config)
     weights = read_weights(config.MODEL.PRETRAINED)
@@ -65,8 +65,8 @@ def load_classifier(config, log: Callable[[str], None] = print) -> paddle.nn.Lay
     load_pretrained(model, weights, log=log, replace_head=False)
     if not model.num_classes:
         raise UserError(
-            f'{weights.source} has no classifier (MODEL.TYPE {config.MODEL.TYPE}, {model.num_classes} classes): train one from it '
-            'first, by -pretrained.'
+            f'{weights.source} has no classifier (MODEL.TYPE {config.MODEL.TYPE}, {model.num_classes} classes): fine-tune a '
+            'classifier from it first, with -pretrained.'
         )
     model.eval()
     return model
@@ -75,7 +75,7 @@ def load_classifier(config, log: Callable[[str], None] = print) -> paddle.nn.Lay
 def predict_files(
     config, task: Task, model: paddle.nn.Layer, paths: Sequence[str], options: PredictionOptions
 ) -> Iterator[FilePrediction]:
-    """Predictions of image files, in their order, through the loader and the transform of the evaluation."""
+    """Predict image files in order, with the data loader and the transform of the evaluation."""
     config = config.clone()
     config.defrost()
     config.DATA.BAD_IMAGE, config.DATA.CACHE = 'skip', 'no'
@@ -101,5 +101,5 @@ def _why_unreadable(config, transform, files: Images, index: int) -> str:
     except UnreadableImage as error:
         return str(error)
     except MemoryError:
-        return 'it needs more memory than there is'
-    return 'it could not be read at first'  # a file that changes, or a storage that fails now and then
+        return 'there is not enough memory to read it'
+    return 'the first attempt to read it failed'  # the file changed, or the storage failed temporarily

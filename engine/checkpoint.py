@@ -146,13 +146,14 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
         if not entries.keys() <= targets.keys():
             raise UserError(
                 f"the checkpoint's optimizer state holds {kind}, which {type(optimizer).__name__} does not have here; set "
-                'TRAIN.OPTIMIZER and AMP_LEVEL as in the run that wrote it.'
+                'TRAIN.OPTIMIZER as in the run that wrote it.'
             )
         for name, value in entries.items():
             if tuple(targets[name].shape) != tuple(np.shape(value)):
                 raise UserError(
                     f"the checkpoint's {kind} of {name} has shape {np.shape(value)}, not {targets[name].shape}."
                 )
+            value = np.asarray(value).astype('float32')  # from any precision and byte order; Paddle takes only a few
             targets[name].set_value(paddle.to_tensor(value).astype(targets[name].dtype))
 
 
@@ -180,7 +181,8 @@ def from_automatic_names(state: dict, model: paddle.nn.Layer) -> dict[str, dict]
     for key, match in entries.items():
         name, parameter = renamed[match['parameter']]
         value = np.asarray(state[key])
-        if value.size != 1 and value.shape != tuple(parameter.shape):
+        wanted = (1,) if '_pow_acc' in match['kind'] else tuple(parameter.shape)
+        if value.dtype.kind != 'f' or value.shape != wanted:
             return None
         result.setdefault(match['kind'], {})[name] = value
     return result

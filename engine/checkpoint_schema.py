@@ -12,10 +12,16 @@ import numpy as np
 from paddle import nn
 
 from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, check_finite, match_state
+from models.weights.rules import rules_of
 from utils.errors import UserError
+from utils.text import NAME, printable
 from utils.weights import choose_state_dict, find_metadata
 
+MAX_COUNT = 1 << 53  # of steps, epochs and images: float64 holds all integers below
+MAX_SEED = 1 << 64
+_SCALAR_KIND = '_pow_acc'  # accumulators of one number, in Paddle's names
 _OTHER_MODEL = 'set MODEL and DATA.IMAGE_SIZE as in the run that wrote it, or start from the weights with -pretrained'
+MASTER_WEIGHT = 'master_weight'  # optimizer state of version 0.1.0 at AMP_LEVEL O2: the weights in float32
 TOTALS = 6  # sums over the unfinished epoch
 FIELDS = ('validated', 'best', 'best_score', 'best_epoch', 'totals', 'unwritten')  # of `progress`, in all versions
 SCALER = (
@@ -69,7 +75,8 @@ class Checkpoint:
         """Match the EMA weights to the model's shapes. Raises UserError if they do not fit."""
         if self.average is None:
             return None
-        arrays = {name: array for name, array in self.average.items() if not name.endswith(REBUILT_SUFFIXES)}
+        average = rules_of(model).adopt(model, self.average)
+        arrays = {name: array for name, array in average.items() if not name.endswith(REBUILT_SUFFIXES)}
         return match_state(model, arrays, f'{self.source}: model_ema')
 
     def check_optimizer(self, model: nn.Layer, kinds: Collection[str], name: str) -> None:
@@ -93,7 +100,7 @@ class Checkpoint:
                     f'{self.source}: optimizer.{kind} names parameters the model lacks: {names}; {_OTHER_MODEL}.'
                 )
             for parameter, value in entries.items():
-                if np.shape(value) not in (shapes[parameter], (1,), ()):
+                if np.shape(value) != ((1,) if _SCALAR_KIND in kind else shapes[parameter]):
                     raise UserError(
                         f'{self.source}: optimizer.{kind}.{parameter} has shape {list(np.shape(value))}, but the parameter '
                         f'{list(shapes[parameter])}; {_OTHER_MODEL}.'
@@ -119,8 +126,10 @@ def validate_checkpoint(content: dict, path: str) -> Checkpoint:
     part.get('config', (str, dict), optional=True)
     ours = 'progress' in content
     where, weights = choose_state_dict({'model': content['model']}, source=f'{source}: model')
-    optimizer = part.get('optimizer', dict, {}, optional=not ours)
+    optimizer = dict(part.get('optimizer', dict, {}, optional=not ours))
     (_check_optimizer if ours else _check_flat)(optimizer, f'{source}: optimizer')
+    if ours:
+        weights = {**weights, **optimizer.pop(MASTER_WEIGHT, {})}
     progress = _progress(part.get('progress', dict), source) if ours else {}
     return Checkpoint(
         path,
@@ -135,7 +144,7 @@ def validate_checkpoint(content: dict, path: str) -> Checkpoint:
         step=part.get('step', int) if ours else 0,
         samples=_Parts(part.get('sampler', dict), source, 'sampler.').get('samples', int) if ours else 0,
         progress=progress,
-        seed=_Parts(part.get('rng', dict), source, 'rng.').get('seed', int) if ours else None,
+        seed=_Parts(part.get('rng', dict), source, 'rng.').get('seed', int, limit=MAX_SEED) if ours else None,
         lr=_learning_rate(scheduler, source) if ours else 0.0,
     )
 
@@ -146,13 +155,15 @@ class _Parts:
     def __init__(self, content: dict, source: str, prefix: str = ''):
         self.content, self.source, self.prefix = content, source, prefix
 
-    def get(self, name: str, kind: type | tuple, default: Any = None, optional: bool = False) -> Any:
-        """Return an entry, or `default` if it is optional and missing or None. Integers must not be negative."""
+    def get(
+        self, name: str, kind: type | tuple, default: Any = None, optional: bool = False, limit: int = MAX_COUNT
+    ) -> Any:
+        """Return an entry, or `default` if it is optional and missing or None. Integers must be in [0, limit)."""
         value = self.content.get(name)
         if value is None and optional:
             return default
         if kind is int:
-            fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < 2**64
+            fits = isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= value < limit
             if not fits:
                 raise self.error(name, 'a whole number of 0 or more')
             return int(value)
@@ -174,7 +185,7 @@ def found_value(value: Any) -> str:
         return f'an array of shape {list(value.shape)}'
     if isinstance(value, (dict, list, tuple)):
         return f'a {type(value).__name__} of {len(value)} entries'
-    text = ''.join(c if c.isprintable() else '?' for c in repr(value))
+    text = printable(repr(value))
     return text if len(text) <= 40 else f'a {type(value).__name__}'
 
 
@@ -197,9 +208,18 @@ def _check_optimizer(state: dict, source: str) -> None:
     for kind in state:
         entries = _Parts(state, source, '').get(kind, dict)
         for name, value in entries.items():
-            if not _is_number(value):
-                raise _Parts(entries, source, f'{kind}.').error(name, 'an array of numbers')
+            if not isinstance(value, np.ndarray) or value.dtype.kind != 'f':
+                raise _Parts(entries, source, f'{kind}.').error(name, 'an array of floating-point numbers')
         _check_flat(entries, f'{source}.{kind}')
+    moments = [kind for kind in state if kind != MASTER_WEIGHT and _SCALAR_KIND not in kind]
+    kinds = {kind: state[kind].keys() for kind in moments if state[kind]}
+    for kind, names in kinds.items():
+        missing = sorted(set().union(*kinds.values()) - names)
+        if missing:
+            raise UserError(
+                f'{source}.{kind} lacks {printable(", ".join(missing[:LISTED]), NAME)}, which other parts of the optimizer '
+                'state have; the checkpoint is damaged, use an earlier one, or its weights with -pretrained.'
+            )
 
 
 def _check_flat(state: dict, source: str) -> None:
@@ -217,7 +237,7 @@ def _is_number(value: Any) -> bool:
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'validated': (lambda value: isinstance(value, (bool, np.bool_)), 'True or False'),
     'best_epoch': (
-        lambda value: _is_scalar(value) and value >= 0 and float(value).is_integer(),
+        lambda value: _is_scalar(value) and 0 <= value < MAX_COUNT and float(value).is_integer(),
         'a whole number of 0 or more',
     ),
     'totals': (lambda value: _are_totals(value), f'numbers by name, or a list of {TOTALS} numbers'),
@@ -234,7 +254,16 @@ def _are_totals(value: Any) -> bool:
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    """Return True for a number; larger integers than counts can be have no float."""
+    if isinstance(value, (int, np.integer)):
+        return not isinstance(value, bool) and abs(int(value)) < MAX_SEED
+    return isinstance(value, (float, np.floating))
+
+
+def _is_row(row: dict) -> bool:
+    """Return True for a row of metrics.jsonl: its kind and numbers by name."""
+    names = all(isinstance(name, str) for name in row) and {'kind', 'epoch', 'step'} <= row.keys()
+    return names and all(_is_scalar(value) or name == 'kind' for name, value in row.items()) and row['kind'] == 'train'
 
 
 def _progress(progress: dict, source: str) -> dict:
@@ -242,7 +271,9 @@ def _progress(progress: dict, source: str) -> dict:
     for name, (fits, wanted) in _FIELDS.items():
         if name not in progress or not fits(progress[name]):
             raise part.error(name, wanted)
-    part.get('unwritten', dict, optional=True)
+    row = part.get('unwritten', dict, optional=True)
+    if row is not None and not _is_row(row):
+        raise part.error('unwritten', 'a row of metrics.jsonl')
     name = 'best_score' if 'best_score' in progress else 'best'  # version 0.1.0: negative loss if lower is better
     best = progress.get(name)
     if name not in progress or not (_is_scalar(best) and not math.isnan(best) or (best is None and name == 'best')):

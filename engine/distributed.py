@@ -8,39 +8,55 @@ import io
 import os
 import signal
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import paddle
 import paddle.distributed as dist
 
+from engine.heartbeat import Heartbeat
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, forking
 
 JOIN_NOTICE = 10.0  # seconds of waiting for other ranks until a note is printed
 JOIN_LIMIT = 300.0  # seconds until the wait is an error
+BUCKET = 2**25  # values of one all-reduce of gradients: 128 MiB in float32
 
 
 @dataclass(frozen=True)
 class Context:
-    """Rank, world size and device of this process."""
+    """Rank, world size and device of this process, and the counter of its progress that the launcher watches."""
 
     rank: int
     world_size: int
     on_gpu: bool
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def mark(self) -> None:
+        """Count one unit of progress; a rank that stops counting hangs."""
+        if self.heartbeat is not None:
+            self.heartbeat.mark(self.rank)
 
     def sum(self, values: paddle.Tensor) -> paddle.Tensor:
         """All-reduce a tensor in place with a sum over the ranks. Does not wait for the device."""
         if self.world_size > 1:
             dist.all_reduce(values)
         return values
+
+    def average(self, values: list[paddle.Tensor]) -> None:
+        """Average tensors of one type over the ranks, in place, in all-reduces of up to `BUCKET` values."""
+        if self.world_size == 1:
+            return
+        for bucket in _buckets(values):
+            joined = self.sum(paddle.concat([value.flatten() for value in bucket])) / self.world_size
+            for value, part in zip(bucket, joined.split([value.size for value in bucket])):
+                paddle.assign(part.reshape(value.shape), value)
 
     def broadcast_text(self, text: str) -> str:
         """Return the text of rank 0 on every rank."""
@@ -75,6 +91,19 @@ class Context:
             paddle.device.synchronize()
 
 
+def _buckets(values: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
+    """Split a list into consecutive lists of up to `BUCKET` values, at least one tensor each."""
+    bucket, size = [], 0
+    for value in values:
+        if bucket and size + value.size > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(value)
+        size += value.size
+    if bucket:
+        yield bucket
+
+
 def start() -> Context:
     """Choose the device and join the process group: NCCL on GPUs, gloo on CPUs.
 
@@ -89,7 +118,7 @@ def start() -> Context:
         paddle.set_device('cpu')
     if world_size > 1:
         _join(rank, world_size)
-    return Context(rank, world_size, on_gpu)
+    return Context(rank, world_size, on_gpu, Heartbeat.of_launcher())
 
 
 def _join(rank: int, world_size: int) -> None:
@@ -112,8 +141,7 @@ def _join_timeout(name: str) -> Iterator[None]:
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     handle_signals(signal.SIG_DFL)
     watched = os.getpid()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore', DeprecationWarning)  # a fork beside threads; the child uses no lock of theirs
+    with forking():
         watcher = os.fork()
     if watcher == 0:
         _watch(watched, name)

@@ -4,30 +4,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import paddle
 
-from engine.paddle_private import ScaledMomentum
-from utils.errors import UserError
+from engine.paddle_private import FusedAdamW, ScaledMomentum, squared_norm
 from utils.registry import Registry
 
 OPTIMIZERS = Registry('optimizer (TRAIN.OPTIMIZER.NAME)')
 
 
-def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def parameter_groups(
+    model: paddle.nn.Layer,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    parameters: Mapping[str, paddle.Tensor] | None = None,
+) -> list[dict]:
     """Group the trainable parameters by weight decay and learning-rate factor.
 
     Parameters in `model.no_weight_decay()` have no weight decay. Biases and tensors of fewer than two dimensions have none
     either, unless `model.decays_all`. With `layer_decay` d < 1, layer i of n has the learning-rate factor d^(n - i) (BEiT's
-    layer-wise decay), with i from `model.layer_id`.
+    layer-wise decay), with i from `model.layer_id`. `parameters`: see `build_optimizer`.
 
     Returns:
         Paddle's parameter groups: `params`, `weight_decay`, `learning_rate` (a factor of the learning rate).
     """
     exempt = model.no_weight_decay()
     groups: dict[tuple[float, float], list] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in (dict(model.named_parameters()) if parameters is None else parameters).items():
         if parameter.stop_gradient:
             continue
         decayed = name not in exempt and (model.decays_all or (parameter.ndim >= 2 and not name.endswith('bias')))
@@ -41,13 +45,12 @@ def parameter_groups(model: paddle.nn.Layer, weight_decay: float, layer_decay: f
 
 @OPTIMIZERS.register('AdamW')
 def _adamw(groups: list[dict], options) -> paddle.optimizer.Optimizer:
-    return paddle.optimizer.AdamW(
+    return FusedAdamW(
         learning_rate=0.0,  # the loop sets it before each step
         parameters=groups,
         beta1=options.BETAS[0],
         beta2=options.BETAS[1],
         epsilon=options.EPS,
-        multi_precision=True,
     )
 
 
@@ -60,7 +63,6 @@ def _sgd(groups: list[dict], options) -> paddle.optimizer.Optimizer:
         parameters=groups,
         momentum=options.MOMENTUM,
         use_nesterov=options.NESTEROV,
-        multi_precision=True,
     )
 
 
@@ -74,7 +76,6 @@ def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
         beta1=options.BETAS[0],
         beta2=options.BETAS[1],
         epsilon=options.EPS,
-        multi_precision=True,
     )
 
 
@@ -91,28 +92,29 @@ class LARS(ScaledMomentum):
         """See `ScaledMomentum`."""
         if weight.ndim < 2:
             return gradient
-        weight = weight.astype('float32')
-        step = gradient.astype('float32') + group['lars_weight_decay'] * weight
+        step = gradient + group['lars_weight_decay'] * weight
         size, length = (paddle.sqrt(paddle.square(tensor).sum()) for tensor in (weight, step))
         both = paddle.logical_and(size > 0, length > 0)
         factor = paddle.where(both, self.trust_coefficient * size / length, paddle.ones([]))
-        return (step * factor).astype(gradient.dtype)
+        return step * factor
 
 
 @OPTIMIZERS.register('LARS')
 def _lars(groups: list[dict], options) -> paddle.optimizer.Optimizer:
     for group in groups:
         group['lars_weight_decay'], group['weight_decay'] = group['weight_decay'], None
-    return LARS(learning_rate=0.0, parameters=groups, momentum=options.MOMENTUM, multi_precision=True)
+    return LARS(learning_rate=0.0, parameters=groups, momentum=options.MOMENTUM)
 
 
-def build_optimizer(config, model: paddle.nn.Layer) -> paddle.optimizer.Optimizer:
-    """Build the optimizer that TRAIN.OPTIMIZER names, over `parameter_groups`."""
-    if config.TRAIN.OPTIMIZER.NAME == 'LARS' and config.AMP and config.AMP_LEVEL == 'O2':
-        raise UserError(
-            'TRAIN.OPTIMIZER.NAME LARS needs AMP_LEVEL O1: its scaled gradients underflow in half precision.'
-        )
-    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY)
+def build_optimizer(
+    config, model: paddle.nn.Layer, parameters: Mapping[str, paddle.Tensor] | None = None
+) -> paddle.optimizer.Optimizer:
+    """Build the optimizer that TRAIN.OPTIMIZER names, over `parameter_groups`.
+
+    Args:
+        parameters: structured name -> float32 parameter (`engine.precision.MasterWeights`); None: those of the model.
+    """
+    groups = parameter_groups(model, config.TRAIN.WEIGHT_DECAY, config.TRAIN.LAYER_DECAY, parameters)
     return OPTIMIZERS[config.TRAIN.OPTIMIZER.NAME](groups, config.TRAIN.OPTIMIZER)
 
 
@@ -121,13 +123,12 @@ def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) 
     """Clip the gradients in place to a global L2 norm of `max_norm`; None or 0: no clipping (PaddleViT).
 
     Returns:
-        The norm before clipping in float32, a 0-D tensor. Does not wait for the device.
+        The norm before clipping, a 0-D tensor. Does not wait for the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    squares = [paddle.sum(paddle.square(gradient.astype('float32'))) for gradient in gradients]
-    norm = paddle.sqrt(paddle.add_n(squares))
+    norm = paddle.sqrt(paddle.add_n([squared_norm(gradient) for gradient in gradients])).squeeze(0)
     if max_norm and math.isfinite(max_norm):
         factor = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
         for gradient in gradients:
-            gradient.multiply_(factor.astype(gradient.dtype))
+            gradient.multiply_(factor)
     return norm

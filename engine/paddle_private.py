@@ -12,19 +12,15 @@ import paddle
 from paddle import Tensor
 from paddle.optimizer import Optimizer
 
-MASTER_WEIGHT = 'master_weight'  # kind of the float32 copies of weights in half precision
-
 
 def accumulators(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """Return the optimizer state by kind and by automatic parameter name; it is empty before the first step."""
-    state = dict(optimizer._accumulators)
-    master = getattr(optimizer, '_master_weights', None)
-    return {**state, MASTER_WEIGHT: master} if master else state
+    return dict(optimizer._accumulators)
 
 
 def accumulator_names(optimizer: Optimizer) -> set[str]:
     """Return the kinds of state that an optimizer may hold, such as `moment1`."""
-    return {MASTER_WEIGHT, *(getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str'))}
+    return {getattr(optimizer, name) for name in dir(optimizer) if name.endswith('_acc_str')}
 
 
 def create_accumulators(optimizer: Optimizer, wanted: Callable[[Tensor], bool]) -> None:
@@ -42,13 +38,80 @@ class ScaledMomentum(paddle.optimizer.Momentum):
         """Return the rescaled gradient.
 
         Args:
-            weight: the master weight in float32, or the parameter itself if there is none.
+            weight: the parameter.
             group: settings of the parameter group.
         """
         raise NotImplementedError
 
     def _append_optimize_op(self, block, param_and_grad):
         parameter, gradient = param_and_grad['params']
-        weight = self._master_weights.get(parameter.name, parameter)
-        gradient = self.scaled(weight, gradient, param_and_grad)
+        gradient = self.scaled(parameter, gradient, param_and_grad)
         return super()._append_optimize_op(block, {**param_and_grad, 'params': (parameter, gradient)})
+
+
+class FusedAdamW(paddle.optimizer.AdamW):
+    """AdamW that updates all parameters of a group by one operation; on the CPU with the bits of Paddle's AdamW.
+
+    The operation has one bias correction, so parameters with different numbers of steps are updated separately. They occur
+    where a parameter has no gradient in some steps.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._ages: dict[str, tuple[float, int]] = {}  # (beta1^t at the first step in this process, steps since)
+
+    def _create_optimization_pass(self, group, param_group_idx=0):
+        overflow = bool(self._get_auxiliary_var('found_inf'))
+        self._set_auxiliary_var('found_inf', overflow)  # GradScaler reads it; the other groups need not read the device
+        if overflow or not group['params']:
+            return []
+        self._create_global_learning_rate()
+        block = paddle.static.default_main_program().global_block()
+        self._create_accumulators(block, {**group, 'params': [parameter for parameter, _ in group['params']]})
+        cohorts: dict[tuple[float, int], list] = {}
+        for parameter, gradient in group['params']:
+            start, steps = self._ages.get(parameter.name) or (self._state('beta1_pow_acc', parameter).item(), 0)
+            cohorts.setdefault((start, steps), []).append((parameter, gradient))
+            self._ages[parameter.name] = start, steps + 1
+        for pairs in cohorts.values():
+            self._update(pairs)
+        return []
+
+    def _state(self, kind: str, parameter: Tensor) -> Tensor:
+        return self._accumulators[kind][parameter.name]
+
+    def _update(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        parameters, gradients = map(list, zip(*pairs))
+        kinds = 'moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc'
+        moment1, moment2, pow1, pow2 = ([self._state(kind, parameter) for parameter in parameters] for kind in kinds)
+        no_maxima = no_master_weights = never_skip = None
+        no_half_precision = no_global_pow = no_amsgrad = False
+        paddle._C_ops.fused_adam_(
+            parameters, gradients, self._create_param_lr(pairs[0]), moment1, moment2, no_maxima, pow1, pow2,
+            no_master_weights, never_skip, self._beta1, self._beta2, self._epsilon, _CHUNK, float(self._weight_decay), True,
+            no_half_precision, no_global_pow, no_amsgrad,
+        )  # fmt: skip
+
+
+_CHUNK = 32768  # values per block of a GPU
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return the sum of squares as a tensor [1], by one operation."""
+    return paddle._C_ops.squared_l2_norm(tensor)
+
+
+class LossScaler(paddle.amp.GradScaler):
+    """Dynamic loss scaling; one read of the device per step (`found_inf`).
+
+    Paddle's update prints on every rank, and converts a tensor of shape [1] by `float`, which numpy 2.4 refuses.
+    """
+
+    def _update(self):
+        overflow = bool(self._cache_found_inf)
+        self._decr_count = self._decr_count + 1 if overflow else 0
+        self._incr_count = 0 if overflow else self._incr_count + 1
+        if self._decr_count == self._decr_every_n_nan_or_inf:
+            self._scale, self._decr_count = self._scale * self._decr_ratio, 0
+        if self._incr_count == self._incr_every_n_steps:
+            self._scale, self._incr_count = self._scale * self._incr_ratio, 0

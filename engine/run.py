@@ -19,7 +19,7 @@ from engine.run_folder import RunFolder, lock_folder, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
-from models.weights.load import Weights, load_pretrained, read_weights
+from models.weights.load import Weights, load_pretrained, read_weights, stored_classes
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog
@@ -97,7 +97,7 @@ def _match_classes(config, model, weights: Weights, data: datasets.Images, unset
     Labels of list files are indices of the classifier's outputs. Data sets with class names number the classes they
     contain, so with fewer classes the same index means another class: an error.
     """
-    classes = model.weight_rules.count_classes(weights.arrays) if isinstance(data, datasets.Dataset) else None
+    classes = stored_classes(model, weights.arrays) if isinstance(data, datasets.Dataset) else None
     if not classes or not model.num_classes or classes <= model.num_classes:
         return
     if data.class_names is not None:
@@ -147,7 +147,7 @@ def _train(config, task: Task, model, loaders, context, log, folder: RunFolder) 
     if resume:
         path, state = read_checkpoint(resume, log.master)
         trainer.snapshot.load_state_dict(state, path)
-    open_folder(folder, config, context, log)
+    open_folder(folder, config, context, log, keep_config=trainer.finished)
     trainer.fit()
 
 

@@ -58,8 +58,10 @@ def lock_folder(config, context: Context) -> Iterator[RunFolder]:
         yield RunFolder(root, name)
 
 
-def open_folder(folder: RunFolder, config, context: Context, log: RunLog) -> None:
+def open_folder(folder: RunFolder, config, context: Context, log: RunLog, keep_config: bool = False) -> None:
     """Write the resolved configuration, `latest`, and the log with the lines buffered so far.
+
+    `keep_config` leaves config.yaml as it is: a finished run stays described by the values that it was trained with.
 
     All ranks must have built and loaded everything: an error after this point may leave a changed folder.
     """
@@ -69,9 +71,8 @@ def open_folder(folder: RunFolder, config, context: Context, log: RunLog) -> Non
             for stale in glob.glob(os.path.join(glob.escape(folder.path), '.*.tmp')):  # left by a killed process
                 os.unlink(stale)
         log.open(folder.path)
-        if context.is_main and not (
-            config.EVAL and folder.has_checkpoint
-        ):  # a training run needs its config.yaml to resume
+        keep_config = keep_config or config.EVAL and folder.has_checkpoint  # a training run needs its own to resume
+        if context.is_main and not keep_config:
             _write_config(config, folder)
     if context.is_main and not config.EVAL:
         try:
@@ -159,6 +160,6 @@ def _write_config(config, folder: RunFolder) -> None:
 def _disk_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # RecursionError: thousands of folders
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f"cannot write the run folder '{path}': {reason}; choose another with -output.") from None

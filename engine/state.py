@@ -8,15 +8,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import paddle
-from paddle import nn
 
 from engine.checkpoint import from_automatic_names, optimizer_state, set_optimizer_state
 from engine.checkpoint_schema import Checkpoint, validate_checkpoint
 from engine.ema import ModelEma
-from engine.paddle_private import MASTER_WEIGHT, accumulator_names
+from engine.paddle_private import accumulator_names
+from engine.precision import MasterWeights
 from engine.statistics import read_totals
 from models.weights.load import load_state
 from tasks import Task
+from utils.errors import UserError
 from utils.weights import METADATA
 
 
@@ -61,7 +62,7 @@ class Snapshot:
 
     Args:
         config: the resolved configuration.
-        model: not wrapped in DataParallel.
+        weights: of the model, in float32.
         steps_per_epoch: optimizer steps per epoch.
         global_batch: images per optimizer step over all ranks.
     """
@@ -70,7 +71,7 @@ class Snapshot:
         self,
         config,
         task: Task,
-        model: nn.Layer,
+        weights: MasterWeights,
         optimizer: paddle.optimizer.Optimizer,
         scaler: paddle.amp.GradScaler,
         ema: ModelEma | None,
@@ -82,7 +83,8 @@ class Snapshot:
     ):
         self.config = config
         self.task = task
-        self.model = model
+        self.weights = weights
+        self.model = weights.model
         self.optimizer = optimizer
         self.scaler = scaler
         self.ema = ema
@@ -96,7 +98,7 @@ class Snapshot:
         """Return the content of last.pdparams."""
         progress = asdict(self.state)
         content = {
-            'model': self.model.state_dict(),
+            'model': self.weights.state_dict(),
             'optimizer': optimizer_state(self.optimizer, self.model),
             'lr_scheduler': {'last_lr': self.optimizer.get_lr()},
             'amp_grad_scaler': self.scaler.state_dict(),
@@ -129,8 +131,9 @@ class Snapshot:
         checkpoint = validate_checkpoint(content, path)
         checkpoint.check_optimizer(self.model, accumulator_names(self.optimizer), self.config.TRAIN.OPTIMIZER.NAME)
         average = checkpoint.match_average(self.model) if self.ema is not None else None
+        self._check_samples(checkpoint)
         weights = {**checkpoint.weights, METADATA: checkpoint.metadata}
-        load_state(self.model, weights, checkpoint.source, self.log, replace_head=False)
+        self.weights.load(load_state(self.model, weights, checkpoint.source, self.log, replace_head=False))
         if not checkpoint.complete:
             self.state.epoch = self.config.TRAIN.LAST_EPOCH
             self.log(f'----- Resume: weights only from {path}; epoch {self.state.epoch} by -last_epoch.')
@@ -142,8 +145,17 @@ class Snapshot:
         if self.ema is not None:
             if average is None:
                 self.log('----- Resume: the checkpoint holds no EMA; it starts from the weights.')
-            self.ema.set_state_dict(self.model.state_dict() if average is None else average.state)
+            self.ema.set_state_dict(self.weights.state_dict() if average is None else average.state)
         self.log(f'----- Resume: epoch {self.state.epoch}, step {self.state.step} from {path}')
+
+    def _check_samples(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError if the checkpoint continues after an image that the data do not have."""
+        images = self.steps_per_epoch * self.global_batch
+        if checkpoint.samples > images:
+            raise UserError(
+                f'{checkpoint.source}: sampler.samples is {checkpoint.samples}, but an epoch has at most {images} images; give '
+                'the data of that run, or start from the weights with -pretrained.'
+            )
 
     def _load_progress(self, checkpoint: Checkpoint) -> None:
         state, last_epoch = self.state, self.config.TRAIN.LAST_EPOCH
@@ -174,17 +186,10 @@ class Snapshot:
         if not checkpoint.ours:
             stored = from_automatic_names(stored, self.model) or {}
             stored = {} if stored.keys() - accumulator_names(self.optimizer) else stored
-        elif MASTER_WEIGHT in stored and not _in_half_precision(self.model):
-            self.log('----- Resume: master weights are dropped, since this run trains in float32.')
-            stored = {kind: entries for kind, entries in stored.items() if kind != MASTER_WEIGHT}
         if not stored:
             self.log('----- Resume: no optimizer state that fits; moments start at zero.')
             return
         set_optimizer_state(self.optimizer, self.model, stored)
-
-
-def _in_half_precision(model: nn.Layer) -> bool:
-    return any(parameter.dtype in (paddle.float16, paddle.bfloat16) for parameter in model.parameters())
 
 
 def _read_best(progress: dict, task: Task) -> float | None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import paddle
 
 from datasets.batch import Batch
+from datasets.device import upload
 from tasks import Losses, Task
 
 CONTROL = ('images', 'skipped', 'nonfinite', 'stop')
@@ -48,7 +50,7 @@ class StepSums:
 
     def vector(self, finite: paddle.Tensor, stopping: bool) -> paddle.Tensor:
         """Return the sums as a float32 vector [len(names)]; `finite` is a 0-D boolean."""
-        images, skipped, stop = paddle.to_tensor([self._images, self._skipped, float(stopping)], 'float32').unbind()
+        images, skipped, stop = upload(np.array([self._images, self._skipped, stopping], 'float32')).unbind()
         return paddle.stack([*self._sums.values(), images, skipped, 1.0 - finite.astype('float32'), stop])
 
 

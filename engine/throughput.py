@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import multiprocessing
 import statistics
 import time
@@ -15,8 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import paddle
 
+from datasets.batch import to_device
+from datasets.loader import Batch
 from engine import distributed
 from engine.distributed import Context
+from engine.precision import Precision
+from engine.update import Updater
 from models import build_model
 from models.exported import Predictor
 from tasks import Task, build_task
@@ -69,31 +74,44 @@ def time_interleaved(calls: list[Call], context: Context, rounds: int, warmup: i
     return seconds
 
 
-def layer_call(model: paddle.nn.Layer, shape: list[int], autocast: dict | None = None) -> Call:
-    """Return a forward pass of random images on the device; `autocast`: arguments of `paddle.amp.auto_cast`."""
+def layer_call(model: paddle.nn.Layer, shape: list[int], precision: Precision) -> Call:
+    """Return a forward pass of random images on the device."""
     model.eval()
     images = paddle.randn(shape)
 
     def call() -> None:
-        with paddle.no_grad(), paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
+        with paddle.no_grad(), precision.autocast():
             model(images)
 
     return call
 
 
-def training_call(model: paddle.nn.Layer, task: Task, batch_size: int, autocast: dict | None = None) -> Call:
-    """Return forward and backward pass of a random micro-batch, as in engine/train.py."""
+def training_call(config, model: paddle.nn.Layer, task: Task, batch_size: int, context: Context) -> Call:
+    """Return a step of engine/train.py on a random batch: input copy, passes, clipping, optimizer and EMA."""
     model.train()
-    batch = task.example(batch_size)
+    precision = Precision(config, context.on_gpu)
+    updater = Updater(config, model, precision)
+    batch = _on_host(task.example(batch_size))
 
     def call() -> None:
         task.update_schedules(model, 0.0)
-        with paddle.amp.auto_cast(**autocast) if autocast else contextlib.nullcontext():
-            losses = task.loss(model, batch, np.random.default_rng(0))
-        losses.total.backward()
-        model.clear_gradients(set_to_zero=False)
+        inputs = to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        with precision.autocast():
+            losses = task.loss(model, inputs, np.random.default_rng(0))
+        updater.backward(losses.total)
+        updater.clip(context)
+        updater.step(config.TRAIN.BASE_LR)
+        updater.clear_gradients()
 
     return call
+
+
+def _on_host(example: Batch) -> Batch:
+    """Return a batch as a loader returns it: random images [..., H, W, C] uint8 and arrays of targets."""
+    *many, channels, height, width = example.images.shape
+    images = np.random.default_rng(0).integers(0, 256, (*many, height, width, channels), dtype=np.uint8)
+    targets = {name: np.asarray(target) for name, target in example.targets.items()}
+    return dataclasses.replace(example, images=images, targets=targets)
 
 
 def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
@@ -121,8 +139,7 @@ class BenchmarkCase:
 
     def image_shape(self) -> list[int]:
         """Return [C, H, W]."""
-        data = self.config.DATA
-        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+        return build_task(self.config).image_shape()
 
     def calls(self, batch_sizes: list[int], context: Context) -> list[Call]:
         """Build the model with random weights and return a forward pass for each batch size."""
@@ -130,36 +147,27 @@ class BenchmarkCase:
         if self.program is not None:
             predictor = Predictor(self.program, self.precision)
             return [predictor_call(predictor, shape) for shape in shapes]
-        model, autocast = self._layers(context)
-        return [layer_call(model, shape, autocast) for shape in shapes]
+        model, precision = build_model(self.config), Precision(self.config, context.on_gpu)
+        precision.cast(model)
+        return [layer_call(model, shape, precision) for shape in shapes]
 
     def training_call(self, batch_size: int, context: Context) -> Call:
-        """Build the model with random weights and return forward and backward pass of TRAIN.TASK, without a teacher."""
-        model, autocast = self._layers(context)
+        """Build the model with random weights and return a training step of TRAIN.TASK, without a teacher."""
+        model = build_model(self.config)
         model.set_grad_checkpointing(self.config.TRAIN.RECOMPUTE)
         config = self.config.clone()
         config.defrost()
         config.MODEL.NUM_CLASSES = model.num_classes
         task = build_task(config)
         task.attach(model, print, training=False)
-        return training_call(model, task, batch_size, autocast)
-
-    def _layers(self, context: Context) -> tuple[paddle.nn.Layer, dict | None]:
-        """Return the model, and the arguments of `paddle.amp.auto_cast` if it runs in mixed precision."""
-        model = build_model(self.config)
-        if not (self.config.AMP and context.on_gpu):
-            return model, None
-        autocast = {'level': self.config.AMP_LEVEL, 'dtype': self.config.AMP_DTYPE}
-        if self.config.AMP_LEVEL == 'O2':
-            model = paddle.amp.decorate(model, **autocast)
-        return model, autocast
+        return training_call(config, model, task, batch_size, context)
 
 
 # ---------------------------------------------------------------------------------------------------- memory
 def peak_memory(case: BenchmarkCase, batch_size: int, training: bool = False) -> int | None:
     """Measure the peak memory, in bytes, of building a model and evaluating one batch, in a subprocess.
 
-    With `training` the batch goes forward and backward, without an optimizer.
+    With `training`, of a training step with its optimizer instead.
 
     Returns:
         On a GPU, the memory that Paddle allocated there. On the CPU under Linux, the growth of the resident memory since

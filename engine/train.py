@@ -18,17 +18,18 @@ import numpy as np
 import paddle
 
 from datasets.batch import to_device
+from datasets.device import Download
 from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
-from engine.ema import ModelEma
 from engine.evaluate import describe_metrics, evaluate
 from engine.learning_rate import lr_schedule
 from engine.length import RunLength
-from engine.optim import build_optimizer, clip_gradients
+from engine.precision import Precision
 from engine.report import Reporter
 from engine.signals import StopSignal
 from engine.state import Snapshot, TrainState
 from engine.statistics import StepSums, names_of
+from engine.update import Updater
 from tasks import Interrupted, Task
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
@@ -62,19 +63,15 @@ class Trainer:
         _check_schedules(config, task)
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
-        self.optimizer = build_optimizer(config, model)
-        self.amp = config.AMP and context.on_gpu
-        self.scaler = paddle.amp.GradScaler(enable=self.amp and config.AMP_DTYPE == 'float16')
-        if self.amp and config.AMP_LEVEL == 'O2':
-            self.model, self.optimizer = paddle.amp.decorate(
-                model, self.optimizer, level='O2', dtype=config.AMP_DTYPE, master_weight=True
-            )
-        self.ema = ModelEma(self.model, config.TRAIN.MODEL_EMA_DECAY) if config.TRAIN.MODEL_EMA else None
+        self.precision = Precision(config, context.on_gpu)
+        self.updater = Updater(config, model, self.precision)
+        self.weights, self.ema = self.updater.weights, self.updater.ema
+        self.optimizer, self.scaler = self.updater.optimizer, self.updater.scaler
         self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
         self.snapshot = Snapshot(
             config,
             task,
-            self.model,
+            self.weights,
             self.optimizer,
             self.scaler,
             self.ema,
@@ -92,12 +89,13 @@ class Trainer:
     def fit(self) -> None:
         """Train from the current state to the last step. Raises SystemExit after a signal."""
         state = self.state
-        if self._finished and state.validated:
+        if self.finished:
             self._report_finished()
             return
         self.reporter.open(state)
         self.reporter.start(state.epoch + 1, self.global_batch)
-        self.parallel = self.context.parallel(self.model, getattr(self.model, 'has_unused_parameters', False))
+        unused = getattr(self.model, 'has_unused_parameters', False)
+        self.parallel = self.model if self.weights.has_copies else self.context.parallel(self.model, unused)
         try:
             if not state.validated:
                 self._finish_epoch()
@@ -116,6 +114,11 @@ class Trainer:
     @property
     def _finished(self) -> bool:
         return self._schedule_step >= self.length.num_steps
+
+    @property
+    def finished(self) -> bool:
+        """True if the last step is taken and validated, so that `fit` has nothing to do."""
+        return self._finished and self.state.validated
 
     def _train_epoch(self, epoch: int) -> None:
         """Take the steps of an epoch up to its end or to a validation within it."""
@@ -136,7 +139,7 @@ class Trainer:
                 sums, norm = self._step(epoch, window, batches, lr, own)
                 state.step += 1
                 state.samples = min((step + 1) * self.global_batch, self.train_loader.num_samples)
-                pending.append((sums, f'step {state.step} (epoch {epoch}, lr {lr:.3g})'))
+                pending.append((Download(sums), f'step {state.step} (epoch {epoch}, lr {lr:.3g})'))
                 last = step + 1 == end
                 report, save = self.reporter.due(window), self._save_due() and not last
                 current = self._read(pending, totals, keep=0 if report or save or last else self.lag)
@@ -145,7 +148,7 @@ class Trainer:
                         epoch, window[-1], state.step, lr=lr, norm=norm, own=self._named(own.tolist()),
                         current=current, totals=self._named(totals), settings=settings,
                     )  # fmt: skip
-                    self._check_loss_scale()
+                    self.precision.check_loss_scale()
                 if current is not None and current['stop'] and not last:
                     self._read(pending, totals, keep=0)
                     self._save_and_exit()
@@ -166,19 +169,20 @@ class Trainer:
         sums = StepSums(self.task)
         for index in window:
             batch = next(batches)
+            self.context.mark()
             draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
             paddle.seed(int(draws.generate_state(1)[0]))
             batch = to_device(batch, self.config.DATA.IMAGENET_MEAN, self.config.DATA.IMAGENET_STD)
-            waits = index != window[-1] and self.context.world_size > 1
+            waits = index != window[-1] and self.parallel is not self.model
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
-                with self._autocast():
+                with self.precision.autocast():
                     losses = self.task.loss(self.parallel, batch, np.random.default_rng(draws))
+                self.context.mark()
                 # Gradients are summed over the window and averaged over the ranks.
                 share = len(batch) * self.context.world_size / total
-                self.scaler.scale(losses.total * share).backward()
+                self.updater.backward(losses.total * share)
             sums.add(losses, batch)
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.model.parameters(), self.config.TRAIN.GRAD_CLIP)
+        norm = self.updater.clip(self.context)
         finite = paddle.isfinite(sums.loss)
         if not self.scaler.is_enable():  # with loss scaling, GradScaler handles overflow
             finite = paddle.logical_and(finite, paddle.isfinite(norm))
@@ -186,16 +190,9 @@ class Trainer:
         own.add_(vector)
         self.context.sum(vector)
         if self.lag or not vector[names_of(self.task).index('nonfinite')].item():
-            self.optimizer.set_lr(lr)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.ema is not None:
-                self.ema.update()
-        self.optimizer.clear_grad(set_to_zero=False)
+            self.updater.step(lr)
+        self.updater.clear_gradients()
         return vector, norm
-
-    def _autocast(self):
-        return paddle.amp.auto_cast(enable=self.amp, level=self.config.AMP_LEVEL, dtype=self.config.AMP_DTYPE)
 
     def _named(self, values) -> dict[str, float]:
         return dict(zip(names_of(self.task), map(float, values)))
@@ -209,7 +206,7 @@ class Trainer:
         current = None
         while len(pending) > keep:
             sums, where = pending.popleft()
-            values = np.array(sums.tolist())
+            values = sums.numpy().astype('float64')
             current = self._named(values)
             if not current['nonfinite']:
                 totals += values
@@ -223,10 +220,6 @@ class Trainer:
             totals[names_of(self.task).index('skipped')] += current['images'] + current['skipped']
         self.state.totals = self._named(totals)
         return current
-
-    def _check_loss_scale(self) -> None:
-        if self.scaler.is_enable() and self.scaler.state_dict()['scale'].item() < 1.0:
-            raise UserError('the loss scale fell below 1: float16 overflows at every step. Use AMP_DTYPE bfloat16.')
 
     # ------------------------------------------------------------------------------------------------ after an epoch
     def _report_epoch(self, lr: float, totals: dict[str, float], seconds: float) -> None:
@@ -262,9 +255,9 @@ class Trainer:
         last_step = state.epoch + (taken - 1) / self.steps_per_epoch  # same schedule values as in the last step
         self.task.update_schedules(self.model, last_step)
         counts = self.task.is_final(last_step) or self._finished
-        self._validate_weights('val', self.model.state_dict, counts)
+        self._validate_weights('val', self.weights.state_dict, counts)
         if self.context.is_main:
-            with self._evaluation_autocast():
+            with self.precision.evaluation():
                 pictures = self.evaluator.pictures(self.model)
             self.reporter.pictures(pictures, state)
         if self.ema is not None:
@@ -273,7 +266,7 @@ class Trainer:
 
     def _validate_weights(self, kind: str, weights, counts: bool) -> None:
         config, state = self.config, self.state
-        with self._evaluation_autocast():
+        with self.precision.evaluation():
             result = evaluate(
                 config, self.model, self.val_loader, self.context, self.log, self.task, self.evaluator,
                 should_stop=lambda: bool(self.stop),
@@ -293,10 +286,6 @@ class Trainer:
             state.best, state.best_epoch = result[name], state.last_epoch
             if self.context.is_main:
                 save_best(self.folder, {**weights(), **self.snapshot.metadata()})
-
-    def _evaluation_autocast(self):
-        """Evaluate in float32, unless the weights are in half precision."""
-        return self._autocast() if self.config.AMP_LEVEL == 'O2' else contextlib.nullcontext()
 
     # ------------------------------------------------------------------------------------------------ saving and exit
     def _save_due(self) -> bool:

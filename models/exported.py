@@ -15,6 +15,8 @@ import paddle
 from paddle import inference, nn
 from paddle.static import InputSpec
 
+from utils.formats.program_files import check_parameters, check_program
+
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
 PREPROCESS = '.preprocess.json'  # preprocessing of the images, written by tools/export.py
 INPUT_NAME = 'x'
@@ -44,6 +46,16 @@ def save_program(
         model.forward.rollback()  # to_static replaced the forward method of the model by the program
 
 
+def check_files(prefix: str) -> None:
+    """Check program and weights before Paddle loads them. Raises OSError or ValueError, see `utils.formats.program_files`."""
+    if not paddle.get_flags('FLAGS_enable_pir_api')['FLAGS_enable_pir_api']:
+        raise ValueError(
+            'FLAGS_enable_pir_api=0 makes Paddle read programs of earlier versions, which can run code; unset this variable'
+        )
+    check_program(prefix + PROGRAM)
+    check_parameters(prefix + WEIGHTS)
+
+
 class Predictor:
     """Run a program of `save_program` on the GPU if there is one, else on the CPU with oneDNN.
 
@@ -53,6 +65,7 @@ class Predictor:
     """
 
     def __init__(self, prefix: str, precision: str = 'fp32'):
+        check_files(prefix)
         config = inference.Config(prefix + PROGRAM, prefix + WEIGHTS)
         device, _, number = paddle.device.get_device().partition(':')
         if device == 'gpu':

@@ -134,7 +134,7 @@ class MaskedAutoencoder(VisionTransformer):
         if dim % num_heads:
             raise UserError(
                 f'{dim} channels (MODEL.MAE.DECODER_EMBED_DIM) do not divide into {num_heads} heads '
-                '(MODEL.MAE.DECODER_NUM_HEADS).'
+                '(MODEL.MAE.DECODER_NUM_HEADS): change one of them.'
             )
         table = sincos_position_table(dim, self.patch_embed.grid_size, self.num_prefix)
         self.decoder_embed = nn.Linear(self.embed_dim, dim)
@@ -257,8 +257,11 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 def normalize_patches(patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize patches [B, L, D] to mean 0 and unbiased variance 1; return also mean and deviation [B, L, 1]."""
     mean = patches.mean(-1, keepdim=True)
-    std = paddle.sqrt(patches.var(-1, keepdim=True) + TARGET_EPS)
-    return (patches - mean) / std, mean, std
+    centered = patches - mean
+    # `Tensor.var` has two implementations, of which one reads the device.
+    variance = paddle.pow(centered, 2).sum(-1, keepdim=True) / paddle.full([], patches.shape[-1] - 1, patches.dtype)
+    std = paddle.sqrt(variance + TARGET_EPS)
+    return centered / std, mean, std
 
 
 @register_model('mae')

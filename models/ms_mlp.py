@@ -315,7 +315,7 @@ def _check_groups(depths: Sequence[int], shift_dist: Sequence[int], mix_size: Se
         raise UserError(f'MODEL.MSMLP.DEPTHS is {list(depths)}, but each stage needs a block.')
     if len(mix_size) != len(depths):
         raise UserError(
-            f'MODEL.MSMLP.MIX_SIZE is for {len(mix_size)} stages, but DEPTHS {list(depths)} for {len(depths)}.'
+            f'MODEL.MSMLP.MIX_SIZE has {len(mix_size)} stages, but DEPTHS {list(depths)} has {len(depths)}: change one.'
         )
     for name, kernels in lists[2:]:
         if len(kernels) != len(shift_dist):

@@ -47,9 +47,14 @@ def dense_options(config) -> dict:
     """Return `encoder_options` for the backbone of a dense model.
 
     Raises:
-        UserError: MODEL.LAMBDA decays attention; only classification has a schedule for λ.
+        UserError: tokens are reduced, but maps need all of them; or MODEL.LAMBDA decays attention, and only classification has a
+            schedule for λ.
     """
     options = encoder_options(config)
+    if config.MODEL.EVIT.KEEP_RATE < 1 or config.MODEL.TOME.R or config.MODEL.TOME.SCHEDULE:
+        raise UserError(
+            f'MODEL.TYPE {config.MODEL.TYPE} takes no MODEL.EVIT or MODEL.TOME: feature maps need all tokens; remove them.'
+        )
     removal = options['removal']
     if removal.prune_layers or removal.done_layers:
         raise UserError(
@@ -135,7 +140,9 @@ def _evit(model) -> EViTSpec:
             raise UserError(f'MODEL.EVIT.DROP_LOC names block {outside[0]}, but there are blocks 0 to {depth - 1}.')
         clash = sorted({*model.LAMBDA.PRUNE_LAYERS, *model.LAMBDA.DONE_LAYERS} & {*evit.DROP_LOC})
         if clash:
-            raise UserError(f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes.')
+            raise UserError(
+                f'MODEL.EVIT.DROP_LOC names block {clash[0]}, whose attention MODEL.LAMBDA removes: remove it from one.'
+            )
         rate = [evit.KEEP_RATE if layer in evit.DROP_LOC else 1.0 for layer in range(depth)]
     return EViTSpec(rate, evit.FUSE_TOKEN)
 

@@ -17,6 +17,16 @@ from paddle import nn
 
 from models.layers import ToMeReducer
 
+# Operators that may take a parameter of two or more dimensions: sums, elementwise products and data movement.
+_FREE = {
+    f'pd_op.{name}'
+    for name in (
+        'add', 'cast', 'concat', 'divide', 'expand', 'expand_as', 'flatten', 'gather', 'gather_nd', 'index_select',
+        'multiply', 'reshape', 'roll', 'share_data_', 'slice', 'split', 'split_with_num', 'squeeze', 'stack',
+        'strided_slice', 'subtract', 'tile', 'transpose', 'unsqueeze', 'unbind', 'bicubic_interp', 'bilinear_interp',
+    )
+} | {'builtin.combine'}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -50,7 +60,9 @@ def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> P
     by_kind = dict.fromkeys(('conv', 'linear', 'matmul', 'matching'), 0)
     for op in program.global_block().ops:
         count = _COUNTERS.get(op.name())
-        if count is not None:
+        if count is None:
+            _check_free(op)
+        else:
             kind, macs = count(op)
             by_kind['matching' if _owner(op) == ToMeReducer.__name__ else kind] += macs
     params = sum(math.prod(p.shape) for p in model.parameters())
@@ -110,6 +122,12 @@ def _unknown(op):
     raise NotImplementedError(f'cannot count the multiplications of {op.name()}; use a matmul instead')
 
 
+def _check_free(op) -> None:
+    """Raise NotImplementedError if an operator that is not counted may multiply a matrix or a larger parameter."""
+    if op.name() not in _FREE and any(_is_parameter(value) and len(value.shape) > 1 for value in op.operands_source()):
+        _unknown(op)
+
+
 def _is_parameter(value) -> bool:
     """Return whether a value is a parameter, possibly transposed, reshaped or cast."""
     op = value.get_defining_op()
@@ -123,6 +141,7 @@ _COUNTERS = {
     'pd_op.depthwise_conv2d': _conv,
     'pd_op.conv2d_transpose': _conv_transpose,
     'pd_op.matmul': _matmul,
+    'pd_op.linear_v2': _matmul,  # `F.linear` with a bias, on GPU builds
     'pd_op.bmm': _matmul,
     'pd_op.flash_attn': _attention,
     'pd_op.memory_efficient_attention': _attention,

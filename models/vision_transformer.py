@@ -160,7 +160,10 @@ class VisionTransformer(Classifier):
             return
         reducers = [reducer for block in self.blocks for reducer in block.reducers]
         if self.num_prefix != 1 or any(reducer.reduces for reducer in reducers):
-            raise UserError('relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token.')
+            raise UserError(
+                'relative positions (MODEL.TRANS.REL_POS) need all patch tokens and one class token: remove MODEL.EVIT, '
+                'MODEL.TOME and MODEL.TRANS.DISTILLED.'
+            )
 
     def _add_tokens(self, absolute: bool) -> None:
         token_init = initializer.TruncatedNormal(std=0.02)
@@ -244,7 +247,8 @@ class VisionTransformer(Classifier):
         merging = ToMeSpec(r, start, prop_attn).build(self.depth, self.removal.kept_layers)
         if merging and self.relative:
             raise UserError(
-                'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them.'
+                'relative positions (MODEL.TRANS.REL_POS) need all patch tokens, but MODEL.TOME merges them: '
+                'remove one of the two.'
             )
         for layer, block in enumerate(self.blocks):
             others = [reducer for reducer in block.reducers if not isinstance(reducer, ToMeReducer)]
@@ -423,7 +427,9 @@ class VisionTransformer(Classifier):
 
 def _check(embed_dim: int, num_heads: int, positions: Collection[str]) -> None:
     if embed_dim % num_heads:
-        raise UserError(f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS).')
+        raise UserError(
+            f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS): change one.'
+        )
     unknown = sorted(set(positions) - set(POSITIONS))
     if unknown:
         raise UserError(f"there are no positions '{unknown[0]}'; choose from {', '.join(POSITIONS)}.")

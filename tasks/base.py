@@ -280,10 +280,14 @@ class Task:
         """
         raise NotImplementedError
 
+    def image_shape(self) -> list[int]:
+        """Return [C, H, W] of the training images."""
+        data = self.config.DATA
+        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+
     def example(self, batch_size: int) -> Batch:
         """Return a random training batch on the device, for benchmarks and tests."""
-        data = self.config.DATA
-        shape = [batch_size, *[self.views] * (self.views > 1), data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+        shape = [batch_size, *[self.views] * (self.views > 1), *self.image_shape()]
         classes = max(self.config.MODEL.NUM_CLASSES or 1, 1)
         return Batch(paddle.randn(shape), {'label': paddle.randint(classes, shape=[batch_size])}, np.arange(batch_size))
 

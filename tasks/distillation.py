@@ -8,18 +8,22 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
 
 from config import get_config
 from models import build_model
-from models.exported import PREPROCESS, PROGRAM, WEIGHTS
+from models.exported import PREPROCESS, PROGRAM, WEIGHTS, check_files
 from models.registry import config_file
 from models.weights.load import load_frozen
 from utils.errors import UserError
+from utils.files import read_regular
 
-PROGRAMS = (PROGRAM, '.pdmodel')  # suffixes in Paddle 3 and earlier
+LEGACY = '.pdmodel'  # suffix of programs of Paddle 2, which are refused
+MAX_PREPROCESS = 1 << 20  # bytes
+_LARGEST = 1e6  # of a number of the preprocessing
 
 
 def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) -> Callable | None:
@@ -136,26 +140,34 @@ def frozen_model(settings, weights: str, log: Callable[[str], None]) -> paddle.n
 def _exported(config) -> tuple[paddle.nn.Layer, Callable]:
     """Return an exported program, and its preprocessing from the JSON file next to it."""
     path = config.TRAIN.TEACHER_MODEL
-    prefix, program = _find_program(path)
+    prefix, data = _find_program(path), config.DATA
+    adapt = _preprocessing(config, prefix)
     try:
-        teacher = _load_program(prefix, program)
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        check_files(prefix)
+        teacher = _load_program(prefix)
+        with paddle.no_grad():
+            teacher(adapt(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]))).astype('float32')
+    except Exception as error:  # programs of others can raise any exception
+        reason = getattr(error, 'strerror', None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"cannot load the exported teacher '{path}': {reason}. Set TRAIN.TEACHER_MODEL to a path that "
             "tools/export.py wrote, or TRAIN.TEACHER_CFG to the teacher's configuration."
         ) from None
-    return teacher, _preprocessing(config, prefix)
+    return teacher, adapt
 
 
-def _find_program(path: str) -> tuple[str, str]:
-    """Return (path without suffix, suffix of the program) of TEACHER_MODEL, which may also be a folder."""
+def _find_program(path: str) -> str:
+    """Return the path without suffix of TEACHER_MODEL, which may also be a folder."""
     path = os.path.expanduser(path)
-    stem = next((path[: -len(end)] for end in (PREPROCESS, *PROGRAMS, WEIGHTS) if path.endswith(end)), path)
+    stem = next((path[: -len(end)] for end in (PREPROCESS, PROGRAM, LEGACY, WEIGHTS) if path.endswith(end)), path)
     for prefix in dict.fromkeys([path, stem]):
-        for program in PROGRAMS:
-            if os.path.isfile(prefix + program) and os.path.isfile(prefix + WEIGHTS):
-                return prefix, program
+        if os.path.exists(prefix + PROGRAM) and os.path.exists(prefix + WEIGHTS):
+            return prefix
+    if os.path.exists(stem + LEGACY):
+        raise UserError(
+            f"the exported teacher '{stem}{LEGACY}' is a program of Paddle 2, which is not loaded since such programs can run "
+            'code; export the teacher again with tools/export.py.'
+        )
     folder = path if os.path.isdir(path) else ''
     names = sorted(name[: -len(WEIGHTS)] for name in os.listdir(folder) if name.endswith(WEIGHTS)) if folder else []
     if len(names) == 1:
@@ -167,10 +179,10 @@ def _find_program(path: str) -> tuple[str, str]:
     )
 
 
-def _load_program(prefix: str, program: str) -> paddle.nn.Layer:
+def _load_program(prefix: str) -> paddle.nn.Layer:
     """Load the two files from a folder of their own: `paddle.jit.load` would load all files with the same prefix."""
     with tempfile.TemporaryDirectory(prefix='teacher-') as folder:
-        for suffix in (program, WEIGHTS):
+        for suffix in (PROGRAM, WEIGHTS):
             os.symlink(os.path.abspath(prefix + suffix), os.path.join(folder, f'program{suffix}'))
         return paddle.jit.load(os.path.join(folder, 'program'))
 
@@ -179,14 +191,13 @@ def _preprocessing(config, prefix: str) -> Callable[[paddle.Tensor], paddle.Tens
     """Return the preprocessing of PREFIX.preprocess.json (tools/export.py); without this file, the identity."""
     path, data = prefix + PREPROCESS, config.DATA
     try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
+        content = json.loads(read_regular(path, MAX_PREPROCESS))
         channels = content['input']['shape'][1]
         size, mean, std = content['image_size'], content['mean'], content['std']
-        valid = all(isinstance(value, (int, float)) for value in (size, channels, *mean, *std)) and 0 not in std
+        valid = all(_is_finite(value) for value in (size, channels, *mean, *std)) and 0 not in std
     except FileNotFoundError:
         return lambda images: images
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         valid = False
     if not valid or min(len(mean), len(std)) != channels:
         raise UserError(f"'{path}' does not describe the images of the teacher; export the teacher again.")
@@ -196,6 +207,10 @@ def _preprocessing(config, prefix: str) -> Callable[[paddle.Tensor], paddle.Tens
             f'it with -image_size {data.IMAGE_SIZE}, or set DATA.IMAGE_SIZE to {size}.'
         )
     return _renormalized(data, channels, mean, std)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LARGEST
 
 
 def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, tau: float = 1.0) -> paddle.Tensor:

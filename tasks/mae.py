@@ -11,6 +11,7 @@ from paddle import Tensor, nn
 from PIL import Image
 
 from datasets.batch import Batch
+from datasets.device import upload
 from models.mae import MaskedAutoencoder, Reconstruction
 from tasks.base import Losses, MeanEvaluator, Task, register_task
 from tasks.mae_distillation import MaeDistillation, build_distillation
@@ -64,7 +65,7 @@ class MAETask(Task):
     def _noise(self, images: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
         """Return noise [B, L], one row from each generator."""
         patches = images[0, 0].size // self.patch_size**2
-        return paddle.to_tensor(np.stack([rng.random(patches, 'float32') for rng in rngs]))
+        return upload(np.stack([rng.random(patches, 'float32') for rng in rngs]))
 
 
 class ReconstructionEvaluator(MeanEvaluator):

@@ -47,6 +47,11 @@ class MoCoV3Task(Task):
         """See `Task`."""
         if not isinstance(model, MoCoV3):
             raise UserError('TRAIN.TASK mocov3 needs MODEL.TYPE mocov3.')
+        if training and self.config.DATA.BATCH_SIZE * dist.get_world_size() < 2:
+            raise UserError(
+                'TRAIN.TASK mocov3 compares each image with the others of its batch, but DATA.BATCH_SIZE is 1 on one '
+                'process: set it to 2 or more.'
+            )
 
     def is_final(self, t: float) -> bool:
         """Return False: the kNN accuracy does not predict fine-tuning accuracy, so the last epoch is the best one."""

@@ -19,9 +19,9 @@ from PIL import Image
 from datasets.batch import Batch, to_device
 from datasets.classes import ClassTable, numbered_classes
 from datasets.dense import crop_size, dense_transform
+from datasets.known_classes import known_classes
 from datasets.sample import IMAGE_SIZE, Plane
 from datasets.segmentation import LABELS, SegmentationDataset, label_type
-from datasets.segmentation_layouts import known_classes
 from models.layers.resize import resize_maps
 from models.segmentation.inference import slide_inference, whole_inference
 from models.segmentation.losses import segmentation_loss
@@ -65,6 +65,7 @@ class SegmentationTask(Task):
     def dataset(self, split: str) -> SegmentationDataset:
         """See `Task`."""
         dataset = super().dataset(split)
+        dataset.check()
         self.classes = dataset.classes
         return dataset
 
@@ -106,11 +107,15 @@ class SegmentationTask(Task):
         accuracy = pixel_accuracy(logits.detach(), labels, ignored)
         return Losses(losses.total, parts, {'acc': accuracy * len(batch)})
 
+    def image_shape(self) -> list[int]:
+        """See `Task`."""
+        return [self.config.DATA.IMAGE_CHANNELS, *crop_size(self.config)]
+
     def example(self, batch_size: int) -> Batch:
         """See `Task`."""
-        size, channels = crop_size(self.config), self.config.DATA.IMAGE_CHANNELS
-        labels = paddle.randint(max(self.config.MODEL.NUM_CLASSES or 1, 1), shape=[batch_size, *size], dtype='int32')
-        return Batch(paddle.randn([batch_size, channels, *size]), {LABELS: labels}, np.arange(batch_size))
+        shape, classes = self.image_shape(), max(self.config.MODEL.NUM_CLASSES or 1, 1)
+        labels = paddle.randint(classes, shape=[batch_size, *shape[1:]], dtype='int32')
+        return Batch(paddle.randn([batch_size, *shape]), {LABELS: labels}, np.arange(batch_size))
 
     # ------------------------------------------------------------------------------------------------ evaluation
     @paddle.no_grad()

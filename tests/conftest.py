@@ -21,6 +21,20 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Skip tests marked `gpu` where Paddle sees no GPU."""
+    marked = [item for item in items if item.get_closest_marker('gpu')]
+    if marked and not _sees_gpu():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason='no GPU that Paddle can use'))
+
+
+def _sees_gpu() -> bool:
+    import paddle
+
+    return paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
+
+
 class Golden(dict):
     """A reference file: `g['in/x']`; `g.group('sd')` is a dict without the prefix; `g.meta` the description."""
 

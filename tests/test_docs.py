@@ -14,10 +14,11 @@ import pytest
 
 from config import SCHEMA
 from tests.conftest import ROOT
+from tests.test_structure import SOURCES
 
 DOCS = os.path.join(ROOT, 'docs')
 PAGES = sorted(glob.glob(f'{DOCS}/*.md'))
-METHODS = ('deit', 'detection', 'evit', 'gmlp', 'lambda_vit', 'mae', 'mocov3', 'ms_mlp', 'tome')
+METHODS = ('deit', 'detection', 'evit', 'gmlp', 'lambda_vit', 'mae', 'mocov3', 'ms_mlp', 'segmentation', 'tome')
 TOOLS = ('analysis', 'plan', 'visualize')
 START, END = ['What it is for', 'Try it in minutes'], ['Options', 'Results', 'How it works', 'References']
 ORDER = {
@@ -25,7 +26,7 @@ ORDER = {
     **dict.fromkeys(TOOLS, [*START, 'Run on ImageNet', *END]),
 }
 
-# Words that this field has a term for, or that a reader who learned English as a second language stumbles over.
+# Words that the documents and the code avoid: the field has a term for them, or they are hard for non-native readers.
 AVOIDED = (
     'anew', 'mend(s|ed)?', 'whoever', 'thereof', 'likewise', 'at work', 'lie(s)? in', 'tells?', 'told', 'thinks?', 'dealt out',
     'perceptrons?', 'begins? with those', 'takes turns', 'kin', 'perish(es)?', 'sudden death', 'leaves? behind',
@@ -34,7 +35,8 @@ AVOIDED = (
     r'\w*(normal|optim|initial|organ|recogn|summar|general|synchron|stabil|quant|util|minim|maxim)is(e|es|ed|er|ers|ing|ation)',
 )  # fmt: skip
 WORDS = re.compile(rf'(?<![\w./`-])({"|".join(AVOIDED)})(?![\w`-])', re.IGNORECASE)
-CODE = ('docs/figures/*.py',)  # patterns of code that the list holds for
+CODE = (*SOURCES, 'docs/figures/*.py', '*.sh', 'requirements*.txt', 'Makefile')
+QUOTED = ("'centre'",)  # values of keys, which the configurations of users contain
 TEXTS = sorted(
     os.path.relpath(path, ROOT)
     for pattern in ('*.md', 'docs/*.md', 'configs/*.yaml', *CODE)
@@ -65,6 +67,7 @@ def test_every_method_has_its_page_in_the_readme():
 @pytest.mark.parametrize('path', TEXTS)
 def test_words(path):
     text = re.sub(r'```.*?```|`[^`\n]*`|\]\([^)]*\)', '', read(path), flags=re.DOTALL)
+    text = re.sub('|'.join(QUOTED), '', text)
     found = [match.group() for match in WORDS.finditer(text)]
     assert not found, f'{path}: {", ".join(found)}; use the term of the field, in American spelling'
 

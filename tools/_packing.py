@@ -9,9 +9,10 @@ import sys
 from collections.abc import Iterable
 
 from config import get_config
-from datasets import Dataset, build_dataset
+from datasets import Dataset, Images, build_dataset
 from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
+from datasets.segmentation import SegmentationDataset
 from tools._output import add_output_folder
 from utils.errors import UserError
 
@@ -21,7 +22,7 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add('-data_path', metavar='DIR', required=True, help='folder that holds the data, see docs/data.md')
+    add('-data_path', metavar='DIR', required=True, help='folder of the data, see docs/data.md')
     add_output_folder(parser, 'to write to (default: -data_path)')
     add('-dataset', default='imagenet2012', metavar='NAME', help='any data set of image files (default: imagenet2012)')
     add('-split', nargs='+', default=['train', 'val'], choices=('train', 'val'), help='splits to write (default: both)')
@@ -31,15 +32,15 @@ def parse(description: str, argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def source_of(args: argparse.Namespace, split: str) -> Dataset:
-    """Return the images of a split."""
+def source_of(args: argparse.Namespace, split: str) -> Images:
+    """Return the images of a split, with a class or a label map each."""
     config = get_config(None, ['DATA.DATASET', args.dataset, 'DATA.DATA_PATH', args.data_path])
     dataset = build_dataset(config, split)
     if not isinstance(dataset.storage, FileStorage):
         raise UserError(f'-dataset {args.dataset} does not consist of image files; only image files can be packed.')
-    if not isinstance(dataset, Dataset):
+    if not isinstance(dataset, (Dataset, SegmentationDataset)):
         raise UserError(
-            f'-dataset {args.dataset} has label maps or objects; only images with one class each are packed.'
+            f'-dataset {args.dataset} cannot be packed; only images with one class or one label map each can be.'
         )
     for note in dataset.notes:
         print(note, file=sys.stderr)
@@ -52,11 +53,18 @@ def refuse_existing(paths: Iterable[str], args: argparse.Namespace) -> None:
             raise UserError(f"'{path}' exists; -force overwrites it.")
 
 
-def image_file(dataset: Dataset, index: int) -> bytes:
-    """Return the bytes of an image file."""
+def stored_file(storage: FileStorage, index: int) -> bytes:
+    """Return the bytes of the file of an image or label map."""
     try:
-        return dataset.storage.read(index)
+        return storage.read(index)
     except UnreadableImage as error:
         raise UserError(
-            f"cannot read '{dataset.describe(index)}': {error}; repair it or remove it from the list."
+            f"cannot read '{storage.describe(index)}': {error}; repair it or remove it from the list."
         ) from None
+
+
+def summary(target: str, dataset: Images) -> str:
+    """Describe a written file in one line."""
+    maps = ' with label maps' if isinstance(dataset, SegmentationDataset) else ''
+    size = os.path.getsize(target) / 1e6
+    return f'{target}: {len(dataset)} images{maps}, {dataset.num_classes} classes, {size:.1f} MB'

@@ -20,7 +20,7 @@ class Point(NamedTuple):
         removed, keep_rate, r: settings of the combination, shown as color, shade and shape.
         images_per_second: (first quartile, median, third quartile).
         macs: multiply-accumulates per image.
-        acc1: top-1 accuracy, from 0 to 1; None: unknown.
+        score: metric of the task, from 0 to 1; None: unknown.
         number: number on the frontier; None: not on it.
     """
 
@@ -29,7 +29,7 @@ class Point(NamedTuple):
     r: str
     images_per_second: tuple[float, float, float]
     macs: int
-    acc1: float | None
+    score: float | None
     number: int | None
 
 
@@ -56,9 +56,9 @@ MAX_WHITE = 0.8  # fraction of white in the shade of the smallest keep rate
 PANEL, KEY, HEIGHT, ROW, BORDER = 5.4, 4.1, 5.0, 0.21, 1.2  # inches; BORDER: total height above and below the panels
 
 
-def draw(file: IO[bytes], points: Sequence[Point], title: str, caption: str) -> None:
-    """Write a PNG of speed against MACs, and against accuracy if it is known, with a numbered frontier."""
-    known = points[0].acc1 is not None
+def draw(file: IO[bytes], points: Sequence[Point], title: str, caption: str, metric: str) -> None:
+    """Write a PNG of speed against MACs, and against `metric` if it is known, with a numbered frontier."""
+    known = points[0].score is not None
     frontier = sorted((point for point in points if point.number is not None), key=lambda point: point.number)
     columns = 1 + known
     styles = MarkerStyles(points)
@@ -69,9 +69,9 @@ def draw(file: IO[bytes], points: Sequence[Point], title: str, caption: str) -> 
     panels[0].set_xlabel('MACs of an image, G')
     panels[0].set_ylabel('images/s')
     if known:
-        draw_panel(panels[1], points, [100 * point.acc1 for point in points], styles, joined=True)
-        panels[1].set_xlabel('top-1 accuracy, %')
-    draw_key(key, frontier, points[0], styles)
+        draw_panel(panels[1], points, [100 * point.score for point in points], styles, joined=True)
+        panels[1].set_xlabel(f'{metric}, %')
+    draw_key(key, frontier, points[0], styles, metric)
     figure.suptitle(f'{title}: {len(points)} combinations, {len(frontier)} on the frontier', color=INK, weight='bold')
     figure.supxlabel(caption, color=FAINT, fontsize=8.5)
     figure.savefig(file, format='png')
@@ -141,20 +141,20 @@ def draw_panel(
             )  # fmt: skip
 
 
-def draw_key(axes: Axes, frontier: Sequence[Point], given: Point, styles: MarkerStyles) -> None:
+def draw_key(axes: Axes, frontier: Sequence[Point], given: Point, styles: MarkerStyles, metric: str) -> None:
     """Write the frontier as a table, and the legends below it."""
     axes.axis('off')
-    known = given.acc1 is not None
+    known = given.score is not None
     line = ROW / (axes.figure.get_figheight() - BORDER)
     columns = (0.06, 0.13, 0.46, 0.60, 0.77, 0.98) if known else (0.06, 0.13, 0.52, 0.70, 0.97)
 
     def write(row: float, x: float, text: str, **style) -> None:
         axes.text(x, 1 - row * line, text, transform=axes.transAxes, fontsize=9, va='top', **style)
 
-    titles = ('', 'removed', 'keep', 'r', 'speed', 'top-1')
+    titles = ('', 'removed', 'keep', 'r', 'speed', metric.removesuffix(' accuracy'))
     rows = [
         (str(point.number), point.removed, point.keep_rate, point.r,
-         f'{point.images_per_second[1] / given.images_per_second[1]:.2f} ×', f'{100 * (point.acc1 or 0):.2f}')
+         f'{point.images_per_second[1] / given.images_per_second[1]:.2f} ×', f'{100 * (point.score or 0):.2f}')
         for point in frontier
     ]  # fmt: skip
     for row, cells in enumerate([titles, *rows]):

@@ -169,10 +169,11 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
 
 def cost(case: BenchmarkCase) -> dict:
     """Return name, image size, parameters and MACs of a model."""
-    found = profile(build_model(case.config), [1, *case.image_shape()])
+    shape = case.image_shape()
+    found = profile(build_model(case.config), [1, *shape])
     return {
         'name': case.name,
-        'image_size': case.config.DATA.IMAGE_SIZE,
+        'image_size': shape[1] if shape[1] == shape[2] else shape[1:],
         'params': found.params,
         'macs': found.macs,
     }

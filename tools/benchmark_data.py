@@ -33,6 +33,7 @@ from config import get_config
 from datasets import Loader, build_dataloader, build_dataset
 from datasets.augment import BICUBIC, RandAugment, StyleSampler
 from datasets.batch import to_device
+from datasets.images import FORMATS
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
 from tools._common import processor_name
@@ -144,7 +145,7 @@ class Reference:
     def picture(self, index: int) -> Image.Image:
         rng = np.random.default_rng([0, 0, index, 0])
         with open(self.paths[index], 'rb') as file:
-            image = Image.open(file).convert('RGB')
+            image = Image.open(file, formats=FORMATS).convert('RGB')
         image = image.crop(self.box(*image.size, rng)).resize((self.side, self.side), BICUBIC)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Export a trained classifier as an inference program that runs without this code.
+"""Export a trained model as an inference program that runs without this code.
 
     python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams -output exported/gmlp_s16_224
     python tools/export.py -pretrained output/latest -output exported/mine
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = flag_parser('Export a trained classifier as an inference program.', ('-cfg', '-pretrained', '-image_size'))
+    parser = flag_parser('Export a trained model as an inference program.', ('-cfg', '-pretrained', '-image_size'))
     add_output_prefix(parser, PROGRAM, WEIGHTS, PREPROCESS)
     return parser.parse_args(argv)
 
@@ -80,18 +80,13 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
         yield os.path.join(link, 'program')
 
 
-def image_shape(task: Task) -> list[int]:
-    """Return [C, H, W]."""
-    return list(task.example(1).images.shape[1:])
-
-
 def export(model: paddle.nn.Layer, task: Task, prefix: str) -> float:
     """Write the program and run it. Return the largest difference of an output, relative to its largest value.
 
     Raises:
         UserError: the difference is too large.
     """
-    rng, shape = np.random.default_rng(0), image_shape(task)
+    rng, shape = np.random.default_rng(0), task.image_shape()
     batches = [(rng.standard_normal((size, *shape), 'float32'), task.program_inputs(size)) for size in BATCHES]
     with paddle.no_grad():
         expected = [outputs_of(model, images, more) for images, more in batches]
@@ -137,7 +132,7 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
     return {
         'model': config.MODEL.NAME,
         'num_classes': num_classes,
-        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *image_shape(task)]},
+        'input': {'name': INPUT_NAME, 'dtype': 'float32', 'shape': [None, *task.image_shape()]},
         **{
             f'input_{name}': {'name': name, 'dtype': str(array.dtype), 'shape': [None, *array.shape[1:]]}
             for name, array in task.program_inputs(1).items()

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Write train.lmdb and val.lmdb from list files, class folders, or any other data set of image files.
+"""Write train.lmdb and val.lmdb from list files, class folders, or any other data set of image files with a class or a label map
+each.
 
     python tools/make_lmdb.py -data_path /dataset/imagenet -output /ssd/imagenet
     python main_single_gpu.py -dataset lmdb -data_path /ssd/imagenet ...
+    python tools/make_lmdb.py -dataset ade20k -data_path /dataset/ADEChallengeData2016 -output /ssd/ade20k
 
 Image files are stored unchanged. An interrupted run continues where it stopped. A file gets its name only after each record
 has been verified. datasets/lmdb.py describes the format.
@@ -27,18 +29,23 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from datasets import Dataset
+from datasets import Dataset, Images
 from datasets.lmdb import (
     CLASSES_KEY,
+    COUNT_KEY,
     FORMAT,
     FORMAT_KEY,
     LABELS_KEY,
+    MAPS_FORMAT,
+    MAPS_KEY,
     lmdb_module,
+    map_key,
     pack_record,
     record_key,
     unpack_record,
 )
-from tools._packing import image_file, parse, refuse_existing, source_of
+from datasets.packed_maps import describe_maps
+from tools._packing import parse, refuse_existing, source_of, stored_file, summary
 from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import writing
@@ -64,7 +71,7 @@ def main(argv: list[str] | None = None) -> int | None:
         raise UserError(f"cannot write '{target}': {error}; fix this, then the same command continues.") from None
 
 
-def write_lmdb(dataset: Dataset, target: str) -> None:
+def write_lmdb(dataset: Images, target: str) -> None:
     """Write `target` through `target`.partial, which may hold the records of an interrupted run."""
     os.makedirs(os.path.dirname(os.path.abspath(target)), exist_ok=True)
     partial = target + '.partial'
@@ -73,14 +80,16 @@ def write_lmdb(dataset: Dataset, target: str) -> None:
         verify(environment, dataset, target)
         finish(environment, dataset)
     os.replace(partial, target)
-    print(f'{target}: {len(dataset)} images, {dataset.num_classes} classes, {os.path.getsize(target) / 1e6:.1f} MB')
+    print(summary(target, dataset))
 
 
-def fingerprint(dataset: Dataset) -> bytes:
+def fingerprint(dataset: Images) -> bytes:
     """Return a hash of the images, their labels and their order."""
-    digest = hashlib.sha256(dataset.labels.tobytes())
-    for index in range(len(dataset)):
-        digest.update(os.fsencode(dataset.describe(index)) + b'\0')
+    content = dataset.labels.tobytes() if isinstance(dataset, Dataset) else describe_maps(dataset)
+    digest = hashlib.sha256(content)
+    for storage in dataset.storages:
+        for index in range(len(storage)):
+            digest.update(os.fsencode(storage.describe(index)) + b'\0')
     return digest.digest()
 
 
@@ -113,7 +122,7 @@ def _continues(path: str, source: bytes) -> bool:
         return False
 
 
-def fill(environment, dataset: Dataset, target: str) -> None:
+def fill(environment, dataset: Images, target: str) -> None:
     """Store the missing images. Transactions are in order, so the missing images are the last ones."""
     with environment.begin() as transaction:
         missing = _Missing(transaction, len(dataset))
@@ -123,7 +132,7 @@ def fill(environment, dataset: Dataset, target: str) -> None:
     with tqdm(total=len(dataset), initial=start, desc=target, unit='image', disable=None) as bar:
         for begin in range(start, len(dataset), _CHUNK):
             chunk = range(begin, min(begin + _CHUNK, len(dataset)))
-            put_all(environment, [(record_key(index), record_of(dataset, index)) for index in chunk])
+            put_all(environment, [record for index in chunk for record in records_of(dataset, index)])
             bar.update(len(chunk))
 
 
@@ -141,8 +150,18 @@ class _Missing:
         return self._transaction.get(record_key(index)) is None
 
 
-def record_of(dataset: Dataset, index: int) -> bytes:
-    return pack_record(image_file(dataset, index), int(dataset.labels[index]))
+def records_of(dataset: Images, index: int) -> list[tuple[bytes, bytes]]:
+    """Return keys and values of an image and of its label map."""
+    label = label_of(dataset, index)
+    return [
+        (key(index), pack_record(stored_file(storage, index), label))
+        for key, storage in zip((record_key, map_key), dataset.storages)
+    ]
+
+
+def label_of(dataset: Images, index: int) -> int:
+    """Return the class of an image; 0 if it has a label map."""
+    return int(dataset.labels[index]) if isinstance(dataset, Dataset) else 0
 
 
 def put_all(environment, items: list[tuple[bytes, bytes]]) -> None:
@@ -157,27 +176,33 @@ def put_all(environment, items: list[tuple[bytes, bytes]]) -> None:
             environment.set_mapsize(2 * environment.info()['map_size'])
 
 
-def verify(environment, dataset: Dataset, target: str) -> None:
+def verify(environment, dataset: Images, target: str) -> None:
     """Read every record back and check it."""
+    keys = (record_key, map_key)[: len(dataset.storages)]
     with environment.begin() as transaction:
         for index in tqdm(range(len(dataset)), desc=f'verifying {target}', unit='image', disable=None):
-            try:
-                _, label = unpack_record(transaction.get(record_key(index)) or b'')
-            except ValueError as error:
-                raise UserError(
-                    f"'{target}.partial', record {index}: {error}; delete that file and try again."
-                ) from None
-            if label != dataset.labels[index]:
-                raise UserError(
-                    f"'{target}.partial', record {index} has another label; delete that file and try again."
-                )
+            for key in (key(index) for key in keys):
+                try:
+                    _, label = unpack_record(transaction.get(key) or b'')
+                except ValueError as error:
+                    raise _wrong_record(target, key, str(error)) from None
+                if label != label_of(dataset, index):
+                    raise _wrong_record(target, key, 'it has another label')
 
 
-def finish(environment, dataset: Dataset) -> None:
-    """Store the labels and the format key, without which a file is not readable."""
-    items = [(LABELS_KEY, dataset.labels.astype('<i4').tobytes()), (FORMAT_KEY, FORMAT)]
-    if dataset.class_names is not None:
-        items.append((CLASSES_KEY, json.dumps(dataset.class_names).encode()))
+def _wrong_record(target: str, key: bytes, reason: str) -> UserError:
+    return UserError(f"'{target}.partial', record {key.decode()}: {reason}; delete that file and try again.")
+
+
+def finish(environment, dataset: Images) -> None:
+    """Store what describes the images and the format key, without which a file is not readable."""
+    if isinstance(dataset, Dataset):
+        items = [(LABELS_KEY, dataset.labels.astype('<i4').tobytes()), (FORMAT_KEY, FORMAT)]
+        if dataset.class_names is not None:
+            items.append((CLASSES_KEY, json.dumps(dataset.class_names).encode()))
+    else:
+        count = str(len(dataset)).encode()
+        items = [(COUNT_KEY, count), (MAPS_KEY, describe_maps(dataset)), (FORMAT_KEY, MAPS_FORMAT)]
     put_all(environment, items)
     environment.sync(True)
 

@@ -28,7 +28,7 @@ import yaml
 from yacs.config import CfgNode
 
 from config import config_file_of, flag_parser, get_config, merge_opts, update_config
-from datasets import Dataset, build_dataloader, build_dataset, resolve_num_classes
+from datasets import Images, build_dataloader
 from datasets.batch import to_device
 from engine import distributed
 from engine.distributed import Context
@@ -55,6 +55,7 @@ COLUMNS = '{:>2} {:<12} {:>9} {:>8} {:>8} {:>9} {:>6} {:>11} {:>7}'
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config, dataset = read_config(args)
+    metric = Metric.of(config, known=dataset is not None)
     context = distributed.start()
     given, *others = combinations(args, config)
     candidates, left_out = build_all(config, given, others)
@@ -63,14 +64,14 @@ def main(argv: list[str] | None = None) -> None:
     rate(candidates, measure(candidates, args, context), args.batch_size)
     if dataset is not None:
         evaluate_all(config, candidates, dataset, context)
-    value = 'macs' if dataset is None else 'acc1'
-    frontier = mark_frontier(candidates, value)
-    print_table(candidates, left_out)
-    write_results(args.folder, info, candidates, left_out, value)
+    frontier = mark_frontier(candidates, metric)
+    print_table(candidates, left_out, metric)
+    write_results(args.folder, info, candidates, left_out, metric)
     for candidate in frontier:
-        write_yaml(args, candidate, candidates[0], len(frontier))
+        write_yaml(args, candidate, candidates[0], len(frontier), metric)
     with atomic_write(os.path.join(args.folder, 'pareto.png')) as file:
-        draw(file, [candidate.point() for candidate in candidates], config.MODEL.NAME, caption(info))
+        points = [candidate.point(metric) for candidate in candidates]
+        draw(file, points, config.MODEL.NAME, caption(info), metric.text)
     print(f"{len(frontier)} YAML files of the frontier, results.json and pareto.png are in '{args.folder}'")
 
 
@@ -103,13 +104,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_config(args: argparse.Namespace) -> tuple[CfgNode, Dataset | None]:
+def read_config(args: argparse.Namespace) -> tuple[CfgNode, Images | None]:
     """Return the configuration, and with weights the validation images."""
     config = update_config(get_config(), args)
     dataset = None
     if 'pretrained' in args:
-        dataset = build_dataset(config, 'val')
-        config.MODEL.NUM_CLASSES = resolve_num_classes(config, dataset)
+        dataset = build_task(config).dataset('val')
     config.freeze()
     return config, dataset
 
@@ -129,6 +129,29 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
 def caption(info: dict) -> str:
     """Describe the conditions of the measurement in one line."""
     return '{device}, {threads} threads, Paddle {paddle}, {backend}, batch {batch_size}, {rounds} rounds'.format(**info)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Metric by which combinations are compared, besides speed.
+
+    Attributes:
+        name: metric that selects the best weights of the task; 'macs' if it is not evaluated.
+        title: title of its column.
+        text: axis label in the plot.
+    """
+
+    name: str
+    title: str
+    text: str
+
+    @classmethod
+    def of(cls, config: CfgNode, known: bool) -> Metric:
+        """Return the metric of TRAIN.TASK; `known`: it is evaluated."""
+        evaluator = build_task(config).evaluator()
+        best = evaluator.best[0]
+        title = 'top-1' if best == 'acc1' else evaluator.titles[best]
+        return cls(best if known else 'macs', title, 'top-1 accuracy' if best == 'acc1' else title)
 
 
 # ---------------------------------------------------------------------------------------------------- combinations
@@ -204,7 +227,7 @@ class Candidate:
     """A combination that can be built, and its results.
 
     Attributes:
-        results: `images_per_second` and its quartiles, `latency_ms`, `ratio` to the given model; `acc1`, `acc5`.
+        results: `images_per_second` and its quartiles, `latency_ms`, `ratio` to the given model; metrics of the task.
         number: number on the frontier, from 1, the slowest first; None: not on it.
     """
 
@@ -217,8 +240,7 @@ class Candidate:
 
     def image_shape(self) -> list[int]:
         """Return [C, H, W]."""
-        data = self.config.DATA
-        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+        return build_task(self.config).image_shape()
 
     def row(self) -> dict:
         """Return the object for the JSON file."""
@@ -231,11 +253,11 @@ class Candidate:
             'yaml': self.yaml_name() if self.number else None,
         }
 
-    def point(self) -> Point:
+    def point(self, metric: Metric) -> Point:
         """Return the candidate for the plot."""
         low, high = self.results['images_per_second_quartiles']
         speed = (low, self.results['images_per_second'], high)
-        return Point(*self.combination.texts(), speed, self.cost.macs, self.results.get('acc1'), self.number)
+        return Point(*self.combination.texts(), speed, self.cost.macs, self.results.get(metric.name), self.number)
 
     def yaml_name(self) -> str:
         """Return the name of the YAML file."""
@@ -272,8 +294,12 @@ def build(config: CfgNode, combination: Combination, pool: dict[str, paddle.Tens
     merge_opts(config, combination.options())
     config.freeze()
     model = build_model(config)
-    if not isinstance(model, VisionTransformer):
-        raise UserError(f'MODEL.TYPE is {config.MODEL.TYPE}; only a Vision Transformer (vit) can be planned.')
+    encoder = getattr(model, 'backbone', model)
+    if not isinstance(encoder, VisionTransformer):
+        raise UserError(
+            f'MODEL.TYPE is {config.MODEL.TYPE}; only a Vision Transformer (vit), and models with one as encoder, can be '
+            'planned.'
+        )
     share_weights(model, pool)
     if config.MODEL.PRETRAINED:
         load_pretrained(model, config.MODEL.PRETRAINED, log=log, replace_head=False)
@@ -351,14 +377,15 @@ def rate(candidates: Sequence[Candidate], seconds: np.ndarray, batch_size: int) 
         candidate.results['latency_ms'] = latencies[index].item() * 1000
 
 
-def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Dataset, context: Context) -> None:
-    """Add the accuracies to the candidates, in one pass over the images."""
+def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Images, context: Context) -> None:
+    """Add the metrics to the candidates, in one pass over the images."""
     task, skipped = build_task(config), 0
+    transform = task.transform(training=False)
     evaluators = [task.evaluator() for _ in candidates]
     for candidate, evaluator in zip(candidates, evaluators):
         candidate.model.eval()
         evaluator.reset(candidate.model, context, lambda: False)
-    with paddle.no_grad(), build_dataloader(config, dataset, training=False) as loader:
+    with paddle.no_grad(), build_dataloader(config, dataset, training=False, transform=transform) as loader:
         for batch in progress(loader.epoch(0), loader.num_batches, 'validation', shown=True):
             skipped += batch.skipped
             if len(batch):
@@ -369,13 +396,13 @@ def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Data
         raise UserError(f'none of the images of {dataset.source} could be read.')
     print(f'{len(dataset) - skipped} images, {skipped} of them unreadable')
     for candidate, evaluator in zip(candidates, evaluators):
-        candidate.results.update({name: evaluator.result()[name] for name in ('acc1', 'acc5')})
+        candidate.results.update({name: value for name, value in evaluator.result().items() if name != 'loss'})
 
 
 # ---------------------------------------------------------------------------------------------------- frontier
-def mark_frontier(candidates: Sequence[Candidate], value: str) -> list[Candidate]:
-    """Number the candidates on the Pareto frontier of speed and `value`: 'acc1', or 'macs' without accuracies."""
-    points = [(candidate.row()[value], candidate.results['images_per_second']) for candidate in candidates]
+def mark_frontier(candidates: Sequence[Candidate], metric: Metric) -> list[Candidate]:
+    """Number the candidates on the Pareto frontier of speed and `metric`, the slowest first."""
+    points = [(candidate.row()[metric.name], candidate.results['images_per_second']) for candidate in candidates]
     frontier = [candidates[index] for index in pareto_frontier(points)]
     frontier.sort(key=lambda candidate: candidate.results['images_per_second'])
     for number, candidate in enumerate(frontier, start=1):
@@ -384,8 +411,9 @@ def mark_frontier(candidates: Sequence[Candidate], value: str) -> list[Candidate
 
 
 # ---------------------------------------------------------------------------------------------------- output
-def print_table(candidates: Sequence[Candidate], left_out: Sequence[tuple[Combination, str]]) -> None:
-    print(COLUMNS.format('#', 'removed', 'keep rate', 'r', 'MACs G', 'images/s', 'ratio', 'latency ms', 'top-1'))
+def print_table(candidates: Sequence[Candidate], left_out: Sequence[tuple[Combination, str]], metric: Metric) -> None:
+    titles = ('#', 'removed', 'keep rate', 'r', 'MACs G', 'images/s', 'ratio', 'latency ms', metric.title)
+    print(COLUMNS.format(*titles))
     for candidate in candidates:
         results = candidate.results
         print(
@@ -396,18 +424,18 @@ def print_table(candidates: Sequence[Candidate], left_out: Sequence[tuple[Combin
                 f'{results["images_per_second"]:.1f}',
                 f'{results["ratio"]:.2f}',
                 f'{results["latency_ms"]:.2f}',
-                f'{100 * results["acc1"]:.2f}' if 'acc1' in results else '-',
+                f'{100 * results[metric.name]:.2f}' if metric.name in results else '-',
             )
         )
     for combination, reason in left_out:
         print('left out: removed {}, keep rate {}, r {}: '.format(*combination.texts()) + reason)
 
 
-def write_results(folder: str, info: dict, candidates, left_out, value: str) -> None:
+def write_results(folder: str, info: dict, candidates, left_out, metric: Metric) -> None:
     """Write results.json."""
     content = {
         'environment': info,
-        'frontier': ['images_per_second', value],
+        'frontier': ['images_per_second', metric.name],
         'points': [candidate.row() for candidate in candidates],
         'left_out': [{**asdict(combination), 'reason': reason} for combination, reason in left_out],
     }
@@ -415,7 +443,7 @@ def write_results(folder: str, info: dict, candidates, left_out, value: str) -> 
         file.write(json_text(content, indent=2))
 
 
-def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate, total: int) -> None:
+def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate, total: int, metric: Metric) -> None:
     """Write the YAML file of a point on the frontier, with its changes to the given configuration."""
     cfg, path = config_file_of(args), os.path.join(args.folder, candidate.yaml_name())
     changes = changed_keys(get_config(cfg), candidate.config)
@@ -429,7 +457,9 @@ def write_yaml(args: argparse.Namespace, candidate: Candidate, given: Candidate,
             node = node.setdefault(group, {})
         node[name] = list(value) if isinstance(value, tuple) else value
     results = candidate.results
-    accuracy = f'\n# {100 * results["acc1"]:.2f} % top-1 with the weights of the plan.' if 'acc1' in results else ''
+    accuracy = ''
+    if metric.name in results:
+        accuracy = f'\n# {100 * results[metric.name]:.2f} % {metric.title} with the weights of the plan.'
     removal = (
         '\n# Training this file starts without attention in these blocks; with REMOVED: False their attention decays.'
     )

@@ -31,8 +31,10 @@ from tools._common import find_images, trained_config
 from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, open_regular
 from utils.runlog import progress
+
+MAX_CLASS_NAMES = 64 << 20  # bytes; ten million names
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -82,7 +84,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def read_class_names(path: str, num_classes: int) -> list[str]:
     """Read one name per class."""
     try:
-        with open(path, encoding='utf-8-sig') as file:
+        with open_regular(path, MAX_CLASS_NAMES, encoding='utf-8-sig') as file:
             names = file.read().rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read -class_names '{path}': {getattr(error, 'strerror', 0) or error}.") from None

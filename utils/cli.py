@@ -4,6 +4,7 @@
 This module is imported before any other, so that it can refuse an old Python: standard library only, syntax of Python 3.6.
 """
 
+import functools
 import importlib
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from utils.errors import UserError
+from utils.text import printable_lines
 
 USER_ERROR = 2  # exit status, as argparse's
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a terminal that is closed
@@ -46,10 +48,21 @@ def begin() -> None:
 
 
 def print_any_text() -> None:
-    """Escape what a terminal or pipe cannot encode, such as a Chinese path in ASCII, instead of raising an error."""
-    for stream in (sys.stdout, sys.stderr):
+    """Escape what a terminal or pipe cannot encode, such as a Chinese path in ASCII, instead of raising an error.
+
+    Control characters are escaped too: names in files of others must not move the cursor. Progress bars on standard error
+    return it to the start of the line.
+    """
+    for stream, keep in ((sys.stdout, ''), (sys.stderr, '\r')):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+            if not isinstance(stream.write, functools.partial):
+                stream.write = functools.partial(_write_printable, stream.write, keep)
+
+
+def _write_printable(write, keep, text):
+    write(printable_lines(text, keep))
+    return len(text)
 
 
 def run(main: 'Callable[[], int | None]') -> None:

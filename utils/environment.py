@@ -22,6 +22,8 @@ from utils.cli import SIGNALS
 from utils.errors import UserError
 
 OLDEST_PADDLE = (3, 3)
+_CPU_BUILD, _GPU_BUILD = 'paddlepaddle', 'paddlepaddle-gpu'
+_INSTALL = 'pip install -r requirements.txt, or -r requirements-gpu.txt with NVIDIA GPUs'
 _ARGV = sys.argv[:]  # before `utils.cli.run_command` removes the name of the command
 
 # Each training step frees and allocates the same large buffers. By default glibc returns them to the kernel, and page
@@ -32,6 +34,9 @@ _MALLOC = {
     'MALLOC_TOP_PAD_': '67108864',
 }
 
+# With TF32, which NVIDIA's libraries use by default, the inputs of float32 products have 10 bits of mantissa.
+_GPU_SETTINGS = {'NVIDIA_TF32_OVERRIDE': '0'}
+
 # Warnings for developers of Paddle, on compilation and on the export of a program.
 _IGNORED_WARNINGS = ('No ccache found', "Tensor do not have 'place' interface")
 
@@ -41,6 +46,7 @@ _ENDPOINT, _ENDPOINTS = 'PADDLE_CURRENT_ENDPOINT', 'PADDLE_TRAINER_ENDPOINTS'
 _LAUNCHER = (
     _RANK, _SIZE, _ENDPOINT, _ENDPOINTS, 'PADDLE_MASTER', 'PADDLE_GLOBAL_RANK', 'PADDLE_GLOBAL_SIZE', 'PADDLE_LOCAL_RANK',
     'PADDLE_LOCAL_SIZE', 'PADDLE_NNODES', 'PADDLE_RANK_IN_NODE', 'FLAGS_selected_gpus', 'LEANVIT_FIRST_ERROR',
+    'LEANVIT_HEARTBEAT',
 )  # fmt: skip
 
 
@@ -84,11 +90,39 @@ def expand_user(path: str) -> str:
 
 def is_gpu_build() -> bool:
     """Return True if the installed Paddle was built for GPUs."""
-    try:
-        importlib.metadata.version('paddlepaddle-gpu')
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    return _GPU_BUILD in _installed_builds()
+
+
+def _installed_builds() -> dict[str, str]:
+    """Return the versions of the installed builds of Paddle by the name of their package."""
+    versions = {}
+    for name in (_CPU_BUILD, _GPU_BUILD):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _check_builds() -> None:
+    """Raise UserError if Paddle is too old, or its CPU and GPU builds are installed side by side.
+
+    The check comes before the import, since an old Paddle fails there: PyPI's paddlepaddle-gpu is 2.6.2.
+    """
+    builds = _installed_builds()
+    if len(builds) > 1:
+        raise UserError(
+            f'{_CPU_BUILD} {builds[_CPU_BUILD]} and {_GPU_BUILD} {builds[_GPU_BUILD]} are installed together and overwrite '
+            f'one another: pip uninstall -y {_CPU_BUILD} {_GPU_BUILD}, then {_INSTALL}.'
+        )
+    for version in builds.values():
+        _check_version(version)
+
+
+def _check_version(version: str) -> None:
+    numbers = re.match(r'(\d+)\.(\d+)', version)
+    release = tuple(map(int, numbers.groups())) if numbers else OLDEST_PADDLE
+    if (0, 0) < release < OLDEST_PADDLE:  # 0.0.0 is a build from source
+        oldest = '.'.join(map(str, OLDEST_PADDLE))
+        raise UserError(f'this is Paddle {version}, but LeanViT needs {oldest} or newer: {_INSTALL}.')
 
 
 def cpu_settings(processes: int) -> dict[str, str]:
@@ -151,17 +185,18 @@ def _is_child_of_launcher() -> bool:
 
 # ---------------------------------------------------------------------------------------------------- start
 def start_paddle(single_process: bool = True) -> None:
-    """Set variables for the CPU, restart the process once so that glibc reads them, and import Paddle.
+    """Set variables for the device and import Paddle; for the CPU restart the process once, so that glibc reads them.
 
-    A command calls it before any module that imports Paddle. On a GPU build no variable is set; variables that are set
-    already are never changed.
+    A command calls it before any module that imports Paddle. Variables that are set already are never changed.
 
     Args:
         single_process: False where a launcher may have started several ranks of this command.
     """
     if single_process:
         _require_single_process()
-    if not is_gpu_build():
+    if is_gpu_build():
+        os.environ.update({**_GPU_SETTINGS, **os.environ})
+    else:
         _set_cpu_variables()
     import_paddle()
 
@@ -190,8 +225,9 @@ def import_paddle() -> None:
     """Import Paddle without its warnings on threads and compilers, and without its SIGTERM handler.
 
     Raises:
-        UserError: Paddle is too old.
+        UserError: Paddle is too old, or installed twice.
     """
+    _check_builds()
     ensure_home()
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings('ignore', message=message)
@@ -207,10 +243,4 @@ def import_paddle() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         lines = output.getvalue().splitlines(keepends=True)
         sys.stderr.writelines(line for line in lines if 'OMP_NUM_THREADS' not in line)
-    version = re.match(r'(\d+)\.(\d+)', str(getattr(paddle, '__version__', '')))
-    release = tuple(map(int, version.groups())) if version else OLDEST_PADDLE
-    if (0, 0) < release < OLDEST_PADDLE:  # 0.0.0 is a build from source
-        raise UserError(
-            f'this is Paddle {paddle.__version__}, but LeanViT needs {".".join(map(str, OLDEST_PADDLE))} or newer: '
-            'pip install -r requirements.txt, or requirements-gpu.txt.'
-        )
+    _check_version(str(getattr(paddle, '__version__', '')))

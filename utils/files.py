@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from typing import IO, Any
@@ -18,6 +20,44 @@ from utils.errors import UserError
 # File names may hold bytes that are not UTF-8. Python decodes them to surrogates, which UTF-8 cannot encode.
 TEXT = {'encoding': 'utf-8', 'errors': 'backslashreplace'}
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+# A large file with fewer blocks on disk than one in so many is not data but holes, which read as gigabytes of zeros.
+SPARSE, SPARSE_FROM = 32, 64 << 20  # one block in 32; bytes
+
+
+def open_regular(path: str | os.PathLike, limit: int | None = None, **text: Any) -> IO:
+    """Open a regular file for reading. Pipes and devices may block for ever or never end.
+
+    Args:
+        limit: bytes that the file may have; None: any number.
+        text: options of `io.TextIOWrapper`, such as the encoding; none: the file is binary.
+
+    Raises:
+        OSError: also for another kind of file, one above the limit, and one that consists of holes; `strerror` says which.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            kind = 'pipe' if stat.S_ISFIFO(found.st_mode) else 'device'
+            raise OSError(errno.EINVAL, f'it is a {kind} and not a regular file')
+        if limit is not None and found.st_size > limit:
+            raise OSError(errno.EFBIG, f'it has {found.st_size} bytes, more than the {limit} that are read')
+        stored = getattr(found, 'st_blocks', 0) * 512  # some file systems do not count blocks
+        if found.st_size > SPARSE_FROM and 0 < stored < found.st_size // SPARSE:
+            raise OSError(errno.EINVAL, f'it has holes: {stored} of {found.st_size} bytes are on disk')
+        binary = os.fdopen(handle, 'rb')
+    except BaseException:
+        os.close(handle)
+        raise
+    return io.TextIOWrapper(binary, **text) if text else binary
+
+
+def read_regular(path: str | os.PathLike, limit: int) -> bytes:
+    """The bytes of a regular file of at most `limit` bytes; raises as `open_regular` does."""
+    with open_regular(path, limit) as file:
+        return file.read()
 
 
 def cannot_write(path: str, error: OSError, note: str = '') -> UserError:

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 LATEST = 'latest'
+_MAX_PATH = 4096  # characters; file systems have no longer ones
 _MAX_POINTER = 4096  # bytes; a longer file is no pointer
 
 
@@ -32,7 +33,7 @@ def follow_latest(path: str) -> str:
     """Return `path` with `~` expanded and each `latest`, link or pointer file, replaced by its target."""
     path = os.path.expanduser(path)
     parent, name = os.path.split(path)
-    if parent == path:
+    if parent == path or len(path) > _MAX_PATH:
         return path
     parent = follow_latest(parent)
     target = _target(os.path.join(parent, name)) if name == LATEST else None

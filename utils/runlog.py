@@ -21,7 +21,10 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import TEXT, atomic_write, json_text, writing
+from utils.files import TEXT, atomic_write, json_text, open_regular, writing
+from utils.text import printable, printable_lines
+
+_ROW = 1 << 20  # maximum of characters of a row of metrics.jsonl; rows have a few hundred
 
 
 class RunLog:
@@ -49,13 +52,13 @@ class RunLog:
         self._early.clear()
 
     def local(self, message: str) -> None:
-        """Write a line about this rank to its own file."""
-        self._write(message, f'log_{self.rank}.txt')
+        """Write a line about this rank to its own file; the line may continue on further lines."""
+        self._write(printable_lines(message), f'log_{self.rank}.txt')
 
     def master(self, message: str) -> None:
         """Print and log a line about the run, on the main process only."""
         if self.rank == 0:
-            line = self._write(f'MASTER_LOG {message}', 'log.txt')
+            line = self._write(f'MASTER_LOG {printable(message)}', 'log.txt')
             with writing('standard output'):
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
@@ -96,16 +99,24 @@ class MetricsFile:
         if not os.path.exists(self.path):
             return
         rows = []
-        with open(self.path, encoding='utf-8') as file:
-            for line in file:
-                try:
-                    row = json.loads(line)
-                except ValueError:  # cut off by a crash
+        with open_regular(self.path, encoding='utf-8', errors='replace') as file:
+            for line in iter(lambda: file.readline(_ROW), ''):
+                row = _parsed(line)
+                if row is None:  # cut off by a crash
                     continue
                 if row['step'] < step or (row['step'] == step and (trained if row['kind'] == 'train' else validated)):
                     rows.append(line if line.endswith('\n') else line + '\n')
         with atomic_write(self.path, 'w') as file:
             file.writelines(rows)
+
+
+def _parsed(line: str) -> dict | None:
+    """Return a row of metrics.jsonl, None for a damaged one."""
+    try:
+        row = json.loads(line)
+        return row if isinstance(row['kind'], str) and isinstance(row['step'], (int, float)) else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 class VisualDLFile:

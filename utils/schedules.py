@@ -122,7 +122,7 @@ def keep_rate(t: float, *, base: float, start: float, length: float) -> float:
 
 
 def encoder_momentum(t: float, *, base: float, total: float) -> float:
-    """Momentum of MoCo v3's momentum encoder (https://arxiv.org/abs/2104.02057, section 4): a half cosine from `base` to 1."""
+    """MoCo v3 momentum (https://arxiv.org/abs/2104.02057, section 4): a half cosine from `base` to 1."""
     return _half_cosine(base, 1.0, t / total)
 
 

@@ -11,7 +11,7 @@ import copy
 import difflib
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import yaml
@@ -19,11 +19,17 @@ from yacs.config import CfgNode
 
 from utils.errors import UserError
 from utils.run_paths import follow_latest
+from utils.text import printable
+from utils.yaml_files import compose
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+MAX_FILES = 100  # merged for one configuration; each may name several more as BASE
+MAX_LITERAL = 10_000  # characters that are parsed; longer values are text
 SHOWN = 80  # characters of a value in an error message
 SELECTORS = ('MODEL.TYPE', 'TRAIN.TASK')  # keys whose values decide which other keys have an effect
 EXEMPT = -1  # layer of values that may have no effect
+
+Adapt = Callable[[list, str, str, Collection[str]], tuple[list, list]]  # see `utils.paddlevit.adapt`
 
 
 # ---------------------------------------------------------------------------------------------------- keys
@@ -71,6 +77,7 @@ class Key:
         models: values of MODEL.TYPE for which the key has an effect; default: those of its section.
         tasks: values of TRAIN.TASK for which the key has an effect; default: those of its section.
         hint: text added to the error message of a wrong value.
+        aliases: old spelling of a value -> new spelling.
     """
 
     def __init__(
@@ -84,6 +91,7 @@ class Key:
         models: Collection[str] = (),
         tasks: Collection[str] = (),
         hint: str = '',
+        aliases: Mapping[str, str] | None = None,
     ):
         self.default = default
         self.allowed = Interval(allowed) if isinstance(allowed, str) else allowed
@@ -93,6 +101,7 @@ class Key:
         self.pair = pair
         self.owners = Owners(tuple(models), tuple(tasks))
         self.hint = hint
+        self.aliases = aliases or {}
 
     def coerce(self, value):
         """Convert `value` to the type of this key, without a check of bounds. Raises ValueError if that is impossible."""
@@ -105,6 +114,8 @@ class Key:
         if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
             return 'no'
         value = _as_kind(value, self.kind)
+        if isinstance(value, str):
+            value = self.aliases.get(value, value)
         return tuple(value) if isinstance(value, list) and not isinstance(self.default, list) else value
 
     def accepts(self, value) -> bool:
@@ -217,9 +228,11 @@ class Schema:
         root: section of all keys.
         renamed: old names of keys -> new names; None: the key is accepted and has no effect.
         known: models and tasks that the owners of the keys cover; all keys have an effect for other models and tasks.
+        adapt: converts the values of files of another project, see `utils.paddlevit.adapt`; None: none.
     """
 
-    def __init__(self, root: Section, renamed: Mapping[str, str | None], known: Owners):
+    def __init__(self, root: Section, renamed: Mapping[str, str | None], known: Owners, adapt: Adapt | None = None):
+        self.adapt = adapt or (lambda values, path, model_type, known: (values, []))
         self.keys = {name: key for name, key, _ in root.walk()}
         self.owners = {name: owners for name, _, owners in root.walk()}
         self.renamed = renamed
@@ -275,12 +288,16 @@ class Schema:
         real = os.path.realpath(path)
         if real in parents:
             raise UserError(f"BASE of '{parents[-1]}' leads back to '{real}'; remove one of the two.")
+        if len(config.layers) + len(parents) >= MAX_FILES:
+            raise UserError(f"'{path}': BASE leads to more than {MAX_FILES} files; remove some.")
         values = self._read(path, f" (BASE of '{parents[-1]}')" if parents else '')
         for name, value, where in values:
             for base in self._coerce(name, value, where) if name == 'BASE' else ():
                 if base:
                     self.merge_file(config, os.path.join(os.path.dirname(path), base), (*parents, real))
-        for name, value, where in values:
+        values, defaults = self.adapt(values, path, self.get(config, SELECTORS[0]), self.keys)
+        values = sorted(values, key=lambda value: value[0] != SELECTORS[0])  # MODEL.TYPE first, for errors
+        for name, value, where in [default for default in defaults if default[0] not in config.origins] + values:
             self.set(config, name, value, where)
         if len(values) > len(self.keys) / 2:  # config.yaml of a run records all keys, also those without effect
             sources = {self.renamed.get(name, name): where for name, _, where in values}
@@ -295,6 +312,7 @@ class Schema:
         if name in self.sections:
             raise UserError(f'{where}: {self._not_a_section(name, value)}')
         if name not in self.keys:
+            self._check_architecture(config, name, where)
             raise UserError(f"{where}: unknown key '{name}'.{self._nearest(name)} config.py lists all keys.")
         self._node(config, name)[name.rpartition('.')[2]] = self._coerce(name, value, where)
         config.origins[name] = Origin(where, len(config.layers))
@@ -311,6 +329,15 @@ class Schema:
     def _nearest(self, name: str) -> str:
         near = difflib.get_close_matches(name.upper(), [*self.keys, *sorted(self.sections)], n=1, cutoff=0.5)
         return f" Did you mean '{near[0]}'?" if near else ''
+
+    def _check_architecture(self, config: CfgNode, name: str, where: str) -> None:
+        """Raise UserError if an unknown key of MODEL belongs to an unknown architecture."""
+        kind, models = self.get(config, SELECTORS[0]), self.known.models
+        if name.startswith('MODEL.') and kind.lower() not in models:
+            raise UserError(
+                f'{where}: MODEL.TYPE {kind} is not an architecture of LeanViT, which has {", ".join(sorted(models))}; '
+                f"so the key '{name}' is unknown."
+            )
 
     def _not_a_section(self, name: str, value) -> str:
         example = next((key for key in self.keys if key.startswith(f'{name}.')), name)
@@ -382,16 +409,11 @@ class Schema:
     def _read(self, path: str, named: str) -> list[tuple[str, Any, str]]:
         """Return (dotted key, value, 'file:line') of every value of a file."""
         try:
-            with open(path, encoding='utf-8') as file:
-                root = yaml.compose(file, Loader=yaml.SafeLoader)
+            root = compose(path)
         except OSError as error:
             raise UserError(
                 f"cannot read the configuration '{path}'{named}: {error.strerror}{_elsewhere(path)}"
             ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"'{path}' is not a YAML file: {' '.join(str(error).split())}") from None
-        except RecursionError:
-            raise UserError(f"'{path}' is not a YAML file of keys and values: it is nested too deeply.") from None
         if root is None or root.tag == 'tag:yaml.org,2002:null':
             return []
         if not isinstance(root, yaml.MappingNode):
@@ -447,13 +469,15 @@ def shown(value) -> str:
         text = repr(value)
     except ValueError:  # Python prints no number of more than 4300 digits
         return 'a number of thousands of digits'
-    return text if len(text) <= SHOWN else f'{text[:SHOWN]}...'
+    return printable(text if len(text) <= SHOWN else f'{text[:SHOWN]}...')
 
 
 def literal(text: str):
     """Parse Python literals such as `5e-4`, `None`, `(0.1, 1)` and YAML's booleans; return other text unchanged."""
     if text.lower() in ('true', 'false', 'null'):
         return {'true': True, 'false': False, 'null': None}[text.lower()]
+    if len(text) > MAX_LITERAL:
+        return text
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):

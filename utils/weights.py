@@ -13,6 +13,7 @@ from utils.environment import expand_user
 from utils.errors import UserError
 from utils.formats import read_file, write_pdparams
 from utils.run_paths import follow_latest
+from utils.text import printable
 
 __all__ = [
     'METADATA',
@@ -35,6 +36,7 @@ EMA_KEYS = ('model_ema', 'state_dict_ema', 'ema_state_dict', 'params_ema', 'ema'
 # Key of the metadata beside the weights: configuration key -> value, for what shapes do not show (number of heads).
 METADATA = 'Facts@@'
 WRAPPER_PREFIXES = ('module.', '_layers.', 'model.', 'backbone.', 'encoder.')
+MAX_WRAPPERS = 8  # prefixes that are removed, one after the other; four are known to come together
 COMPILED = '_orig_mod.'  # torch.compile inserts it before the names of a compiled module
 COUNTER = 'n_averaged'  # torch.optim.swa_utils.AveragedModel stores it beside the averaged weights
 
@@ -62,11 +64,17 @@ def _without_prefix(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     plain = {name.replace(COMPILED, ''): array for name, array in state.items()}
     if len(plain) < len(state):
         return state
-    names = [name for name in plain if name != COUNTER]
-    for prefix in WRAPPER_PREFIXES:
-        if names and all(name.startswith(prefix) and name != prefix for name in names):
-            return _without_prefix({name[len(prefix) :]: plain[name] for name in names})
+    for _ in range(MAX_WRAPPERS):
+        names = [name for name in plain if name != COUNTER]
+        prefix = next((prefix for prefix in WRAPPER_PREFIXES if names and _all_have(names, prefix)), None)
+        if prefix is None:
+            break
+        plain = {name[len(prefix) :]: plain[name] for name in names}
     return plain
+
+
+def _all_have(names: list[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) and name != prefix for name in names)
 
 
 def find_state_dict(content: Any, prefer_ema: bool = False, source: str = 'the file') -> dict[str, np.ndarray]:
@@ -117,7 +125,7 @@ def find_metadata(content: Any, where: str, source: str) -> dict:
 def _describe(content: Any) -> str:
     if not isinstance(content, dict):
         return f'one {type(content).__name__}'
-    entries = [f'{key!r:.60} ({type(value).__name__})' for key, value in list(content.items())[:12]]
+    entries = [f'{printable(repr(key), 60)} ({type(value).__name__})' for key, value in list(content.items())[:12]]
     return f'{", ".join(entries) or "nothing"}{", ..." if len(content) > 12 else ""}'
 
 

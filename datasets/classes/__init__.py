@@ -39,13 +39,16 @@ def read_classes(path: str) -> ClassTable:
     Raises:
         UserError: the file is missing, a name occurs twice, or the text after the TAB is no color.
     """
-    names, colors = [], []
+    names, colors, seen = [], [], set()
     for number, line in read_lines(path, 'write the name of a class in each line, in the order of the labels'):
         name, _, color = (field.strip() for field in line.partition('\t'))
-        if not name or name in names:
+        if len(names) == MAX_CLASSES:
+            raise UserError(f'{path} names more than {MAX_CLASSES} classes.')
+        if not name or name in seen:
             raise UserError(f"{path}:{number}: the class '{name}' must have a name that no other line has.")
         if color and not _COLOR.fullmatch(color):
             raise UserError(f"{path}:{number}: '{color[:40]}' is no color; write #rrggbb, or nothing, after the TAB.")
+        seen.add(name)
         names.append(name)
         colors.append(color)
     if not 0 < len(names) <= MAX_CLASSES:

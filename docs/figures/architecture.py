@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write docs/architecture.png: from configuration and storage to the files of a run.
+"""Write docs/architecture.png: the data flow from configuration and storage to the files of a run.
 
 python docs/figures/architecture.py
 """

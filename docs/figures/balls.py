@@ -28,7 +28,7 @@ COLORS = {
 
 
 def crop(photograph: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random square of the photograph [H, W, 3] at SIDE pixels, float32."""
+    """Return a random square of a photograph [H, W, 3], resized to SIDE pixels, float32."""
     size = int(rng.integers(120, 300))
     top, left = (int(rng.integers(0, side - size)) for side in photograph.shape[:2])
     picture = Image.fromarray(photograph[top : top + size, left : left + size])

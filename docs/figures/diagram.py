@@ -28,7 +28,7 @@ class Diagram:
     def box(
         self, x: float, y: float, width: float, height: float, title: str, lines: str = '', color: str = GRAY
     ) -> None:
-        """A rounded box with its lower left corner at (x, y); `lines` stand below the bold title."""
+        """Draw a rounded box with its lower left corner at (x, y), and `lines` below the bold title."""
         style = 'round,pad=0,rounding_size=7'
         self.axes.add_patch(FancyBboxPatch((x, y), width, height, style, facecolor=color, edgecolor=FAINT))
         count = lines.count('\n') + 1 if lines else 0
@@ -38,7 +38,7 @@ class Diagram:
             self.text(x + width / 2, middle - 9, lines, 8.5, linespacing=1.5)
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float], label: str = '') -> None:
-        """An arrow with a label above its middle."""
+        """Draw an arrow with a label above its middle."""
         self.axes.add_patch(FancyArrowPatch(start, end, arrowstyle='-|>', mutation_scale=11, color=FAINT))
         if label:
             self.text((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 9, label, 8, FAINT)

@@ -30,20 +30,20 @@ BLUE, ORANGE, GREEN, GRAY = (
 
 
 def rows(folder: str, kind: str) -> list[dict]:
-    """Rows of metrics.jsonl of one kind: 'train' or 'val'."""
+    """Return the rows of metrics.jsonl of one kind: 'train' or 'val'."""
     with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as file:
         return [row for row in map(json.loads, file) if row['kind'] == kind]
 
 
 def attention_weights(folder: str) -> dict[int, float]:
-    """λ by epoch, from the log lines of the steps."""
+    """Return λ by epoch, from the log lines of the steps."""
     with open(os.path.join(folder, 'log.txt'), encoding='utf-8') as file:
         found = re.findall(r'Epoch\[(\d+)/\d+\], Step.* attn_lambda: ([\d.]+)', file.read())
     return {int(epoch): float(value) for epoch, value in found}
 
 
 def seeds(parent: str, name: str) -> list[str]:
-    """Run folders NAME, NAME_1, …"""
+    """Return the run folders NAME, NAME_1, …"""
     return [os.path.join(parent, name), *sorted(glob.glob(os.path.join(parent, f'{name}_[0-9]')))]
 
 
@@ -64,7 +64,7 @@ def canvas(columns: int, width: float) -> tuple[Figure, list[Axes]]:
 
 
 def draw_lambda(parent: str) -> Figure:
-    """Accuracy with and without attention removal, and λ."""
+    """Plot accuracy with and without attention removal, and λ."""
     figure, (axes,) = canvas(1, 7)
     dense = os.path.join(parent, 'dense')
     last = rows(dense, 'val')[-1]['epoch']
@@ -82,7 +82,7 @@ def draw_lambda(parent: str) -> Figure:
 
 
 def draw_mae(parent: str) -> Figure:
-    """Loss of pre-training, and accuracy after it and from scratch."""
+    """Plot the loss of pre-training, and the accuracy after it and from scratch."""
     figure, (loss, accuracy) = canvas(2, 9)
     for folder in seeds(parent, 'mae'):
         curve(loss, folder, 'loss', BLUE, scale=1)
@@ -96,7 +96,7 @@ def draw_mae(parent: str) -> Figure:
 
 
 def draw_mocov3(parent: str) -> Figure:
-    """Accuracy of the kNN probe during pre-training."""
+    """Plot the accuracy of the kNN probe during pre-training."""
     figure, (axes,) = canvas(1, 5)
     for index, (folder, color) in enumerate(zip(seeds(parent, 'moco'), (BLUE, ORANGE, GREEN))):
         curve(axes, folder, 'knn_acc1', color, f'seed {index}')

@@ -27,6 +27,7 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
     """
     order = paddle.argsort(scores, descending=True, stable=True)
     boxes = boxes.astype('float64')  # in which the displacement of groups rounds nothing away
+    # `unsqueeze` stands first: oneDNN's passes of Paddle 3.3 lose one that follows a multiplication in float64.
     boxes = boxes + groups.astype('float64').unsqueeze(1) * (boxes.max() - boxes.min() + 1.0)
     return paddle.gather(order, nms(paddle.gather(boxes, order), threshold))
 

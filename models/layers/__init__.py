@@ -15,7 +15,7 @@ from models.layers.patch_embed import PatchEmbed
 from models.layers.positions import computed_table, moco_position_table, resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
 from models.layers.relative_position import RelativePositionBias, relative_position_index, resize_relative_table
-from models.layers.resize import resize_maps
+from models.layers.resize import resize_maps, scale_maps
 from models.layers.tokens import (
     ReducerSpec,
     TokenReducer,
@@ -75,6 +75,7 @@ __all__ = [
     'resize_position_table',
     'resize_relative_table',
     'run_block',
+    'scale_maps',
     'sincos_position_table',
     'take_tokens',
     'tokens_to_maps',

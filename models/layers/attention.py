@@ -11,6 +11,8 @@ from paddle import Tensor, nn
 
 from models.layers.relative_position import add_relative_positions, relative_bias
 
+_EXTRA, _QUERY = 8, 8.0  # channels for a bias per key, and their value in the queries, exact in half precision
+
 
 class AttentionMaps(NamedTuple):
     """Intermediate results of an attention layer.
@@ -87,19 +89,29 @@ class Attention(nn.Layer):
             [B, N, C], and the requested maps.
         """
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
-        biases = [bias for bias in (key_bias, bias, self.own_bias(q, grid)) if bias is not None]
+        pair_biases = [bias for bias in (bias, self.own_bias(q, grid)) if bias is not None]
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
-        if not need_maps and not biases and _fused_kernel(x):
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
+        if not need_maps and not pair_biases and _fused_kernel(x):
+            x = self._fused(q, k, v, key_bias)
         else:
             q, k, v = (part.transpose([0, 2, 1, 3]) for part in (q, k, v))
             logits = paddle.matmul(q * self.scale, k, transpose_y=True)
-            for bias in biases:
+            for bias in pair_biases if key_bias is None else [key_bias, *pair_biases]:
                 logits = logits + bias
             weights = self.attn_drop(F.softmax(logits, axis=-1))
             x = paddle.matmul(weights, v).transpose([0, 2, 1, 3])
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+        """Compute attention of q, k, v [B, N, H, d] by the fused kernel, [B, N, H, d].
+
+        A bias per key becomes channels of queries and keys, since the kernel is slower with a mask.
+        """
+        if key_bias is not None:
+            q, k, v = with_key_bias(q, k, v, key_bias)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
+        return x if key_bias is None else x[..., : self.head_dim]
 
     def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
         """Return the layer's own bias of the attention logits, [H, N, N] or [B, H, N, N]; None: no bias.
@@ -135,6 +147,29 @@ class RelativeAttention(Attention):
         return relative_bias(self)
 
 
+def with_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add channels to q, k, v [B, N, H, d], with which their scaled scores q k^T / sqrt(d') have the bias [B, 1, 1, N].
+
+    d' = d + 8: the kernel needs equal numbers of channels, in multiples of 8. The new channels of v are 0. The bias is the sum
+    of two channels of k, its half-precision value and the rest, so half precision does not round it.
+    """
+    batch, tokens, heads, dim = q.shape
+    wide = dim + _EXTRA
+    bias = key_bias.flatten(1).astype('float32') * (wide**0.5 / _QUERY)
+    high = bias.astype(k.dtype)
+    low = (bias - high.astype('float32')).astype(k.dtype)
+    zeros = paddle.zeros([batch, tokens, _EXTRA - 2], k.dtype)
+    keys = paddle.concat([high.unsqueeze(-1), low.unsqueeze(-1), zeros], axis=-1)
+    shape = [batch, tokens, heads, _EXTRA]
+    # Scores are divided by sqrt(d') instead of sqrt(d).
+    q = paddle.concat([q * (wide / dim) ** 0.5, paddle.full(shape, _QUERY, q.dtype)], axis=-1)
+    k = paddle.concat([k, keys.unsqueeze(2).expand(shape)], axis=-1)
+    return q, k, paddle.concat([v, paddle.zeros(shape, v.dtype)], axis=-1)
+
+
 def _fused_kernel(x: Tensor) -> bool:
-    """Return whether to use the fused attention kernel. Exports use separate operators, which run on all devices."""
+    """Return whether to use the fused attention kernel. Exports use separate operators, which run on all devices.
+
+    Biases per pair of tokens are excluded: the kernel gives no gradient for their table.
+    """
     return paddle.in_dynamic_mode() and x.place.is_gpu_place()

@@ -81,6 +81,7 @@ class AttentionRemoval:
         if self.prune_layers or self.done_layers:
             weights = [block.attn_weight for block in model.blocks]
             model.register_buffer(BUFFER, paddle.to_tensor(weights, 'float32'))
+            self._pruned = paddle.to_tensor([layer in self.prune_layers for layer in range(self.depth)])
 
     def set_lambda(self, model: nn.Layer, value: float) -> None:
         """Set λ of `prune_layers` for the following passes."""
@@ -88,8 +89,10 @@ class AttentionRemoval:
             return
         for layer in self.prune_layers:
             model.blocks[layer].set_attn_weight(value)
-        weights = paddle.to_tensor([block.attn_weight for block in model.blocks])
-        model.attn_lambda.set_value(weights.astype(model.attn_lambda.dtype))
+        # Computed on the device: copying from the host would wait for the queue of a GPU.
+        buffer = model.attn_lambda
+        weights = paddle.where(self._pruned, paddle.full(buffer.shape, value, 'float32'), buffer.astype('float32'))
+        paddle.assign(weights.astype(buffer.dtype), buffer)
 
     def restore_lambda(self, model: nn.Layer) -> None:
         """Set λ of `prune_layers` from the buffer, after a state dict was loaded."""
@@ -108,7 +111,7 @@ class AttentionRemoval:
         for layer in self.removed_layers:
             parts = tuple(f'blocks.{layer}.{part}' for part in REMOVED_PARTS)
             unused.update({name: f'block {layer} has no attention' for name in arrays if name.startswith(parts)})
-        if BUFFER in arrays and arrays[BUFFER].shape == (self.depth,):
+        if BUFFER in arrays and arrays[BUFFER].shape == (self.depth,) and arrays[BUFFER].dtype.kind == 'f':
             self._check_lambda(arrays[BUFFER], source)
             if not (self.prune_layers or self.done_layers):
                 unused[BUFFER] = 'λ of no block decays'

@@ -52,9 +52,14 @@ class PatchEmbed(nn.Layer):
         return getattr(self, self._proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> [B, N, C], rows of patches from top to bottom."""
+        """[B, in_chans, H, W] -> [B, N, C], rows of patches from top to bottom.
+
+        The type is that of the weights, so that the residual stream of a model is in float32 under autocast (AMP_LEVEL O1).
+        """
         self._check(x.shape[2], x.shape[3])
         x = self.conv(x).flatten(2).transpose([0, 2, 1])
+        if x.dtype != self.conv.weight.dtype:
+            x = x.astype(self.conv.weight.dtype)
         return x if self.norm is None else self.norm(x)
 
     def _check(self, height: int, width: int) -> None:

@@ -63,6 +63,9 @@ def relative_bias(layer: nn.Layer) -> Tensor:
     return paddle.gather(table, rows).reshape([*index.shape, -1]).transpose([2, 0, 1])
 
 
+MIN_SPLINE = 5  # sides of the smallest table with the four places that a cubic spline needs on each axis
+
+
 def resize_relative_table(table: np.ndarray, grid: tuple[int, int], spline: bool = False) -> np.ndarray:
     """Interpolate the table of a square grid bicubically to another grid; return any other array unchanged.
 
@@ -72,7 +75,7 @@ def resize_relative_table(table: np.ndarray, grid: tuple[int, int], spline: bool
         spline: interpolate as BEiT does, see `_geometric_spline`.
     """
     side = round(max(len(table) - EXTRA_ROWS, 0) ** 0.5)
-    if side**2 + EXTRA_ROWS != len(table):
+    if side**2 + EXTRA_ROWS != len(table) or (spline and (side % 2 == 0 or side < MIN_SPLINE)) or not side:
         return table
     if spline:
         patches = _geometric_spline(table[: side**2].reshape([side, side, -1]), [2 * length - 1 for length in grid])

@@ -192,7 +192,9 @@ def merge_schedule(r: int | Sequence[float], depth: int) -> list[int]:
         values = [r] * depth if isinstance(r, int) else [*r, *[0] * (depth - len(r))]
     wrong = [value for value in values if not isinstance(value, int) or value < 0]
     if wrong:
-        raise UserError(f'ToMe cannot merge {wrong[0]} tokens; MODEL.TOME gives {values}.')
+        raise UserError(
+            f'ToMe cannot merge {wrong[0]} tokens in a block (MODEL.TOME gives {values}): use whole numbers from 0.'
+        )
     return values
 
 

@@ -9,7 +9,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.layers import SyncBatchNorm
+from models.layers import SyncBatchNorm, scale_maps
 
 SCALES = (4, 2, 1, 0.5)
 
@@ -56,7 +56,7 @@ class MultiLevelNeck(nn.Layer):
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Four maps [B, C, g, g] -> [B, O] with sides 4 g, 2 g, g and floor(g / 2)."""
-        maps = [_scaled(lateral(x), scale) for lateral, x, scale in zip(self.lateral_convs, maps, SCALES)]
+        maps = [scale_maps(lateral(x), scale) for lateral, x, scale in zip(self.lateral_convs, maps, SCALES)]
         return [conv(x) for conv, x in zip(self.convs, maps)]
 
 
@@ -70,8 +70,3 @@ class _Conv(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x)
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    """Resize by a factor, not to a size: the coordinates of odd sides then scale by exactly this factor."""
-    return x if scale == 1 else F.interpolate(x, scale_factor=scale, mode='bilinear', align_corners=False)

@@ -89,6 +89,8 @@ def rename_arrays(
 ) -> dict[str, np.ndarray]:
     """Return the arrays under the model's names and in Paddle's layouts, before shapes are matched."""
     report, renamed = report or PortReport(), {}
+    if own_names:
+        arrays = rules_of(model).adopt(model, arrays)
     for name, array in arrays.items():
         ours, reason = _our_name(model, name, own_names)
         if ours is None:
@@ -124,7 +126,7 @@ def _paddle_layout(model: nn.Layer, arrays: dict[str, np.ndarray]) -> dict[str, 
     for name, array in arrays.items():
         owner = owners.get(name)
         if isinstance(owner, nn.Linear) and array.ndim == 2:
-            array = np.ascontiguousarray(array.T)
+            array = array.T  # a view: sizes are checked before anything is copied
         elif isinstance(owner, nn.Conv2D) and array.ndim == 2 and array.size == math.prod(owner.weight.shape):
             array = array.reshape(owner.weight.shape)
         result[name] = array

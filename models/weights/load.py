@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, match_st
 from models.weights.rules import Start, rules_of
 from utils.errors import UserError
 from utils.formats import PADDLE, file_format, read_file
+from utils.text import NAME, printable
 from utils.weights import EMA_KEYS, METADATA, choose_state_dict, find_metadata, resolve_weights_path
 
 
@@ -115,9 +117,29 @@ def load_frozen(model: nn.Layer, path: str, log: Callable[[str], None] = print) 
 
 def match_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> None:
     """Set the number of classes to that of the weights, if both have a classifier."""
-    classes = rules_of(model).count_classes(arrays)
+    classes = stored_classes(model, arrays)
     if classes and model.num_classes and classes != model.num_classes:
         model.reset_classifier(classes)
+
+
+def stored_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> int | None:
+    """Number of classes of the classifier in the weights, see `WeightRules.count_classes`.
+
+    None where the arrays could not be that classifier: a file can announce any number in an array without numbers, and a
+    classifier of that many would be allocated for it.
+    """
+    rules, ours = rules_of(model), model.num_classes
+    arrays = rules.adopt(model, arrays)
+    classes = rules.count_classes(arrays)
+    heads = {name: tuple(target.shape) for name, target in model.state_dict().items() if rules.is_head(name)}
+    pairs = [(arrays[name].shape, shape) for name, shape in heads.items() if name in arrays]
+
+    def fits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+        return len(stored) == len(shape) and all(a == b or (a == classes and b == ours) for a, b in zip(stored, shape))
+
+    if classes and ours and not (all(fits(*pair) for pair in pairs) and any(math.prod(a) > classes for a, _ in pairs)):
+        return None
+    return classes
 
 
 def load_state(
@@ -126,12 +148,13 @@ def load_state(
     source: str = 'the state dict',
     log: Callable[[str], None] = print,
     replace_head: bool = True,
-) -> None:
+) -> dict[str, np.ndarray]:
     """Set all weights of a model from arrays under its names; see `load_pretrained`.
 
-    All checks run before the first weight changes.
+    All checks run before the first weight changes. Returns the arrays in the model's shapes, floats in float32.
     """
     rules, targets = rules_of(model), model.state_dict()
+    arrays = rules.adopt(model, arrays)
     _check_metadata(rules.metadata(model), arrays.get(METADATA, {}), source)
     arrays = {name: array for name, array in arrays.items() if not name.endswith((*REBUILT_SUFFIXES, METADATA))}
     ours, theirs = rules.count_classes(targets), rules.count_classes(arrays)
@@ -152,6 +175,7 @@ def load_state(
         log(f'----- Pretrained: {line}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in result.state.items()}
     model.set_state_dict({**targets, **values})
+    return result.state
 
 
 def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tensor], source: str) -> Iterator[str]:
@@ -173,10 +197,12 @@ def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tens
 
 def _check_metadata(ours: Mapping, theirs: Mapping, source: str) -> None:
     for key in ours:
-        if theirs.get(key, ours[key]) != ours[key]:
+        value = theirs.get(key, ours[key])
+        if isinstance(value, np.ndarray) or value != ours[key]:
+            shown = printable(value, NAME)
             raise UserError(
-                f'{source} was trained with {key} {theirs[key]}, but the model has {ours[key]} (shapes do not show this); '
-                f'set {key} to {theirs[key]}.'
+                f'{source} was trained with {key} {shown}, but the model has {ours[key]} (shapes do not show this); '
+                f'set {key} to {shown}.'
             )
 
 

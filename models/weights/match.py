@@ -13,6 +13,7 @@ from paddle import Tensor, nn
 from models.weights.rules import WeightRules, rules_of
 from utils.errors import UserError
 from utils.formats import bfloat16
+from utils.text import NAME, printable
 
 LISTED = 8  # most names per kind of error in a message
 
@@ -69,18 +70,12 @@ def match_state(
     arrays = {name: array for name, array in arrays.items() if name not in result.unused}
     for name, target in targets.items():
         if name in arrays:
-            array = _cast(arrays[name], target)
-            if array is None:
-                different.append(f'{name} {arrays[name].dtype} instead of {_type_name(target)}')
+            array = _fitted(model, name, arrays[name], target)
+            if isinstance(array, str):
+                different.append(array)
                 continue
-            shape, wanted = array.shape, tuple(target.shape)
-            if shape != wanted:
-                array = rules.resize(model, name, array)
-            if array.shape != wanted:
-                different.append(f'{name} {list(shape)} instead of {list(wanted)}')
-                continue
-            if shape != wanted:
-                result.resized[name] = (shape, wanted)
+            if array.shape != arrays[name].shape:
+                result.resized[name] = (arrays[name].shape, array.shape)
             result.state[name] = array
         elif name not in parameters and not name.endswith(STATISTICS_SUFFIXES):
             result.kept.append(name)
@@ -99,15 +94,41 @@ def match_state(
     return result
 
 
+def _fitted(model: nn.Layer, name: str, array: np.ndarray, target: Tensor) -> np.ndarray | str:
+    """Return the array in the shape and type of its target, or how it differs. Shapes are compared before anything is copied."""
+    shape, wanted = array.shape, tuple(target.shape)
+    if shape != wanted and not _may_be_resized(shape, wanted):
+        return f'{name} {list(shape)} instead of {list(wanted)}'
+    result = _cast(array, target)
+    if result is None:
+        return f'{name} {array.dtype} instead of {_type_name(target)}'
+    if shape != wanted:
+        result = rules_of(model).resize(model, name, result)
+    return result if result.shape == wanted else f'{name} {list(shape)} instead of {list(wanted)}'
+
+
+def _may_be_resized(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Position embeddings of another resolution differ in one side."""
+    return len(shape) == len(wanted) and 0 not in shape and sum(a != b for a, b in zip(shape, wanted)) == 1
+
+
 def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
     """Raise UserError with the names of arrays that have NaN or infinite values."""
-    broken = [name for name, array in arrays.items() if array.dtype.kind == 'f' and not np.isfinite(array).all()]
+    # A file can give one array thousands of names: each array is checked once. Numbers must be finite in float32 too.
+    distinct = {id(array): array for array in arrays.values() if array.dtype.kind == 'f'}
+    with np.errstate(over='ignore'):
+        wrong = {key for key, array in distinct.items() if not np.isfinite(_at_most_float32(array)).all()}
+    broken = [name for name, array in arrays.items() if id(array) in wrong]
     if broken:
         more = f' and {len(broken) - LISTED} more arrays' if len(broken) > LISTED else ''
         raise UserError(
-            f'{source} has NaN or infinite values in {", ".join(broken[:LISTED])}{more}; the training that wrote it '
+            f'{source} has NaN or infinite values in {", ".join(printable(n, NAME) for n in broken[:LISTED])}{more}; the training that wrote it '
             'diverged or the file is damaged, use an earlier one.'
         )
+
+
+def _at_most_float32(array: np.ndarray) -> np.ndarray:
+    return array.astype('float32') if array.dtype.itemsize > 4 else array
 
 
 def _remedies(rules: WeightRules, unknown: Iterable[str], missing: Iterable[str]) -> list[str]:
@@ -129,8 +150,11 @@ def _cast(array: np.ndarray, target: Tensor) -> np.ndarray | None:
         if array.dtype.kind != 'f':
             return None
         with np.errstate(over='ignore'):  # float64 values beyond float32 become infinite: an error in `check_finite`
-            return array.astype('float64' if wanted == 'float64' else 'float32')
-    result = array.astype(wanted)
+            return array.astype('float64' if wanted == 'float64' else 'float32', order='C')
+    if array.dtype.kind not in 'biuf':
+        return None
+    with np.errstate(invalid='ignore'):
+        result = array.astype(wanted, order='C')
     return result if np.array_equal(result, array) else None
 
 
@@ -142,4 +166,4 @@ def _listing(items: list[str], what: str) -> str:
     if not items:
         return ''
     more = f', and {len(items) - LISTED} more' if len(items) > LISTED else ''
-    return f'{len(items)} {what} ({", ".join(items[:LISTED])}{more})'
+    return f'{len(items)} {what} ({", ".join(printable(item, NAME) for item in items[:LISTED])}{more})'

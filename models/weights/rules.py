@@ -41,6 +41,10 @@ class WeightRules:
         """Return the model's name of a parameter of the published PyTorch weights; None: known, but not used."""
         return name
 
+    def adopt(self, model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return the arrays of a .pdparams file of another project under the model's names; return all others unchanged."""
+        return arrays
+
     def layout(self, name: str, array: np.ndarray) -> np.ndarray:
         """Convert the layout of an array, by its published name. Transposed linear weights need no rule."""
         return array

@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from models.layers import resize_relative_table
+from models.weights.paddlevit import from_paddlevit
 from models.weights.rules import Start, WeightRules
 from models.weights.transformer import TransformerWeights, first_match
 
@@ -76,6 +77,10 @@ class SegmentorWeights(WeightRules):
             name = pattern.sub(ours, name)
         return name
 
+    def adopt(self, model, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """See `TransformerWeights`."""
+        return from_paddlevit(arrays)
+
     def layout(self, name: str, array: np.ndarray) -> np.ndarray:
         """Transpose the projections of mmsegmentation's mask transformer, which are linear layers there."""
         return array.T if _LINEAR.search(name) else array
@@ -117,7 +122,7 @@ class SegmentorWeights(WeightRules):
 
     def count_classes(self, state: Mapping) -> int | None:
         """See `WeightRules`."""
-        counts = {value.shape[0] for name, value in state.items() if name in self.classes}
+        counts = {value.shape[0] for name, value in state.items() if name in self.classes and value.shape}
         return counts.pop() if len(counts) == 1 else None if counts else 0
 
 
@@ -148,6 +153,6 @@ class SegmenterWeights(SegmentorWeights):
         return name and name.replace('decode_head.conv_seg.', 'decode_head.head.')
 
     def layout(self, name: str, array: np.ndarray) -> np.ndarray:
-        if name == 'decode_head.conv_seg.weight' and array.ndim == 4:
+        if name == 'decode_head.conv_seg.weight' and array.shape[2:] == (1, 1):
             return array.reshape(array.shape[:2])
         return super().layout(name, array)

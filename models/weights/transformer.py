@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 
 from models.layers import resize_position_table, resize_relative_table
+from models.weights.paddlevit import from_paddlevit
 from models.weights.rules import Start, WeightRules
 
 # Prefixes of the encoder in pre-training files: MAE-Lite, MoCo-v3. The head of MoCo-v3's encoder is its projector.
@@ -56,6 +57,10 @@ class TransformerWeights(WeightRules):
             return None
         return _LAYER_SCALE.sub(r'.gamma_\1', name.removeprefix(MAE_ENCODER).removeprefix(MOCO_ENCODER))
 
+    def adopt(self, model, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Rename the weights of PaddleViT's DeiT, ViT and MAE folders."""
+        return from_paddlevit(arrays, model.global_pool)
+
     def metadata(self, model) -> dict:
         """Return the number of heads: another number changes the outputs, but not the shapes."""
         return {'MODEL.TRANS.NUM_HEADS': model.num_heads}
@@ -72,7 +77,7 @@ class TransformerWeights(WeightRules):
         if name != 'pos_embed' or array.ndim != 3:
             return array
         side = round(max(array.shape[1] - model.num_prefix, 0) ** 0.5)
-        if side**2 + model.num_prefix != array.shape[1]:
+        if not side or side**2 + model.num_prefix != array.shape[1]:
             return array
         table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
         return resize_position_table(table, (side, side), grid, model.num_prefix).numpy()

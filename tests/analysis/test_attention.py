@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention distance, attention entropy and CKA against the original's numbers, and what must hold of them."""
+"""Attention distance, attention entropy and CKA against reference values, and their invariants."""
 
 import math
 
@@ -143,7 +143,7 @@ def test_rotated_and_scaled_features_are_the_same(seed, factor, sizes):
 
 
 def test_the_estimate_is_unbiased():
-    """Features that have nothing in common: around 0 even for batches of four, where the plain estimate is near 1."""
+    """Unrelated features: around 0 even for batches of four, where the biased estimate is near 1."""
     rng, cka = np.random.default_rng(0), CKA()
     for _ in range(2000):
         cka.add(*([paddle.to_tensor(rng.standard_normal((4, 3)))] for _ in range(2)))
@@ -197,8 +197,8 @@ def test_the_originals_pipeline():
     assert images == 12
 
 
-def randomised(**settings) -> VisionTransformer:
-    """A tiny model of 16 patches whose heads do something."""
+def randomized(**settings) -> VisionTransformer:
+    """Build a tiny model of 16 patches with random attention weights."""
     paddle.seed(0)
     model = tiny(**settings)
     for parameter in model.parameters():
@@ -221,7 +221,7 @@ VARIANTS = {
 
 @pytest.mark.parametrize('settings', VARIANTS.values(), ids=VARIANTS)
 def test_every_vision_transformer(settings):
-    model = randomised(**settings)
+    model = randomized(**settings)
     before = model(IMAGES)
     measured = measure_attention(model, [IMAGES[:5], IMAGES[5:]])
     left = set(range(3)) - {*settings.get('removed_layers', ()), *settings.get('done_layers', ())}
@@ -240,21 +240,21 @@ def test_every_vision_transformer(settings):
 
 
 def test_fewer_tokens():
-    assert measure_attention(randomised(**VARIANTS['fused']), [IMAGES])['tokens'] == [16, 9, 6]
-    assert measure_attention(randomised(**VARIANTS['dropped']), [IMAGES])['tokens'] == [16, 16, 8]
-    model = randomised(distilled=True)
+    assert measure_attention(randomized(**VARIANTS['fused']), [IMAGES])['tokens'] == [16, 9, 6]
+    assert measure_attention(randomized(**VARIANTS['dropped']), [IMAGES])['tokens'] == [16, 16, 8]
+    model = randomized(distilled=True)
     model.merge_tokens(4)
     assert measure_attention(model, [IMAGES])['tokens'] == [16, 12, 8]
     close(np.diagonal(compare_layers(model, model, [(IMAGES, IMAGES)])[0]), 1, 1e-9)
 
 
 def test_a_dropped_patch_is_zero_and_a_merged_one_a_copy():
-    model = randomised(**VARIANTS['dropped'])
+    model = randomized(**VARIANTS['dropped'])
     *_, before, last, _ = representations(model, IMAGES)
     kept = model(IMAGES, get_idx=True)[1][0].numpy()
     for image, patches in enumerate(np.abs(last.numpy()).sum(-1)):
         assert set(np.flatnonzero(patches)) == set(kept[image])
-    model = randomised()
+    model = randomized()
     model.merge_tokens([0, 5])
     state = model.forward_tokens(IMAGES, trace=True)[1]
     for patches, source in zip(list(representations(model, IMAGES))[2].numpy(), state.source.numpy()):
@@ -263,9 +263,9 @@ def test_a_dropped_patch_is_zero_and_a_merged_one_a_copy():
         assert all(np.array_equal(patches[i], patches[np.flatnonzero(holder == holder[i])[0]]) for i in range(16))
 
 
-def test_merged_tokens_stand_at_the_mean_of_their_patches():
-    """Heads that look everywhere alike: their distance is that of the positions."""
-    model = randomised()
+def test_position_of_a_merged_token_is_the_mean_of_its_patches():
+    """Uniform attention: its distance is that of the positions."""
+    model = randomized()
     model.merge_tokens([6], prop_attn=False)
     model.blocks[1].attn.qkv.weight.set_value(paddle.zeros_like(model.blocks[1].attn.qkv.weight))
     model.blocks[1].attn.qkv.bias.set_value(paddle.zeros_like(model.blocks[1].attn.qkv.bias))
@@ -281,7 +281,7 @@ def test_merged_tokens_stand_at_the_mean_of_their_patches():
 
 
 def test_a_block_without_attention_is_seen_through_its_other_norm():
-    removed, faded = randomised(removed_layers=[1]), randomised(done_layers=[1])
+    removed, faded = randomized(removed_layers=[1]), randomized(done_layers=[1])
     faded.set_state_dict({**faded.state_dict(), **removed.state_dict()})
     for ours, theirs in zip(representations(removed, IMAGES), representations(faded, IMAGES)):
         close(ours, theirs, 1e-6)
@@ -293,7 +293,7 @@ def test_a_block_without_attention_is_seen_through_its_other_norm():
 
 
 def test_batches_of_fewer_than_four_images_are_left_out():
-    model = randomised()
+    model = randomized()
     whole, images = compare_layers(model, model, [(IMAGES[:8], IMAGES[:8]), (IMAGES[8:11], IMAGES[8:11])])
     assert images == 8
     close(whole, compare_layers(model, model, [(IMAGES[:8], IMAGES[:8])])[0], 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entropies and the choice of layers against the original's numbers."""
+"""Entropies and selected layers against reference values."""
 
 import math
 
@@ -21,7 +21,7 @@ ENTROPY, NOSE = golden('lambda_vit-entropy'), golden('lambda_vit-nose')
 
 
 def gathered(samples: np.ndarray, *sizes: int) -> ChannelStatistics:
-    """Statistics of samples that come in batches of these sizes, then the rest."""
+    """Accumulate samples in batches of these sizes, then the rest."""
     statistics = ChannelStatistics()
     for batch in filter(len, np.split(samples, np.cumsum(sizes))):
         statistics.add(paddle.to_tensor(batch))
@@ -59,18 +59,18 @@ def test_entropies(sizes):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 99), st.sampled_from([0.0, 1e4]))
 def test_batches_change_nothing(sizes, seed, offset):
-    """Far from zero too, where a sum of squares would have lost all digits."""
+    """Also far from zero, where a sum of squares loses all digits."""
     samples = np.random.default_rng(seed).normal(offset, 1e-3, (sum(sizes) + 1, 3))
     np.testing.assert_allclose(gathered(samples, *sizes).std(ALONE, 1), samples.std(0, ddof=1), 1e-8)
 
 
 def test_processes_change_nothing():
-    """Two processes with unequal shares; each sum meets the other's."""
+    """Two processes with unequal shards."""
     samples = np.random.default_rng(0).normal(5.0, 1.0, (30, 4))
     shares = [gathered(samples[:7], 3), gathered(samples[7:], 5, 9)]
 
     class Meeting:
-        """Adds what both processes bring, in the order in which they bring it."""
+        """All-reduce between two threads, in call order."""
 
         def __init__(self, mine, other):
             self.mine, self.other, self.place = mine, other, 0
@@ -144,5 +144,5 @@ def test_branches():
 
 @pytest.mark.parametrize('number', [0, 3])
 def test_mistakes(number):
-    with pytest.raises(UserError, match=f'{number} attention layers cannot be chosen: the model has 3'):
+    with pytest.raises(UserError, match=f'cannot select {number} attention layers: the model has 3'):
         next(select_layers(tiny(), lambda step: [], number, ALONE))

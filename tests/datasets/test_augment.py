@@ -127,7 +127,7 @@ def test_imagenet_policy_is_complete():
 
 
 def test_color_jitter_range():
-    """Brightness of a grey picture is scaled by 0.6 to 1.4; contrast and saturation leave it alone."""
+    """Brightness of a gray picture is scaled by 0.6 to 1.4; contrast and saturation leave it alone."""
     image = picture(np.full((4, 4, 3), 100))
     jitter = augment.ColorJitter(0.4, 0.4, 0.4)
     values = [np.asarray(jitter(image, np.random.default_rng(seed)))[0, 0, 0] for seed in range(300)]

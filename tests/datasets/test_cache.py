@@ -37,7 +37,7 @@ def test_parts_like_ms_mlp(size, world, batch):
     steps = {exact.length(rank) // batch for rank in range(world)}
     assert steps == {min(reference[f'{name}_train_steps_b{batch}'])}
     order = TrainSampler(size, 1, 0).epoch(0, 0)[0]
-    for rank in range(world):  # without parts: one order dealt out, filled up from its start
+    for rank in range(world):  # without parts: one order for all ranks, padded from its start
         places = reference[f'{name}_distributed_noshuffle'][rank]
         assert TrainSampler(size, world, 0).epoch(0, rank)[0].tolist() == order[places].tolist()
 

@@ -398,20 +398,20 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 def test_modes_become_rgb():
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    grey = Image.fromarray(ramp)
-    for data in (encoded(grey, 'PNG'), encoded(Image.merge('LA', (grey, grey)), 'PNG')):
+    gray = Image.fromarray(ramp)
+    for data in (encoded(gray, 'PNG'), encoded(Image.merge('LA', (gray, gray)), 'PNG')):
         assert np.array_equal(np.asarray(decode_image(data)), np.stack([ramp] * 3, -1))
-    colour = Image.merge('RGB', (grey, grey.rotate(90), grey.rotate(180)))
-    pixels = np.asarray(colour)
-    rgba = colour.copy()
-    rgba.putalpha(grey)
+    color = Image.merge('RGB', (gray, gray.rotate(90), gray.rotate(180)))
+    pixels = np.asarray(color)
+    rgba = color.copy()
+    rgba.putalpha(gray)
     assert np.array_equal(np.asarray(decode_image(encoded(rgba, 'PNG'))), pixels)
     deep = Image.fromarray(ramp.astype(np.uint16) * 257)
     for kind in ('PNG', 'TIFF'):
         assert np.array_equal(np.asarray(decode_image(encoded(deep, kind)))[..., 0], ramp)
-    palette = grey.convert('P')
+    palette = gray.convert('P')
     assert np.array_equal(np.asarray(decode_image(encoded(palette, 'PNG', transparency=b'\0\1\2')))[..., 1], ramp)
-    assert decode_image(encoded(grey.convert('1'), 'PNG')).mode == 'RGB'
+    assert decode_image(encoded(gray.convert('1'), 'PNG')).mode == 'RGB'
     cmyk = decode_image(encoded(Image.new('CMYK', (8, 8), (0, 255, 255, 0)), 'JPEG', quality=95))
     assert cmyk.mode == 'RGB'
     red, green, blue = cmyk.getpixel((4, 4))
@@ -433,7 +433,7 @@ BAD = {
 
 @pytest.mark.parametrize('kind', BAD)
 def test_unreadable(tmp_path, make_config, kind):
-    """Each condition is told with path, number and reason."""
+    """Each error names path, number and reason."""
     data, reason = BAD[kind]
     with pytest.raises(UnreadableImage, match=reason):
         decode_image(data)

@@ -25,7 +25,7 @@ from datasets.dense import (
 )
 from datasets.loader import Batch
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
-from datasets.segmentation import LABELS, label_table
+from datasets.segmentation import LABELS, LabelCoding, label_table
 from datasets.transforms import FastFlip
 from tests.conftest import golden
 from utils.errors import UserError
@@ -126,7 +126,7 @@ def test_draws_of_a_distortion_cover_their_ranges():
 
 def test_stored_values_with_the_zero_reduced():
     reduced = golden('segmentation-pipeline')['out/reduced_0_to_255']
-    np.testing.assert_array_equal(label_table(254, 255, reduce_zero=True)[:256], reduced)
+    np.testing.assert_array_equal(label_table(254, 255, LabelCoding(reduce_zero=True))[:256], reduced)
 
 
 @pytest.mark.parametrize('index', range(4))
@@ -188,8 +188,8 @@ def test_configured_transforms():
     assert (one.arrays()[LABELS][height:] == 255).all() and (one.arrays()[LABELS][:, width:] == 255).all()
     whole = dense_transform(config, False)(Sample(picture), None)
     assert whole.image.shape == (32, 36, 3)
-    grey = get_config(opts=[*OPTIONS, 'DATA.IMAGE_CHANNELS', 1, 'TRAIN.PHOTOMETRIC', False])
-    assert dense_transform(grey, True)(Sample(picture, {LABELS: labels}), np.random.default_rng(1)).image.shape == (
+    gray = get_config(opts=[*OPTIONS, 'DATA.IMAGE_CHANNELS', 1, 'TRAIN.PHOTOMETRIC', False])
+    assert dense_transform(gray, True)(Sample(picture, {LABELS: labels}), np.random.default_rng(1)).image.shape == (
         24,
         40,
         1,

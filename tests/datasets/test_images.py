@@ -4,22 +4,25 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import ExifTags, Image, ImageOps
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from config import get_config
 from datasets import build_dataloader, build_dataset
-from datasets.images import Jpeg, UnreadableImage, decode_image, open_image
+from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, open_image
+from datasets.segmentation import read_values
 from datasets.transforms import build_transform, opencv, resize_smoothed, smoothing_kernel
 from utils.errors import UserError
 
 
 def photograph(width: int, height: int, seed: int = 0, noise: float = 4) -> Image.Image:
-    """Smooth colours with some noise."""
+    """Smooth colors with some noise."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8)).resize((width, height), 3)
     return Image.fromarray(
@@ -47,7 +50,7 @@ def test_same_pixels_as_pillow(size, subsampling, options):
 
 
 @pytest.mark.parametrize('mode', ['L', 'CMYK'])
-def test_other_colours(mode):
+def test_other_colors(mode):
     data = jpeg(photograph(50, 40).convert(mode))
     assert isinstance(open_image(data), Jpeg) == (mode == 'L')
     assert decode_image(data).mode == 'RGB'
@@ -220,7 +223,7 @@ def test_fast_resize_stays_close(interpolation, size, large):
 
 
 @pytest.mark.parametrize('keys', [['DATA.IMAGE_CHANNELS', 1], ['DATA.IMAGE_SIZE', 32], ['DATA.CROP', 'padded']])
-def test_pillow_keeps_grey_and_padded_images(keys):
+def test_pillow_keeps_gray_and_padded_images(keys):
     picture = open_image(LARGE)
     found, expected = (
         build_transform(get_config(None, [*keys, *more]), training=True).image(picture, np.random.default_rng(0))
@@ -263,3 +266,98 @@ def test_exact_is_what_pillow_makes():
             for picture in (open_image(LARGE), Image.fromarray(by_pillow(LARGE)))
         )
         assert np.array_equal(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------------- hostile files
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png(width: int, height: int) -> bytes:
+    """A black picture of one bit per pixel."""
+    header = struct.pack('>IIBBBBB', width, height, 1, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((1 + -(-width // 8)) * height))
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
+
+
+def progressive(scans: int, side: int = 400, mode: str = 'RGB') -> bytes:
+    """The last scan of a picture again and again."""
+    data = jpeg(Image.new(mode, (side, side)), progressive=True)
+    return data[:-2] + data[data.rindex(b'\xff\xda') : -2] * scans + b'\xff\xd9'
+
+
+PROGRAMS = {
+    'EPS': b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(/tmp/x) (w) file\nshowpage\n',
+    'EPS in binary': b'\xc5\xd0\xd3\xc6' + bytes(40),
+    'PDF': b'%PDF-1.7\n',
+    'SVG': b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    'WMF': b'\xd7\xcd\xc6\x9a\0\0' + bytes(50),
+    'PSD': b'8BPS\0\1' + bytes(40),
+    'ICO': b'\0\0\1\0\1\0' + bytes(40),
+    'FITS': b'SIMPLE  =                    T' + bytes(80),
+    'HEIC': b'\0\0\0\x18ftypheic' + bytes(20),
+}
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_formats_that_are_not_decoded_are_named(name, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *_, **__: pytest.fail('a program was started'))
+    for read in (decode_image, open_image, read_values):
+        with pytest.raises(UnreadableImage, match=f'but {name.partition(" ")[0]}$'):
+            read(PROGRAMS[name])
+
+
+@pytest.mark.parametrize('size', [(5_000_000, 1), (1, 5_000_000), (65536, 2), (9500, 9500), (13300, 13300)])
+def test_pictures_that_are_too_large(size):
+    for read in (decode_image, open_image, read_values):
+        with pytest.raises(UnreadableImage, match=f'{size[0]} x {size[1]} pixels are too many'):
+            read(png(*size))
+
+
+def test_a_wide_picture_that_is_read():
+    assert open_image(png(65535, 1)).size == (65535, 1)
+
+
+def test_limits_of_other_formats(monkeypatch):
+    monkeypatch.setattr('datasets.images.MAX_PIXELS', 3000)
+    monkeypatch.setattr('datasets.images.MAX_PIXELS_OF', {'JPEG2000': 1500})
+    for kind in ('TIFF', 'GIF', 'BMP', 'WEBP', 'PPM', 'PNG', 'JPEG', 'JPEG2000'):
+        buffer = io.BytesIO()
+        Image.new('RGB', (48, 48)).save(buffer, kind)
+        if kind != 'JPEG2000':
+            assert decode_image(buffer.getvalue()).size == (48, 48)
+        buffer = io.BytesIO()
+        Image.new('RGB', (48, 65)).save(buffer, kind)
+        with pytest.raises(UnreadableImage, match=r'48 x 65 pixels'):
+            decode_image(buffer.getvalue())
+
+
+def test_files_that_are_too_large(monkeypatch):
+    monkeypatch.setattr('datasets.images.MAX_FILE', 1000)
+    with pytest.raises(UnreadableImage, match='more than the 1000 that are read'):
+        open_image(DATA)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_jpegs_of_thousands_of_scans(mode):
+    for read in (decode_image, open_image):
+        with pytest.raises(UnreadableImage, match='more than 100 scans'):
+            read(progressive(3000, mode=mode))
+    assert decode_image(progressive(0, mode=mode)).size == (400, 400)
+
+
+def test_the_limit_of_scans_falls_with_the_size():
+    with pytest.raises(UnreadableImage, match='more than 85 scans'):
+        open_image(progressive(90, side=5000))
+
+
+def test_other_data_behind_a_jpeg_are_no_scans():
+    """Motion photos have a film there, whose bytes are random."""
+    data = progressive(0)
+    assert count_scans(data, 100) == 10
+    assert count_scans(data + b'\xff\xda' * 1000, 100) == 10
+    comment = data[:2] + b'\xff\xfe' + struct.pack('>H', 2002) + b'\xff\xda' * 1000 + data[2:]
+    assert count_scans(comment, 100) == 10
+    assert decode_image(comment).size == (400, 400)
+    for cut in range(len(data)):
+        assert count_scans(data[:cut], 100) <= 10

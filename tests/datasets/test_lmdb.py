@@ -163,19 +163,19 @@ def test_continues_after_an_interruption(list_data, make_config, tmp_path, monke
     path, output = list_data(20), tmp_path / 'out'
     monkeypatch.setattr(make_lmdb, '_CHUNK', 3)
     read = []
-    original = make_lmdb.record_of
+    original = make_lmdb.records_of
 
-    def record_of(dataset, index):
+    def records_of(dataset, index):
         if len(read) == 10:
             raise KeyboardInterrupt
         read.append(index)
         return original(dataset, index)
 
-    monkeypatch.setattr(make_lmdb, 'record_of', record_of)
+    monkeypatch.setattr(make_lmdb, 'records_of', records_of)
     assert convert(path, output, '-split', 'train') == 130
     assert os.listdir(output) == ['train.lmdb.partial']
     read.clear()
-    monkeypatch.setattr(make_lmdb, 'record_of', lambda dataset, index: read.append(index) or original(dataset, index))
+    monkeypatch.setattr(make_lmdb, 'records_of', lambda dataset, index: read.append(index) or original(dataset, index))
     assert convert(path, output, '-split', 'train') is None
     assert read == list(range(9, 20))
     assert 'continues after 9 images' in capsys.readouterr().out
@@ -296,7 +296,7 @@ def test_other_files(list_data, make_config, tmp_path):
 
 
 def test_damaged_record(list_data, make_config, tmp_path):
-    """A flipped bit and a missing record are told by key, or skipped, like any unreadable image."""
+    """A flipped bit and a missing record are reported by key, or skipped, like any unreadable image."""
     convert(list_data(6), tmp_path / 'out')
     with writing(tmp_path / 'out' / 'val.lmdb') as transaction:
         record = bytearray(transaction.get(b'2'))

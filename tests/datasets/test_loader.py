@@ -343,7 +343,7 @@ def all_children() -> set[int]:
 
 @pytest.fixture
 def children():
-    """Tells the process ids of the children that this process has since the test began."""
+    """Returns the process ids of the children that this process has since the test began."""
     before = all_children()
     return lambda: all_children() - before
 

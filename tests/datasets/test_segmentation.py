@@ -4,6 +4,7 @@
 import io
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -22,7 +23,7 @@ from datasets.sample import Plane
 from datasets.scenes import NAMES, make_scene, scenes_folder
 from datasets.segmentation import LABELS, label_table, read_values
 from tests.conftest import golden
-from tools import make_lmdb, make_zip, verify_data
+from tools import verify_data
 from utils.errors import UserError
 
 SHAPE = (12, 10)
@@ -106,7 +107,9 @@ def test_what_is_wrong_with_a_folder(generic):
     def message(change, *args, **data):
         change(*args)
         with pytest.raises(UserError) as raised:
-            build(generic, **data).sample(0)
+            dataset = build(generic, **data)
+            dataset.check()
+            dataset.sample(0)
         return str(raised.value)
 
     maps, images = generic / 'annotations' / 'train', generic / 'images' / 'train'
@@ -117,11 +120,11 @@ def test_what_is_wrong_with_a_folder(generic):
     text = message(save, str(maps / 'a.png'), np.zeros((*SHAPE, 3), 'uint8'))
     assert "cannot read the label map '" in text and 'this image is RGB' in text
     (maps / 'a.png').write_bytes(b'no image')
-    assert 'not a PNG' in message(lambda: None)
+    assert 'knows as PNG' in message(lambda: None)
     (maps / 'a.png').write_bytes(b'')
     assert 'the file is empty' in message(lambda: None)
     text = message(os.remove, maps / 'a.png')
-    assert "images/train/a.png' has no label map of its name in" in text and '1 of 3 images' in text
+    assert re.search("images/train/a.png' has no label map '.*annotations/train/a.png'; 1 of 3 images", text)
     save(str(maps / 'a.png'), values(0))
     text = message(picture, str(images / 'a.bmp'))
     assert "have the name 'a' with different extensions" in text
@@ -150,7 +153,7 @@ def test_values_that_are_no_labels():
         Image.fromarray(array).save(file, kind)
         return file.getvalue()
 
-    with pytest.raises(UnreadableImage, match='not a PNG, BMP'):
+    with pytest.raises(UnreadableImage, match='not an image that Pillow knows as PNG, BMP'):
         read_values(stored(np.zeros((4, 4), 'uint8'), 'JPEG'))
     with pytest.raises(UnreadableImage, match='more than 16 bits'):
         read_values(stored(np.full((4, 4), 1 << 20, 'int32'), 'TIFF'))
@@ -187,8 +190,8 @@ def test_voc(tmp_path):
     np.testing.assert_array_equal(build(tmp_path, 'voc2012').label_map(0).pixels, values(0, 20, 255))
     assert len(build(tmp_path, 'voc2012aug')) == 2
     os.remove(tmp_path / 'SegmentationClassAug' / 'x_2.png')
-    with pytest.raises(UserError, match="SegmentationClassAug/x_2.png' is missing"):
-        build(tmp_path, 'voc2012aug')
+    with pytest.raises(UserError, match="x_2.jpg' has no label map '.*SegmentationClassAug/x_2.png'; 1 of 2 images"):
+        build(tmp_path, 'voc2012aug').check()
     with pytest.raises(UserError, match='val.txt.* is missing'):
         build(tmp_path, 'voc2012', 'val')
 
@@ -251,24 +254,25 @@ def test_batches(generic):
 
 
 def test_all_maps_are_verified(generic, tmp_path, capsys):
-    """Each map is read; the report names those that training could not use."""
+    """Each map is read; the report names all of those that training could not use, and missing ones."""
     for kind in ('images', 'annotations'):
         shutil.copytree(generic / kind / 'train', generic / kind / 'val')
+    maps = generic / 'annotations' / 'val'
     save(str(generic / 'images' / 'val' / 'a.png'), values(1, 2))
-    save(str(generic / 'annotations' / 'val' / 'b' / 'c.png'), np.zeros((5, 4), 'uint8'))
+    save(str(maps / 'b' / 'c.png'), np.zeros((5, 4), 'uint8'))
+    for name in ('a', 'd'):
+        picture(str(generic / 'images' / 'train' / f'{name}2.png'))
+    save(str(generic / 'annotations' / 'train' / 'a2.png'), values(0, 77))
     report = str(tmp_path / 'report.json')
     flags = ['-dataset', 'segmentation', '-data_path', str(generic), '-report', report, '-num_workers', '0']
     assert verify_data.main(flags) == 1
     with open(report, encoding='utf-8') as file:
         found = json.load(file)
-    assert found['parts']['train'] == {'images': 3, 'classes': 3, 'unreadable': 0}
-    kinds = [problem['kind'] for problem in found['problems']]
-    assert kinds.count('unreadable') == 1 and kinds.count('leak') >= 1
-    assert 'both must be equal' in next(p['reason'] for p in found['problems'] if p['kind'] == 'unreadable')
-    assert 'train: 3 images in 3 classes' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize('tool', [make_zip, make_lmdb])
-def test_maps_are_not_packed(generic, tool):
-    with pytest.raises(UserError, match='-dataset segmentation has label maps'):
-        tool.main(['-dataset', 'segmentation', '-data_path', str(generic), '-split', 'train'])
+    assert found['parts']['train'] == {'images': 5, 'classes': 3, 'unreadable': 2}
+    problems = {os.path.basename(p['image']): p['reason'] for p in found['problems'] if p['kind'] == 'unreadable'}
+    assert sorted(problems) == ['a2.png', 'c.png', 'd2.png']
+    assert "a2.png' has the value 77, which is none of the 3 classes" in problems['a2.png']
+    assert 'both must be equal' in problems['c.png']
+    assert "d2.png': No such file" in problems['d2.png'] and 'label map' in problems['d2.png']
+    assert [problem['kind'] for problem in found['problems']].count('leak') >= 1
+    assert 'train: 5 images in 3 classes' in capsys.readouterr().out

@@ -2,6 +2,7 @@
 """The transforms and random erasing."""
 
 import numpy as np
+import paddle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ def config_of(**keys):
     return get_config(None, [item for key, value in keys.items() for item in (key.replace('__', '.'), value)])
 
 
-def normalised(pixels: np.ndarray, mean, std) -> np.ndarray:
+def normalized(pixels: np.ndarray, mean, std) -> np.ndarray:
     """[C, H, W] as the model gets it."""
     zeros = np.zeros(1, 'int64')
     return to_device(Batch(pixels[None], {}, zeros), mean, std).images.numpy()[0]
@@ -50,7 +51,7 @@ def test_evaluation_like_paddlevit():
         config = config_of(DATA__IMAGE_SIZE=case['IMAGE_SIZE'], DATA__CROP_PCT=case['CROP_PCT'])
         pixels = build_transform(config, training=False).image(picture(reference[f'in/image{place}']), None)
         np.testing.assert_allclose(
-            normalised(pixels, case['mean'], case['std']), reference[f'out/tensor{place}'], atol=1e-5
+            normalized(pixels, case['mean'], case['std']), reference[f'out/tensor{place}'], atol=1e-5
         )
 
 
@@ -60,7 +61,7 @@ def test_evaluation_like_evit():
     for place, case in enumerate(reference.meta['cases']):
         config = config_of(DATA__IMAGE_SIZE=case['input_size'])
         pixels = build_transform(config, training=False).image(picture(reference[f'in/img{place}']), None)
-        x = normalised(pixels, reference.meta['mean'], reference.meta['std'])
+        x = normalized(pixels, reference.meta['mean'], reference.meta['std'])
         np.testing.assert_allclose(x, reference[f'out/x{place}'], atol=1e-5)
 
 
@@ -138,8 +139,8 @@ def test_squash(size, keys):
     assert np.array_equal(transform.image(expected), np.asarray(expected))
 
 
-def test_grey():
-    """A grey model gets [H, W, 1], with the luminance of the picture."""
+def test_gray():
+    """A gray model gets [H, W, 1], with the luminance of the picture."""
     config = config_of(DATA__IMAGE_SIZE=8, DATA__IMAGE_CHANNELS=1)
     for training in (False, True):
         pixels = build_transform(config, training).image(
@@ -174,7 +175,7 @@ def test_order_of_training_steps():
     assert kinds(DATA__IMAGE_SIZE=64, DATA__CROP='padded')[1] is PaddedCrop
 
 
-def test_fill_is_the_mean_colour():
+def test_fill_is_the_mean_color():
     config = config_of(DATA__IMAGENET_MEAN=[0.485, 0.456, 0.406])
     assert build_transform(config, training=True).steps[-1].styles.mean == (124, 116, 104)
 
@@ -189,7 +190,7 @@ def test_crop_box_lies_inside(width, height, seed):
 
 
 def test_crop_box_statistics():
-    """Area uniform in [0.08, 1] where it fits, ratio within 3/4 to 4/3, centre crop for extreme shapes."""
+    """Area uniform in [0.08, 1] where it fits, ratio within 3/4 to 4/3, center crop for extreme shapes."""
     crop = RandomResizedCrop(16, (0.08, 0.5), (3 / 4, 4 / 3), (BICUBIC,))
     rng = np.random.default_rng(0)
     boxes = np.array([crop.box(1000, 1000, rng) for _ in range(3000)])
@@ -301,7 +302,7 @@ def test_erasing_several_boxes():
 
 
 def test_erasing_on_the_device():
-    """Erased values replace normalised ones at their place, nothing else changes."""
+    """Erased values replace normalized ones at their place, nothing else changes."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (2, 5, 4, 3), dtype=np.uint8)
     labels = np.array([1, 2])
@@ -321,7 +322,7 @@ def test_erasing_on_the_device():
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('erased', [0, 7])
 @pytest.mark.parametrize('padded', [False, True])
-def test_normalising_on_cpu_and_device(channels, erased, padded):
+def test_normalizing_on_cpu_and_device(channels, erased, padded):
     """Two ways to the same numbers, to the last bit."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, 9, 8, channels), dtype=np.uint8)
@@ -333,8 +334,8 @@ def test_normalising_on_cpu_and_device(channels, erased, padded):
     valid = np.array([(5, 6), (9, 8), (1, 1)]) if padded else None
     batch = Batch(images, {'label': labels}, labels, erase=erase)
     one, other = (
-        prepare(batch.images, batch.erase, scale, shift, valid).numpy()
-        for prepare in (batching._on_this_cpu, batching._on_the_device)
+        prepare(batch.images, batch.erase, convert(scale), convert(shift), valid).numpy()
+        for prepare, convert in ((batching._on_this_cpu, np.asarray), (batching._on_the_gpu, paddle.to_tensor))
     )
     assert one.shape == (3, channels, 9, 8)
     assert np.array_equal(one, other)

@@ -4,6 +4,7 @@
 import io
 
 import numpy as np
+import paddle
 import pytest
 import simplejpeg
 from PIL import Image
@@ -59,15 +60,15 @@ def test_primitives():
         assert np.array_equal(np.asarray(result, 'int64'), reference[f'out/{name}']), name
 
 
-def test_normalised_like_torchvision():
+def test_normalized_like_torchvision():
     reference = golden('mocov3-augops')
     images = reference['in/img'].astype('uint8')[None, None]
     x = to_device(Batch(images, {}, np.zeros(1)), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)).images
     np.testing.assert_allclose(x.numpy()[0, 0], reference['out/tensor_norm'], atol=1e-6)
 
 
-def test_hue_of_known_colours():
-    """A third of the circle takes red to green and to blue; grey has no hue to turn."""
+def test_hue_of_known_colors():
+    """A third of the circle takes red to green and to blue; gray has no hue to turn."""
     red = Image.new('RGB', (2, 2), (255, 0, 0))
     third = 85 / 255
     assert augment.hue(red, third).getpixel((0, 0)) == pytest.approx((0, 255, 0), abs=6)
@@ -76,7 +77,7 @@ def test_hue_of_known_colours():
         assert augment.hue(Image.new('RGB', (1, 1), (99, 99, 99)), shift).getpixel((0, 0)) == (99, 99, 99)
 
 
-def test_colours_of_grey_images():
+def test_colors_of_gray_images():
     image = photograph(mode='L')
     for same in (augment.hue(image, 0.1), augment.color(image, 1.2), augment.grayscale(image)):
         assert same.mode == 'L'
@@ -291,8 +292,8 @@ def test_to_device(lead, channels):
     labels = np.zeros(len(images), 'int64')
     batch = Batch(images, {'label': labels}, labels)
     one, other = (
-        prepare(batch.images, batch.erase, scale, shift).numpy()
-        for prepare in (batching._on_this_cpu, batching._on_the_device)
+        prepare(batch.images, batch.erase, convert(scale), convert(shift)).numpy()
+        for prepare, convert in ((batching._on_this_cpu, np.asarray), (batching._on_the_gpu, paddle.to_tensor))
     )
     assert one.shape == (*lead, channels, 5, 4)
     assert np.array_equal(one, other)

@@ -21,7 +21,7 @@ UPSTREAM = os.path.join(HERE, 'goldens', 'ms_mlp-zip')
 # ---------------------------------------------------------------------------------------------------- the format
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_upstream_files(make_config, split):
-    """Order, labels and pixels of a pair of files that MS-MLP reads; grey, alpha, deep paths, blanks, capitals."""
+    """Order, labels and pixels of a pair of files that MS-MLP reads; gray, alpha, deep paths, blanks, capitals."""
     reference = golden('ms_mlp-zip')
     config = make_config(UPSTREAM, DATA__DATASET='zip', DATA__IMAGE_SIZE=40)
     dataset = build_dataset(config, split)
@@ -132,7 +132,7 @@ def test_directory_that_points_outside(list_data, make_config):
 
 @pytest.mark.parametrize('damage', ['header', 'content'])
 def test_damaged_member(list_data, make_config, damage):
-    """Told by its name, or skipped, like any unreadable image."""
+    """Reported by its name, or skipped, like any unreadable image."""
     path = packed(list_data) / 'zip' / 'val.zip'
     with zipfile.ZipFile(path) as file:
         place = file.infolist()[2].header_offset + (1 if damage == 'header' else 200)

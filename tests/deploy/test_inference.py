@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trained models put to use: what is loaded, and predictions in the order of the files."""
+"""Loading of trained models, and predictions in the order of the files."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def adamw(model):
     return paddle.optimizer.AdamW(0.1, parameters=[{'params': model.parameters(), 'weight_decay': 0.1}])
 
 
-def test_optimiser_state_goes_on_in_a_process_that_built_other_layers_first():
+def test_optimizer_state_goes_on_in_a_process_that_built_other_layers_first():
     model = network(0)
     optimizer = adamw(model)
     steps(model, optimizer, range(3))
@@ -65,7 +65,7 @@ def test_optimiser_state_goes_on_in_a_process_that_built_other_layers_first():
         np.testing.assert_array_equal(value.numpy(), twin.state_dict()[name].numpy(), err_msg=name)
 
 
-def test_optimiser_state_of_another_model_is_refused():
+def test_optimizer_state_of_another_model_is_refused():
     model = network(0)
     optimizer = adamw(model)
     steps(model, optimizer, [0])
@@ -79,7 +79,7 @@ def test_optimiser_state_of_another_model_is_refused():
         set_optimizer_state(adamw(twin), twin, state)
 
 
-def test_paddles_own_optimiser_files_are_translated_by_order():
+def test_paddles_own_optimizer_files_are_translated_by_order():
     model = network(2)
     optimizer = adamw(model)
     steps(model, optimizer, range(2))
@@ -130,7 +130,7 @@ def test_what_cannot_be_resumed_says_why(tmp_path):
         read_checkpoint(str(tmp_path / 'gone'), print)
 
 
-def test_old_pairs_of_weights_and_optimiser_are_read_together(tmp_path):
+def test_old_pairs_of_weights_and_optimizer_are_read_together(tmp_path):
     model = network(0)
     optimizer = adamw(model)
     steps(model, optimizer, [0])

@@ -93,7 +93,7 @@ def test_rates(index):
     rates = np.array([lr(t + 1, 0.0) for t in range(len(table))])
     for column, scale in enumerate(
         case.get('lr_scales', [1.0])
-    ):  # an optimiser's group multiplies the rate by its scale
+    ):  # an optimizer's group multiplies the rate by its scale
         assert_close(rates * scale, table[:, column], 1e-6)
 
 

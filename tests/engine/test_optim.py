@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimisers, parameter groups, clipping and EMA against the original programs."""
+"""Optimizers, parameter groups, clipping and EMA against the original programs."""
 
 import math
 
@@ -8,6 +8,7 @@ import paddle
 import pytest
 from paddle import nn
 
+import engine.ema
 from config import get_config
 from engine.ema import ModelEma
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
@@ -15,7 +16,7 @@ from tests.conftest import assert_close, golden
 
 
 class Named(nn.Layer):
-    """Parameters under given names, with what the optimiser asks of a model."""
+    """Parameters under given names, with what the optimizer needs of a model."""
 
     num_layers = 3
     decays_all = False
@@ -151,6 +152,22 @@ def test_clipping_leaves_small_gradients_and_reports_the_norm():
         assert paddle.linalg.norm(parameter.grad).item() == pytest.approx(expected, rel=1e-5)
     parameter.grad = paddle.to_tensor([[math.nan, 0.0], [0.0, 4.0]])
     assert math.isnan(clip_gradients([parameter], 1.0).item())
+
+
+def test_averages_on_a_gpu_are_those_of_a_cpu(monkeypatch):
+    """There an operation of its own updates them, whose last bits differ."""
+    rng, averages = np.random.default_rng(0), []
+    start, steps = rng.normal(size=(9, 8)), rng.normal(size=(5, 9, 8))
+    for on_gpu in (False, True):
+        monkeypatch.setattr(engine.ema, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
+        model = Named({'w': start.astype('float32')})
+        ema = ModelEma(model, 0.9)
+        for step in steps:
+            model.parameters()[0].set_value(step.astype('float32'))
+            ema.update()
+        averages.append(ema.state_dict()['w'].numpy())
+    np.testing.assert_allclose(*averages, rtol=1e-6, atol=1e-7)
+    assert not np.array_equal(*averages), 'both took the same path'
 
 
 def test_averages_are_applied_inside_the_block_only():

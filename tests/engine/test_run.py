@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights an evaluation takes, and how many classes it has."""
+"""Weights and number of classes of an evaluation, and the configuration of a finished run."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ def test_a_list_of_some_classes_is_evaluated_with_all_classes_of_the_weights(sub
     assert get_config(str(subset / kind / 'run' / 'config.yaml')).MODEL.NUM_CLASSES == 20
     with pytest.raises(UserError, match='set MODEL.NUM_CLASSES to 20'):
         run_config(configured(**data, **{key: str(subset / 'w.pdparams')}, MODEL__NUM_CLASSES=13))
+
+
+def test_a_finished_run_keeps_its_configuration(subset):
+    (subset / 'train_list.txt').write_text('a.png 0\nb.png 1\nc.png 0\nd.png 1\n')
+    (subset / 'val_list.txt').write_text('a.png 0\nb.png 1\n')
+    options = {'DATA__DATASET': 'list', 'DATA__DATA_PATH': str(subset), 'EVAL': False, 'TRAIN__WARMUP_EPOCHS': 0}
+    for seed, epochs, kept in ((1, 1, 1), (2, 1, 1), (3, 2, 3)):
+        run_config(configured(**options, SAVE=str(subset / 'out'), SEED=seed, TRAIN__NUM_EPOCHS=epochs))
+        saved = get_config(str(subset / 'out' / 'run' / 'config.yaml'))
+        assert kept == saved.SEED
 
 
 def test_folders_of_some_classes_are_refused(subset):

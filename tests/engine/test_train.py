@@ -19,7 +19,7 @@ from engine.evaluate import evaluate
 from models import build_model
 from tasks.classification import ClassificationTask
 from tests.conftest import assert_close
-from tests.tasks.helpers import build_trainer, rows
+from tests.tasks.helpers import ALONE, build_trainer, rows
 from utils.errors import UserError
 from utils.files import writing
 from utils.formats import read_file
@@ -35,7 +35,7 @@ PLAIN = {
 }  # fmt: skip
 
 
-def make_trainer(folder, images, task=None, **changes):
+def make_trainer(folder, images, task=None, context=ALONE, **changes):
     """A trainer on the plain recipe with changes."""
     changed = {name.replace('__', '.'): value for name, value in changes.items()}
     options = {**PLAIN, 'DATA.DATA_PATH': images, **changed}
@@ -46,7 +46,7 @@ def make_trainer(folder, images, task=None, **changes):
     for parameter in model.parameters():  # away from the zero head, where every gradient below it is zero
         parameter.set_value(parameter + paddle.to_tensor(rng.normal(0, 0.05, parameter.shape).astype('float32')))
     os.makedirs(folder, exist_ok=True)
-    return build_trainer(config, folder, task and task(config), model)
+    return build_trainer(config, folder, task and task(config), model, context)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from paddle.nn import initializer
 
 @pytest.fixture
 def zero_weights(monkeypatch):
-    """Models start with zeros: drawing the numbers is most of the time it takes to build a large one."""
+    """Initialize models by zeros: random numbers take most of the time to build a large model."""
     zeros = initializer.Constant(0.0)
     for name in ('XavierUniform', 'KaimingNormal', 'KaimingUniform', 'Normal', 'TruncatedNormal', 'Uniform'):
         monkeypatch.setattr(

@@ -90,7 +90,7 @@ SMALL = {
 
 
 def small_config(name: str, *opts):
-    """The configuration of a model at the size of a toy, with 5 classes."""
+    """Return the configuration of a tiny model with 5 classes."""
     model = get_config(config_file(name)).MODEL
     layers = tuple(i for i in model.LAMBDA.PRUNE_LAYERS if i < 4)
     reducing = tuple(i for i in (1, 2, 3) if i not in layers)[:2]  # blocks that have the attention for it

@@ -112,7 +112,7 @@ def test_two_training_steps():
         np.testing.assert_allclose(model.state_dict()[name], expected, 1e-4, 1e-5, err_msg=name)
 
 
-def test_initialisation():
+def test_initialization():
     paddle.seed(0)
     model = create_model('gmlp_ti16_224')
     groups = {}

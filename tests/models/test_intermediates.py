@@ -152,7 +152,7 @@ def test_maps_are_exported(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------- parts
 class Windows(Attention):
-    """Attention among the patches of each row of the image; the class token is left alone."""
+    """Attention within each row of patches; the class token does not change."""
 
     def forward(self, x, need_maps=False, need_keys=False, key_bias=None, bias=None, grid=None):
         rows, columns = grid

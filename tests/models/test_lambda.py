@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fading and removed attention against the original's numbers."""
+"""Decaying and removed attention against reference values."""
 
 import numpy as np
 import paddle
@@ -220,7 +220,7 @@ def test_a_wrong_list_of_layers_is_noticed(target, weight, words):
 
 
 def test_training_in_stages():
-    """What one training has faded is `done` in the next, with or without its dead weights."""
+    """Blocks whose λ decayed to 0 are `done` in the next training, with or without their unused weights."""
     first = tiny(prune_layers=[0])
     first.set_attn_lambda(0.0)
     state = numpy_state(first)
@@ -268,7 +268,7 @@ def test_frozen_stages(recompute):
 
 # ---------------------------------------------------------------------------------------------------- combinations
 def test_evit_tome_and_removal_in_one_model():
-    """Fading to λ = 0 and being built without attention are the same, whatever else reduces the tokens."""
+    """λ = 0 and no attention layer give the same outputs, also with other token reducers."""
     options = {'depth': 5, 'keep_rate': [1, 1, 0.75, 1, 1], 'fuse_token': True}
     trained, small = tiny(prune_layers=[0, 3], **options), tiny(removed_layers=[0, 3], **options)
     trained.set_attn_lambda(0.0)

@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paddle import nn
 
+from config import get_config
+from models import build_model
 from models.layers import DropPath, PatchEmbed, lecun_normal_, take_tokens, trunc_normal_
 from utils.errors import UserError
 
@@ -66,7 +68,26 @@ def test_patch_embed_refuses_images_of_the_wrong_size():
     assert PatchEmbed(32, 8, embed_dim=4, any_size=True)(paddle.randn([1, 3, 24, 40])).shape == [1, 15, 4]
 
 
-def test_initialisers():
+@pytest.mark.parametrize(
+    'options', [{'TYPE': 'gmlp'}, {'TYPE': 'vit'}, {'TYPE': 'vit', 'TRANS.ABS_POS': False}], ids=str
+)
+def test_the_residual_stream_is_in_the_type_of_the_weights(options):
+    """Under autocast the convolution of the patches returns half precision; the blocks get float32 all the same."""
+    small = {'MIXER.EMBED_DIM': 8, 'MIXER.DEPTH': 2, 'TRANS.EMBED_DIM': 8, 'TRANS.DEPTH': 2, 'TRANS.NUM_HEADS': 2}
+    chosen = {key: value for key, value in small.items() if key.startswith('MIXER') == (options['TYPE'] == 'gmlp')}
+    pairs = [('DATA.IMAGE_SIZE', 32), *((f'MODEL.{key}', value) for key, value in {**chosen, **options}.items())]
+    model = build_model(get_config(opts=[item for pair in pairs for item in pair]))
+    model.eval()
+    images, types = paddle.randn([2, 3, 32, 32]), []
+    expected = model(images)
+    model.patch_embed.conv.register_forward_post_hook(lambda layer, inputs, output: output.astype('bfloat16'))
+    for block in getattr(model, model.blocks_name):
+        block.register_forward_pre_hook(lambda layer, inputs: types.append(inputs[0].dtype))
+    np.testing.assert_allclose(model(images), expected, atol=2e-2)
+    assert types == [paddle.float32] * 2
+
+
+def test_initializers():
     paddle.seed(0)
     conv = nn.Conv2D(3, 256, 8)
     lecun_normal_(conv)

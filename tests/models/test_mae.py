@@ -96,7 +96,7 @@ def test_fixed_tables_are_in_the_state_but_not_trained():
     np.testing.assert_array_equal(model.decoder_pos_embed, sincos_position_table(32, 6, 1))
 
 
-def test_initialisation():
+def test_initialization():
     paddle.seed(0)
     model = tiny(embed_dim=192, decoder_embed_dim=96)
     for name, parameter in model.named_parameters():
@@ -114,8 +114,8 @@ def test_initialisation():
             assert np.unique(values).tolist() == [float('norm' in name and name.endswith('weight'))], name
 
 
-def test_removed_patches_are_never_looked_at():
-    """What the encoder returns does not depend on them, and the loss not on what was seen."""
+def test_masked_patches_have_no_influence():
+    """The encoder output does not depend on masked patches, nor the loss on visible ones."""
     paddle.seed(0)
     model = tiny(mask_ratio=0.5)
     images, noise = paddle.randn([2, 3, 32, 32]), paddle.rand([2, 16])

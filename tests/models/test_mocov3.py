@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MoCo-v3 against MAE-Lite's numbers; engine/contrastive.py is tested in tests/engine."""
+"""MoCo-v3 against reference values of MAE-Lite."""
 
 import numpy as np
 import paddle
@@ -61,8 +61,8 @@ def test_the_table_is_that_of_mae_transposed():
 
 @settings(max_examples=30, deadline=None)
 @given(batch=st.integers(2, 9), mean=st.floats(-5, 5), seed=st.integers(0, 99))
-def test_batch_normalisation(batch, mean, seed):
-    """The biased variance normalises, the unbiased one is remembered; evaluation uses what is remembered."""
+def test_batch_normalization(batch, mean, seed):
+    """Training normalizes by the biased variance; evaluation uses running statistics with the unbiased variance."""
     rng = np.random.default_rng(seed)
     x = (mean + rng.standard_normal([2, batch, 6])).astype('float32')
     norm = SyncBatchNorm(6)
@@ -80,7 +80,7 @@ def test_batch_normalisation(batch, mean, seed):
     np.testing.assert_allclose(norm(paddle.to_tensor(x[0])), expected, atol=1e-3)
 
 
-def test_batch_normalisation_differentiates_as_paddles_does():
+def test_batch_normalization_differentiates_as_paddles_does():
     x = paddle.randn([7, 5]) * 2 + 1
     weights = paddle.randn([7, 5])
     gradients = []
@@ -95,7 +95,7 @@ def test_batch_normalisation_differentiates_as_paddles_does():
     assert set(SyncBatchNorm(5, affine=False).state_dict()) == {'_mean', '_variance'}
 
 
-def test_batch_normalisation_computes_in_float32():
+def test_batch_normalization_computes_in_float32():
     norm = SyncBatchNorm(3)
     x = (paddle.randn([4, 3]) * 1e-2 + 100).astype('float16')
     assert norm(x).dtype == paddle.float16
@@ -106,7 +106,7 @@ def test_batch_normalisation_computes_in_float32():
 
 
 # ---------------------------------------------------------------------------------------------------- the model
-def test_initialisation():
+def test_initialization():
     paddle.seed(0)
     model = tiny(embed_dim=192, mlp_dim=96)
     bounds = {'qkv.weight': (6 / 384) ** 0.5, 'patch_embed.proj.weight': (6 / (3 * 64 + 192)) ** 0.5}
@@ -214,7 +214,7 @@ CASES = [(pooled, parallel) for pooled in (False, True) for parallel in (False, 
 
 @pytest.mark.parametrize('pooled, parallel', CASES)
 def test_mae_lites_checkpoints_start_a_classifier(pooled, parallel):
-    """The file is converted under its own configuration, then taken or left, array by array, as the original does."""
+    """Convert the file under its own configuration, then load the same arrays as the original."""
     g = golden('mocov3-ckptmap')
     config, expected = g.meta['config'], g.meta['result'][f'global_pool={pooled},ddp={parallel}']
     rng, prefix = np.random.default_rng(0), 'module.' if parallel else ''

@@ -196,7 +196,7 @@ def check_outputs(model: MSMLP, parameters: list, variant: str) -> None:
         np.testing.assert_allclose(model.forward_head(x), g[f'out/{variant}_logits'], 0, 1e-4)
 
 
-def test_initialisation_and_cost():
+def test_initialization_and_cost():
     paddle.seed(0)
     model = create_model(name_of('tiny'))
     values = {name: value.numpy().astype('float64') for name, value in model.state_dict().items()}
@@ -359,7 +359,7 @@ def test_published_recipe(run):
     }
     train = config.TRAIN
     assert max(theirs['TRAIN']['ACCUMULATION_STEPS'], 1) == train.ACCUM_ITER
-    assert theirs['TEST']['CROP'] == (config.DATA.EVAL_CROP == 'centre')
+    assert theirs['TEST']['CROP'] == (config.DATA.EVAL_CROP == 'center')
     assert train.RAND_AUGMENT and train.RAND_AUGMENT_SPACE == 'timm'
     assert (train.LR_SCHEDULER.NAME, train.LR_SCHEDULER.UPDATE) == ('timmcosine', 'step')
     scale = lr_scale(config, config.DATA.BATCH_SIZE * case['world'] * train.ACCUM_ITER)
@@ -431,7 +431,7 @@ def test_layer_ids():
 @pytest.mark.parametrize(
     'changes, words',
     [
-        ({'depths': [1, 2, 1]}, 'MIX_SIZE is for 2 stages'),
+        ({'depths': [1, 2, 1]}, 'MIX_SIZE has 2 stages'),
         ({'depths': [1, 0]}, 'each stage needs a block'),
         ({'depths': []}, 'DEPTHS must be a list of whole numbers'),
         ({'shift_dist': [0, 1]}, 'stage 0 has 3 kernels for the 2 groups'),

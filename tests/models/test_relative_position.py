@@ -77,7 +77,7 @@ def test_mae_weights_start_the_fine_tuning():
     assert len(facts['loaded']) == 37
 
 
-def test_initialisation():
+def test_initialization():
     paddle.seed(0)
     plain = vision_transformer(**TINY, num_classes=50)
     paddle.seed(0)

@@ -126,7 +126,7 @@ def test_representation_layer():
     assert model(x).shape == [2, 3]
 
 
-def test_initialisation():
+def test_initialization():
     paddle.seed(0)
     model = vision_transformer(embed_dim=192, depth=2, num_heads=3)
     for name, parameter in model.named_parameters():

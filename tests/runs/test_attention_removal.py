@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention that fades in a real run: with EViT, ToMe and all that the loop offers, stopped and resumed."""
+"""Attention removal in a real run with EViT, ToMe and all training options, stopped and resumed."""
 
 import signal
 
@@ -40,7 +40,7 @@ def straight(recipe, tmp_path_factory):
     return folder / 'run'
 
 
-def test_a_run_resumes_while_attention_fades(recipe, straight, tmp_path):
+def test_a_run_resumes_while_attention_decays(recipe, straight, tmp_path):
     flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-tag=cut')
     process = start('main_multi_gpu.py', *flags, NPROC='2')
     wait_for(tmp_path / 'cut' / 'log.txt', 'Epoch[002/003], Step[0001/', process)
@@ -59,7 +59,7 @@ def test_only_a_model_without_that_attention_can_be_the_best(straight):
     assert state(straight, 'best.pdparams')['attn_lambda'].tolist() == [1, 0, 1, 0]
 
 
-def test_frozen_weights_and_faded_attention_rest(recipe, straight):
+def test_frozen_weights_and_removed_attention_do_not_change(recipe, straight):
     """The attention of the last epoch is that of the one before, the frozen embedding that of the start."""
     before, after = (state(straight, f'epoch_{epoch:04d}.pdparams')['model'] for epoch in (2, 3))
     resting = (

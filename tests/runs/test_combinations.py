@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts combine: EViT with everything the loop offers, then what becomes of its weights."""
+"""EViT with all training options, and the use of its weights."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_evit_resumes_inside_its_keep_rate_schedule(recipe, straight, tmp_path):
 
 
 def test_only_the_final_keep_rate_can_be_the_best(straight):
-    """Validation in the first two epochs sees more tokens than the model that is asked for."""
+    """Validation in the first two epochs uses more tokens than the final model."""
     log = (straight / 'log.txt').read_text()
     assert 'keep_rate: 1\n' in log and 'keep_rate: 0.5\n' in log
     rows = [row for row in metrics(straight) if row['kind'].startswith('val')]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contrastive pre-training in real runs: on two processes with all that the loop offers, stopped, resumed, fine-tuned."""
+"""Contrastive pre-training in real runs: two processes with all training options, stopped, resumed, fine-tuned."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_a_stopped_run_resumes_bit_equal(recipe, straight, tmp_path):
     check_that_it_resumes(recipe, straight, tmp_path)
 
 
-def test_neighbours_are_the_same_on_another_number_of_processes(recipe, straight, tmp_path):
+def test_neighbors_are_the_same_on_another_number_of_processes(recipe, straight, tmp_path):
     (last,) = (row for row in metrics(straight) if row['kind'] == 'val' and row['epoch'] == 3)
     flags = (f'-cfg={recipe}', f'-output={tmp_path}', '-eval', f'-resume={straight}', '-tag=eval', '-batch_size=4')
     out, _ = run('main_multi_gpu.py', *flags, NPROC='3')

@@ -45,7 +45,7 @@ def test_a_stopped_run_resumes_bit_equal(recipe, straight, tmp_path):
 
 
 def test_each_validation_leaves_a_picture(straight):
-    """The image, what is seen of it and what is rebuilt, of the 7 of 13 images that the main process has."""
+    """Image, visible patches and reconstruction of the 7 of 13 images that the main process has."""
     pictures = sorted(straight.glob('*.png'))
     assert [path.name for path in pictures] == [f'reconstruction_{epoch:04d}.png' for epoch in (1, 2, 3)]
     sheets = [np.asarray(Image.open(path)) for path in pictures]
@@ -58,7 +58,7 @@ def test_each_validation_leaves_a_picture(straight):
 
 
 def test_evaluation_finds_the_loss_of_training(recipe, straight, tmp_path):
-    """On another number of processes, each image with the patches that its index draws."""
+    """On another number of processes, with the same mask per image."""
     best = min(row['loss'] for row in metrics(straight) if row['kind'].startswith('val'))
     run('main_single_gpu.py', f'-cfg={recipe}', f'-output={tmp_path}', '-tag=eval', '-eval', f'-pretrained={straight}')
     (row,) = metrics(tmp_path / 'eval')

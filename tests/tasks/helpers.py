@@ -26,7 +26,7 @@ def attached(config, model, training: bool = True) -> Task:
     return task
 
 
-def build_trainer(config, folder: str, task: Task | None = None, model=None) -> Trainer:
+def build_trainer(config, folder: str, task: Task | None = None, model=None, context: Context = ALONE) -> Trainer:
     """A trainer of the model and the data that a configuration describes, as engine/run.py builds it."""
     if model is None:
         paddle.seed(config.SEED)
@@ -34,9 +34,9 @@ def build_trainer(config, folder: str, task: Task | None = None, model=None) -> 
     config.defrost()  # the data set the number of classes
     task = build_task(config) if task is None else task
     task.attach(model, print, training=True)
-    loaders = [build_loader(config, task, task.dataset(split), split, ALONE) for split in ('train', 'val')]
+    loaders = [build_loader(config, task, task.dataset(split), split, context) for split in ('train', 'val')]
     os.makedirs(folder, exist_ok=True)
-    return Trainer(config, model, task, *loaders, ALONE, RunLog(folder, 0), folder)
+    return Trainer(config, model, task, *loaders, context, RunLog(folder, 0), folder)
 
 
 def rows(trainer: Trainer, kind: str) -> list[dict]:

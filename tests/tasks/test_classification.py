@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Objectives against the original programs."""
 
+import contextlib
 import json
 import os
+import pickle
 
 import numpy as np
 import paddle
@@ -197,6 +199,82 @@ def test_an_exported_teacher_of_other_images_is_refused(exported, tmp_path, chan
         build_teacher(config, build_model(config), print)
 
 
+HOSTILE = {
+    'a program that writes files': (
+        lambda text: text.replace('"1.fetch"', '"1.save_combine"'),
+        "operator '1.save_combine'",
+    ),
+    'a program that calls Python': (lambda text: text.replace('"1.fetch"', '"1.py_func"'), "operator '1.py_func'"),
+    'a plugin': (lambda text: text.replace('"1.fetch"', '"7.fetch"'), "operator '7.fetch'"),
+    'no operator': (lambda text: text.replace('"ops":[', '"ops":[1,'), "operator 'x.custom'"),
+    'another format': (lambda text: text.replace('"pir"', '"x"'), 'not in the JSON format of Paddle 3'),
+    'no program': (lambda text: '[' * 100_000, 'not in the JSON format of Paddle 3'),
+    'half a program': (lambda text: text[: len(text) // 2], 'not in the JSON format of Paddle 3'),
+    'an unknown operator': (lambda text: text.replace('"1.fetch"', '"1.fetsch"'), 'cannot load the exported teacher'),
+    'a large program': (lambda text: ' ' * (65 << 20), 'more than the 67108864 that are read'),
+}
+
+
+@pytest.mark.parametrize('name', HOSTILE)
+def test_exported_programs_are_checked(exported, tmp_path, name):
+    folder, _, _ = exported
+    change, words = HOSTILE[name]
+    (tmp_path / 't.json').write_text(change((folder / 'teacher.v2.json').read_text()))
+    os.symlink(folder / 'teacher.v2.pdiparams', tmp_path / 't.pdiparams')
+    config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'))
+    with pytest.raises(UserError, match=words) as info:
+        build_teacher(config, build_model(config), print)
+    assert '\n' not in str(info.value)
+
+
+@pytest.mark.parametrize('change', [
+    lambda data: data[:-1], lambda data: data + b'x', lambda data: b'', lambda data: data[:30], lambda data: b'\xff' * 100,
+    lambda data: data[:20] + b'\x08\x05\x10' + b'\xff' * 8 + b'\x01' + data[24:], lambda data: data[:16] + b'\xff\xff\xff\x7f' + data[20:],
+])  # fmt: skip
+def test_exported_weights_are_checked(exported, tmp_path, change):
+    folder, _, _ = exported
+    os.symlink(folder / 'teacher.v2.json', tmp_path / 't.json')
+    (tmp_path / 't.pdiparams').write_bytes(change((folder / 'teacher.v2.pdiparams').read_bytes()))
+    config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'))
+    with pytest.raises(UserError, match='cannot load the exported teacher'):
+        build_teacher(config, build_model(config), print)
+
+
+class Runs:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, 'w')
+
+
+@pytest.mark.parametrize('kind', ['legacy program', 'legacy mode', 'beside a program'])
+def test_nothing_beside_a_program_is_unpickled(exported, tmp_path, kind):
+    folder, _, _ = exported
+    for suffix in ('.json', '.pdiparams') if kind != 'legacy program' else ('.pdiparams',):
+        os.symlink(folder / f'teacher.v2{suffix}', tmp_path / f't{suffix}')
+    if kind != 'beside a program':
+        (tmp_path / 't.pdmodel').write_bytes(b'')
+    for name in ('t.pdiparams.info', 't.json.info', 't.info', 'program.pdiparams.info'):
+        (tmp_path / name).write_bytes(pickle.dumps(Runs(tmp_path / 'marker')))
+    config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'))
+    words = {
+        'legacy program': 'is a program of Paddle 2',
+        'legacy mode': 'FLAGS_enable_pir_api=0',
+        'beside a program': '',
+    }
+    if kind == 'legacy mode':
+        paddle.set_flags({'FLAGS_enable_pir_api': False})
+    try:
+        with pytest.raises(UserError, match=words[kind]) if words[kind] else contextlib.nullcontext():
+            build_teacher(config, build_model(config), print)
+    finally:
+        paddle.set_flags({'FLAGS_enable_pir_api': True})
+    assert not (tmp_path / 'marker').exists()
+
+
 @pytest.mark.parametrize('kind', ['exported', 'registered'])
 def test_a_teacher_sees_images_in_its_own_normalization(exported, tmp_path, kind):
     folder, teacher, description = exported
@@ -233,7 +311,7 @@ def test_a_teacher_of_other_classes_is_refused_by_the_teachers_keys(tmp_path):
     state = {name: value.numpy() for name, value in build_model(settings).state_dict().items()}
     write_pdparams(state, str(tmp_path / 't.pdparams'))
     config = configured(TRAIN__TEACHER_MODEL=str(tmp_path / 't'), TRAIN__TEACHER_CFG=str(tmp_path / 't.yaml'))
-    with pytest.raises(UserError, match=r'knows 9 classes, but the student 4.*TRAIN\.TEACHER_CFG'):
+    with pytest.raises(UserError, match=r'has 9 classes, but the student 4.*TRAIN\.TEACHER_CFG'):
         build_teacher(config, build_model(config), print)
     write_pdparams({**state, 'Facts@@': {'MODEL.TRANS.NUM_HEADS': 77}}, str(tmp_path / 't.pdparams'))
     with pytest.raises(UserError, match=r'^teacher .*NUM_HEADS to 77.*belong to TRAIN\.TEACHER_CFG'):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Classification by nearest neighbours, against a plain computation, and on any number of processes."""
+"""Classification by nearest neighbors, against a plain computation, and on any number of processes."""
 
 import shutil
 
@@ -32,8 +32,8 @@ def plain_votes(features, bank, classes, num_classes) -> np.ndarray:
     votes = np.zeros([len(features), num_classes])
     for row, feature in zip(votes, features.astype('float64')):
         similarity = bank.astype('float64') @ feature
-        for neighbour in np.argsort(-similarity)[:20]:
-            row[classes[neighbour]] += np.exp(similarity[neighbour] / 0.07)
+        for neighbor in np.argsort(-similarity)[:20]:
+            row[classes[neighbor]] += np.exp(similarity[neighbor] / 0.07)
     return votes
 
 
@@ -81,8 +81,8 @@ def test_an_evaluation(images, tmp_path):
     assert model.training
 
 
-def test_a_class_without_votes_is_no_answer(images, tmp_path, monkeypatch):
-    """Of three images two classes only can be answered."""
+def test_a_class_without_neighbors_is_never_predicted(images, tmp_path, monkeypatch):
+    """Three images have neighbors of only two classes."""
     monkeypatch.setattr(knn, 'MAX_IMAGES', 2)
     config, model, loader = setting(images)
     task, probe = probed(config)
@@ -142,7 +142,7 @@ def test_classes_are_those_of_the_training_images(images, tmp_path):
 
 
 def test_shares_of_processes_make_the_same_bank(images, monkeypatch):
-    """Each of three processes encodes its images; the sum of what they have is what one alone has."""
+    """The all-reduced bank of three processes equals the bank of one process."""
     config, model, _ = setting(images)
     task, probe = probed(config)
     probe._dataset = datasets.build_dataset(config, 'train')

@@ -37,7 +37,7 @@ def recipe(name='mae_tiny_patch16_224', **changes):
 
 
 def without_keys(name: str, array: np.ndarray) -> np.ndarray:
-    """Biases of keys have a gradient of 0, of which AdamW makes noise."""
+    """Key biases have zero gradients, which AdamW turns into noise."""
     if not name.endswith('qkv.bias'):
         return array
     third = len(array) // 3

@@ -64,7 +64,7 @@ def test_losses_and_gradients(name):
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def taught(tmp_path, images, **changes):
+def distilled(tmp_path, images, **changes):
     """A recipe whose teacher is a wider autoencoder of random weights."""
     cfg, weights = tmp_path / 'teacher.yaml', str(tmp_path / 'teacher.pdparams')
     settings = recipe(MODEL__TRANS__EMBED_DIM=32, MODEL__TRANS__NUM_HEADS=4)
@@ -77,8 +77,8 @@ def taught(tmp_path, images, **changes):
 
 
 def test_a_run(tmp_path, images):
-    """Adapters are trained and kept, the teacher is neither; parts of the loss are logged."""
-    config = taught(tmp_path, images, REPORT_FREQ=1)
+    """Adapters are trained and saved, the teacher is not; parts of the loss are logged."""
+    config = distilled(tmp_path, images, REPORT_FREQ=1)
     trainer = build_trainer(config, str(tmp_path / 'run'))
     before = trainer.model.attn_adapter.adapter1.weight.numpy()
     teacher = {name: value.numpy() for name, value in trainer.task.distillation.teacher.state_dict().items()}
@@ -97,7 +97,7 @@ def test_a_run(tmp_path, images):
 
 def test_adapters_are_loaded_with_the_weights(tmp_path, images):
     """A run that starts from the weights of a distillation starts from its adapters too; other models do not use them."""
-    config, lines = taught(tmp_path, images), []
+    config, lines = distilled(tmp_path, images), []
     weights = build_model(config)
     adapt_student(config, weights)
     write_pdparams(weights.state_dict(), str(tmp_path / 'run.pdparams'))
@@ -111,13 +111,13 @@ def test_adapters_are_loaded_with_the_weights(tmp_path, images):
 
 
 def test_a_published_file_may_be_the_teacher(tmp_path, images):
-    """In PyTorch's names and layouts, with a decoder that nobody needs."""
-    config = taught(tmp_path, images)
+    """In PyTorch's names and layouts, with an unused decoder."""
+    config = distilled(tmp_path, images)
     state = read_file(config.TRAIN.TEACHER_MODEL)
     linear = linear_weights(build_model(get_config(config.TRAIN.TEACHER_CFG)))
     arrays = {name: array.T if name in linear else array for name, array in state.items()}
     np.savez(tmp_path / 'published.npz', **arrays)
-    config = taught(tmp_path, images, TRAIN__TEACHER_MODEL=str(tmp_path / 'published.npz'))
+    config = distilled(tmp_path, images, TRAIN__TEACHER_MODEL=str(tmp_path / 'published.npz'))
     task = attached(config, build_model(config))
     for name, value in task.distillation.teacher.state_dict().items():
         np.testing.assert_array_equal(value, state[name])
@@ -135,7 +135,7 @@ def test_a_published_file_may_be_the_teacher(tmp_path, images):
     ],
 )
 def test_mistakes(tmp_path, images, changes, words):
-    config = taught(tmp_path, images, **changes)
+    config = distilled(tmp_path, images, **changes)
     with pytest.raises(UserError) as caught:
         attached(config, build_model(config))
     assert words in str(caught.value)

@@ -125,7 +125,7 @@ def test_schedules_are_mae_lites():
 
 
 def test_the_recipe():
-    """Rates of 1024 images; weight decay on all that is trained, and nothing else in the optimiser."""
+    """Rates of 1024 images; weight decay on all that is trained, and nothing else in the optimizer."""
     config = get_config(config_file('mocov3_tiny_patch16_224'))
     lr = lr_schedule(config, 1024)
     assert [lr(1, 0.0), lr(41, 0.0)] == pytest.approx([1e-6, 6e-4])
@@ -182,15 +182,15 @@ def test_the_best_weights_are_those_of_the_last_epoch(images, tmp_path):
 
 
 def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
-    """With micro-batches: the momentum encoder takes one step per step of the optimiser."""
+    """With micro-batches: the momentum encoder takes one step per step of the optimizer."""
     config = recipe(
         DATA__DATA_PATH=images, SAVE_STEPS=2, TRAIN__ACCUM_ITER=2, TRAIN__OPTIMIZER__NAME='LARS', TRAIN__BASE_LR=0.5
     )
     whole = build_trainer(config, str(tmp_path / 'whole'))
     saved, averaged = [], []
-    save, average = whole._save, whole.model._average
+    save, average = whole._save, whole.model._update_momentum_encoder
     whole._save = lambda: (save(), saved.append(read_file(os.path.join(whole.folder, 'last.pdparams'))))
-    whole.model._average = lambda momentum: (averaged.append(momentum), average(momentum))
+    whole.model._update_momentum_encoder = lambda momentum: (averaged.append(momentum), average(momentum))
     whole.fit()
     assert len(averaged) == whole.state.step == 10
     middle = next(state for state in saved if state['sampler']['samples'])
@@ -203,7 +203,7 @@ def test_resuming_in_an_epoch_changes_nothing(images, tmp_path):
     assert [row['knn_acc1'] for row in rows(again, 'val')] == [row['knn_acc1'] for row in rows(whole, 'val')]
 
 
-def test_a_frozen_patch_embedding_rests(images, tmp_path):
+def test_a_frozen_patch_embedding_does_not_change(images, tmp_path):
     config = recipe(DATA__DATA_PATH=images, MODEL__MOCO__FREEZE_PATCH=True, TRAIN__NUM_EPOCHS=1)
     trainer = build_trainer(config, str(tmp_path / 'run'))
     frozen = ('patch_embed.', 'pos_embed')
@@ -222,6 +222,7 @@ def test_a_frozen_patch_embedding_rests(images, tmp_path):
     [
         ({'DATA__VIEWS': 1}, 'remove DATA.VIEWS or set it to 2'),
         ({'AMP': True, 'AMP_LEVEL': 'O2'}, 'needs AMP_LEVEL O1'),
+        ({'DATA__BATCH_SIZE': 1}, 'DATA.BATCH_SIZE is 1 on one process'),
     ],
 )
 def test_mistakes(changes, words):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows the run's clock: the weight of fading attention, alone and beside EViT's keep rate."""
+"""Model schedules: the attention weight λ, alone and with EViT's keep rate."""
 
 import numpy as np
 import paddle
@@ -92,7 +92,7 @@ def test_clocks_side_by_side():
     assert model.attn_lambda.tolist() == [0, 1, 0]
 
 
-def test_nothing_fades_in_a_model_without_that_attention():
+def test_no_decay_in_a_model_without_that_attention():
     assert build_model_schedules(configured(MODEL__LAMBDA__REMOVED=True)) == []
     assert build_model_schedules(configured(MODEL__LAMBDA__PRUNE_LAYERS=())) == []
 
@@ -100,7 +100,7 @@ def test_nothing_fades_in_a_model_without_that_attention():
 @pytest.mark.parametrize('changes', [{}, {'MODEL__EVIT__KEEP_RATE': 0.5, 'MODEL__LAMBDA__PRUNE_LAYERS': ()}])
 def test_models_that_have_no_such_setting(changes):
     model = GMLP(img_size=16, patch_size=4, embed_dim=8, depth=1)
-    with pytest.raises(UserError, match='GMLP has no such setting'):
+    with pytest.raises(UserError, match='GMLP does not support it'):
         ClassificationTask(configured(**changes)).update_schedules(model, 0.0)
 
 

@@ -2,6 +2,7 @@
 """Semantic segmentation: metric, loss, inference at several scales, training with resume, predictions."""
 
 import os
+import shutil
 
 import numpy as np
 import paddle
@@ -74,7 +75,7 @@ def test_metric():
 
 
 def test_evaluator_over_two_processes():
-    """Counts are added before any division, whoever evaluated which image."""
+    """Counts are added before any division, for any distribution of the images."""
     g = golden('segmentation-metric')
     outputs = [(paddle.to_tensor(g[f'in/pred{index}'].astype('int64')), paddle.zeros([3, 4, 4])) for index in range(5)]
     labels = [g[f'in/labels{index}'] for index in range(5)]
@@ -235,10 +236,18 @@ def test_class_maps_of_many_classes():
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
+def test_missing_maps_end_a_run_at_its_start(tmp_path, pairs):
+    shutil.copytree(pairs, tmp_path / 'data')
+    for number in (1, 3):
+        os.remove(tmp_path / 'data' / 'annotations' / 'train' / f'{number}.png')
+    with pytest.raises(UserError, match=r"images/train/1.png' has no label map '.*/1.png'; 2 of 10 images have none"):
+        trainer_of(str(tmp_path / 'data'), tmp_path / 'run')
+
+
 def test_wrong_settings(pairs):
     with pytest.raises(UserError, match='VAL.SCALE_RATIOS is empty'):
         build_task(config_of(VAL__SCALE_RATIOS=()))
-    with pytest.raises(UserError, match='no random erasing'):
+    with pytest.raises(UserError, match='does not support repeated augmentation and random erasing'):
         build_task(config_of(TRAIN__RANDOM_ERASE_PROB=0.5))
     with pytest.raises(UserError, match='DATA.DATASET digits does not have the targets of TRAIN.TASK segmentation'):
         build_task(config_of(DATA__DATASET='digits').clone()).dataset('train')

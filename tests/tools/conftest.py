@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained classifier, as far as the tools can tell, and images to give it."""
+"""A trained classifier, as far as the tools need, and images for it."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_units_and_images(tmp_path, images):
 def test_random_weights_are_a_wish(tmp_path, images, capsys):
     cfg, _ = write_transformer(tmp_path, 'deit_tiny_patch16_224', images)
     result = analyze(tmp_path, cfg, 'none')
-    assert result['weights'] is None and 'random ones are drawn by SEED 0' in capsys.readouterr().out
+    assert result['weights'] is None and 'random weights are drawn by SEED 0' in capsys.readouterr().out
     assert analyze(tmp_path, cfg, 'none') == result
     assert analyze(tmp_path, cfg, 'none', '-opts', 'SEED', '1')['entropy'] != result['entropy']
 

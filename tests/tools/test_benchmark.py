@@ -63,7 +63,7 @@ def test_table_and_json(files, tmp_path):
 
 
 def test_training_step(files, tmp_path, capsys):
-    """Recomputing saves at least half of what blocks keep for the backward pass; its cost in time is told."""
+    """Recomputing saves at least half of what blocks keep for the backward pass; its cost in time is reported."""
     output = tmp_path / 'out.json'
     keys = {'PATCH_SIZE': 4, 'EMBED_DIM': 64, 'DEPTH': 8, 'MLP_RATIO': 8}
     options = [str(item) for key, value in keys.items() for item in (f'MODEL.MIXER.{key}', value)]
@@ -85,6 +85,22 @@ def test_training_step(files, tmp_path, capsys):
 TRAINED = {
     'supervised': ['MODEL.TYPE', 'vit', 'MODEL.TRANS.DISTILLED', True, 'TRAIN.DISTILLATION_TYPE', 'hard'],
     'mae': ['MODEL.TYPE', 'mae', 'TRAIN.TASK', 'mae', 'MODEL.MAE.DECODER_EMBED_DIM', 16, 'MODEL.MAE.DECODER_DEPTH', 1],
+    'segmentation': [
+        'MODEL.TYPE',
+        'upernet',
+        'TRAIN.TASK',
+        'segmentation',
+        'MODEL.NUM_CLASSES',
+        5,
+        'TRAIN.RANDOM_ERASE_PROB',
+        0.0,
+        'MODEL.UPERNET.OUT_INDICES',
+        (0, 0, 0, 0),
+        'MODEL.UPERNET.CHANNELS',
+        8,
+        'MODEL.UPERNET.AUX_CHANNELS',
+        8,
+    ],  # fmt: skip
     'mocov3': ['MODEL.TYPE', 'mocov3', 'TRAIN.TASK', 'mocov3', 'DATA.VIEWS', 2, 'MODEL.MOCO.MLP_DIM', 16],
 }
 
@@ -169,9 +185,9 @@ def test_bfloat16_needs_instructions_for_it(files, monkeypatch):
 def test_mistakes(files, tmp_path):
     mistakes = [
         (['gmlp_ti16_225'], "unknown model 'gmlp_ti16_225'.*Did you mean 'gmlp_ti16_224'"),
-        ([files[0], '-precision=bf16'], '-precision belongs to -backend exported'),
-        ([files[0], '-amp', '-backend=exported'], '-amp belongs to -backend dygraph'),
-        ([files[0], '-training', '-backend=exported'], '-training belongs to -backend dygraph'),
+        ([files[0], '-precision=bf16'], '-precision needs -backend exported'),
+        ([files[0], '-amp', '-backend=exported'], '-amp needs -backend dygraph'),
+        ([files[0], '-training', '-backend=exported'], '-training needs -backend dygraph'),
         ([files[0], '-rounds=0'], '-rounds is 0'),
         ([files[0], '-batch_size=0'], 'DATA.BATCH_SIZE is 0'),
         ([files[0], '-json=/proc/out.json'], "cannot write '/proc/out.json'"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""tools/compare_layers.py: what it writes for two models, how their flags are told apart, and what it refuses."""
+"""tools/compare_layers.py: what it writes for two models, how their flags are distinguished, and what it refuses."""
 
 import json
 import os
@@ -118,7 +118,7 @@ def test_a_run_folder_brings_its_configuration(tmp_path):
         (['-opts2', 'DATA.IMAGE_SIZE', '64'], 'DATA.IMAGE_SIZE of the first model is 32, of the second 64'),
         (['-opts2', 'DATA.IMAGE_CHANNELS', '1'], 'DATA.IMAGE_CHANNELS of the first model is 3'),
         (['-opts2', 'MODEL.TYPE', 'gmlp'], 'MODEL.TYPE is gmlp'),
-        (['-opts2', 'MODEL.TRANS.DEPTH'], "'MODEL.TRANS.DEPTH' has no partner"),
+        (['-opts2', 'MODEL.TRANS.DEPTH'], "'MODEL.TRANS.DEPTH' is not part of a pair"),
         (['-opts2', 'MODEL.TRANS.DEPTH', '3'], 'does not fit VisionTransformer'),
         (['-batch_size', '3'], 'at least 4 images, but -batch_size is 3'),
         (['-images', '3'], 'a batch of at least 4 images, but there is none'),

@@ -98,7 +98,7 @@ def test_does_not_overwrite(tree):
         (['train/a/1.jpg'], [], 'has no val/; -split 0.1'),
         (['train/a/1.jpg', 'val/b/1.jpg'], [], 'val/b.*no counterpart'),
         (['train/a/1.jpg', 'train/b/1.txt', 'val/a/1.jpg'], [], 'train/b.*holds no image'),
-        (['train/a/1.jpg', 'val/a/1.jpg'], ['-split', 0.1], 'leave -split out'),
+        (['train/a/1.jpg', 'val/a/1.jpg'], ['-split', 0.1], 'remove -split'),
         (['a/1.jpg'], ['-split', 0.1], 'single image'),
         (['a/1.jpg'], ['-split', 1.0], '-split is 1.0'),
         (['train/a/1.jpg', 'val/a/1.jpg'], ['-per_class', 2], "'a' has 1 training images, fewer than -per_class 2"),

@@ -112,7 +112,7 @@ def test_verification(tree, monkeypatch):
         original(self, member, data[:-1] + b'?' if member.filename == 'a/2.png' else data)
 
     monkeypatch.setattr(zipfile.ZipFile, 'writestr', writestr)
-    with pytest.raises(UserError, match=r"'a/2\.png' came back .*differently"):
+    with pytest.raises(UserError, match=r"'a/2\.png' in .* differs from its image file"):
         make_zip.main(['-data_path', str(path), '-split', 'train'])
     assert os.listdir(path) == ['train']
 

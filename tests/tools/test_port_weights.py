@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 from config import get_config
 from models import build_model
+from models.weights.load import load_pretrained
 from tests.conftest import ROOT, assert_close, golden
 from tests.utils.formats.helpers import torch_file
 from tools import port_weights
@@ -125,3 +126,29 @@ def test_the_command_from_any_folder(tmp_path, cfg):
     assert result.returncode == 2
     assert "error: cannot read 'none.pth'" in result.stderr
     assert 'Traceback' not in result.stderr
+
+
+SEGMENTATION = """
+DATA: {{IMAGE_SIZE: 64}}
+MODEL:
+  TYPE: upernet
+  NUM_CLASSES: {ncls}
+  TRANS: {{EMBED_DIM: {E}, DEPTH: 4, NUM_HEADS: {heads}, REL_POS: [block], LAYER_SCALE: 1.0}}
+  UPERNET: {{OUT_INDICES: [0, 1, 2, 3], CHANNELS: {ch}, AUX_CHANNELS: {auxch}}}
+TRAIN: {{TASK: segmentation}}
+"""
+
+
+def test_a_segmentation_model(tmp_path, port):
+    """A checkpoint of mmsegmentation 0.11, as MAE's and TinyMIM's codes write it."""
+    reference = golden('segmentation-model')
+    path = tmp_path / 'upernet.yaml'
+    path.write_text(SEGMENTATION.format(**reference.meta['model']))
+    (tmp_path / 'source.pth').write_bytes(torch_file(reference.group('sd'), wrapper='state_dict'))
+    status, output, errors = port('-cfg', str(path), '-source', 'source.pth', '-output', 'ported')
+    assert (status, errors) == (0, '')
+    assert f'{len(reference.group("sd"))} arrays used' in output
+    model = build_model(get_config(str(path)))
+    load_pretrained(model, str(tmp_path / 'ported.pdparams'), replace_head=False)
+    model.eval()
+    assert_close(model(paddle.to_tensor(reference['in/image'])), reference['out/eval/logits_stride4'])

@@ -41,8 +41,8 @@ def test_predictions_are_those_of_the_evaluation(trained, tmp_path):
     assert len(set(logits.argmax(-1))) > 2
     for row, probabilities in zip(rows, expected):
         assert [entry['class'] for entry in row['predictions']] == np.argsort(-probabilities).tolist()
-        told = [entry['probability'] for entry in row['predictions']]
-        np.testing.assert_allclose(told, np.sort(probabilities)[::-1], rtol=0, atol=1e-6)
+        listed = [entry['probability'] for entry in row['predictions']]
+        np.testing.assert_allclose(listed, np.sort(probabilities)[::-1], rtol=0, atol=1e-6)
 
     out, _ = run('main_single_gpu.py', *flags(trained), '-eval', f'-output={tmp_path}')
     labels = [int(re.search(r'class(\d)', row['image']).group(1)) for row in rows]
@@ -113,7 +113,7 @@ def test_too_little_memory_is_a_reason(trained, monkeypatch, capsys):
         transforms.ResizeShort, 'apply', lambda self, image, placement: (_ for _ in ()).throw(MemoryError())
     )
     assert in_process(*flags(trained), os.path.join(trained.images, 'class0', '0.png')) == 1
-    assert '0.png: it needs more memory than there is' in capsys.readouterr().out
+    assert '0.png: there is not enough memory to read it' in capsys.readouterr().out
 
 
 def test_orientation(trained, tmp_path, capsys):
@@ -137,8 +137,8 @@ def test_a_run_folder_says_what_it_is(trained, tmp_path, capsys):
     write_pdparams({'model': other, 'model_ema': averaged, 'epoch': 3}, str(tmp_path / 'last.pdparams'))
     assert in_process(f'-pretrained={tmp_path}', '-topk=1', trained.images) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if '.png: ' in line]
-    told = [int(line.rpartition(': ')[2].split()[0]) for line in lines]
-    assert told == evaluated_logits(trained).argmax(-1).tolist()
+    printed = [int(line.rpartition(': ')[2].split()[0]) for line in lines]
+    assert printed == evaluated_logits(trained).argmax(-1).tolist()
 
 
 def test_mistakes(trained, tmp_path):

@@ -119,7 +119,7 @@ def test_the_images_are_drawn_from_all_classes(trained):
 @pytest.mark.parametrize(
     ('arguments', 'words'),
     [
-        (['-number', '4'], '4 attention layers cannot be chosen'),
+        (['-number', '4'], 'cannot select 4 attention layers'),
         (['-number', '1', '-images', '1'], '1 images are too few'),
         (['-number', '1', '-opts', 'MODEL.TOME.R', '2'], 'MODEL.TOME.R to 0'),
     ],

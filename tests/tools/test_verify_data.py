@@ -33,7 +33,7 @@ def picture(seed: int) -> Image.Image:
 GOOD = {
     '1x1.png': encoded(Image.new('RGB', (1, 1))),
     'cmyk.jpg': encoded(picture(1).convert('CMYK'), 'JPEG'),
-    'grey.jpg': encoded(picture(2).convert('L'), 'JPEG'),
+    'gray.jpg': encoded(picture(2).convert('L'), 'JPEG'),
     'palette.png': encoded(picture(3).convert('P')),
     'transparent.png': encoded(picture(4).convert('P'), transparency=b'\0\1'),
     'deep.png': encoded(Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)),
@@ -102,7 +102,7 @@ def test_unreadable(write, workers, capsys):
 
 
 def test_copies(write, capsys):
-    """Within a part, across parts, and with different labels; names do not matter, unreadable files are told once."""
+    """Within a part, across parts, and with different labels; names do not matter, unreadable files are reported once."""
     same, leaked = encoded(picture(1)), encoded(picture(2))
     path = write(
         {

@@ -144,7 +144,7 @@ def test_every_patch_is_where_its_set_is(case):
         (0.6, True, {0: 11, 1: 8, 2: 6}),
         (0.6, False, {0: 10, 1: 6, 2: 4}),
         (0.93, False, {0: 15, 1: 14}),
-        (0.93, True, {0: 16, 1: 16, 2: 16}),  # 15 kept and one token fused of one: their number does not tell
+        (0.93, True, {0: 16, 1: 16, 2: 16}),  # 15 kept and one token fused of one: their number is the same
     ],
 )
 def test_blocks_and_numbers_are_those_of_the_model(tmp_path, rate, fuse, expected, distilled):
@@ -195,7 +195,7 @@ def test_merged_groups_are_those_of_the_model(tmp_path, distilled):
 
 @pytest.mark.parametrize('distilled', [False, True])
 def test_equal_patches_are_merged(tmp_path, distilled):
-    """Patches 0 and 1, 2 and 3, ... are the same, and nothing tells the model where they are."""
+    """Patches 0 and 1, 2 and 3, ... are the same, and the model has no positions of them."""
     config = get_config(configuration(tmp_path, rate=1.0, distilled=distilled, r=8))
     model = random_model(config)
     model.pos_embed.set_value(paddle.zeros_like(model.pos_embed))
@@ -224,8 +224,8 @@ def test_kept_are_the_patches_the_class_token_attends_to(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
-def test_colours_tell_tokens_apart():
-    """A kept patch is untouched, a dropped one pale and grey, a fused one tinted; outlines follow the tokens."""
+def test_colors_distinguish_tokens():
+    """A kept patch is untouched, a dropped one pale and gray, a fused one tinted; outlines follow the tokens."""
     image = np.full((36, 36, 3), (200, 40, 40), 'uint8')
     owners = np.array([0, 9, 9, DROPPED, 4, 10, DROPPED, 7, 8])
     drawn = np.asarray(draw_owners(image, owners, scale=2)).astype(int)
@@ -240,8 +240,8 @@ def test_colours_tell_tokens_apart():
     assert (inside == inside[0]).all() and tuple(inside[0]) != PALETTE[0], 'no line inside a fused token'
 
 
-def test_merged_patches_take_their_mean_colour():
-    """Patches on their own are untouched; others have the colour of all of their token, and an outline around it."""
+def test_merged_patches_take_their_mean_color():
+    """Patches on their own are untouched; others have the color of all of their token, and an outline around it."""
     image = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], 'uint8').repeat(12, 0).repeat(12, 1)[..., np.newaxis]
     owners = np.array([9, 1, 2, 9, 4, DROPPED, 6, 16, 16])
     drawn = np.asarray(draw_owners(image, owners, merged=True)).astype(int)
@@ -249,8 +249,8 @@ def test_merged_patches_take_their_mean_colour():
     assert (drawn[1:23, 1:11] == 25).all(), 'the mean of 10 and 40'
     assert (drawn[25:35, 13:35] == 85).all(), 'the mean of 80 and 90'
     outlines = {tuple(drawn[y, x]) for y, x in ((5, 11), (23, 5))}, {tuple(drawn[24, 15]), tuple(drawn[30, 12])}
-    assert [len(colours) for colours in outlines] == [1, 1] and outlines[0] != outlines[1]
-    assert all(max(colour) == 255 and min(colour) == 0 for colours in outlines for colour in colours)
+    assert [len(colors) for colors in outlines] == [1, 1] and outlines[0] != outlines[1]
+    assert all(max(color) == 255 and min(color) == 0 for colors in outlines for color in colors)
     assert drawn[18, 30].min() > 200, 'a dropped patch is pale'
     assert merged_counts(owners) == '4 alone, 4 in 2, 1 dropped'
     assert merged_counts(np.array([0, 5, 5, 3])) == '2 alone, 2 merged into 1'

@@ -106,6 +106,16 @@ def variables(monkeypatch):
     return os.environ
 
 
+@pytest.mark.parametrize('chosen', [None, '1'])
+def test_tf32_is_off_on_gpus_unless_it_is_chosen(variables, monkeypatch, chosen):
+    seen = []
+    variables.update({'NVIDIA_TF32_OVERRIDE': chosen} if chosen else {})
+    monkeypatch.setattr(environment, 'is_gpu_build', lambda: True)
+    monkeypatch.setattr(environment, 'import_paddle', lambda: seen.append(variables['NVIDIA_TF32_OVERRIDE']))
+    environment.start_paddle()
+    assert seen == [chosen or '0']
+
+
 def test_a_home_that_can_be_written_to_stays(variables, tmp_path):
     variables['HOME'] = str(tmp_path)
     ensure_home()

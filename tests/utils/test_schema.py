@@ -62,3 +62,10 @@ def test_keys_are_added_once_and_read_what_exists():
     with pytest.raises(ValueError, match=r'MODEL\.C cannot be added: MODEL\.C\.X '):
         schema.add('MODEL.C', again)
     assert schema.keys['MODEL.C.X'].default == 1
+
+
+def test_old_spellings_of_values():
+    """Runs of version 0.1.0 have `EVAL_CROP: centre` in their config.yaml."""
+    key = Key('center', ('center', 'squash'), aliases={'centre': 'center'})
+    assert key.coerce('centre') == key.coerce('center') == 'center' and key.accepts(key.coerce('centre'))
+    assert not key.accepts(key.coerce('middle')) and 'centre' not in key.expected()

@@ -10,7 +10,10 @@ import zipfile
 from collections.abc import Sequence
 from typing import IO
 
-MAX_JSON = 64 << 20  # bytes; the index of a sharded checkpoint takes a few megabytes at most
+from utils.text import printable
+
+MAX_JSON = 8 << 20  # bytes; the index of a sharded checkpoint takes a megabyte, and parsing takes sixty times the size
+_SHOWN = 60  # characters of a name in a message
 _EXPORTED = 'give the .pdparams file that it was exported from'
 _UNPACK = 'unpack it and give the weight file inside'
 _TENSORFLOW = 'TensorFlow weights are not read, give weights of PyTorch or Paddle'
@@ -85,7 +88,7 @@ def _zip_kind(file: IO[bytes]) -> tuple[str, str] | None:
         return 'a Keras model', _TENSORFLOW
     if any(re.fullmatch(r'([^/]+/)?data\.pkl', name) for name in names) or all(n.endswith('.npy') for n in names):
         return None if names else ('an empty zip archive', 'copy or download it again')
-    return f'a zip archive of other files ({", ".join(map(_printable, names[:3]))})', _UNPACK
+    return f'a zip archive of other files ({_listed(names)})', _UNPACK
 
 
 def _json_kind(file: IO[bytes], path: str) -> tuple[str, str] | None:
@@ -102,14 +105,14 @@ def _json_kind(file: IO[bytes], path: str) -> tuple[str, str] | None:
     if isinstance(content.get('weight_map'), dict):
         shards = sorted({str(name) for name in content['weight_map'].values()})
         return (
-            f'the index of weights in {len(shards)} files ({", ".join(map(_printable, shards[:3]))})',
+            f'the index of weights in {len(shards)} files ({_listed(shards)})',
             'join the files to one, for example with `save_pretrained(folder, max_shard_size="100GB")`',
         )
     if 'base_code' in content and 'program' in content:
         return 'an exported program', _EXPORTED
     error = content.get('error') or content.get('message')
     if isinstance(error, str):
-        return f"the answer of a server ('{_printable(error)}') and not the file itself", 'download it again'
+        return f"the answer of a server ('{printable(error, _SHOWN)}') and not the file itself", 'download it again'
     return 'a JSON document', 'give a weight file'
 
 
@@ -130,5 +133,5 @@ def _binary_kind(file: IO[bytes], head: bytes, path: str) -> tuple[str, str] | N
     return None
 
 
-def _printable(text: str) -> str:
-    return ''.join(c if c.isprintable() else '?' for c in text)[:60]
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(printable(name, _SHOWN) for name in names[:3])

@@ -10,6 +10,8 @@ from typing import IO, Any
 import numpy as np
 
 from utils.files import atomic_write
+from utils.formats import checksums
+from utils.formats.limits import check_key, check_shape
 from utils.formats.pickles import PickleReader, mapped
 
 
@@ -17,6 +19,7 @@ def read(file: IO[bytes], size: int) -> Any:
     """Read a file of `paddle.save`; `size`: of the file in bytes."""
     with mapped(file) as stream:
         content = PickleReader().load(stream)
+        checksums.verify(stream, content)
     if isinstance(content, dict):
         content.pop('StructuredToParameterName@@', None)  # automatic names, valid in the writing process only
         _join_slices(content)
@@ -26,9 +29,10 @@ def read(file: IO[bytes], size: int) -> Any:
 def _join_slices(state: dict) -> None:
     """Join arrays larger than 1 GiB, which `paddle.save` splits into several entries under pickle protocols 2 and 3."""
     for name, parts in state.pop('UnpackBigParamInfor@@', {}).items():
-        state[name] = np.concatenate([state[part] for part in parts['slices']]).reshape(parts['OriginShape'])
-        for part in parts['slices']:
-            del state[part]
+        slices = [state.pop(check_key(part)) for part in parts['slices']]
+        if not all(isinstance(part, np.ndarray) and part.ndim == 1 for part in slices):
+            raise ValueError('slices that are no arrays')
+        state[name] = np.concatenate(slices).reshape(check_shape(tuple(parts['OriginShape'])))
 
 
 def _without_names(value: Any, seen: dict[int, Any]) -> Any:
@@ -57,7 +61,9 @@ def write_pdparams(state: dict, path: str) -> None:
     """
     plain = _plain(state, os.path.basename(path))
     with atomic_write(path) as file:
-        pickle.dump(plain, file, protocol=4)
+        summed = checksums.SummedFile(file)
+        pickle.dump(plain, summed, protocol=4)
+        file.write(checksums.trailer(plain, summed.checksum))
 
 
 def _plain(value: Any, where: str) -> Any:

@@ -5,6 +5,7 @@ Python's unpickler calls what a file names. An allow-list in its `find_class` is
 listed names with any argument, or request gigabytes in twelve bytes. This reader executes the opcodes itself, decoded by
 the standard library's `pickletools`. It builds containers, numbers and text. Each class or function name must be a key
 of `KNOWN`, whose value builds plain data. Nothing that a file names is imported, called or modified.
+`utils.formats.limits` bounds time and memory by the number of bytes read.
 """
 
 from __future__ import annotations
@@ -17,9 +18,22 @@ from typing import IO, Any
 
 import numpy as np
 
+from utils.formats.limits import (
+    MAX_ARGUMENTS,
+    MAX_CODE,
+    MAX_MEMO,
+    MAX_NAME,
+    MAX_OPCODES,
+    MAX_REFERENCE,
+    Allowance,
+    RefusedError,
+    check_int,
+    check_key,
+    check_shape,
+    check_tree,
+)
 
-class RefusedError(ValueError):
-    """The file holds more than data; the text of the error says what, as the end of a sentence."""
+__all__ = ['KNOWN', 'DType', 'Inert', 'PickleReader', 'RefusedError', 'mapped']
 
 
 def mapped(file: IO[bytes]) -> mmap.mmap:
@@ -31,13 +45,18 @@ class DType:
     """`numpy.dtype` of numbers or booleans; a dtype that may hold Python objects is refused."""
 
     def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str) or np.dtype(code).kind not in 'biufc':
-            raise RefusedError(f'it holds an array of {code!r}, which are not numbers')
+        if not isinstance(code, str) or len(code) > MAX_CODE or np.dtype(code).kind not in 'biufc':
+            raise RefusedError(f'it holds an array of {code!r:.40}, which are not numbers')
         self.numpy = np.dtype(code)
 
     def set_state(self, state: tuple) -> None:
         """Set the byte order, the only part of numpy's stored state that matters."""
+        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in _BYTE_ORDERS:
+            raise ValueError('an unknown byte order')
         self.numpy = self.numpy.newbyteorder(state[1])
+
+
+_BYTE_ORDERS = ('<', '>', '=', '|')
 
 
 class Inert:
@@ -60,17 +79,21 @@ def _empty_array(kind: Any, *_: Any) -> np.ndarray:
 
 def _fill(array: np.ndarray, state: tuple) -> None:
     """Set shape, type and content of an array in place, since the file may refer to the array again."""
+    if not isinstance(state, tuple) or len(state) > MAX_ARGUMENTS:
+        raise ValueError('an array without its content')
     shape, dtype, fortran_order, raw = state[-4:]
     raw = raw.encode('latin1') if isinstance(raw, str) else raw
     if array.size or not isinstance(dtype, DType) or not isinstance(raw, bytes):
         raise ValueError('an array without its content')
-    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.numpy.itemsize != len(raw):
+    if math.prod(check_shape(shape)) * dtype.numpy.itemsize != len(raw):
         raise ValueError(f'an array of shape {shape} with {len(raw)} bytes')
     array.__setstate__((1, shape, dtype.numpy, bool(fortran_order), raw))
 
 
 def _from_buffer(buffer: bytes | bytearray, dtype: DType, shape: tuple, order: str) -> np.ndarray:
-    return np.frombuffer(buffer, dtype.numpy).reshape(shape, order=order).copy(order=order)
+    if not isinstance(buffer, (bytes, bytearray)):
+        raise ValueError('an array without its content')
+    return np.frombuffer(buffer, dtype.numpy).reshape(check_shape(shape), order=order).copy(order=order)
 
 
 def _scalar(dtype: DType, raw: bytes | str) -> np.generic:
@@ -82,7 +105,7 @@ def _scalar(dtype: DType, raw: bytes | str) -> np.generic:
 def _encode(text: str, encoding: str) -> bytes:
     """Decode bytes of pickle protocols below 3."""
     if encoding != 'latin1':
-        raise RefusedError(f'it asks for the codec {encoding!r}')
+        raise RefusedError('it asks for another codec than latin1')
     return text.encode('latin1')
 
 
@@ -100,15 +123,7 @@ def _mapping(items: Any = ()) -> dict:
 
 def _set_items(mapping: dict, items: Any) -> None:
     for key, value in items:
-        mapping[_hashable(key)] = value
-
-
-def _hashable(key: Any) -> Any:
-    """Return a valid key. Nested tuples are refused, since their hash may take forever or overflow the stack."""
-    flat = key if isinstance(key, tuple) else (key,)
-    if not all(part is None or isinstance(part, (str, bytes, int, float, bool)) for part in flat):
-        raise ValueError(f'a {type(key).__name__} as a key')
-    return key
+        mapping[check_key(key)] = value
 
 
 KNOWN: Mapping[str, Any] = {
@@ -135,8 +150,8 @@ KNOWN: Mapping[str, Any] = {
             'dict': _mapping,
             'list': lambda items=(): list(_sequence(items)),
             'tuple': lambda items=(): tuple(_sequence(items)),
-            'set': lambda items=(): {_hashable(item) for item in _sequence(items)},
-            'frozenset': lambda items=(): frozenset(_hashable(item) for item in _sequence(items)),
+            'set': lambda items=(): {check_key(item) for item in _sequence(items)},
+            'frozenset': lambda items=(): frozenset(check_key(item) for item in _sequence(items)),
             'bytes': lambda: b'',
             'bytearray': lambda raw=b'', *_: bytearray(raw if isinstance(raw, bytes) else raw.encode('latin1')),
             'int': lambda: 0,
@@ -185,10 +200,15 @@ class PickleReader:
         self._stack: list = []
         self._outer: list[list] = []  # the stack before each open MARK
         self._memo: dict[int, Any] = {}
-        for opcode, arg, _ in pickletools.genops(stream):
+        self._allowance = Allowance()
+        start = stream.tell()
+        for number, (opcode, arg, place) in enumerate(pickletools.genops(stream)):
             name = opcode.name
+            self._allowance.read = place - start
+            if number > MAX_OPCODES:
+                raise RefusedError(f'it has more than {MAX_OPCODES} pickle operations')
             if name in _LITERALS:
-                self._stack.append(arg)
+                self._stack.append(check_int(arg) if type(arg) is int else arg)
             elif name == 'STOP':
                 break
             elif name in _OPERATIONS:
@@ -196,6 +216,7 @@ class PickleReader:
             elif name not in _NOTHING:
                 raise RefusedError(f'it uses the pickle operation {name}')
         (result,) = self._stack
+        check_tree(result, self._allowance.read)
         return result
 
     # Each operation takes the argument of its opcode, or None.
@@ -220,17 +241,25 @@ class PickleReader:
         self._stack = []
 
     def _store(self, index: int | None) -> None:
-        self._memo[len(self._memo) if index is None else int(index)] = self._stack[-1]
+        self._memo[_memo_index(len(self._memo) if index is None else index)] = self._stack[-1]
 
     def _recall(self, index: int) -> None:
-        self._push(self._memo[int(index)])
+        self._push(self._memo[_memo_index(index)])
 
     def _name(self, name: str) -> None:
         """Push the entry of a class or function; a blank separates module and name."""
+        if len(name) > MAX_NAME:
+            raise RefusedError(f'it names code by {len(name)} characters')
         name = name.replace(' ', '.', 1)
         if name not in self._known:
             raise RefusedError(f"it names '{name}', which is code and not data")
         self._push(self._known[name])
+
+    def _stack_name(self, _) -> None:
+        parts = self._take(2)
+        if not all(isinstance(part, str) and len(part) <= MAX_NAME for part in parts):
+            raise RefusedError('it names code by something else than a short text')
+        self._name(' '.join(parts))
 
     def _instance(self, name: str) -> None:
         """Call a class by name with all values since the mark (protocol 0)."""
@@ -246,6 +275,7 @@ class PickleReader:
     def _call(self, function: Any, args: Any) -> None:
         if not callable(function) or not isinstance(args, (tuple, list)):
             raise TypeError('a call of what cannot be called')
+        self._allowance.spend(args)
         self._push(function(*args))
 
     def _build(self, _) -> None:
@@ -253,6 +283,7 @@ class PickleReader:
         (state,) = self._take(1)
         target = self._stack[-1]
         if isinstance(target, np.ndarray):
+            self._allowance.spend(state)
             _fill(target, state)
         elif isinstance(target, DType):
             target.set_state(state)
@@ -277,12 +308,21 @@ class PickleReader:
         target = self._stack[-1]
         if not isinstance(target, set):
             raise TypeError(f'members for a {type(target).__name__}')
-        target.update(_hashable(item) for item in items)
+        target.update(check_key(item) for item in items)
 
     def _persistent(self, reference: Any) -> None:
         if self._persistent_load is None:
             raise ValueError('a reference to something outside the file')
+        if not isinstance(reference, tuple) or len(reference) > MAX_REFERENCE:
+            raise ValueError('a reference that is no storage')
         self._push(self._persistent_load(reference))
+
+
+def _memo_index(index: Any) -> int:
+    index = int(index)
+    if not 0 <= index < MAX_MEMO:
+        raise ValueError('a memo index beyond 32 bits')
+    return index
 
 
 def _pairs(items: list | tuple) -> list[tuple]:
@@ -306,7 +346,7 @@ _OPERATIONS: dict[str, Callable[[PickleReader, Any], Any]] = {
     'TUPLE3': lambda self, _: self._push(self._take(3)),
     'LIST': lambda self, _: self._push(self._to_mark()),
     'DICT': lambda self, _: self._push(_mapping(_pairs(self._to_mark()))),
-    'FROZENSET': lambda self, _: self._push(frozenset(_hashable(item) for item in self._to_mark())),
+    'FROZENSET': lambda self, _: self._push(frozenset(check_key(item) for item in self._to_mark())),
     'APPEND': lambda self, _: self._append(self._take(1)),
     'APPENDS': lambda self, _: self._append(self._to_mark()),
     'SETITEM': lambda self, _: self._set(self._take(2)),
@@ -318,7 +358,7 @@ _OPERATIONS: dict[str, Callable[[PickleReader, Any], Any]] = {
     **dict.fromkeys(('PUT', 'BINPUT', 'LONG_BINPUT', 'MEMOIZE'), PickleReader._store),
     **dict.fromkeys(('GET', 'BINGET', 'LONG_BINGET'), PickleReader._recall),
     'GLOBAL': PickleReader._name,
-    'STACK_GLOBAL': lambda self, _: self._name(' '.join(self._take(2))),
+    'STACK_GLOBAL': PickleReader._stack_name,
     **dict.fromkeys(('REDUCE', 'NEWOBJ'), lambda self, _: self._call(*self._take(2))),
     'INST': PickleReader._instance,
     'OBJ': PickleReader._object,

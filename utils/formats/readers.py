@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from utils.errors import UserError
+from utils.files import open_regular
 from utils.formats import array_files, paddle_files, torch_files
 from utils.formats.foreign_files import foreign_kind
 from utils.formats.pickles import RefusedError
+from utils.text import NAME, printable
 
 PADDLE, TORCH, OLD_TORCH = 'PaddlePaddle', 'PyTorch', 'PyTorch (before 1.6)'
 SAFETENSORS, NPZ = 'safetensors', 'npz'
@@ -28,13 +30,13 @@ def read_file(path: str) -> Any:
     Raises:
         UserError: the file cannot be read, is damaged, or holds more than data; the text names the file.
     """
-    with _errors_of(path), open(path, 'rb') as file:
+    with _errors_of(path), open_regular(path) as file:
         return _READERS[_format_of(file, path)](file, os.path.getsize(path))
 
 
 def file_format(path: str) -> str:
     """Return PADDLE, TORCH, OLD_TORCH, SAFETENSORS or NPZ by the content. Raises UserError as `read_file` does."""
-    with _errors_of(path), open(path, 'rb') as file:
+    with _errors_of(path), open_regular(path) as file:
         return _format_of(file, path)
 
 
@@ -73,8 +75,7 @@ def _errors_of(path: str):
 
 def _one_line(error: Exception) -> str:
     """Return the text of an error in one short line, without control characters that it may quote from the file."""
-    text = ' '.join(str(error).split())[:160].rstrip('.')
-    return ''.join(c if c.isprintable() else '?' for c in text) or type(error).__name__
+    return printable(' '.join(str(error).split()), NAME).rstrip('.') or type(error).__name__
 
 
 _READERS: dict[str, Callable[[IO[bytes], int], Any]] = {

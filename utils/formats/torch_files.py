@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from utils.formats import bfloat16
+from utils.formats.limits import MAX_KEY, MAX_SIDE, check_shape
 from utils.formats.pickles import KNOWN, Inert, PickleReader, RefusedError, mapped
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -67,9 +68,9 @@ def _tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: An
     """Build a tensor (`torch._utils._rebuild_tensor`; `_v2` adds requires_grad, hooks and metadata)."""
     if rest[2:] and rest[2]:
         raise RefusedError('it holds a conjugated or negated view of a tensor; store its clone()')
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError(f'a tensor of size {size} and strides {stride}')
+    numbers = (offset, *check_shape(size), *check_shape(stride))
+    if len(size) != len(stride) or not isinstance(storage, Storage) or not all(map(_is_count, numbers)):
+        raise ValueError('a tensor whose size and strides do not belong together')
     count = math.prod(size)
     if not count:
         return np.empty(size, storage.array.dtype)
@@ -78,6 +79,10 @@ def _tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: An
         raise ValueError(f'a tensor of size {size} beyond its {storage.array.size} stored numbers')
     steps = [step * storage.array.itemsize for step in stride]
     return np.lib.stride_tricks.as_strided(storage.array[offset:], size, steps)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < MAX_SIDE
 
 
 _STORAGES = {
@@ -94,7 +99,7 @@ TORCH_KNOWN = {
     'torch._utils._rebuild_tensor': _tensor,
     'torch._utils._rebuild_tensor_v2': _tensor,
     'torch._utils._rebuild_parameter': lambda data, requires_grad, hooks: data,
-    'torch.Size': lambda items=(): tuple(items),
+    'torch.Size': lambda items=(): check_shape(tuple(items)),
     'torch.device': Inert,
     **{f'torch.{name}Storage': StorageType(code) for name, code in _STORAGES.items()},
     **{f'torch.{name}': f'torch.{name}' for name in _DTYPES},
@@ -121,20 +126,25 @@ class _Storages(dict):
             reference: ('storage', type, key, device, count), in old files also (view key, offset, count) or None.
         """
         kind, type_, key, _, count, *view = reference
-        if kind != 'storage' or not isinstance(type_, StorageType) or type(count) is not int:
+        if kind != 'storage' or not isinstance(type_, StorageType) or not _is_count(count) or not _is_key(key):
             raise ValueError('a reference that is no storage')
         if key not in self:
             self._left -= count * type_.stored.itemsize
-            if count < 0 or self._left < 0:
+            if self._left < 0:
                 raise ValueError('storages larger than the file')
             self[key] = Storage(type_, np.zeros(count, type_.loaded))
             self._fill(key, self[key])
         if not view or view[0] is None:
             return self[key]
         _, offset, length = view[0]
-        if not 0 <= offset <= offset + length <= self[key].array.size:
+        if not _is_count(offset) or not _is_count(length) or not 0 <= offset <= offset + length <= self[key].array.size:
             raise ValueError('a view beyond its storage')
         return Storage(type_, self[key].array[offset : offset + length])
+
+
+def _is_key(key: Any) -> bool:
+    """Storages are called by numbers, as text. Hashing a nested tuple instead overflows the stack."""
+    return isinstance(key, str) and len(key) <= MAX_KEY
 
 
 def read_archive(stream: IO[bytes], size: int) -> Any:
@@ -175,7 +185,7 @@ def _legacy_object(stream: IO[bytes], size: int) -> Any:
     storages = _Storages(size)
     result = PickleReader(TORCH_KNOWN, storages.refer).load(stream)
     keys = plain.load(stream)
-    if set(keys) != set(storages):
+    if not isinstance(keys, list) or not all(map(_is_key, keys)) or sorted(keys) != sorted(storages):
         raise ValueError('storages are missing')
     for key in keys:  # tensors are views, so they are complete once their storages are
         storage = storages[key]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inference in windows and of whole images against mmsegmentation's, around a single convolution."""
+"""Sliding-window and whole-image inference against mmsegmentation's, around a single convolution."""
 
 import numpy as np
 import paddle

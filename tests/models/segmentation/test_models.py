@@ -10,7 +10,7 @@ import pytest
 
 from config import get_config
 from engine.optim import parameter_groups
-from models import build_model, create_model
+from models import build_model, create_model, list_models
 from models.layers import MixerSpec
 from models.registry import config_file
 from models.segmentation import Segmenter, UPerNet, inference
@@ -255,6 +255,42 @@ COSTS = {  # of specifications: parameters of backbone, neck, decoder and auxili
     'segmenter_small_mask_512': ([21_983_616, 0, 4_050_348, 0], 31.7 + 6.7),
     'segmenter_tiny_linear_512': ([5_683_392, 0, 28_950, 0], 10.4 + 0.03),
 }
+
+
+# (parameters, GMACs) by size. 'rel': the encoder of the pyramid, with relative positions and LayerScale; 'plain': of others.
+SIZES = {
+    'base': {'C': 768, 'rel': 87_023_424, 'plain': 86_433_024, 'macs': 107.0, 'pyramid': (7_081_728, 14.5), 'mln': (23_599_104, 117.9),
+             768: (67_963_542, 483.4), 512: (32_332_950, 218.4), 'aux': 1_808_534, 'linear': (115_350, 0.12),
+             'mask': (16_063_020, 22.3), '01346': (74_961_744, 86.9), '013469': (72_549_408, 82.8)},
+    'small': {'C': 384, 'rel': 22_278_048, 'plain': 21_982_848, 'macs': 31.7, 'pyramid': (1_771_392, 3.6), 'mln': (5_901_312, 29.5),
+              768: (63_244_950, 476.4), 512: (29_187_222, 213.7), 'aux': 923_798, 'linear': (57_750, 0.06),
+              'mask': (4_050_348, 6.7), '024': (20_429_016, 27.5), '0246': (19_812_672, 26.1)},
+    'tiny': {'C': 192, 'rel': 5_830_608, 'plain': 5_683_008, 'macs': 10.4, 'pyramid': (443_328, 0.9), 'mln': (1_476_096, 7.4),
+             768: (60_885_654, 472.9), 512: (27_614_358, 211.4), 'aux': 481_430, 'linear': (28_950, 0.03),
+             'mask': (1_029_996, 2.2), '024': (5_348_460, 8.8), '0246': (5_187_744, 8.2)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', [name for name in list_models() if name.startswith(('upernet', 'segmenter'))])
+def test_stated_costs_are_those_of_the_specification(name):
+    """Of every recipe: the sum of its parts. test_registry checks that the numbers of the file are those of the model."""
+    costs = SIZES[re.search('base|small|tiny', name).group()]
+    pyramid, width = name.startswith('upernet') and 'mln' not in name, costs['C']
+    encoder, macs = costs['rel' if pyramid else 'plain'], costs['macs']
+    if removed := re.search(r'_(0\d+)_', name):
+        lean, macs = costs[removed.group(1)]
+        relative = 0 if pyramid else len(removed.group(1)) * (3972 * width // 64 + width)  # tables and LayerScale
+        encoder -= costs['rel'] - lean - relative
+    if name.startswith('upernet'):
+        neck, head = ('pyramid', 768) if pyramid else ('mln', 512)
+        parts = [costs[neck], costs[head], (costs['aux'], 0)]
+    else:
+        parts = [costs['mask' if 'mask' in name else 'linear'], (2 * width, 0)]  # the final norm
+    with open(config_file(name), encoding='utf-8') as file:
+        stated = re.search(r'([\d,]+) parameters, ([\d,]+) MACs', file.read()).groups()
+    params, stated_macs = (int(text.replace(',', '')) for text in stated)
+    assert params == encoder + sum(part for part, _ in parts)
+    assert stated_macs / 1e9 == pytest.approx(macs + sum(part for _, part in parts), abs=0.1)
 
 
 @pytest.mark.parametrize('name', COSTS)

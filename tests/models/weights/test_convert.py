@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published PyTorch weights in our models: complete, transposed where they must be, and nothing lost in silence."""
+"""Published PyTorch weights in our models: complete, correctly transposed, and no array dropped silently."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading .pdparams: all or nothing, apart from a classifier of another size, and never in silence."""
+"""Loading .pdparams: all weights or an error, except for a classifier of another size, which is reported."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pickle
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
@@ -94,6 +94,8 @@ def test_cut_short(tmp_path_factory, share, suffix):
     else:
         save_file({'w': W, 'b': B}, str(path))
     data = path.read_bytes()
-    path.write_bytes(data[: int(share * (len(data) - 1))])
+    cut = int(share * (len(data) - 1))
+    assume(data[cut : cut + 9] != b'{"file": ')  # all but the checksums of a .pdparams is a whole file of Paddle's
+    path.write_bytes(data[:cut])
     with pytest.raises(UserError, match=rf"cut\.{suffix}' is damaged"):
         read_file(str(path))

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A training step on a GPU does not let the host wait for the device: every way to read or to write a tensor is counted."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import paddle
+import pytest
+
+import datasets.device
+from datasets.batch import to_device
+from datasets.device import Download, upload
+from engine.waits import count_waits
+from tests.engine import curves
+from tests.engine.gpu import GPU, Event, gpu  # noqa: F401
+from tests.engine.test_curves import GMLP, RECIPES
+from tests.tasks.helpers import build_trainer
+
+QUIET = {'REPORT_FREQ': 10**6, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0, 'MODEL.LAMBDA.DECAY_EPOCHS': None}
+
+
+@pytest.fixture
+def waits(gpu, monkeypatch):  # noqa: F811
+    """The list of waits of a test; all tensors count as those of a GPU, but for those in pinned memory."""
+    pinned = []
+
+    def pin(tensor, blocking):
+        assert not blocking
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    monkeypatch.setattr(paddle.Tensor, 'pin_memory', pin)
+    with count_waits(lambda tensor: not any(tensor is other for other in pinned)) as found:
+        yield found
+
+
+def waits_of_steps(run, waits) -> list[list[str]]:
+    """The waits of each step of the first epoch but the first and the last, which are reported."""
+    step, begins = run._step, []
+
+    def counted(*args):
+        begins.append(len(waits))
+        return step(*args)
+
+    run._step = counted
+    run.fit()
+    begins = begins[1 : run.steps_per_epoch]
+    return [waits[begin:end] for begin, end in zip(begins, begins[1:])]
+
+
+def trainer_of(recipe: dict, images: str, folder: str, **options):
+    """A trainer of a recipe of tests/engine/test_curves.py with the context of a GPU."""
+    recipe = {**curves.COMMON, **recipe, **QUIET, 'DATA.DATA_PATH': images, 'DATA.BATCH_SIZE': 6, **options}
+    if 'teacher' in recipe:
+        names = ('TRAIN.TEACHER_CFG', 'TRAIN.TEACHER_MODEL')
+        recipe.update(zip(names, curves._random_model(recipe.pop('teacher'), os.path.join(folder, 'teacher'))))
+    recipe.pop('encoder', None)
+    if not recipe.get('MODEL.LAMBDA.PRUNE_LAYERS') or recipe.get('MODEL.LAMBDA.REMOVED'):
+        del recipe['MODEL.LAMBDA.DECAY_EPOCHS']
+    else:
+        recipe['TRAIN.NUM_EPOCHS'] = 2
+    return build_trainer(curves._config(recipe), os.path.join(folder, 'run'), context=GPU)
+
+
+@pytest.mark.parametrize('name', ['gmlp', *RECIPES])
+def test_no_step_waits(waits, images, tmp_path, name):
+    run = trainer_of({'gmlp': GMLP, **RECIPES}[name], images, str(tmp_path))
+    found = waits_of_steps(run, waits)
+    assert len(found) >= 2 and not any(found), found
+
+
+def test_a_step_in_float16_waits_once(waits, images, tmp_path):
+    """GradScaler reads whether gradients have overflowed."""
+    found = waits_of_steps(trainer_of(RECIPES['augmented'], images, str(tmp_path), AMP=True), waits)
+    assert len(found) >= 2 and all(step == ['__bool__'] for step in found), found
+
+
+def test_waits_are_counted(waits):
+    tensor = paddle.ones([2])
+    for read in (
+        tensor.numpy,
+        tensor.tolist,
+        tensor.sum().item,
+        lambda: bool(tensor.sum()),
+        lambda: np.asarray(tensor),
+    ):
+        read()
+    paddle.to_tensor([1.0])
+    tensor.set_value(np.zeros(2, 'float32'))
+    assert waits == ['numpy', 'tolist', 'item', '__bool__', '__array__', 'to_tensor', 'set_value']
+
+
+# ---------------------------------------------------------------------------------------------------- copies
+def test_arrays_and_tensors_may_change_after_their_copy_was_queued(gpu):  # noqa: F811
+    array = np.arange(3.0)
+    tensor = upload(array)
+    array[:] = 7
+    assert tensor.tolist() == [0, 1, 2]
+    download = Download(tensor)
+    tensor.add_(paddle.ones([3], 'float64'))
+    assert download.numpy().tolist() == [0, 1, 2]
+
+
+def test_pinned_memory_is_kept_until_the_device_has_read_it(gpu):  # noqa: F811
+    staging = datasets.device._Staging()
+    for number in range(5):
+        staging.upload(np.full(2, number))
+        assert [pinned.tolist()[0] for _, pinned in staging._in_flight] == list(range(max(0, number - 2), number + 1))
+
+
+@pytest.mark.parametrize('erased', [False, True])
+def test_batches_of_both_devices_are_equal(images, tmp_path, monkeypatch, request, erased):
+    run = build_trainer(
+        curves._config({**curves.COMMON, **GMLP, 'DATA.DATA_PATH': images, 'TRAIN.RANDOM_ERASE_PROB': float(erased)}),
+        str(tmp_path),
+    )
+    batch = next(run.train_loader.epoch(1))
+    statistics = run.config.DATA.IMAGENET_MEAN, run.config.DATA.IMAGENET_STD
+    here = to_device(batch, *statistics)
+    request.getfixturevalue('gpu')
+    there = to_device(batch, *statistics)
+    np.testing.assert_array_equal(here.images.numpy(), there.images.numpy())
+    np.testing.assert_array_equal(here.targets['label'].numpy(), there.targets['label'].numpy())

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by the fused kernel, which only GPUs take, against separate operators."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+
+from models.layers import attention
+from models.layers.attention import Attention, RelativeAttention, with_key_bias
+from tests.models.test_vision_transformer import tiny
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Forces the fused kernel, and lists the options of its calls."""
+    options, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(attention, '_fused_kernel', lambda x: True)
+    monkeypatch.setattr(
+        attention.F, 'scaled_dot_product_attention', lambda *a, **o: (options.append(o), kernel(*a, **o))[1]
+    )
+    return options
+
+
+def both(monkeypatch, layer, x, **biases):
+    """Output and gradients (of the input and of the parameters) by separate operators, then by the fused kernel."""
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(attention, '_fused_kernel', lambda x, fused=fused: fused)
+        x = x.detach()
+        x.stop_gradient = False
+        layer.clear_gradients()
+        y, _ = layer(x, **biases)
+        (y * paddle.arange(y.size, dtype='float32').reshape(y.shape).sin()).sum().backward()
+        results.append([y.numpy(), x.grad.numpy(), *(parameter.grad.numpy() for parameter in layer.parameters())])
+    return zip(*results)
+
+
+@pytest.mark.parametrize('biased', [False, True])
+@pytest.mark.parametrize('heads', [1, 4])
+def test_the_fused_kernel_computes_the_same(calls, monkeypatch, biased, heads):
+    paddle.seed(0)
+    layer, x = Attention(32, heads), paddle.randn([3, 7, 32])
+    biases = {'key_bias': paddle.log(paddle.randint(1, 50, [3, 1, 1, 7]).astype('float32'))} if biased else {}
+    for expected, found in both(monkeypatch, layer, x, **biases):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert len(calls) == 1
+
+
+def test_a_bias_per_key_survives_half_precision():
+    """Its two channels hold 16 bits of log(size); one would hold 8, an error of 0.01 in a score."""
+    bias = paddle.log(paddle.arange(1, 198).astype('float32')).reshape([1, 1, 1, 197])
+    q = k = v = paddle.zeros([1, 197, 1, 64], 'bfloat16')
+    q, k, v = with_key_bias(q, k, v, bias)
+    assert {part.shape[-1] for part in (q, k, v)} == {72} and {str(part.dtype) for part in (q, k, v)} == {
+        'paddle.bfloat16'
+    }
+    scores = (q.astype('float64')[0, :, 0] @ k.astype('float64')[0, :, 0].t()) / 72**0.5
+    np.testing.assert_allclose(scores.numpy(), np.broadcast_to(bias.numpy()[0, 0], (197, 197)), atol=1e-4)
+    assert not v.astype('float32').any()
+
+
+def test_dropout_acts_in_training_only(calls):
+    layer, x = Attention(32, 4, attn_drop_rate=0.5), paddle.randn([3, 7, 32])
+    layer.eval()
+    assert np.array_equal(layer(x)[0], layer(x)[0])
+    layer.train()
+    assert not np.array_equal(layer(x)[0], layer(x)[0])
+    assert [(call['dropout_p'], call['training']) for call in calls] == [(0.5, False)] * 2 + [(0.5, True)] * 2
+
+
+def test_biases_per_pair_of_tokens_are_not_fused(calls):
+    """The kernel has no gradient for them."""
+    RelativeAttention(32, 4, (2, 3))(paddle.randn([2, 7, 32]))
+    Attention(32, 4)(paddle.randn([2, 7, 32]), bias=paddle.zeros([4, 7, 7]))
+    assert not calls
+
+
+def test_tome_and_removed_attention_are_fused(calls, monkeypatch):
+    """ToMe in all blocks, with proportional attention from the second one on; a block without attention calls nothing."""
+    paddle.seed(0)
+    model = tiny(removed_layers=[1])
+    model.merge_tokens(2)
+    model.eval()
+    images = paddle.randn([2, 3, 32, 32])
+    fused = model(images)
+    assert len(calls) == len(model.blocks) - 1
+    monkeypatch.setattr(attention, '_fused_kernel', lambda x: False)
+    np.testing.assert_allclose(fused, model(images), atol=1e-5)

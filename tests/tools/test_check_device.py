@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The check of a device: on this CPU, with the branches of a GPU forced, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import paddle
+import pytest
+
+from tasks import build_task
+from tests.conftest import ROOT
+from tests.engine.gpu import gpu  # noqa: F401
+from tests.runs.conftest import environment
+from tools import _device_checks as checks
+from tools import check_device
+from tools._device_checks import Finding
+
+
+def test_table_and_file(tmp_path, capsys):
+    path = tmp_path / 'device.json'
+    assert check_device.main(['-only', 'models', 'training', '-json', str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(path.read_text())
+    assert found['machine']['paddle'] == paddle.__version__
+    (finding,) = found['findings']  # a CPU is not compared with itself
+    assert lines[-1] == f'| {finding["name"]} | {finding["value"]} | – | yes |'
+
+
+def test_a_check_that_fails_is_seen(monkeypatch, capsys):
+    findings = [checks._at_most('logits', 0.5, 0.1), checks._at_most('nan', float('nan'), 1), Finding('speed', '3')]
+    monkeypatch.setitem(check_device.CHECKS, 'models', lambda context, folder: findings)
+    assert check_device.main(['-only', 'models']) == 1
+    out = capsys.readouterr().out
+    assert 'logits: 0.5 (at most 0.1) FAILED' in out
+    for row in ('| logits | 0.5 | at most 0.1 | NO |', '| nan | nan | at most 1 | NO |', '| speed | 3 | – | yes |'):
+        assert row in out
+
+
+@pytest.mark.parametrize(
+    ('name', 'count'), [('models', 3), ('training', 6), ('overflow', 1), ('waits', 3)], ids=lambda value: str(value)
+)
+def test_checks_of_a_gpu(gpu, monkeypatch, tmp_path, name, count):  # noqa: F811
+    """Here the GPU is the CPU, so that all numbers agree."""
+    monkeypatch.setattr(checks, 'FAMILIES', ('gmlp_digits',))
+    monkeypatch.setattr(checks, 'OVERFLOWING', 2.0**127)
+    monkeypatch.setattr(checks, 'is_gpu_build', lambda: True)
+    monkeypatch.setattr(checks, '_digits', lambda *options, digits=checks._digits: digits(*without_half(options)))
+    if name == 'overflow':
+        monkeypatch.setattr(checks, 'build_task', large_losses)
+    found = list(checks.CHECKS[name](gpu, str(tmp_path)))
+    assert len(found) == count and all(finding.ok for finding in found), found
+
+
+def without_half(options) -> list:
+    """Options with O1 instead of O2: a CPU cannot compute with weights in half precision."""
+    return ['O1' if option == 'O2' else option for option in options]
+
+
+def large_losses(config):
+    """A task whose float32 gradients overflow at a loss scale of 2^127."""
+    task = build_task(config)
+    loss = task.loss
+
+    def scaled(*args):
+        losses = loss(*args)
+        return losses._replace(total=losses.total * 1e4)
+
+    task.loss = scaled
+    return task
+
+
+@pytest.mark.gpu
+def test_this_gpu():
+    command = [sys.executable, 'tools/check_device.py', '-only', 'models', 'training', 'overflow', 'waits']
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
