@@ -83,7 +83,7 @@ class DetectionDataset(Images):
         annotations: see `read_annotations`.
         folder: folder of the images.
         training: drop images without objects or with crowds only.
-        skip_missing: drop images whose file is missing; False: a missing file is an error.
+        skip_missing: drop images whose file is missing; False: `check` raises an error.
 
     Attributes:
         num_classes: number of classes.
@@ -93,7 +93,7 @@ class DetectionDataset(Images):
     """
 
     def __init__(self, annotations: Annotations, folder: str, training: bool, skip_missing: bool = False):
-        places, notes = _used(annotations, folder, training, skip_missing)
+        places, notes, self._fault = _used(annotations, folder, training, skip_missing)
         storage = FileStorage(folder, [annotations.files[place] for place in places])
         super().__init__(storage, f"'{annotations.path}'", [*annotations.notes, *notes])
         self.categories = annotations.categories
@@ -126,6 +126,11 @@ class DetectionDataset(Images):
         with self.naming(index):
             self.sample(index)
 
+    def check(self) -> None:
+        """Raise UserError for missing images. The constructor does not, so that tools find all faults."""
+        if self._fault:
+            raise UserError(self._fault)
+
     def truth(self, indices: Sequence[int]) -> dict[str, list]:
         """Return images, objects and categories in COCO's format, to evaluate some of the images.
 
@@ -152,8 +157,10 @@ class DetectionDataset(Images):
         return self._annotations.sizes[self._places[index]]
 
 
-def _used(annotations: Annotations, folder: str, training: bool, skip_missing: bool) -> tuple[np.ndarray, list[str]]:
-    """Return the indices of the images to use, and notes on all others."""
+def _used(
+    annotations: Annotations, folder: str, training: bool, skip_missing: bool
+) -> tuple[np.ndarray, list[str], str]:
+    """Return the indices of the images to use, notes on all others, and what is wrong; an empty string: nothing."""
     notes, used = [], np.ones(len(annotations.files), bool)
     if training:
         used &= annotations.usable > 0
@@ -162,13 +169,13 @@ def _used(annotations: Annotations, folder: str, training: bool, skip_missing: b
                 f"'{annotations.path}': {(~used).sum()} of {len(used)} images have no object to learn, and are left out."
             )
     missing = _missing(folder, annotations.files) & used
-    if missing.any():
-        names = [annotations.files[index] for index in np.flatnonzero(missing)]
-        text = f"{len(names)} of {len(used)} images of '{annotations.path}' are missing in '{folder}', such as '{names[0]}'"
-        if not skip_missing or len(names) == used.sum():
-            raise UserError(f'{text}; add them, or set DATA.BAD_IMAGE to skip where a few are missing.')
-        notes.append(f'{text}; they are left out.')
-    return np.flatnonzero(used & ~missing), notes
+    if not missing.any():
+        return np.flatnonzero(used), notes, ''
+    names = [annotations.files[index] for index in np.flatnonzero(missing)]
+    text = f"{len(names)} of {len(used)} images of '{annotations.path}' are missing in '{folder}', such as '{names[0]}'"
+    if skip_missing and len(names) < used.sum():
+        return np.flatnonzero(used & ~missing), [*notes, f'{text}; they are left out.'], ''
+    return np.flatnonzero(used), notes, f'{text}; add them, or set DATA.BAD_IMAGE to skip where a few are missing.'
 
 
 def _missing(folder: str, names: Sequence[str]) -> np.ndarray:

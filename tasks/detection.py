@@ -46,8 +46,9 @@ class DetectionTask(Task):
 
     # ------------------------------------------------------------------------------------------------ data
     def dataset(self, split: str) -> DetectionDataset:
-        """See `Task`. Raises UserError where the classes of both splits differ."""
+        """See `Task`. Raises UserError if the classes of both splits differ."""
         dataset = super().dataset(split)
+        dataset.check()
         if self._names is not None and dataset.class_names != self._names:
             raise UserError(
                 f'{dataset.source} has other categories than the annotations of the other split: both must have the same '

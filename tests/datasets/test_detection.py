@@ -259,7 +259,7 @@ def test_missing_and_other_images(own):
     with pytest.raises(
         UserError, match="1 of 3 images of .* are missing in .*images/train', such as '4.png'; add them"
     ):
-        build(own)
+        build(own).check()
     dataset = build(own, BAD_IMAGE='skip')
     assert dataset.image_ids.tolist() == [31] and "such as '4.png'; they are left out." in dataset.notes[-1]
     Image.new('RGB', (5, 6)).save(own / 'images' / 'train' / '31.png')
@@ -270,7 +270,7 @@ def test_missing_and_other_images(own):
         dataset.sample(0)
     os.remove(own / 'images' / 'train' / '31.png')
     with pytest.raises(UserError, match='2 of 3 images of .* are missing'):
-        build(own, BAD_IMAGE='skip')
+        build(own, BAD_IMAGE='skip').check()
 
 
 def test_nothing_to_learn(tmp_path):
@@ -338,14 +338,15 @@ def test_scenes(tmp_path, monkeypatch):
 def test_verify_data(own, tmp_path, capsys):
     """Images are read, and compared with what the annotations say of them."""
     Image.new('RGB', (5, 6)).save(own / 'images' / 'val' / '4.png')
+    os.remove(own / 'images' / 'val' / '15.png')
     report = str(tmp_path / 'report.json')
     flags = ['-dataset', 'detection', '-data_path', str(own), '-report', report, '-num_workers', '0']
     assert verify_data.main(flags) == 1
     with open(report, encoding='utf-8') as file:
         found = json.load(file)
     assert found['parts']['train'] == {'images': 2, 'classes': 3, 'unreadable': 0}
-    assert [problem['kind'] for problem in found['problems']] == ['unreadable', 'leak']
-    assert 'has 5 x 6 pixels' in found['problems'][0]['reason']
+    assert [problem['kind'] for problem in found['problems']] == ['unreadable', 'unreadable', 'leak']
+    assert 'has 5 x 6 pixels' in found['problems'][0]['reason'] and 'No such file' in found['problems'][1]['reason']
     assert 'have no object to learn' in found['notes'][0]
     (own / 'annotations' / 'instances_val.json').write_text('{}')
     assert verify_data.main(flags) == 1
@@ -354,5 +355,5 @@ def test_verify_data(own, tmp_path, capsys):
 
 @pytest.mark.parametrize('tool', [make_zip, make_lmdb])
 def test_objects_are_not_packed(own, tool):
-    with pytest.raises(UserError, match='-dataset detection has label maps or objects'):
+    with pytest.raises(UserError, match='-dataset detection cannot be packed; only images with one class'):
         tool.main(['-dataset', 'detection', '-data_path', str(own), '-split', 'train'])
