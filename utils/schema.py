@@ -109,8 +109,9 @@ class Key:
             return None
         if isinstance(value, str) and self.kind is not str:
             value = literal(value)
-        if self.kind == [str] and isinstance(value, str):  # a list of one
-            value = [value]
+        if self.kind == [str] and isinstance(value, str):  # [a, b] without quotes, or a list of one
+            bracketed = value[:1] == '[' and value[-1:] == ']'
+            value = [part.strip() for part in value[1:-1].split(',')] if bracketed else [value]
         if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
             return 'no'
         value = _as_kind(value, self.kind)
