@@ -158,6 +158,26 @@ def test_gradients_are_averaged_in_buckets(monkeypatch):
         np.testing.assert_array_equal(value.numpy(), np.full(shape, number * 1.5, 'float32'))
 
 
+def test_half_weights_on_two_ranks_train_as_on_one_with_twice_the_gradients(trainer, monkeypatch):
+    """The other rank has three times this one's gradients, so that the averages are twice as large."""
+    monkeypatch.setattr(distributed.dist, 'all_reduce', lambda values: paddle.assign(values * 4.0, values))
+    states = []
+    for world_size, factor in ((2, 1.0), (1, 2.0)):
+        run = trainer(Float32Passes, TRAIN__OPTIMIZER__NAME='SGD', **O2)
+        context = Context(0, world_size, True)
+        loss = sum(
+            (parameter.astype('float32') * (number + 1)).square().sum()
+            for number, parameter in enumerate(run.model.parameters())
+        )
+        run.updater.backward(loss * factor)
+        norm = run.updater.clip(context)
+        run.updater.step(0.001)
+        states.append((norm.item(), {name: value.numpy() for name, value in run.weights.parameters.items()}))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-6)
+    for name, value in states[0][1].items():
+        np.testing.assert_allclose(value, states[1][1][name], rtol=1e-5)
+
+
 def test_precision_is_float32_without_amp_or_gpu(gpu):  # noqa: F811
     from config import get_config
 
