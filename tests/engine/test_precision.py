@@ -3,11 +3,13 @@
 
 import itertools
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import paddle
 import pytest
 
+from config import get_config
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
@@ -178,9 +180,19 @@ def test_half_weights_on_two_ranks_train_as_on_one_with_twice_the_gradients(trai
         np.testing.assert_allclose(value, states[1][1][name], rtol=1e-5)
 
 
-def test_precision_is_float32_without_amp_or_gpu(gpu):  # noqa: F811
-    from config import get_config
+@pytest.mark.parametrize(('level', 'half'), [('O1', False), ('O2', True)])
+def test_evaluation_is_in_float32_unless_the_weights_are_not(gpu, monkeypatch, level, half):  # noqa: F811
+    """With O1 a validation and -eval have the numbers of a run without AMP."""
+    entered = []
+    monkeypatch.setattr(paddle.amp, 'auto_cast', lambda **options: entered.append(options) or nullcontext())
+    precision = Precision(get_config(opts=['AMP', True, 'AMP_LEVEL', level]), True)
+    with precision.evaluation():
+        assert bool(entered) is half
+    with precision.autocast():
+        assert entered[-1] == {'level': level, 'dtype': 'float16'}
 
+
+def test_precision_is_float32_without_amp_or_gpu(gpu):  # noqa: F811
     for on, context in ((False, gpu), (True, ALONE)):
         precision = Precision(get_config(opts=['AMP', on, 'AMP_LEVEL', 'O2']), context.on_gpu)
         assert not (precision.enabled or precision.half_weights or precision.scaler.is_enable())
