@@ -297,6 +297,7 @@ _C.SAVE_STEPS = Key(0, '[0, 1e9]')  # optimizer steps between additional saves o
 _C.REPORT_FREQ = Key(20, '[1, 1e9]')  # micro-batches between log lines
 _C.VALIDATE_FREQ = Key(1, '[1, 1e6]')  # epochs between validations
 _C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between validations, instead of VALIDATE_FREQ
+_C.PEER_TIMEOUT = Key(60.0, '[0, 604800]')  # seconds to wait for a process that is stopped or does not join; 0: no limit
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
 _C.THROUGHPUT = Key(False)  # measure images per second only
