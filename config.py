@@ -81,7 +81,7 @@ _C.MODEL = Section()
 _C.MODEL.TYPE = Key('gmlp')  # a registered architecture, see `python -m models`
 _C.MODEL.NAME = Key('gmlp')  # name in logs and tables
 _C.MODEL.NUM_CLASSES = Key(None, '[0, 1e7]', int)  # None: number of classes of the data set; 1000 without a data set
-_C.MODEL.PRETRAINED = Key(None, kind=str)  # initial weights, with or without .pdparams; none: from scratch
+_C.MODEL.PRETRAINED = Key(None, kind=str)  # file or run folder of the initial weights; auto, auto:NAME: published ones; none
 _C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize the classifier of PRETRAINED
 _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # dropout rate after the layers of an MLP
@@ -367,7 +367,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-num_classes', _integer, metavar='N', help='number of classes (default: taken from the data)')
     add('-accum_iter', _integer, metavar='N', help='micro-batches per optimizer step')
     add('-num_workers', _integer, metavar='N', help='image loading processes per training process')
-    add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate')
+    add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate; auto: the published ones')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
     add('-last_epoch', _integer, metavar='N', help='last finished epoch, if -resume names a file with weights only')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
@@ -455,7 +455,9 @@ def _finish(config: CN) -> None:
     validate(config)
     SCHEMA.reset_unused(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
-        if node[key] is not None:  # `latest` may soon point to another run
+        if key == 'PRETRAINED' and node[key] == 'auto':
+            node[key] = f'auto:{config.MODEL.NAME}'
+        elif node[key] is not None and not node[key].startswith('auto:'):  # `latest` may soon point to another run
             node[key] = follow_latest(node[key])
 
 
