@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 import paddle
 
-from config import flag_parser
 from deploy.inference import load_classifier
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
 from tasks import Task, build_task
@@ -35,6 +34,7 @@ from tools._output import add_output_prefix
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import cannot_write, json_text
+from utils.flags import flag_parser
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 BATCHES = (1, 3)
