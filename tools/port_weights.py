@@ -46,7 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('-cfg', required=True, metavar='FILE', help='YAML file that describes the model')
     parser.add_argument(
         '-source', required=True, metavar='FILE',
-        help='.pth, .pt, .pth.tar, .safetensors or .npz of the published model, or .pdparams of PaddleViT',
+        help='.pth, .pt, .pth.tar, .safetensors, .npz or .pkl (detectron2) of the published model, or .pdparams of PaddleViT',
     )  # fmt: skip
     add_output_file(parser, SUFFIX, complete=True, required=True)
     parser.add_argument('-ema', action='store_true', help='take the averaged weights of a training checkpoint')

@@ -24,8 +24,8 @@ DETECTRON2 = 'detectron2'  # a pickle of arrays in PyTorch's layouts
 def read_file(path: str) -> Any:
     """Read a weight file or checkpoint as plain data: containers, numbers, text and numpy arrays.
 
-    Formats: Paddle (.pdparams, .pdopt), PyTorch (`torch.save` of any version; PyTorch is not needed), .safetensors and
-    .npz. bfloat16 becomes float32, except in Paddle's files, which hold it as uint16 bits.
+    Formats: Paddle (.pdparams, .pdopt), PyTorch (`torch.save` of any version; PyTorch is not needed), .safetensors,
+    .npz and detectron2's .pkl. bfloat16 becomes float32, except in Paddle's files, which hold it as uint16 bits.
 
     Raises:
         UserError: the file cannot be read, is damaged, or holds more than data; the text names the file.
@@ -35,7 +35,11 @@ def read_file(path: str) -> Any:
 
 
 def file_format(path: str) -> str:
-    """Return PADDLE, TORCH, OLD_TORCH, SAFETENSORS or NPZ by the content. Raises UserError as `read_file` does."""
+    """Return PADDLE, DETECTRON2, TORCH, OLD_TORCH, SAFETENSORS or NPZ by the content; DETECTRON2 by the suffix .pkl.
+
+    Raises:
+        UserError: as `read_file`.
+    """
     with _errors_of(path), open_regular(path) as file:
         return _format_of(file, path)
 
