@@ -9,7 +9,8 @@ One YAML file describes a run. Later values override earlier ones:
 
 `python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value.
 
-Keys have PaddleViT's names where it has them, so its YAML files load unchanged, including old names.
+Keys have PaddleViT's names where it has them. YAML files of its gMLP folder load unchanged, including old names; those of its
+DeiT, ViT and MAE folders are translated by `utils.paddlevit`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ if __name__ == '__main__':
 
 import argparse
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from yacs.config import CfgNode as CN
 
 from utils import paddlevit
-from utils.cli import run, unquoted, whole_number
+from utils.cli import run, unquoted
 from utils.errors import UserError
+from utils.flags import FLAGS, get_arguments
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
 
@@ -361,59 +363,6 @@ def get_config(cfg_file: str | None = None, opts: list | None = None) -> CN:
     return config
 
 
-def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse PaddleViT's command line: `-x value` or `-x=value`, with optional quotes around the value."""
-    return flag_parser('Train or evaluate an image classifier.').parse_args(argv)
-
-
-def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
-    """Build the parser of the launchers' flags, or of `only` some of them, to which a tool adds its own."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-
-    def add(flag: str, kind: Callable = unquoted, **options) -> None:
-        if only is None or flag in only:
-            options = options if 'action' in options else {'type': kind, **options}
-            parser.add_argument(flag, default=argparse.SUPPRESS, **options)
-
-    add('-cfg', metavar='FILE', help='YAML file that describes model and recipe')
-    add('-dataset', metavar='NAME', help='imagenet2012, list, folder, cifar100 or another data set of docs/data.md')
-    add('-data_path', metavar='DIR', help='folder of the data')
-    add('-output', metavar='DIR', help='parent of the run folder')
-    add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
-    add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
-    add('-batch_size_eval', whole_number, metavar='N', help='images per process in evaluation')
-    add('-image_size', whole_number, metavar='N', help='side of the input in pixels')
-    add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
-    add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
-    add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
-    add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate')
-    add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
-    add('-last_epoch', whole_number, metavar='N', help='last finished epoch, if -resume names a file with weights only')
-    add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
-    add('-ngpus', whole_number, metavar='N', help='processes (default: NPROC, or one per GPU; CPU: two)')
-    add('-eval', action='store_true', help='evaluate only')
-    add('-amp', action='store_true', help='mixed precision (GPU only)')
-    add('-throughput', action='store_true', help='measure images per second and stop')
-    parser.add_argument(
-        '-opts',
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar='KEY VALUE',
-        help='any configuration keys; must come last',
-    )
-    return parser
-
-
-_FLAGS = {
-    'dataset': 'DATA.DATASET', 'data_path': 'DATA.DATA_PATH', 'output': 'SAVE', 'tag': 'TAG', 'batch_size': 'DATA.BATCH_SIZE',
-    'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
-    'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
-    'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'teacher_model_path': 'TRAIN.TEACHER_MODEL', 'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
-}  # fmt: skip
-
-
 def update_config(config: CN, args: argparse.Namespace) -> CN:
     """Merge the file that `args.cfg` names, the flags, then `-opts` into `config`, which stays unfrozen."""
     config.defrost()
@@ -423,7 +372,7 @@ def update_config(config: CN, args: argparse.Namespace) -> CN:
         SCHEMA.merge_file(config, cfg_file)
     if 'batch_size' in given:
         SCHEMA.set(config, 'DATA.BATCH_SIZE_EVAL', given['batch_size'], '-batch_size')
-    for flag, key in _FLAGS.items():
+    for flag, key in FLAGS.items():
         if flag in given:
             SCHEMA.set(config, key, given[flag], f'-{flag}')
     merge_opts(config, given.get('opts') or [])

@@ -154,7 +154,8 @@ def set_optimizer_state(optimizer: paddle.optimizer.Optimizer, model: paddle.nn.
                     f"the checkpoint's {kind} of {name} has shape {np.shape(value)}, not {targets[name].shape}."
                 )
             value = np.asarray(value).astype('float32')  # from any precision and byte order; Paddle takes only a few
-            targets[name].set_value(paddle.to_tensor(value).astype(targets[name].dtype))
+            # AdamW keeps the powers of its betas on the CPU, also on a machine with a GPU.
+            targets[name].set_value(paddle.to_tensor(value, targets[name].dtype, place=targets[name].place))
 
 
 _AUTOMATIC = re.compile(r'^(?P<parameter>(?P<layer>.+)_(?P<number>\d+)\.(?P<slot>[wb]_\d+))(_(?P<kind>.+)_\d+)?$')

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import paddle
 import paddle.distributed as dist
 
+from engine.heartbeat import Heartbeat
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
@@ -26,15 +27,21 @@ BUCKET = 2**25  # values of one all-reduce of gradients: 128 MiB in float32
 
 @dataclass(frozen=True)
 class Context:
-    """Rank, world size and device of this process."""
+    """Rank, world size and device of this process, and the counter of its progress that the launcher watches."""
 
     rank: int
     world_size: int
     on_gpu: bool
+    heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def mark(self) -> None:
+        """Count one unit of progress; a rank that stops counting hangs."""
+        if self.heartbeat is not None:
+            self.heartbeat.mark(self.rank)
 
     def sum(self, values: paddle.Tensor) -> paddle.Tensor:
         """All-reduce a tensor in place with a sum over the ranks. Does not wait for the device."""
@@ -111,7 +118,7 @@ def start() -> Context:
         paddle.set_device('cpu')
     if world_size > 1:
         _join(rank, world_size)
-    return Context(rank, world_size, on_gpu)
+    return Context(rank, world_size, on_gpu, Heartbeat.of_launcher())
 
 
 def _join(rank: int, world_size: int) -> None:

@@ -48,6 +48,7 @@ def evaluate(
         evaluator.reset(model, context, should_stop)
         with contextlib.closing(loader.epoch(0)) as batches:
             for index, batch in enumerate(progress(batches, loader.num_batches, 'validation', context.is_main)):
+                context.mark()
                 stopped = should_stop()
                 if stopped:
                     break

@@ -10,9 +10,11 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 
+from engine.heartbeat import FILE, Heartbeat, Watch
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import (
     clear_launcher_variables,
@@ -55,9 +57,11 @@ def launch(processes: int | None = None) -> int:
             'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints),
             'PADDLE_MASTER': endpoints[0],
             'LEANVIT_FIRST_ERROR': os.path.join(folder, 'error'),
+            FILE: os.path.join(folder, 'heartbeat'),
         }
         for name in ('MASTER_ADDR', 'MASTER_PORT'):  # set by other frameworks; Paddle prefers them to PADDLE_MASTER
             shared.pop(name, None)
+        watch = Watch(Heartbeat.create(shared[FILE], len(devices)))
         workers: list[subprocess.Popen] = []
         received = _forward_signals(workers)
         for rank, device in enumerate(devices):
@@ -66,7 +70,7 @@ def launch(processes: int | None = None) -> int:
                 variables['FLAGS_selected_gpus'] = device
             if not received:
                 _start_worker(workers, command_line(), {**shared, **variables})
-        return _supervise(workers, received)
+        return _supervise(workers, received, watch)
 
 
 def _start_worker(workers: list[subprocess.Popen], command: list[str], variables: dict[str, str]) -> None:
@@ -100,11 +104,15 @@ def _forward_signals(workers: list[subprocess.Popen]) -> list[int]:
     return received
 
 
-def _supervise(workers: list[subprocess.Popen], received: list[int]) -> int:
+def _supervise(workers: list[subprocess.Popen], received: list[int], watch: Watch) -> int:
     deadline = None
     status = 0
     while any(worker.poll() is None for worker in workers):
         failed = [worker.returncode for worker in workers if worker.returncode]
+        problem = None if failed or received or deadline else watch.problem()
+        if problem:
+            print(f'error: {problem}', file=sys.stderr, flush=True)
+            failed = [1]
         if (failed or received) and deadline is None:
             deadline = time.monotonic() + GRACE
             if failed and not received:  # the other ranks wait for it in a collective, or fail there

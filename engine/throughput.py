@@ -110,7 +110,9 @@ def _on_host(example: Batch) -> Batch:
     """Return a batch as a loader returns it: random images [..., H, W, C] uint8 and arrays of targets."""
     *many, channels, height, width = example.images.shape
     images = np.random.default_rng(0).integers(0, 256, (*many, height, width, channels), dtype=np.uint8)
-    targets = {name: np.asarray(target) for name, target in example.targets.items()}
+    targets = {
+        name: target if isinstance(target, list) else np.asarray(target) for name, target in example.targets.items()
+    }
     return dataclasses.replace(example, images=images, targets=targets)
 
 

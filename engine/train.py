@@ -169,6 +169,7 @@ class Trainer:
         sums = StepSums(self.task)
         for index in window:
             batch = next(batches)
+            self.context.mark()
             draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
             paddle.seed(int(draws.generate_state(1)[0]))
             batch = to_device(batch, self.config.DATA.IMAGENET_MEAN, self.config.DATA.IMAGENET_STD)
@@ -176,6 +177,7 @@ class Trainer:
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self.precision.autocast():
                     losses = self.task.loss(self.parallel, batch, np.random.default_rng(draws))
+                self.context.mark()
                 # Gradients are summed over the window and averaged over the ranks.
                 share = len(batch) * self.context.world_size / total
                 self.updater.backward(losses.total * share)

@@ -333,6 +333,11 @@ class Task:
         """
         yield
 
+    def program_difference(self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+        """Return the largest difference between the outputs of a program and of its model, relative to the largest value."""
+        scales = (max(np.abs(output).max(), np.finfo('float32').tiny) for output in expected)
+        return float(np.max([np.abs(one - other).max() / scale for one, other, scale in zip(found, expected, scales)]))
+
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """Return one prediction per image from the result of `infer`."""
         raise NotImplementedError

@@ -24,6 +24,7 @@ from utils.errors import UserError
 
 COLUMNS = ('class', 'name', 'score', 'left', 'top', 'width', 'height')
 _PASTED = 1 << 26  # pixels of masks at a time
+_TIES = 0.1  # share of the detections of a program that may differ from those of the model
 
 
 @register_task('detection')
@@ -141,6 +142,16 @@ class DetectionTask(Task):
             model.min_score = least
         yield
 
+    def program_difference(self, found: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
+        """See `Task`: that of detections, whatever their order; a tenth of them may differ.
+
+        Rounding decides between candidates whose scores or overlaps nearly tie.
+        """
+        images = zip(*(zip(*outputs) for outputs in (found, expected)))
+        side = self.config.DATA.IMAGE_SIZE
+        differences = np.concatenate([detection_differences(*map(Detections._make, pair), side) for pair in images])
+        return float(np.quantile(differences, 1 - _TIES, method='lower')) if len(differences) else 0.0
+
     def predictions(self, outputs: Sequence[Detected], options: PredictionOptions) -> list[Prediction]:
         """Return all objects with box and mask, and a picture of those with a score of at least VAL.SHOW_SCORE."""
         names = list(options.class_names or self._class_names())
@@ -194,6 +205,22 @@ def in_stored_image(found: ImageDetections, image: Tensor, size: tuple[int, int]
     )
     masks = [mask for part in parts for mask in encoded(part.masks)]
     return Detected(boxes, scores, classes, masks, stored, image[:, : size[0], : size[1]])
+
+
+def detection_differences(found: Detections, expected: Detections, side: float) -> np.ndarray:
+    """Return the distance of each expected detection of an image to the nearest one that was found, [k]; 1: there is none.
+
+    The distance of two detections of a class is the largest difference of scores, masks, and boxes divided by `side`.
+    """
+    one, other = ([part[: outputs.counts] for part in outputs[:4]] for outputs in (found, expected))
+    result = np.ones(abs(len(one[1]) - len(other[1])) + len(other[1]))
+    for number, (box, score, label, mask) in enumerate(zip(*other)):
+        same = one[2] == label
+        if same.any():
+            boxes, scores = np.abs(one[0][same] - box).max(1) / side, np.abs(one[1][same] - score)
+            distances = np.maximum(np.maximum(boxes, scores), np.abs(one[3][same] - mask).max((1, 2)))
+            result[number] = distances.min()
+    return result
 
 
 def encoded(masks: np.ndarray) -> list[dict[str, Any]]:

@@ -9,16 +9,27 @@ os.environ.setdefault('FLAGS_use_stride_kernel', '0')
 os.environ.setdefault('FLAGS_paddle_num_threads', '1')
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('GLOG_minloglevel', '2')
+os.environ.setdefault('NVIDIA_TF32_OVERRIDE', '0')
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from utils.environment import is_gpu_build
 
 # Commands that tests start take their signals, also where the tests themselves run under nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
+
+
+def pytest_configure() -> None:
+    """Compute on the CPU with the GPU build, too: references and bits are those of CPUs."""
+    if is_gpu_build():
+        import paddle
+
+        paddle.set_device('cpu')
 
 
 def pytest_collection_modifyitems(items) -> None:

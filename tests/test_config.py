@@ -115,6 +115,16 @@ def test_paddlevit_values(write):
     assert (result.TRAIN.CUTMIX_MINMAX, result.TRAIN.OPTIMIZER.BETAS) == ((0.2, 0.8), (0.9, 0.95))
 
 
+def test_lists_of_texts():
+    """On a command line names need no quotes."""
+    for value in ('[a.json,b.json]', "['a.json', 'b.json']", '[a.json, b.json]', ['a.json', 'b.json']):
+        opts = ['TRAIN.TASK', 'detection', 'DATA.ANNOTATION_FILES', value]
+        assert get_config(opts=opts).DATA.ANNOTATION_FILES == ('a.json', 'b.json')
+    assert get_config(opts=['MODEL.TYPE', 'vit', 'MODEL.TRANS.MIXER', 'attention']).MODEL.TRANS.MIXER == ('attention',)
+    with pytest.raises(UserError, match='DATA.ANNOTATION_FILES is .*, but must be a list of 2'):
+        get_config(opts=['TRAIN.TASK', 'detection', 'DATA.ANNOTATION_FILES', 'a.json'])
+
+
 def test_an_empty_file_changes_nothing(write):
     assert get_config(write('empty.yaml', '# nothing\n')) == get_config()
 

@@ -88,7 +88,7 @@ def test_commands_name_files_flags_and_keys_that_exist(page):
         assert os.path.exists(os.path.join(ROOT, script)), script
     for flags in re.findall(r'^python3? main_\w+\.py (.*)$', text, re.MULTILINE):
         get_arguments(flags.split('#')[0].split())
-    for opts in re.findall(r'-opts ((?:[A-Z_.]+ [^\s`]+ ?)+)', text):
+    for opts in re.findall(r'(?<!-)-opts ((?:[A-Z_.]+ [^\s`]+ ?)+)', text):
         if opts.split()[0] != 'KEY':
             get_config(opts=[*opts.split(), 'MODEL.TYPE', 'any', 'TRAIN.TASK', 'any'])  # owners of keys do not matter
 

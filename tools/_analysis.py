@@ -10,7 +10,6 @@ import paddle
 from paddle import Tensor
 from yacs.config import CfgNode
 
-from config import flag_parser
 from datasets import Dataset, Loader, build_dataset
 from datasets.batch import to_device
 from datasets.subset import first_images, random_subset
@@ -19,6 +18,7 @@ from models.vision_transformer import VisionTransformer
 from models.weights.load import load_pretrained
 from tools._output import add_output_prefix
 from utils.errors import UserError
+from utils.flags import flag_parser
 from utils.runlog import progress
 
 FLAGS = ('-cfg', '-pretrained', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_workers')

@@ -29,7 +29,7 @@ from dataclasses import replace
 
 import paddle
 
-from config import flag_parser, get_config, update_config
+from config import get_config, update_config
 from engine import distributed
 from engine.distributed import Context
 from engine.throughput import BenchmarkCase, peak_memory, time_interleaved
@@ -42,6 +42,7 @@ from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
+from utils.flags import flag_parser
 
 WARMUP = 3
 COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>11} {:>10} {:>6}'

@@ -21,11 +21,11 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import paddle
 
-from config import flag_parser
 from deploy.inference import load_classifier
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
 from tasks import Task, build_task
@@ -34,6 +34,7 @@ from tools._output import add_output_prefix
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import cannot_write, json_text
+from utils.flags import flag_parser
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 BATCHES = (1, 3)
@@ -98,9 +99,8 @@ def export(model: paddle.nn.Layer, task: Task, prefix: str) -> float:
             'the exported program cannot be read back, so nothing is written; free space on its disk, or write elsewhere '
             '(-output).'
         ) from error
-    differences = [
-        largest_difference(predictor(images, **more), outputs) for (images, more), outputs in zip(batches, expected)
-    ]
+    found = [as_tuple(predictor(images, **more)) for images, more in batches]
+    differences = [task.program_difference(*pair) for pair in zip(found, expected)]
     worst = float(np.max(differences))
     if not worst <= TOLERANCE:  # NaN included
         raise UserError(
@@ -111,19 +111,14 @@ def export(model: paddle.nn.Layer, task: Task, prefix: str) -> float:
 
 
 def outputs_of(model: paddle.nn.Layer, images: np.ndarray, more: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """What a model returns, one tensor or several."""
+    """Return the outputs of a model as arrays."""
     outputs = model(paddle.to_tensor(images), *map(paddle.to_tensor, more.values()))
-    return tuple(output.numpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,)))
+    return tuple(output.numpy() for output in as_tuple(outputs))
 
 
-def largest_difference(actual: np.ndarray | tuple, expected: tuple[np.ndarray, ...]) -> float:
-    """The largest one of all outputs, each relative to its own largest value."""
-    actual = actual if isinstance(actual, tuple) else (actual,)
-    return float(np.max([relative_difference(*pair) for pair in zip(actual, expected)]))
-
-
-def relative_difference(actual: np.ndarray, expected: np.ndarray) -> float:
-    return np.abs(actual - expected).max() / max(np.abs(expected).max(), np.finfo('float32').tiny)
+def as_tuple(outputs: Any) -> tuple:
+    """One output or several -> a tuple of them."""
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def describe(config, num_classes: int, task: Task | None = None) -> dict:

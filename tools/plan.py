@@ -27,7 +27,7 @@ import paddle
 import yaml
 from yacs.config import CfgNode
 
-from config import config_file_of, flag_parser, get_config, merge_opts, update_config
+from config import config_file_of, get_config, merge_opts, update_config
 from datasets import Images, build_dataloader
 from datasets.batch import to_device
 from engine import distributed
@@ -45,6 +45,7 @@ from tools._pareto import Point, draw, pareto_frontier
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
+from utils.flags import flag_parser
 from utils.runlog import progress
 
 WARMUP = 3

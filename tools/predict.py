@@ -23,7 +23,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
-from config import flag_parser
 from deploy.inference import FilePrediction, load_trained, predict_files
 from engine import distributed
 from tasks import PredictionOptions
@@ -32,6 +31,7 @@ from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, open_regular
+from utils.flags import flag_parser
 from utils.runlog import progress
 
 MAX_CLASS_NAMES = 64 << 20  # bytes; ten million names

@@ -21,7 +21,6 @@ import argparse
 import numpy as np
 import paddle
 
-from config import flag_parser
 from deploy.inference import load_classifier
 from models import build_model
 from models.profile import profile
@@ -31,6 +30,7 @@ from tools._common import trained_config
 from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
+from utils.flags import flag_parser
 from utils.formats import write_pdparams
 from utils.weights import METADATA, SUFFIX
 

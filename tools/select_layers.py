@@ -25,7 +25,7 @@ import yaml
 
 import datasets
 from analysis.selection import TARGETS, Step, branch_entropies, select_layers
-from config import config_file_of, flag_parser
+from config import config_file_of
 from datasets.subset import random_subset
 from deploy.inference import load_classifier
 from engine import distributed
@@ -36,6 +36,7 @@ from tools._output import add_output_prefix
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import json_text
+from utils.flags import flag_parser
 
 SUFFIXES = ('json', 'png', 'yaml')
 YAML = """\

@@ -30,7 +30,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 from tqdm import tqdm
 
-from config import flag_parser, get_config, update_config
+from config import get_config, update_config
 from datasets import Dataset, Images, build_dataset, resolve_num_classes
 from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
@@ -38,6 +38,7 @@ from tools._output import add_output_file
 from utils.cli import exit_status, handle_signals, run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
+from utils.flags import flag_parser
 from utils.processes import die_with_parent
 
 PARTS = ('train', 'val')

@@ -21,7 +21,6 @@ import os
 import numpy as np
 import paddle
 
-from config import flag_parser
 from engine import distributed
 from models import build_model
 from models.mae import MaskedAutoencoder
@@ -34,6 +33,7 @@ from tools._pictures import readable, single_batch
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.flags import flag_parser
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -30,7 +30,6 @@ import numpy as np
 import paddle
 from PIL import Image, ImageDraw, ImageFont
 
-from config import flag_parser
 from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
@@ -40,6 +39,7 @@ from tools._pictures import readable, single_batch
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.flags import flag_parser
 
 
 def main(argv: list[str] | None = None) -> None:

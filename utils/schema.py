@@ -109,8 +109,9 @@ class Key:
             return None
         if isinstance(value, str) and self.kind is not str:
             value = literal(value)
-        if self.kind == [str] and isinstance(value, str):  # a list of one
-            value = [value]
+        if self.kind == [str] and isinstance(value, str):  # [a, b] without quotes, or a list of one
+            bracketed = value[:1] == '[' and value[-1:] == ']'
+            value = [part.strip() for part in value[1:-1].split(',')] if bracketed else [value]
         if self.kind is str and value is False and 'no' in (self.allowed or ()):  # a bare `no` in YAML
             return 'no'
         value = _as_kind(value, self.kind)
@@ -312,7 +313,8 @@ class Schema:
         if name in self.sections:
             raise UserError(f'{where}: {self._not_a_section(name, value)}')
         if name not in self.keys:
-            raise UserError(f'{where}: {self._unknown(config, name)}')
+            self._check_architecture(config, name, where)
+            raise UserError(f"{where}: unknown key '{name}'.{self._nearest(name)} config.py lists all keys.")
         self._node(config, name)[name.rpartition('.')[2]] = self._coerce(name, value, where)
         config.origins[name] = Origin(where, len(config.layers))
 
@@ -329,14 +331,14 @@ class Schema:
         near = difflib.get_close_matches(name.upper(), [*self.keys, *sorted(self.sections)], n=1, cutoff=0.5)
         return f" Did you mean '{near[0]}'?" if near else ''
 
-    def _unknown(self, config: CfgNode, name: str) -> str:
+    def _check_architecture(self, config: CfgNode, name: str, where: str) -> None:
+        """Raise UserError if an unknown key of MODEL belongs to an unknown architecture."""
         kind, models = self.get(config, SELECTORS[0]), self.known.models
         if name.startswith('MODEL.') and kind.lower() not in models:
-            return (
-                f'MODEL.TYPE {kind} is not an architecture of LeanViT, which has {", ".join(sorted(models))}; '
+            raise UserError(
+                f'{where}: MODEL.TYPE {kind} is not an architecture of LeanViT, which has {", ".join(sorted(models))}; '
                 f"so the key '{name}' is unknown."
             )
-        return f"unknown key '{name}'.{self._nearest(name)} config.py lists all keys."
 
     def _not_a_section(self, name: str, value) -> str:
         example = next((key for key in self.keys if key.startswith(f'{name}.')), name)

@@ -44,7 +44,7 @@ class Targets(NamedTuple):
 
 
 class Detections(NamedTuple):
-    """Detections of a batch, by descending score; what comes after the last one of an image is padding.
+    """Detections of a batch, by descending score; zeros come after the last one of an image.
 
     Attributes:
         boxes: [B, D, 4] float32, pixels of the network input.
@@ -144,7 +144,7 @@ class MaskRCNN(Classifier):
         """Detect, or with `targets` compute the losses.
 
         Args:
-            images: normalized images [B, in_chans, H, W], padded with 0 at the right and bottom; sides divisible by twice the
+            images: normalized images [B, in_chans, H, W], padded with 0 at the right and bottom; sides divisible by the
                 patch size.
             sizes: (height, width) without padding, [B, 2]; None: there is none.
             targets, rng: see `losses`.
@@ -216,6 +216,7 @@ class MaskRCNN(Classifier):
         )
         classes = best.index % self.num_classes * best.valid.astype('int64')
         masks = F.sigmoid(self._masks(x, best.boxes, classes, best.valid))
+        masks = masks * best.valid.astype(masks.dtype).unsqueeze([-1, -1])
         return Detections(best.boxes, best.scores, classes, masks, best.valid.astype('int64').sum(1))
 
     def _masks(self, maps: Sequence[Tensor], boxes: Tensor, classes: Tensor, valid: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
     """
     order = paddle.argsort(scores, descending=True, stable=True)
     boxes = boxes.astype('float64')  # in which the displacement of groups rounds nothing away
-    boxes = boxes + (groups.astype('float64') * (boxes.max() - boxes.min() + 1.0)).unsqueeze(1)
+    # `unsqueeze` stands first: oneDNN's passes of Paddle 3.3 lose one that follows a multiplication in float64.
+    boxes = boxes + groups.astype('float64').unsqueeze(1) * (boxes.max() - boxes.min() + 1.0)
     return paddle.gather(order, nms(paddle.gather(boxes, order), threshold))
 
 
@@ -60,19 +61,24 @@ def suppress(
         threshold: see `grouped_nms`.
         limit: largest number of boxes per image.
     """
-    count = boxes.shape[1]
-    images, flat_boxes, flat_scores = numbers_of(boxes), boxes.reshape([-1, 4]), scores.flatten()
-    groups, kept = (groups + images.unsqueeze(1) * num_groups).flatten(), paddle.zeros_like(groups).flatten()
+    count, images = boxes.shape[1], numbers_of(boxes)
+    groups = (groups + (images.unsqueeze(1) + 1) * num_groups).flatten()
+    total = paddle.ones_like(groups).sum(keepdim=True)
+    # A box of a group of its own comes last, so that a program need not suppress among no boxes.
+    flat_boxes = paddle.concat([boxes.reshape([-1, 4]), paddle.zeros_like(boxes[0, :1])])
+    flat_scores = paddle.concat([scores.flatten(), paddle.zeros_like(scores[0, :1])])
+    groups = paddle.concat([groups, paddle.zeros_like(groups[:1])])
+    kept = paddle.zeros_like(groups)
     if paddle.in_dynamic_mode():
         parts = [paddle.nonzero(image).flatten() + number * count for number, image in enumerate(usable)]
     else:  # a program has no loop over any number of images: the images are groups, too
         parts = [paddle.nonzero(usable.flatten()).flatten()]
     for part in parts:
-        if paddle.in_dynamic_mode() and not part.shape[0]:
-            continue
+        part = paddle.concat([part, total])
         rows = grouped_nms(*(paddle.gather(values, part) for values in (flat_boxes, flat_scores, groups)), threshold)
         rows = paddle.gather(part, rows)
         kept = paddle.scatter(kept, rows, paddle.ones_like(rows))
+    kept = kept[:-1]
     return _best(boxes, scores, kept.reshape([-1, count]), min(limit, count))
 
 

@@ -8,6 +8,7 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 NORM_EPS = 1e-6
+HALF = (paddle.float16, paddle.bfloat16)
 STRIDES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of p2 to p6, relative to the patch size
 
 
@@ -24,11 +25,12 @@ class ChannelNorm(nn.Layer):
         self.bias = self.create_parameter([channels], is_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, C, H, W], in float32."""
-        x = x.astype(self.weight.dtype)
+        """[B, C, H, W] -> [B, C, H, W]; float32 for half precision, too."""
+        x = x.astype('float32') if x.dtype in HALF else x
         centered = x - x.mean(1, keepdim=True)
         x = centered * paddle.rsqrt(centered.square().mean(1, keepdim=True) + NORM_EPS)
-        return x * self.weight.reshape([-1, 1, 1]) + self.bias.reshape([-1, 1, 1])
+        weight, bias = (parameter.astype(x.dtype).reshape([-1, 1, 1]) for parameter in (self.weight, self.bias))
+        return x * weight + bias
 
 
 class ConvNorm(nn.Conv2D):

@@ -126,11 +126,21 @@ class PyramidPooler(nn.Layer):
         Returns:
             [R, C, output, output]
         """
+        if not paddle.in_dynamic_mode():
+            return self._all_levels(maps, boxes, images)
         levels = self.levels(boxes)
         result = paddle.zeros([boxes.shape[0], maps[0].shape[1], self.output, self.output], maps[0].dtype)
         for level, (x, stride) in enumerate(zip(maps, self.strides)):
             rows = paddle.nonzero(levels == level).flatten()
-            if not paddle.in_dynamic_mode() or rows.shape[0]:
+            if rows.shape[0]:
                 part = roi_align(x, paddle.gather(boxes, rows), paddle.gather(images, rows), self.output, 1 / stride)
                 result = paddle.scatter(result, rows, part)
         return result
+
+    def _all_levels(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+        """`forward` in a program, whose shapes are fixed: regions of other levels have no area, which gives 0."""
+        levels, total = self.levels(boxes).unsqueeze(1), 0.0
+        for level, (x, stride) in enumerate(zip(maps, self.strides)):
+            own = boxes * (levels == level).astype(boxes.dtype)
+            total = total + roi_align(x, own, images, self.output, 1 / stride)
+        return total

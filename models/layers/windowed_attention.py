@@ -30,11 +30,18 @@ def window_partition(x: Tensor, window: int) -> tuple[Tensor, tuple[int, int]]:
     """
     height, width, channels = x.shape[1:]
     rows, columns = -(-height // window), -(-width // window)
-    padding = [0, 0, 0, rows * window - height, 0, columns * window - width, 0, 0]
-    if any(padding):
-        x = F.pad(x, padding, pad_from_left_axis=True)
+    x = _padded(x, rows * window - height, columns * window - width)
     x = x.reshape([-1, rows, window, columns, window, channels]).transpose([0, 1, 3, 2, 4, 5])
     return x.reshape([-1, window, window, channels]), (rows * window, columns * window)
+
+
+def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
+    """Add rows and columns of zeros to [B, H, W, C]; Paddle 3.3: `F.pad` corrupts memory in programs with oneDNN."""
+    if rows:
+        x = paddle.concat([x, paddle.zeros_like(x[:, :1]).expand([-1, rows, -1, -1])], axis=1)
+    if columns:
+        x = paddle.concat([x, paddle.zeros_like(x[:, :, :1]).expand([-1, -1, columns, -1])], axis=2)
+    return x
 
 
 def window_merge(windows: Tensor, padded: tuple[int, int], size: tuple[int, int]) -> Tensor:

@@ -61,10 +61,6 @@ class TransformerWeights(WeightRules):
         """Rename the weights of PaddleViT's DeiT, ViT and MAE folders."""
         return from_paddlevit(arrays, model.global_pool)
 
-    def count_classes(self, state: Mapping) -> int | None:
-        """See `WeightRules`; PaddleViT's names are understood, too."""
-        return super().count_classes(from_paddlevit(state))
-
     def metadata(self, model) -> dict:
         """Return the number of heads: another number changes the outputs, but not the shapes."""
         return {'MODEL.TRANS.NUM_HEADS': model.num_heads}

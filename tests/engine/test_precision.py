@@ -3,11 +3,13 @@
 
 import itertools
 import os
+from contextlib import nullcontext
 
 import numpy as np
 import paddle
 import pytest
 
+from config import get_config
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
@@ -158,9 +160,39 @@ def test_gradients_are_averaged_in_buckets(monkeypatch):
         np.testing.assert_array_equal(value.numpy(), np.full(shape, number * 1.5, 'float32'))
 
 
-def test_precision_is_float32_without_amp_or_gpu(gpu):  # noqa: F811
-    from config import get_config
+def test_half_weights_on_two_ranks_train_as_on_one_with_twice_the_gradients(trainer, monkeypatch):
+    """The other rank has three times this one's gradients, so that the averages are twice as large."""
+    monkeypatch.setattr(distributed.dist, 'all_reduce', lambda values: paddle.assign(values * 4.0, values))
+    states = []
+    for world_size, factor in ((2, 1.0), (1, 2.0)):
+        run = trainer(Float32Passes, TRAIN__OPTIMIZER__NAME='SGD', **O2)
+        context = Context(0, world_size, True)
+        loss = sum(
+            (parameter.astype('float32') * (number + 1)).square().sum()
+            for number, parameter in enumerate(run.model.parameters())
+        )
+        run.updater.backward(loss * factor)
+        norm = run.updater.clip(context)
+        run.updater.step(0.001)
+        states.append((norm.item(), {name: value.numpy() for name, value in run.weights.parameters.items()}))
+    assert states[0][0] == pytest.approx(states[1][0], rel=1e-6)
+    for name, value in states[0][1].items():
+        np.testing.assert_allclose(value, states[1][1][name], rtol=1e-5)
 
+
+@pytest.mark.parametrize(('level', 'half'), [('O1', False), ('O2', True)])
+def test_evaluation_is_in_float32_unless_the_weights_are_not(gpu, monkeypatch, level, half):  # noqa: F811
+    """With O1 a validation and -eval have the numbers of a run without AMP."""
+    entered = []
+    monkeypatch.setattr(paddle.amp, 'auto_cast', lambda **options: entered.append(options) or nullcontext())
+    precision = Precision(get_config(opts=['AMP', True, 'AMP_LEVEL', level]), True)
+    with precision.evaluation():
+        assert bool(entered) is half
+    with precision.autocast():
+        assert entered[-1] == {'level': level, 'dtype': 'float16'}
+
+
+def test_precision_is_float32_without_amp_or_gpu(gpu):  # noqa: F811
     for on, context in ((False, gpu), (True, ALONE)):
         precision = Precision(get_config(opts=['AMP', on, 'AMP_LEVEL', 'O2']), context.on_gpu)
         assert not (precision.enabled or precision.half_weights or precision.scaler.is_enable())

@@ -68,6 +68,14 @@ def test_nan_on_one_process_ends_all_with_one_sentence(recipe, tmp_path):
     assert state(tmp_path / 'out' / 'nan')['step'] == 1
 
 
+def test_a_process_that_hangs_is_named_and_ends_the_job(recipe, tmp_path):
+    script = os.path.join('tests', 'runs', 'hang_on_last_rank.py')
+    out, err = run(script, f'-cfg={recipe}', '-tag=hang', NPROC='2', PADDLE_PG_TIMEOUT='12000', status=1)
+    assert err.count('error: ') == 1
+    assert 'error: no rank has made progress for 10.8 s: the others wait for rank 1; ' in err
+    assert state(tmp_path / 'out' / 'hang')['step'] == 1
+
+
 def test_a_killed_process_ends_the_job_which_then_resumes(recipe, tmp_path):
     process = start('main_multi_gpu.py', f'-cfg={recipe}', '-tag=cut', NPROC='2')
     folder = tmp_path / 'out' / 'cut'

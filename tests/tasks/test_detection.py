@@ -263,6 +263,33 @@ def test_exported_program(tmp_path):
         assert [array.shape for array in found] == [(size, 5, 4), (size, 5), (size, 5), (size, 5, 28, 28), (size,)]
         for one, other in zip(found, expected):
             assert_close(one, other, 1e-5)
+        assert task.program_difference(found, expected) < 1e-6
+
+
+def test_differences_of_programs():
+    """A wrong box, score, class, mask or count shows; order, and a tenth of the detections, do not count."""
+    task, rng = build_task(config_of(MODEL__NUM_CLASSES=9)), np.random.default_rng(0)
+    expected = (
+        rng.uniform(0, 32, (2, 10, 4)).astype('float32'), rng.random((2, 10), 'float32'), rng.integers(9, size=(2, 10)),
+        rng.random((2, 10, 28, 28), 'float32'), np.array([10, 8]),
+    )  # fmt: skip
+    assert task.program_difference(expected, expected) == 0
+    order = rng.permutation(8)
+    shuffled = tuple(output.copy() for output in expected)
+    for output, original in zip(shuffled[:4], expected):
+        output[1, :8] = original[1, order]
+    assert task.program_difference(shuffled, expected) == 0
+    for number, change in ((0, 0.32), (1, 0.01), (3, 0.01)):
+        changed = tuple(output + change if place == number else output for place, output in enumerate(expected))
+        assert task.program_difference(changed, expected) == pytest.approx(0.01, rel=1e-3)
+    changed = tuple(output + 9 if place == 2 else output for place, output in enumerate(expected))
+    assert task.program_difference(changed, expected) == 1
+    assert task.program_difference((*expected[:4], np.array([10, 5])), expected) == 1
+    one = tuple(output.copy() for output in expected)
+    one[1][0, 3] = 0
+    assert task.program_difference(one, expected) == 0
+    nothing = (*expected[:4], np.zeros(2, 'int64'))
+    assert task.program_difference(nothing, nothing) == 0
 
 
 def test_scores_do_not_matter_when_programs_are_compared():
