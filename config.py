@@ -84,7 +84,7 @@ _C.MODEL = Section()
 _C.MODEL.TYPE = Key('gmlp')  # a registered architecture, see `python -m models`
 _C.MODEL.NAME = Key('gmlp')  # name in logs and tables
 _C.MODEL.NUM_CLASSES = Key(None, '[0, 1e7]', int)  # None: number of classes of the data set; 1000 without a data set
-_C.MODEL.PRETRAINED = Key(None, kind=str)  # initial weights, with or without .pdparams; none: from scratch
+_C.MODEL.PRETRAINED = Key(None, kind=str)  # file or run folder of the initial weights; auto, auto:NAME: published ones; none
 _C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize the classifier of PRETRAINED
 _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # dropout rate after the layers of an MLP
@@ -297,6 +297,7 @@ _C.SAVE_STEPS = Key(0, '[0, 1e9]')  # optimizer steps between additional saves o
 _C.REPORT_FREQ = Key(20, '[1, 1e9]')  # micro-batches between log lines
 _C.VALIDATE_FREQ = Key(1, '[1, 1e6]')  # epochs between validations
 _C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between validations, instead of VALIDATE_FREQ
+_C.PEER_TIMEOUT = Key(60.0, '[0, 604800]')  # seconds to wait for a process that is stopped or does not join; 0: no limit
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
 _C.THROUGHPUT = Key(False)  # measure images per second only
@@ -424,7 +425,9 @@ def _finish(config: CN) -> None:
     validate(config)
     SCHEMA.reset_unused(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
-        if node[key] is not None:  # `latest` may soon point to another run
+        if key == 'PRETRAINED' and node[key] == 'auto':
+            node[key] = f'auto:{config.MODEL.NAME}'
+        elif node[key] is not None and not node[key].startswith('auto:'):  # `latest` may soon point to another run
             node[key] = follow_latest(node[key])
 
 

@@ -20,7 +20,7 @@ def main() -> None:
         get_config(), args
     )  # also in the parent, so that an error is printed once, before workers start
     if not is_worker():
-        sys.exit(launch(getattr(args, 'ngpus', None)))
+        sys.exit(launch(getattr(args, 'ngpus', None), config.PEER_TIMEOUT))
     start_paddle(single_process=False)
     from engine.run import run_config
 

@@ -25,6 +25,7 @@ It stores labels with the images. They are collected once and saved beside the f
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -219,8 +220,25 @@ class LmdbStorage(EncodedStorage):
         return f'{self.path}, key {self._key(index).decode()}'
 
 
-# Open files of this process, since LMDB may open each only once: real path -> (process id, lmdb.Environment).
-_OPEN: dict = {}
+@dataclasses.dataclass
+class _Opened:
+    """An open file.
+
+    Attributes:
+        process: that opened it.
+        environment: lmdb.Environment, a memory map.
+        handle: of the file, to check its size.
+        size: bytes that the memory map needs.
+    """
+
+    process: int
+    environment: Any
+    handle: int
+    size: int
+
+
+# Open files of this process by real path, since LMDB may open each only once.
+_OPEN: dict[str, _Opened] = {}
 
 
 def read_value(path: str, key: bytes) -> bytes | None:
@@ -228,18 +246,25 @@ def read_value(path: str, key: bytes) -> bytes | None:
 
     Raises:
         UnreadableImage: the file is damaged.
-        UserError: the file cannot be opened.
+        UserError: the file cannot be opened, or was cut off since.
     """
-    owner, environment = _OPEN.get(os.path.realpath(path), (None, None))
-    if owner != os.getpid():
+    opened = _OPEN.get(os.path.realpath(path))
+    if opened is None or opened.process != os.getpid():
         close_file(path)  # an environment must not be used after a fork; closing it does not affect the parent
-        environment = open_readonly(path)
-        _OPEN[os.path.realpath(path)] = os.getpid(), environment
+        environment, size = _open(path)
+        opened = _Opened(os.getpid(), environment, os.open(path, os.O_RDONLY | os.O_CLOEXEC), size)
+        _OPEN[os.path.realpath(path)] = opened
+    _check_size(path, os.fstat(opened.handle).st_size, opened.size)  # reading the memory map would end this process
     try:
-        with environment.begin(buffers=True) as transaction:
+        with opened.environment.begin(buffers=True) as transaction:
             return _copied(transaction.get(key))
     except lmdb_module().Error as error:
         raise UnreadableImage(str(error)) from None
+
+
+def _check_size(path: str, size: int, needed: int) -> None:
+    if size < needed:
+        raise UserError(f"'{path}' is cut off: it has {size} bytes of {needed}; copy or write it again.")
 
 
 def _copied(value: memoryview | None) -> bytes | None:
@@ -251,14 +276,15 @@ def _copied(value: memoryview | None) -> bytes | None:
 
 def _entries(path: str) -> int:
     """Number of values in a file that is open."""
-    return _OPEN[os.path.realpath(path)][1].stat()['entries']
+    return _OPEN[os.path.realpath(path)].environment.stat()['entries']
 
 
 def close_file(path: str) -> None:
     """Close a file in this process; the next `read_value` opens it again."""
-    _, environment = _OPEN.pop(os.path.realpath(path), (None, None))
-    if environment is not None:
-        environment.close()
+    opened = _OPEN.pop(os.path.realpath(path), None)
+    if opened is not None:
+        opened.environment.close()
+        os.close(opened.handle)
 
 
 def open_readonly(path: str):
@@ -267,6 +293,11 @@ def open_readonly(path: str):
     Raises:
         UserError: the file is missing, no LMDB file, or truncated (LMDB itself would crash on it).
     """
+    return _open(path)[0]
+
+
+def _open(path: str) -> tuple[Any, int]:
+    """Return the environment of `open_readonly`, and the number of bytes that it needs."""
     lmdb = lmdb_module()
     if not os.path.isfile(path):
         raise UserError(f"'{path}' does not exist; `python tools/make_lmdb.py` writes it.")
@@ -277,11 +308,12 @@ def open_readonly(path: str):
     except lmdb.Error as error:
         raise UserError(f"'{path}' is not an LMDB file: {error}.") from None
     needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-    size = os.path.getsize(path)
-    if size < needed:
+    try:
+        _check_size(path, os.path.getsize(path), needed)
+    except UserError:
         environment.close()
-        raise UserError(f"'{path}' is cut off: it has {size} bytes of {needed}; copy or write it again.")
-    return environment
+        raise
+    return environment, needed
 
 
 def lmdb_module():

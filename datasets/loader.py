@@ -21,7 +21,7 @@ from datasets.erasing import RandomErasing
 from datasets.sample import IMAGE, Sample
 from datasets.samplers import EvalSampler, PartSampler, RepeatedSampler, TrainSampler
 from datasets.transforms import Transform, build_transform
-from datasets.workers import BatchMemory, Job, WorkerPool
+from datasets.workers import BatchMemory, Job, WorkerPool, WorkerThread
 from utils.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Loader:
         sampler: chooses the images of this rank in an epoch.
         batch_size: images per rank and batch; the last batch of an epoch may be smaller.
         drop_last: drop an incomplete last batch.
-        workers: number of processes; 0 prepares batches in this process.
+        workers: number of processes; 0 prepares batches in a thread of this process.
         prefetch: batches per worker that are prepared in advance.
         timeout: seconds to wait for a batch; 0: no limit.
     """
@@ -179,7 +179,7 @@ class Loader:
         self._workers = workers
         self._prefetch = prefetch
         self._timeout = timeout
-        self._own_memory: BatchMemory | None = None
+        self._thread: WorkerThread | None = None
         self._pool: WorkerPool | None = None
         self._latest = 0
         self._reported: set[str] = set()
@@ -238,9 +238,18 @@ class Loader:
         return BatchMemory(self.batch_size, planes, erasing)
 
     def _make_here(self, job: Job) -> Batch:
-        if self._own_memory is None:
-            self._own_memory = self._new_memory()
-        return self._collect(self._maker(job, self._own_memory), self._own_memory)
+        if self._thread is None:
+            self._thread = WorkerThread(self._maker, self._new_memory(), self._timeout, self.dataset.describe)
+        try:
+            return self._collect(*self._thread.run(job))
+        except BaseException:  # after an interrupt or a timeout, the result of this job is still to come
+            self._end_thread()
+            raise
+
+    def _end_thread(self) -> None:
+        if self._thread is not None:
+            self._thread.close()
+            self._thread = None
 
     def _collect(self, filled: Filled, memory: BatchMemory) -> Batch:
         """Copy a batch out of the memory, which a worker will use again."""
@@ -263,6 +272,7 @@ class Loader:
     def close(self) -> None:
         """Stop the worker processes. A later `epoch()` starts new ones."""
         self._latest += 1
+        self._end_thread()
         if self._pool is not None:
             self._pool.close()
             self._pool = None

@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import math
 import mmap
 import multiprocessing
 import os
+import queue
 import signal
+import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +29,10 @@ from datasets.sample import Plane
 from utils.cli import SIGNALS
 from utils.errors import UserError
 from utils.processes import die_with_parent, forking
+
+_LOG = logging.getLogger(__name__)
+
+NOTICE = 15.0  # seconds of waiting for a batch until a note names the images; gloo on other ranks gives up after 30 s
 
 
 class WorkerError(UserError, RuntimeError):
@@ -126,8 +134,8 @@ class WorkerPool:
                 self._executor.submit(os.getpid)  # starts all workers now
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        processes = [child for child in multiprocessing.active_children() if child not in before]
-        self._finalizer = weakref.finalize(self, _end, self._executor, processes)
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        self._finalizer = weakref.finalize(self, _end, self._executor, self._processes)
 
     def run(self, jobs: Iterable[Job]) -> Iterator[tuple[object, BatchMemory]]:
         """Return an iterator over (result, memory) of the jobs in order; its next step reuses the memory.
@@ -165,22 +173,22 @@ class WorkerPool:
 
     def _wait(self, slot: int) -> None:
         future = self._futures[slot]
-        done, _ = concurrent.futures.wait([future], self._timeout or None)
-        if not done:
+        for seconds in waits(self._timeout, self._current_images):
+            if concurrent.futures.wait([future], seconds).done:
+                break
+        else:
             self.close()
-            raise WorkerError(
-                f'no batch came from the data-loading workers within DATA.TIMEOUT = {self._timeout:g} seconds'
-                f'{self._current_images()}; is the storage slow or hung? A larger DATA.TIMEOUT, or 0, waits longer.'
-            )
+            raise too_late('the data-loading workers', self._timeout, self._current_images())
         if isinstance(future.exception(), BrokenProcessPool):
             raise self._died()
 
     def _died(self) -> WorkerError:
+        images, numbers, deadline = self._current_images(), set(), time.monotonic() + 1.0
+        while not numbers and time.monotonic() < deadline:  # another thread may be about to read the exit status
+            numbers = {-process.exitcode for process in self._processes if process.exitcode}
+            time.sleep(0.01)
         self.close()
-        return WorkerError(
-            f'a data-loading worker died{self._current_images()}; was it killed for lack of memory? '
-            'Fewer DATA.NUM_WORKERS or a smaller DATA.PREFETCH need less.'
-        )
+        return WorkerError(f'a data-loading worker died{images}; {_cause(numbers)}')
 
     def _current_images(self) -> str:
         names = [f"'{self._describe(memory.current)}'" for memory in self._memories if memory.current >= 0]
@@ -201,6 +209,86 @@ def _end(executor: concurrent.futures.Executor, processes: list) -> None:
         process.kill()
     for process in processes:
         process.join()
+
+
+def _cause(numbers: set[int]) -> str:
+    """Return the likely cause of signals, and what to do."""
+    if signal.SIGBUS in numbers:
+        return 'SIGBUS: was a memory-mapped file (LMDB) cut off, or is /dev/shm full? Copy or write the file again.'
+    crashes = numbers & {signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
+    if crashes:
+        name = signal.Signals(min(crashes)).name
+        return f'{name}: a library crashed, probably on one of these images; check them with tools/verify_data.py.'
+    return 'was it killed for lack of memory? Fewer DATA.NUM_WORKERS or a smaller DATA.PREFETCH need less.'
+
+
+def waits(timeout: float, images: Callable[[], str]) -> Iterator[float | None]:
+    """Yield the seconds of the parts of a wait for a batch; log a note on its images after the first part.
+
+    Args:
+        timeout: seconds in all; 0: no limit.
+        images: describes the images in preparation.
+    """
+    yield min(timeout, NOTICE) if timeout else NOTICE
+    if not timeout or timeout > NOTICE:
+        _LOG.warning('waiting for a batch since %g seconds%s', NOTICE, images())
+        yield timeout - NOTICE if timeout else None
+
+
+def too_late(who: str, timeout: float, images: str) -> WorkerError:
+    """Return the error for a batch that did not come within DATA.TIMEOUT."""
+    return WorkerError(
+        f'no batch came from {who} within DATA.TIMEOUT = {timeout:g} seconds{images}; is the storage slow or hung? A larger '
+        'DATA.TIMEOUT, or 0, waits longer.'
+    )
+
+
+class WorkerThread:
+    """Runs `make(job, memory)` in a thread of this process, whose wait for a hung file system has a limit.
+
+    The thread is a daemon: a program may end while the thread waits.
+
+    Args:
+        timeout: seconds to wait for a result; 0: no limit.
+        describe: maps an index to the name of the image in messages.
+    """
+
+    def __init__(self, make: Callable, memory: BatchMemory, timeout: float, describe: Callable[[int], str]):
+        self._memory = memory
+        self._timeout = timeout
+        self._describe = describe
+        self._jobs: queue.SimpleQueue = queue.SimpleQueue()
+        self._results: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(make, memory, self._jobs, self._results), daemon=True).start()
+        self.close = weakref.finalize(self, self._jobs.put, None)
+
+    def run(self, job: Job) -> tuple[object, BatchMemory]:
+        """Return (result, memory) of a job."""
+        self._jobs.put(job)
+        for seconds in waits(self._timeout, self._current_image):
+            try:
+                result, error = self._results.get(timeout=seconds)
+            except queue.Empty:
+                continue
+            try:
+                if error is not None:
+                    raise error
+            finally:
+                error = None  # otherwise its traceback and this frame would hold one another
+            return result, self._memory
+        raise too_late('the storage', self._timeout, self._current_image())
+
+    def _current_image(self) -> str:
+        index = self._memory.current
+        return f" (image in preparation: '{self._describe(index)}')" if index >= 0 else ''
+
+
+def _serve(make: Callable, memory: BatchMemory, jobs: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
+    while (job := jobs.get()) is not None:
+        try:
+            results.put((make(job, memory), None))
+        except BaseException as error:
+            results.put((None, error))
 
 
 # ---------------------------------------------------------------------------------------------------- in a worker

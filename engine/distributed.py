@@ -19,9 +19,9 @@ from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
 from utils.processes import die_with_parent, forking
+from utils.reports import LOST, send_report
 
 JOIN_NOTICE = 10.0  # seconds of waiting for other ranks until a note is printed
-JOIN_LIMIT = 300.0  # seconds until the wait is an error
 BUCKET = 2**25  # values of one all-reduce of gradients: 128 MiB in float32
 
 
@@ -104,10 +104,13 @@ def _buckets(values: list[paddle.Tensor]) -> Iterator[list[paddle.Tensor]]:
         yield bucket
 
 
-def start() -> Context:
+def start(limit: float = 60.0) -> Context:
     """Choose the device and join the process group: NCCL on GPUs, gloo on CPUs.
 
     Rank and world size come from the launcher's environment variables; without them, this is a single process.
+
+    Args:
+        limit: seconds to wait for the other ranks; 0: no limit.
     """
     rank, world_size = launched() or (0, 1)
     on_gpu = paddle.is_compiled_with_cuda() and paddle.device.cuda.device_count() > 0
@@ -117,14 +120,14 @@ def start() -> Context:
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
         paddle.set_device('cpu')
     if world_size > 1:
-        _join(rank, world_size)
+        _join(rank, world_size, limit)
     return Context(rank, world_size, on_gpu, Heartbeat.of_launcher())
 
 
-def _join(rank: int, world_size: int) -> None:
+def _join(rank: int, world_size: int, limit: float) -> None:
     output = io.StringIO()  # Paddle's notes on environment variables
     try:
-        with _join_timeout(f'process {rank} of {world_size}'), contextlib.redirect_stderr(output):
+        with _join_timeout(f'process {rank} of {world_size}', limit), contextlib.redirect_stderr(output):
             dist.init_parallel_env()
     except (RuntimeError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1]
@@ -132,8 +135,8 @@ def _join(rank: int, world_size: int) -> None:
 
 
 @contextlib.contextmanager
-def _join_timeout(name: str) -> Iterator[None]:
-    """Print a note after `JOIN_NOTICE` seconds of the block, and end the process after `JOIN_LIMIT` seconds.
+def _join_timeout(name: str, limit: float) -> Iterator[None]:
+    """Print a note after `JOIN_NOTICE` seconds of the block, and end the process after `limit` seconds.
 
     Paddle waits without limit and holds the interpreter, so no Python thread or signal handler runs. Therefore a child
     process measures the time, and signals have their default effect.
@@ -144,7 +147,7 @@ def _join_timeout(name: str) -> Iterator[None]:
     with forking():
         watcher = os.fork()
     if watcher == 0:
-        _watch(watched, name)
+        _watch(watched, name, limit)
     try:
         yield
     finally:
@@ -154,13 +157,16 @@ def _join_timeout(name: str) -> Iterator[None]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
-def _watch(process: int, name: str) -> None:
+def _watch(process: int, name: str, limit: float) -> None:
     die_with_parent()
-    time.sleep(JOIN_NOTICE)
+    time.sleep(min(JOIN_NOTICE, limit or JOIN_NOTICE))
     master = os.environ.get('PADDLE_MASTER') or os.environ['PADDLE_TRAINER_ENDPOINTS'].partition(',')[0]
     hint = 'if no launcher started it, unset PADDLE_TRAINER_ID'
-    os.write(2, f'note: {name} waits for the other ranks at {master}, at most {JOIN_LIMIT:.0f} s; {hint}.\n'.encode())
-    time.sleep(JOIN_LIMIT - JOIN_NOTICE)
-    os.write(2, f'error: {name} waited {JOIN_LIMIT:.0f} s for the other ranks at {master}; {hint}.\n'.encode())
+    bound = f'at most {limit:g} s (PEER_TIMEOUT)' if limit else 'without limit'
+    os.write(2, f'note: {name} waits for the other ranks at {master}, {bound}; {hint}.\n'.encode())
+    time.sleep(max(0.0, limit - JOIN_NOTICE) if limit else float(2**31))
+    text = f'error: {name} waited {limit:g} s (PEER_TIMEOUT) for the other ranks at {master}; {hint}.'
+    if not send_report(LOST, 1, text):
+        os.write(2, f'{text}\n'.encode())
     os.kill(process, signal.SIGTERM)
     os._exit(0)

@@ -12,9 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 
 from engine.heartbeat import FILE, Heartbeat, Watch
+from engine.supervise import GRACE, Supervisor, Worker
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import (
     clear_launcher_variables,
@@ -25,9 +25,8 @@ from utils.environment import (
     launched,
 )
 from utils.errors import UserError
-from utils.processes import die_with_parent
-
-GRACE = 30.0  # seconds for a process to finish its step and save, as under Paddle's launcher
+from utils.processes import Guard, die_with_parent
+from utils.reports import CONSOLE, REPORTS, describe_handle
 
 
 def is_worker() -> bool:
@@ -35,51 +34,69 @@ def is_worker() -> bool:
     return launched() is not None
 
 
-def launch(processes: int | None = None) -> int:
+def launch(processes: int | None = None, limit: float = 60.0) -> int:
     """Run the command line of this process in one process per device and wait for them.
 
     Args:
         processes: number of processes; None or -1: `NPROC`, else one per visible GPU, or two on the CPU.
+        limit: seconds that the other processes wait for a stopped one; 0: no limit.
 
     Returns:
-        Exit status: 0 if all processes succeed, 128 + n after signal n, else that of the first process that failed.
+        Exit status: 0 if all processes succeed, 128 + n after signal n, else that of the first process that reported an
+        error, or 1.
     """
     clear_launcher_variables()
     devices = _devices(processes)
     settings = {} if is_gpu_build() else cpu_settings(len(devices))
     endpoints = [f'127.0.0.1:{port}' for port in _free_ports(len(devices))]
-    with tempfile.TemporaryDirectory(prefix='leanvit-') as folder:
-        shared = {
-            **settings,
-            **os.environ,
-            'PADDLE_TRAINERS_NUM': str(len(devices)),
-            'PADDLE_LOCAL_SIZE': str(len(devices)),
-            'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints),
-            'PADDLE_MASTER': endpoints[0],
-            'LEANVIT_FIRST_ERROR': os.path.join(folder, 'error'),
-            FILE: os.path.join(folder, 'heartbeat'),
-        }
-        for name in ('MASTER_ADDR', 'MASTER_PORT'):  # set by other frameworks; Paddle prefers them to PADDLE_MASTER
-            shared.pop(name, None)
-        watch = Watch(Heartbeat.create(shared[FILE], len(devices)))
-        workers: list[subprocess.Popen] = []
+    reports, sender = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    reports.setblocking(False)
+    handles = (sender.fileno(), os.dup(sys.stderr.fileno()), _memory_file())
+    shared = {
+        **settings,
+        **os.environ,
+        'PADDLE_TRAINERS_NUM': str(len(devices)),
+        'PADDLE_LOCAL_SIZE': str(len(devices)),
+        'PADDLE_TRAINER_ENDPOINTS': ','.join(endpoints),
+        'PADDLE_MASTER': endpoints[0],
+        REPORTS: describe_handle(sender.fileno()),
+        CONSOLE: describe_handle(handles[1]),
+        FILE: f'/dev/fd/{handles[2]}',
+    }
+    for name in ('MASTER_ADDR', 'MASTER_PORT'):  # set by other frameworks; Paddle prefers them to PADDLE_MASTER
+        shared.pop(name, None)
+    watch = Watch(Heartbeat.create(shared[FILE], len(devices)))
+    workers: list[Worker] = []
+    with reports, sender, Guard(GRACE) as guard:
         received = _forward_signals(workers)
         for rank, device in enumerate(devices):
             variables = {'PADDLE_TRAINER_ID': str(rank), 'PADDLE_CURRENT_ENDPOINT': endpoints[rank]}
             if device is not None:
                 variables['FLAGS_selected_gpus'] = device
             if not received:
-                _start_worker(workers, command_line(), {**shared, **variables})
-        return _supervise(workers, received, watch)
+                _start_worker(workers, command_line(), {**shared, **variables}, handles)
+                guard.watch(workers[-1].process.pid)
+        return Supervisor(workers, received, reports, watch, limit).run()
 
 
-def _start_worker(workers: list[subprocess.Popen], command: list[str], variables: dict[str, str]) -> None:
-    mask = signal.pthread_sigmask(
-        signal.SIG_BLOCK, SIGNALS
-    )  # a signal that arrives here is forwarded to this worker too
+def _memory_file() -> int:
+    """Return the handle of a file without a name, which leaves nothing behind where this process is killed."""
+    if hasattr(os, 'memfd_create'):
+        return os.memfd_create('leanvit')
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _start_worker(workers: list[Worker], command: list[str], variables: dict[str, str], handles: tuple) -> None:
+    # A signal that arrives here is forwarded to this worker too.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    output, end = os.pipe()
+    os.set_blocking(output, False)
     try:
-        workers.append(subprocess.Popen(command, env=variables, preexec_fn=_set_up_worker))
+        process = subprocess.Popen(command, env=variables, stderr=end, pass_fds=handles, preexec_fn=_set_up_worker)
+        workers.append(Worker(len(workers), process, output))
     finally:
+        os.close(end)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -90,46 +107,17 @@ def _set_up_worker() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
-def _forward_signals(workers: list[subprocess.Popen]) -> list[int]:
+def _forward_signals(workers: list[Worker]) -> list[int]:
     """Forward signals to the workers: SIGTERM first, SIGKILL for a second one. Returns the list of received signals."""
     received: list[int] = []
 
     def forward(number: int, _frame) -> None:
         received.append(number)
         for worker in workers:
-            if worker.poll() is None:
-                worker.send_signal(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
+            worker.send(signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
     handle_signals(forward)
     return received
-
-
-def _supervise(workers: list[subprocess.Popen], received: list[int], watch: Watch) -> int:
-    deadline = None
-    status = 0
-    while any(worker.poll() is None for worker in workers):
-        failed = [worker.returncode for worker in workers if worker.returncode]
-        problem = None if failed or received or deadline else watch.problem()
-        if problem:
-            print(f'error: {problem}', file=sys.stderr, flush=True)
-            failed = [1]
-        if (failed or received) and deadline is None:
-            deadline = time.monotonic() + GRACE
-            if failed and not received:  # the other ranks wait for it in a collective, or fail there
-                status = failed[0]
-                deadline = time.monotonic() + 5.0
-                for worker in workers:
-                    if worker.poll() is None:
-                        worker.terminate()
-        if deadline is not None and time.monotonic() > deadline:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
-        time.sleep(0.05)
-    if received:
-        return 128 + received[0]
-    status = status or next((worker.returncode for worker in workers if worker.returncode), 0)
-    return 128 - status if status < 0 else status
 
 
 def _devices(processes: int | None) -> list[str | None]:

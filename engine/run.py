@@ -27,7 +27,7 @@ from utils.runlog import MetricsFile, RunLog
 
 def run_config(config) -> None:
     """Train, evaluate (EVAL) or measure (THROUGHPUT) the model of `config` in this process."""
-    context = distributed.start()
+    context = distributed.start(config.PEER_TIMEOUT)
     if config.DATA.BATCH_SIZE_EVAL is None:
         config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
     if config.THROUGHPUT:

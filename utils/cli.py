@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from utils.errors import UserError
+from utils.reports import CONSOLE, ERROR, LOST, inherited_handle, send_report
 from utils.text import printable_lines
 
 USER_ERROR = 2  # exit status, as argparse's
@@ -22,6 +23,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a term
 _OLDEST_PYTHON = (3, 9)
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _COMMANDS = r'(main_\w+|config|tools/[a-z]\w*)\.py'  # files that `run_command` runs
+# What gloo, NCCL and Paddle's store raise where another rank ended or did not answer.
+_LOST = r'gloo|[Cc]onnection (reset|closed|refused)|TCPStore|tcp_store|nccl|NCCL'
 _PIP_NAMES = {
     'PIL': 'pillow', 'cv2': 'opencv-python-headless', 'paddle': 'paddlepaddle', 'sklearn': 'scikit-learn', 'yaml': 'PyYAML',
 }  # fmt: skip
@@ -41,10 +44,25 @@ def begin() -> None:
         version = '.'.join(map(str, sys.version_info[:3]))
         print(f'error: this is Python {version} ({sys.executable}), but LeanViT needs 3.9 or newer.', file=sys.stderr)
         sys.exit(USER_ERROR)
+    _open_streams()
     print_any_text()
     sys.excepthook = lambda kind, error, trace: _exit(_explain(error))
     handle_signals(_interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked while the process restarts
+
+
+def _open_streams() -> None:
+    """Replace closed standard streams, and let a rank write to the standard error of its launcher.
+
+    Handle 2 of a rank remains a pipe to the launcher, which relays what C++ code writes.
+    """
+    for name in ('stdout', 'stderr'):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 (open until the end)
+    console = inherited_handle(CONSOLE)
+    if console is not None and sys.stderr.fileno() != console:
+        encoding = sys.stderr.encoding
+        sys.stderr = open(console, 'w', buffering=1, encoding=encoding, closefd=False)  # noqa: SIM115
 
 
 def print_any_text() -> None:
@@ -68,7 +86,7 @@ def _write_printable(write, keep, text):
 def run(main: 'Callable[[], int | None]') -> None:
     """Run a command's `main` and exit with the status that it returns. A UserError is printed and gives status 2.
 
-    Of several processes that a launcher started, only the first to fail prints its error; later errors follow from it.
+    Of several processes that a launcher started, only the error of the first to fail is printed; later errors follow from it.
     """
     begin()
     try:
@@ -146,20 +164,38 @@ def _imports(frame) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- errors
 def _explain(error: BaseException) -> int:
-    """Print an error, in one sentence where the user can fix it, else with its traceback. Return the exit status."""
+    """Print an error, in one sentence where the user can fix it, else with its traceback. Return the exit status.
+
+    A rank reports the error to its launcher instead, which prints the first one.
+    """
     if isinstance(error, KeyboardInterrupt):
         return exit_status(error)
     if isinstance(error, BrokenPipeError):  # the reader of the pipe exited, as in `| head`
         return 1
-    text = str(error) if isinstance(error, UserError) else _environment_fault(error) or _missing_package(error)
-    if _is_first_failure():
-        if text:
-            print(f'error: {text}', file=sys.stderr)
-        else:
-            import traceback  # imported here, so that `begin` runs early
+    lost = '' if isinstance(error, UserError) else _lost_connection(error)
+    text = str(error) if isinstance(error, UserError) else lost or _environment_fault(error) or _missing_package(error)
+    status = USER_ERROR if text and not lost else 1
+    if text:
+        text = f'error: {text}'
+    else:
+        import traceback  # imported here, so that `begin` runs early
 
-            traceback.print_exception(type(error), error, error.__traceback__)
-    return USER_ERROR if text else 1
+        text = ''.join(traceback.format_exception(type(error), error, error.__traceback__)).rstrip()
+    if not send_report(LOST if lost else ERROR, status, text):
+        print(text, file=sys.stderr)
+    return status
+
+
+def _lost_connection(error: BaseException) -> str:
+    """Return a sentence if another rank ended or did not answer during a collective; '' for any other error."""
+    if 'PADDLE_TRAINER_ID' not in os.environ or not isinstance(error, (RuntimeError, OSError, SystemError)):
+        return ''
+    if not re.search(_LOST, str(error)):
+        return ''
+    return (
+        f'process {os.environ["PADDLE_TRAINER_ID"]} lost the connection to another process, which ended or did not answer; '
+        "see that process's output for the cause."
+    )
 
 
 def _environment_fault(error: BaseException) -> str:
@@ -186,20 +222,6 @@ def _missing_package(error: BaseException) -> str:
         f"the Python package '{name}' {cause} in {sys.executable}; run 'make train' once and use .venv/bin/python, or "
         f"'pip install -r {requirements}' ('pip install {package}' if it is not listed there)."
     )
-
-
-def _is_first_failure() -> bool:
-    """Return True if no other process of this job failed before, or if no launcher named a file that records it."""
-    record = os.environ.get('LEANVIT_FIRST_ERROR')
-    if record is None:
-        return True
-    try:
-        os.close(os.open(record, os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return False
-    except OSError:  # the variable is left over from a job that has ended
-        return True
-    return True
 
 
 def _exit(status: int) -> None:

@@ -20,6 +20,7 @@ import warnings
 
 from utils.cli import SIGNALS
 from utils.errors import UserError
+from utils.reports import CONSOLE, REPORTS
 
 OLDEST_PADDLE = (3, 3)
 _CPU_BUILD, _GPU_BUILD = 'paddlepaddle', 'paddlepaddle-gpu'
@@ -45,7 +46,7 @@ _RANK, _SIZE = 'PADDLE_TRAINER_ID', 'PADDLE_TRAINERS_NUM'
 _ENDPOINT, _ENDPOINTS = 'PADDLE_CURRENT_ENDPOINT', 'PADDLE_TRAINER_ENDPOINTS'
 _LAUNCHER = (
     _RANK, _SIZE, _ENDPOINT, _ENDPOINTS, 'PADDLE_MASTER', 'PADDLE_GLOBAL_RANK', 'PADDLE_GLOBAL_SIZE', 'PADDLE_LOCAL_RANK',
-    'PADDLE_LOCAL_SIZE', 'PADDLE_NNODES', 'PADDLE_RANK_IN_NODE', 'FLAGS_selected_gpus', 'LEANVIT_FIRST_ERROR',
+    'PADDLE_LOCAL_SIZE', 'PADDLE_NNODES', 'PADDLE_RANK_IN_NODE', 'FLAGS_selected_gpus', REPORTS, CONSOLE,
     'LEANVIT_HEARTBEAT',
 )  # fmt: skip
 
@@ -222,7 +223,7 @@ def command_line() -> list[str]:
 
 
 def import_paddle() -> None:
-    """Import Paddle without its warnings on threads and compilers, and without its SIGTERM handler.
+    """Import Paddle without its warnings on threads and compilers, and without its signal handlers.
 
     Raises:
         UserError: Paddle is too old, or installed twice.
@@ -238,6 +239,7 @@ def import_paddle() -> None:
     try:
         with contextlib.redirect_stderr(output):
             paddle = importlib.import_module('paddle')
+            paddle.disable_signal_handler()  # their report of a crash would follow the sentence that explains it
     finally:
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import math
 import multiprocessing
+import os
 import resource
 import signal
 import sys
@@ -49,6 +50,85 @@ def forking() -> Iterator[None]:
             gc.unfreeze()
 
 
+# ---------------------------------------------------------------------------------------------------- guard
+class Guard:
+    """A process that ends other processes when this one was killed, also those that are stopped and get no signal.
+
+    Args:
+        grace: seconds in which they may end by themselves; stopped ones are killed earlier.
+    """
+
+    def __init__(self, grace: float):
+        reader, self._writer = os.pipe()
+        with forking():
+            self._process = os.fork()
+        if self._process == 0:
+            _guard(reader, self._writer, grace)
+        os.close(reader)
+
+    def watch(self, process: int) -> None:
+        """Guard the child `process`."""
+        os.write(self._writer, f'{process} {_start_time(process)}\n'.encode())
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, *error) -> None:
+        """End the guard; all processes have ended."""
+        with contextlib.suppress(OSError):
+            os.kill(self._process, signal.SIGKILL)
+            os.waitpid(self._process, 0)
+        os.close(self._writer)
+
+
+_STOPPED_GRACE = 2.0  # seconds
+
+
+def _guard(reader: int, writer: int, grace: float) -> None:
+    """Wait until the parent has ended, then for its children, and kill those that are left. Does not return."""
+    try:
+        os.setsid()
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        os.close(writer)
+        null = os.open(os.devnull, os.O_RDWR)
+        for handle in range(3):  # a reader of a pipe does not wait for this process
+            os.dup2(null, handle)
+        text = b''
+        while data := os.read(reader, 4096):
+            text += data
+        children = [tuple(line.split()) for line in text.decode().splitlines()]
+        ended, last = time.monotonic(), [(int(process), start) for process, start in children]
+        while last := [(process, start) for process, start in last if _start_time(process) == start]:
+            waited = time.monotonic() - ended
+            for process, _ in last:
+                if waited > grace or waited > _STOPPED_GRACE and process_state(process) == 'T':
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.2)
+    finally:
+        os._exit(0)
+
+
+def process_state(process: int) -> str:
+    """Return the state letter of a process, such as 'T' if it is stopped; '' if it has ended or the system is not Linux."""
+    return _stat_field(process, 0)
+
+
+def _start_time(process: int) -> str:
+    """Start time of a process, which distinguishes it from a later one of the same number; '' if it has ended."""
+    return '' if _stat_field(process, 0) in 'ZX' else _stat_field(process, 19)
+
+
+def _stat_field(process: int, field: int) -> str:
+    """Return a field after the name in /proc/PID/stat (proc_pid_stat(5)), or ''."""
+    try:
+        with open(f'/proc/{process}/stat', encoding='ascii', errors='replace') as file:
+            return file.read().rpartition(')')[2].split()[field]
+    except (OSError, IndexError):
+        return ''
+
+
+# ---------------------------------------------------------------------------------------------------- subprocesses
 def run_in_subprocess(function: Callable, *args: Any) -> Any:
     """Run a function that may crash or never end in a subprocess, limited to MEMORY and SECONDS, and return its result.
 

@@ -223,6 +223,18 @@ def test_verification(list_data, tmp_path, monkeypatch):
     assert not (tmp_path / 'out' / 'train.lmdb').exists()
 
 
+def test_a_file_that_is_cut_off_while_it_is_read(list_data, tmp_path, make_config):
+    """Reading the memory map behind the end of the file would end the process with SIGBUS."""
+    convert(list_data(40), tmp_path / 'out')
+    dataset = build_dataset(make_config(tmp_path / 'out', DATA__DATASET='lmdb'), 'val')
+    dataset.load(0)
+    path = tmp_path / 'out' / 'val.lmdb'
+    size = path.stat().st_size
+    os.truncate(path, 8192)
+    with pytest.raises(UserError, match=f'cut off: it has 8192 bytes of {size}'):
+        dataset.load(39)
+
+
 def test_tool_mistakes(list_data, tmp_path):
     path, output = list_data(4), tmp_path / 'out'
     (path / 'images' / 'picture 2.png').unlink()

@@ -469,3 +469,16 @@ def test_leaving_without_close(list_data):
         output, errors = parent.communicate(timeout=20)
         assert parent.returncode == code, errors
         assert wait_until_gone([int(number) for number in output.split()])
+
+
+def test_hung_read_without_workers(list_data, make_config):
+    """The training process itself does not hang; the next epoch reads again."""
+    loader = make_loader(make_config(list_data(8), DATA__TIMEOUT=0.5), training=False)
+    storage = loader.dataset.storage
+    loader.dataset.storage = Trouble(storage, 6, lambda: time.sleep(30))
+    with pytest.raises(
+        WorkerError, match=r"no batch came from the storage within DATA\.TIMEOUT = 0\.5.*picture 6\.png'"
+    ):
+        list(loader.epoch(0))
+    loader.dataset.storage = storage
+    assert len(list(loader.epoch(1))) == 2

@@ -10,8 +10,8 @@ from tests.runs.conftest import environment
 PROGRAM = """
 import time
 from engine import distributed
-distributed.JOIN_NOTICE, distributed.JOIN_LIMIT = 0.1, 0.2
-with distributed._join_timeout('process 0 of 2'):
+distributed.JOIN_NOTICE = 0.1
+with distributed._join_timeout('process 0 of 2', 0.2):
     time.sleep(0 if quick else 60)
 print('joined')
 """

@@ -7,13 +7,14 @@ import importlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.conftest import ROOT
-from utils import cli
+from utils import cli, reports
 from utils.errors import UserError
 
 
@@ -72,12 +73,23 @@ def test_a_users_script_runs_a_command_with_the_rest_of_its_arguments(monkeypatc
     assert re.search(r'^SEED +7 +-opts$', capsys.readouterr().out, re.MULTILINE)
 
 
-def test_of_several_processes_the_first_to_fail_speaks(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv('LEANVIT_FIRST_ERROR', str(tmp_path / 'latch'))
-    assert ended(mistake) == 2
-    assert ended(mistake) == 2
-    assert ended(lambda: 1 / 0) == 1
-    assert capsys.readouterr().err == "error: there is no 'x'.\n"
+def test_a_rank_reports_its_error_to_the_launcher_which_prints_it(capsys, monkeypatch):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.setblocking(False)
+    monkeypatch.setenv('PADDLE_TRAINER_ID', '1')
+    monkeypatch.setattr(cli, '_exit', sys.exit)  # a rank ends without clean-up
+    with ours, theirs:
+        monkeypatch.setenv(reports.REPORTS, reports.describe_handle(theirs.fileno()))
+        assert (ended(mistake), ended(lambda: 1 / 0), ended(lost)) == (2, 1, 1)
+        user, fault, peer = reports.receive_reports(ours)
+    assert user == {'kind': 'error', 'rank': '1', 'status': 2, 'text': "error: there is no 'x'."}
+    assert fault['text'].startswith('Traceback') and fault['text'].endswith('ZeroDivisionError: division by zero')
+    assert peer['kind'] == 'lost' and 'process 1 lost the connection to another process' in peer['text']
+    assert capsys.readouterr().err == ''
+
+
+def lost():
+    raise RuntimeError('[/gloo/transport/tcp/pair.cc:534] Connection reset by peer')
 
 
 def child(program, stdout=subprocess.PIPE, **variables):
@@ -111,10 +123,21 @@ def test_output_to_a_full_disk(program):
     )
 
 
-def test_a_latch_of_another_job_hides_nothing(capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv('LEANVIT_FIRST_ERROR', str(tmp_path / 'gone' / 'latch'))
-    assert ended(mistake) == 2
-    assert capsys.readouterr().err == "error: there is no 'x'.\n"
+def test_handles_of_another_job_hide_nothing(capsys, monkeypatch):
+    for value in ('0:1:2', 'x', '99999:1:2'):
+        monkeypatch.setenv(reports.REPORTS, value)
+        monkeypatch.setenv(reports.CONSOLE, value)
+        assert ended(mistake) == 2
+        assert capsys.readouterr().err == "error: there is no 'x'.\n"
+
+
+@pytest.mark.parametrize('closed', ['>&-', '2>&-', '>&- 2>&-'])
+def test_standard_streams_may_be_closed(closed):
+    program = "from utils.cli import run; import sys; run(lambda: print('x') or print('y', file=sys.stderr))"
+    command = f'"{sys.executable}" -c "{program}" {closed}'
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    shown = ('' if closed.startswith('>') else 'x\n', '' if '2>' in closed else 'y\n')
+    assert (done.returncode, done.stdout, done.stderr) == (0, *shown)
 
 
 def test_a_reader_that_left_is_no_error():
