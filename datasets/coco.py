@@ -8,7 +8,6 @@ accept, such as boxes that stick out of their image, is accepted and counted.
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,8 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from datasets.dataset import PackedStrings
+from datasets.images import MAX_PIXELS, MAX_SIDE
 from utils.errors import UserError
+from utils.files import read_regular
+from utils.text import NAME, printable
 
+MAX_JSON = 2 << 30  # bytes; instances_train2017.json has 470 MB
+MAX_NUMBER = 1e15  # of an area or a side; larger integers may have no float
+MAX_COORDINATE = 1 << 18  # pixels, four times the largest side: drawing a mask takes memory for each pixel of an edge
+MAX_SHIFT = 60  # bits of a number of an RLE
 POINTS = 3  # a polygon with fewer has no area
 _SLACK = 1.0  # pixels that a box may stick out of its image before it is counted; annotation tools round
 _QUOTED = 60  # characters of a value in a message
@@ -84,8 +90,7 @@ def coco_categories(names: Sequence[str]) -> list[Category]:
 
 def _load(path: str) -> Mapping[str, Any]:
     try:
-        with open(path, encoding='utf-8-sig') as file:
-            content = json.load(file)
+        content = json.loads(read_regular(path, MAX_JSON).decode('utf-8-sig'))
     except FileNotFoundError:
         raise UserError(
             f"the annotations '{path}' are missing; set -data_path (DATA.DATA_PATH), or DATA.ANNOTATION_FILES for -dataset "
@@ -94,7 +99,7 @@ def _load(path: str) -> Mapping[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read the annotations '{path}': {error.strerror}.") from None
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or no UTF-8
-        raise UserError(f"'{path}' is no JSON file ({error}); copy or export it again.") from None
+        raise UserError(f"'{path}' is no JSON file ({printable(error, NAME)}); copy or export it again.") from None
     if not isinstance(content, dict):
         raise UserError(
             f"'{path}' holds {_quoted(content)}, but COCO's format is an object with images and annotations."
@@ -103,7 +108,10 @@ def _load(path: str) -> Mapping[str, Any]:
 
 
 def _quoted(value: Any) -> str:
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        return 'a nested value'
     return text if len(text) <= _QUOTED else f'{text[:_QUOTED]}...'
 
 
@@ -113,7 +121,7 @@ def _is_whole(value: Any) -> bool:
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) for value in values
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MAX_NUMBER for value in values
     )
 
 
@@ -188,10 +196,12 @@ class _Reader:
                     f'image {identity}', f'its file_name is {_quoted(name)}, but must be the name of a file'
                 )
             for side, value in (('height', height), ('width', width)):
-                if not _is_whole(value) or value < 1:
+                if not _is_whole(value) or not 1 <= value <= MAX_SIDE:
                     raise self.error(
                         f'image {identity}', f'its {side} is {_quoted(value)}, but must be a number of pixels'
                     )
+            if height * width > MAX_PIXELS:
+                raise self.error(f'image {identity}', f'its {height} x {width} pixels are more than {MAX_PIXELS}')
             found[identity] = name, height, width
         return found
 
@@ -253,6 +263,8 @@ class _Reader:
                 where,
                 f'its segmentation is {_quoted(value)}, but must be a list of polygons [x, y, x, y, ...] or an RLE',
             )
+        if any(abs(number) > MAX_COORDINATE for polygon in value for number in polygon):
+            raise self.error(where, f'its segmentation has coordinates beyond {MAX_COORDINATE}')
         sound = [polygon for polygon in value if len(polygon) >= 2 * POINTS and len(polygon) % 2 == 0]
         self.counts['short'] += len(value) - len(sound)
         return sound
@@ -282,7 +294,7 @@ def decoded_counts(text: str) -> list[int] | None:
     value = shift = 0
     for code in text.encode('utf-8', 'replace'):
         code -= 48
-        if not 0 <= code < 64:
+        if not 0 <= code < 64 or shift > MAX_SHIFT:
             return None
         value |= (code & 31) << shift
         shift += 5

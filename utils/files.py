@@ -25,14 +25,14 @@ SPARSE, SPARSE_FROM = 32, 64 << 20  # one block in 32; bytes
 
 
 def open_regular(path: str | os.PathLike, limit: int | None = None, **text: Any) -> IO:
-    """Open a regular file for reading. Pipes and devices may block for ever or never end.
+    """Open a regular file for reading; refuse pipes and devices, which may block or have no end.
 
     Args:
-        limit: bytes that the file may have; None: any number.
+        limit: maximum size in bytes; None: no limit.
         text: options of `io.TextIOWrapper`, such as the encoding; none: the file is binary.
 
     Raises:
-        OSError: also for another kind of file, one above the limit, and one that consists of holes; `strerror` says which.
+        OSError: the file cannot be opened, is not regular, exceeds the limit, or consists of holes; `strerror` says which.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     try:
@@ -55,7 +55,7 @@ def open_regular(path: str | os.PathLike, limit: int | None = None, **text: Any)
 
 
 def read_regular(path: str | os.PathLike, limit: int) -> bytes:
-    """The bytes of a regular file of at most `limit` bytes; raises as `open_regular` does."""
+    """Return the bytes of a regular file of at most `limit` bytes. Raises as `open_regular` does."""
     with open_regular(path, limit) as file:
         return file.read()
 

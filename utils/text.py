@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Text from files that others wrote, made fit for terminals and logs. Standard library only, syntax of Python 3.6."""
+"""Escaped and shortened text of untrusted files, for terminals and logs. Standard library only, syntax of Python 3.6."""
 
 import unicodedata
 
@@ -9,10 +9,10 @@ _CUT = ' [...] '
 
 
 def printable(text: object, limit: int = SENTENCE, keep: str = '') -> str:
-    """`text` as one line that moves no cursor and is at most `limit` characters long.
+    """Return `text` in one line of at most `limit` characters, without control characters.
 
-    Control characters, line ends, bidirectional marks and halves of characters are escaped, such as ESC as `\\x1b`. Of a longer
-    text the middle is left out, so that its beginning (where) and its end (what to do) stay.
+    Control characters, line ends, bidirectional marks and surrogates are escaped: ESC becomes `\\x1b`. The middle of a longer
+    text is left out, so that its start (where) and its end (what to do) stay.
 
     Args:
         keep: unprintable characters that stay as they are.
@@ -39,5 +39,5 @@ def _escaped(character: str) -> str:
 
 
 def printable_lines(text: object, keep: str = '') -> str:
-    """`printable` of each line of a text, which keeps its line ends and tabs."""
+    """Apply `printable` to each line of a text; line ends and tabs stay."""
     return '\n'.join(printable(line, keep=f'\t{keep}') for line in str(text).split('\n'))

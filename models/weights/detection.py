@@ -100,7 +100,7 @@ class DetectorWeights(WeightRules):
 
     def count_classes(self, state: Mapping) -> int | None:
         """See `WeightRules`."""
-        return state[CLASSES].shape[0] - 1 if CLASSES in state else 0
+        return state[CLASSES].shape[0] - 1 if CLASSES in state and len(state[CLASSES].shape) == 1 else 0
 
 
 def _tensor(array: np.ndarray) -> paddle.Tensor:

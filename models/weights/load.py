@@ -19,6 +19,8 @@ from utils.formats import PADDLE, file_format, read_file
 from utils.text import NAME, printable
 from utils.weights import EMA_KEYS, METADATA, PUBLISHED, choose_state_dict, find_metadata, resolve_weights_path
 
+BOX_SIDES = 4  # numbers per class of a detector's box predictor
+
 
 class Weights(NamedTuple):
     """Content of a weight file.
@@ -139,11 +141,22 @@ def stored_classes(model: nn.Layer, arrays: Mapping[str, np.ndarray]) -> int | N
     pairs = [(arrays[name].shape, shape) for name, shape in heads.items() if name in arrays]
 
     def fits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-        return len(stored) == len(shape) and all(a == b or (a == classes and b == ours) for a, b in zip(stored, shape))
+        return len(stored) == len(shape) and all(
+            a == b or _counts_classes(a, classes, b, ours) for a, b in zip(stored, shape)
+        )
 
     if classes and ours and not (all(fits(*pair) for pair in pairs) and any(math.prod(a) > classes for a, _ in pairs)):
         return None
     return classes
+
+
+def _counts_classes(theirs: int, classes: int, ours: int, own_classes: int) -> bool:
+    """Return True for sides that are the same multiple of the two numbers of classes, or one more (the background)."""
+    return any(
+        theirs == factor * classes + more and ours == factor * own_classes + more
+        for factor in (1, BOX_SIDES)
+        for more in (0, 1)
+    )
 
 
 def load_state(

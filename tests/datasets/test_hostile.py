@@ -21,9 +21,11 @@ from scipy.io import savemat
 from datasets import build_dataset
 from datasets.arrow import deserialize
 from datasets.classes import read_classes
+from datasets.coco import read_annotations
 from datasets.dataset import FileStorage
 from datasets.images import UnreadableImage
 from datasets.packed_maps import read_description
+from datasets.polygons import coco_masks, decoded_rle
 from tests.conftest import ROOT
 from tests.datasets.layouts import CAR_FIELDS, write_cars, write_flowers, write_text
 from tests.datasets.test_datasets import write_cifar
@@ -298,6 +300,69 @@ def test_descriptions_of_label_maps_of_every_kind():
     for data in (b'', b'[' * 10**5, b'\xff', b'[]', b'1'):
         with pytest.raises(UserError, match='the description of its label maps cannot be read'):
             read_description(data, 'x')
+
+
+COCO = {
+    'categories': [{'id': 1, 'name': 'a'}],
+    'images': [{'id': 1, 'file_name': 'a.jpg', 'height': 8, 'width': 8}],
+    'annotations': [
+        {
+            'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [0, 0, 4, 4], 'area': 16, 'iscrowd': 0,
+            'segmentation': [[0, 0, 4, 0, 4, 4, 0, 4]],
+        }
+    ],
+}  # fmt: skip
+
+
+def annotations(tmp_path, **changes) -> str:
+    """The sentence of a refusal; empty where the file is read and its objects can be drawn."""
+    write_text(tmp_path, {'a.json': {**COCO, **changes}})
+    start = time.monotonic()
+    try:
+        found = read_annotations(str(tmp_path / 'a.json'))
+        for entry in found.objects_of(0) if found.files else ():
+            polygons = entry['segmentation']
+            decoded_rle(polygons) if isinstance(polygons, dict) else coco_masks().decode(
+                coco_masks().frPyObjects(polygons, 8, 8)
+            ) if polygons else None
+        return ''
+    except UserError as error:
+        assert '\n' not in str(error) and len(str(error)) < 5000
+        return str(error)
+    finally:
+        assert time.monotonic() - start < SECONDS
+
+
+def test_annotations_of_every_kind(tmp_path):
+    assert annotations(tmp_path) == ''
+    plain = [value for value in VALUES[:-1] if not isinstance(value, bytes) and value != [b'a']]
+    values = [*plain, 10**400, -(10**400), 1e300, [10**400] * 4, [1e300] * 6, [[1e300] * 6], [[10**9] * 6], [[0] * 7]]
+    for part, entries in COCO.items():
+        for value in values:
+            annotations(tmp_path, **{part: value})
+            annotations(tmp_path, **{part: [value]})
+            for field in entries[0]:
+                annotations(tmp_path, **{part: [{**entries[0], field: value}]})
+    large = [{**COCO['images'][0], 'height': 60000, 'width': 60000}]
+    assert 'are more than' in annotations(tmp_path, images=large)
+    assert 'must be a number of pixels' in annotations(tmp_path, images=[{**large[0], 'height': 2**40}])
+    assert 'coordinates beyond' in annotations(
+        tmp_path, annotations=[{**COCO['annotations'][0], 'segmentation': [[0, 0, 10**9, 0, 10**9, 10**9]]}]
+    )
+    for counts in ([64], [63, 1], 'a' * 10**6, 'o' * 10**6, '', [2**62, 2**62], [-1, 65], [10**400], ['x'], None):
+        rle = {'size': [8, 8], 'counts': counts}
+        text = annotations(tmp_path, annotations=[{**COCO['annotations'][0], 'segmentation': rle}])
+        assert bool(text) == (counts not in ([64], [63, 1])), counts
+    for text in ('[' * 10**5, '{"images":' * 10**5, '9' * 10**5, '\xff', ''):
+        (tmp_path / 'a.json').write_text(text, encoding='latin1')
+        with pytest.raises(UserError, match='is no JSON file'):
+            read_annotations(str(tmp_path / 'a.json'))
+
+
+def test_special_annotations(special, tmp_path):
+    special(str(tmp_path / 'a.json'))
+    with pytest.raises(UserError, match=special.reason):
+        read_annotations(str(tmp_path / 'a.json'))
 
 
 def test_arrow_streams_that_lead_back_or_multiply():

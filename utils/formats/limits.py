@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file of others may ask for: each number is bounded, and no work or memory exceeds a multiple of the bytes read."""
+"""Limits of untrusted files: each number is bounded, and work and memory are at most a multiple of the bytes read."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FACTOR = 8  # bytes copied, or entries counted as often as they are referred to,
 
 
 class RefusedError(ValueError):
-    """The file asks for something that is not data: its text says what, as the end of a sentence."""
+    """The file holds more than data; the text of the error says what, as the end of a sentence."""
 
 
 class Allowance:
-    """Work that calls in a pickle may do: entries and bytes that are copied, in proportion to the bytes read so far.
+    """Budget of entries and bytes that the calls of a pickle may copy, in proportion to the bytes read so far.
 
-    A few bytes can recall a value of megabytes, and have it copied, any number of times.
+    Without it, a few bytes of a pickle could copy a value of megabytes any number of times.
 
     Attributes:
         read: bytes of the pickle read so far.
@@ -43,7 +43,7 @@ class Allowance:
         self._spent = 0
 
     def spend(self, values: Any) -> None:
-        """Account for a call with the arguments `values`. Raises RefusedError."""
+        """Charge a call with the arguments `values`. Raises RefusedError if the budget is spent."""
         if isinstance(values, (list, tuple)):
             self._spent += len(values) + sum(map(_size, values[:MAX_ARGUMENTS]))
         if self._spent > FREE + FACTOR * self.read:
@@ -56,14 +56,14 @@ def _size(value: Any) -> int:
 
 
 def check_int(value: int) -> int:
-    """An integer that arithmetic can take. Raises RefusedError."""
+    """Return an integer of at most MAX_BITS. Raises RefusedError."""
     if value.bit_length() > MAX_BITS:
         raise RefusedError(f'it holds an integer of {value.bit_length()} bits')
     return value
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-    """The shape of an array: a tuple of a few whole numbers. Raises ValueError."""
+    """Return the shape of an array if it is a tuple of a few integers. Raises ValueError."""
     if not isinstance(shape, tuple) or len(shape) > MAX_DIMS:
         raise ValueError('an array without a shape')
     if not all(type(side) is int and 0 <= side < MAX_SIDE for side in shape):
@@ -72,10 +72,10 @@ def check_shape(shape: Any) -> tuple[int, ...]:
 
 
 def check_key(key: Any) -> Any:
-    """A key of a dict or member of a set.
+    """Return a valid key of a dict or member of a set. Raises ValueError.
 
-    Hashing nested tuples overflows the stack, or takes for ever; equal hashes make dicts quadratic. No state dict has such
-    keys. Raises ValueError.
+    Hashing nested tuples overflows the stack or takes forever, and equal hashes make dicts quadratic. No state dict has such
+    keys.
     """
     if key is None or isinstance(key, (bool, bytes)) or (isinstance(key, str) and len(key) <= MAX_KEY):
         return key
@@ -96,10 +96,10 @@ def _is_part(part: Any) -> bool:
 
 # ---------------------------------------------------------------------------------------------------- nesting
 def check_tree(value: Any, size: int) -> None:
-    """Check that whatever walks through nested lists, tuples and dicts comes to an end soon.
+    """Check that a walk through nested lists, tuples and dicts ends soon.
 
-    Shared containers count as often as they are reached: a hundred lists, each of which holds the one before twice, have
-    2^100 entries for everything that compares, copies or prints them.
+    Shared containers count once per path: a hundred lists, each with the previous one twice, have 2^100 entries for code that
+    compares, copies or prints them.
 
     Args:
         size: bytes that the value was read from.

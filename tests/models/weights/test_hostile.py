@@ -69,6 +69,17 @@ def test_true_classifiers_are_taken():
     assert model.num_classes == 17
 
 
+def test_true_classifiers_of_detectors_are_taken():
+    """Scores have one class more, the background, and boxes four numbers per class."""
+    options = [item for pair in DETECTION.items() for item in pair]
+    model, other = (build_model(get_config(opts=[*options, 'MODEL.NUM_CLASSES', count])) for count in (5, 7))
+    arrays = {name: repeated(*value.shape) for name, value in other.state_dict().items()}
+    assert stored_classes(model, arrays) == 7
+    name = 'roi_heads.box_predictor.cls_score.bias'
+    for array in (np.float32(1), np.ones((8, 1), 'f4'), np.empty((1 << 40, 0), 'f4'), repeated(1 << 24)):
+        assert not stored_classes(model, {**arrays, name: np.asarray(array)})
+
+
 @pytest.mark.parametrize('port', [False, True])
 def test_sizes_are_checked_before_anything_is_copied(port):
     """Many large arrays of one repeated number each."""
@@ -115,6 +126,7 @@ TRANS = {
     'DATA.IMAGE_SIZE': 32, 'MODEL.NUM_CLASSES': 5,
 }  # fmt: skip
 SEGMENTATION = {**TRANS, 'TRAIN.TASK': 'segmentation'}
+DETECTION = {**TRANS, 'MODEL.TYPE': 'mask_rcnn', 'TRAIN.TASK': 'detection', 'DATA.IMAGE_SIZE': 64}
 MODELS = {
     'distilled': {**TRANS, 'MODEL.TYPE': 'vit', 'MODEL.TRANS.DISTILLED': True},
     'relative': {**TRANS, 'MODEL.TYPE': 'vit', 'MODEL.TRANS.REL_POS': ('block', 'shared')},
