@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Iterator
 
 import numpy as np
 import paddle
@@ -92,6 +93,7 @@ class Trainer:
         if self.finished:
             self._report_finished()
             return
+        self.log.on_error = self.stop.fail
         self.reporter.open(state)
         self.reporter.start(state.epoch + 1, self.global_batch)
         unused = getattr(self.model, 'has_unused_parameters', False)
@@ -102,7 +104,10 @@ class Trainer:
             while not self._finished:
                 self._train_epoch(state.epoch + 1)
                 self._finish_epoch()
+            if self.stop.error is not None:
+                self.stop.end()
         finally:
+            self.log.on_error = None
             self.reporter.close()
         self.log.master(f'----- Finished: {self._best()}')
 
@@ -144,10 +149,11 @@ class Trainer:
                 report, save = self.reporter.due(window), self._save_due() and not last
                 current = self._read(pending, totals, keep=0 if report or save or last else self.lag)
                 if report:
-                    self.reporter.step(
-                        epoch, window[-1], state.step, lr=lr, norm=norm, own=self._named(own.tolist()),
-                        current=current, totals=self._named(totals), settings=settings,
-                    )  # fmt: skip
+                    with self._saving():
+                        self.reporter.step(
+                            epoch, window[-1], state.step, lr=lr, norm=norm, own=self._named(own.tolist()),
+                            current=current, totals=self._named(totals), settings=settings,
+                        )  # fmt: skip
                     self.precision.check_loss_scale()
                 if current is not None and current['stop'] and not last:
                     self._read(pending, totals, keep=0)
@@ -160,7 +166,8 @@ class Trainer:
         state.validated = not self.length.validation_due(self._schedule_step)
         self._elapsed = 0.0 if complete else seconds
         if complete or self._finished:
-            self._report_epoch(lr, self._named(totals), seconds)
+            with self._saving():
+                self.reporter.epoch(self.state, lr, self._named(totals), seconds)
 
     # ------------------------------------------------------------------------------------------------ one step
     def _step(self, epoch: int, window: range, batches, lr: float, own: paddle.Tensor):
@@ -222,12 +229,14 @@ class Trainer:
         return current
 
     # ------------------------------------------------------------------------------------------------ after an epoch
-    def _report_epoch(self, lr: float, totals: dict[str, float], seconds: float) -> None:
-        """Report an epoch. If that fails, as on a full disk, save the epoch before the error."""
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save the run, if possible, when a report in this block cannot be written, as on a full disk."""
         try:
-            self.reporter.epoch(self.state, lr, totals, seconds)
+            yield
         except UserError:
-            self._save()
+            with contextlib.suppress(UserError):
+                self._save()
             raise
 
     def _finish_epoch(self) -> None:
@@ -296,11 +305,12 @@ class Trainer:
             save_last(self.folder, self.snapshot.state_dict())
 
     def _save_and_exit(self) -> None:
-        """Save and exit after a signal; every rank is at the same step."""
+        """Save and exit after a signal or an error of the log; every rank is at the same step."""
         self._save()
-        self.log.master('----- Stopped by a signal; continue with -resume=' + self.folder)
+        if self.stop.number is not None:
+            self.log.master('----- Stopped by a signal; continue with -resume=' + self.folder)
         self.context.barrier()
-        raise SystemExit(self.stop.exit_status)
+        self.stop.end()
 
     def _report_finished(self) -> None:
         """Log that the run is finished already. Raises UserError if only weights were resumed."""

@@ -230,10 +230,22 @@ def _exit(status: int) -> None:
         try:
             stream.flush()
         except OSError:  # reported before; a later flush by Python would raise it again
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            discard_output(stream)
     if 'PADDLE_TRAINER_ID' in os.environ:
         os._exit(status)
     sys.exit(status)
+
+
+def discard_output(stream=None) -> None:
+    """Discard what a stream, by default standard output, holds and gets: it cannot be written."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        handle = stream.fileno()
+    except (OSError, ValueError):  # a stream of a program that runs this code
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, handle)
+    os.close(null)
 
 
 # ---------------------------------------------------------------------------------------------------- values

@@ -239,7 +239,8 @@ def import_paddle() -> None:
     try:
         with contextlib.redirect_stderr(output):
             paddle = importlib.import_module('paddle')
-            paddle.disable_signal_handler()  # their report of a crash would follow the sentence that explains it
+            # The report of a crash by Paddle's handlers would follow the sentence that explains it.
+            getattr(paddle, 'disable_signal_handler', bool)()
     finally:
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -11,17 +11,21 @@ log_all.txt     lines of all ranks
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import struct
 import sys
 import time
+from collections.abc import Callable
 from typing import IO
 
 import numpy as np
 from tqdm import tqdm
 
-from utils.files import TEXT, atomic_write, json_text, open_regular, writing
+from utils.cli import discard_output
+from utils.errors import UserError
+from utils.files import TEXT, atomic_write, cannot_write, json_text, open_regular, writing
 from utils.text import printable, printable_lines
 
 _ROW = 1 << 20  # maximum of characters of a row of metrics.jsonl; rows have a few hundred
@@ -31,11 +35,16 @@ class RunLog:
     """Log files of one rank. Each line is flushed, so that the log of a killed run is complete.
 
     Without a folder, lines are printed and buffered until `open` names one.
+
+    Attributes:
+        on_error: called with the error of a file that cannot be written, which gets no further lines; None: it is raised.
     """
 
     def __init__(self, folder: str | None, rank: int):
         self.rank = rank
+        self.on_error: Callable[[UserError], None] | None = None
         self._files: dict[str, IO[str]] = {}
+        self._lost: set[str] = set()  # files that could not be written
         self._early: list[tuple[str, str]] = []  # file name and line
         if folder is not None:
             self.open(folder)
@@ -47,8 +56,7 @@ class RunLog:
             with writing(path):
                 self._files[name] = open(path, 'a', buffering=1, **TEXT)  # noqa: SIM115 (closed by `close`)
         for name, line in self._early:
-            with writing(self._files[name].name):
-                self._files[name].write(line)
+            self._write_line(name, line)
         self._early.clear()
 
     def local(self, message: str) -> None:
@@ -58,20 +66,43 @@ class RunLog:
     def master(self, message: str) -> None:
         """Print and log a line about the run, on the main process only."""
         if self.rank == 0:
-            line = self._write(f'MASTER_LOG {printable(message)}', 'log.txt')
-            with writing('standard output'):
-                tqdm.write(line, file=sys.stdout)
-                sys.stdout.flush()
+            self._print(self._write(f'MASTER_LOG {printable(message)}', 'log.txt'))
+
+    def _print(self, line: str) -> None:
+        """Print a line. If the reader of a pipe exited or the terminal was closed, the log goes on in the files."""
+        try:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+        except OSError as error:
+            discard_output()
+            if isinstance(error, BrokenPipeError) or error.errno == errno.EIO:
+                self._write('MASTER_LOG ----- Standard output is closed; the log goes on in its files only.', 'log.txt')
+            else:
+                self._fail(cannot_write('standard output', error))
 
     def _write(self, message: str, name: str) -> str:
         line = f'{time.strftime("%m/%d %H:%M:%S")} {message}'
         for target in (name, 'log_all.txt'):
             if self._files:
-                with writing(self._files[target].name):
-                    self._files[target].write(line + '\n')
+                self._write_line(target, line + '\n')
             else:
                 self._early.append((target, line + '\n'))
         return line
+
+    def _write_line(self, name: str, line: str) -> None:
+        if name in self._lost:
+            return
+        try:
+            with writing(self._files[name].name):
+                self._files[name].write(line)
+        except UserError as error:
+            self._lost.add(name)
+            self._fail(error)
+
+    def _fail(self, error: UserError) -> None:
+        if self.on_error is None:
+            raise error
+        self.on_error(error)
 
     def close(self) -> None:
         for file in self._files.values():

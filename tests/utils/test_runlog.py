@@ -43,6 +43,34 @@ def test_standard_output_on_a_full_disk(tmp_path, monkeypatch):
         RunLog(str(tmp_path), 0).master('line')
 
 
+@pytest.mark.parametrize('number', [errno.EPIPE, errno.EIO])
+def test_the_log_goes_on_without_standard_output(number, tmp_path, monkeypatch):
+    """`| head -1` ended, or the terminal was closed."""
+
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, 'stdout', Closed())
+    log = RunLog(str(tmp_path), 0)
+    log.master('line')
+    assert 'line\n' in (tmp_path / 'log.txt').read_text()
+    assert 'Standard output is closed; the log goes on' in (tmp_path / 'log.txt').read_text()
+
+
+def test_an_error_of_a_log_can_wait_for_the_end_of_the_step(tmp_path):
+    """One error per file; the other files go on."""
+    log, errors = RunLog(str(tmp_path), 1), []
+    log.on_error = errors.append
+    log._files['log_1.txt'].close()
+    log._files['log_1.txt'] = open('/dev/full', 'w', buffering=1)  # noqa: SIM115
+    log.local('one')
+    log.local('two')
+    assert [str(error).startswith("cannot write '/dev/full': No space left") for error in errors] == [True]
+    assert (tmp_path / 'log_all.txt').read_text().count('\n') == 2
+    log.close()
+
+
 def test_any_name_can_be_logged(tmp_path, monkeypatch):
     screen = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(screen, 'ascii', errors='backslashreplace'))
