@@ -39,8 +39,8 @@ GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), 
 UPERNET, SEGMENTER = ('upernet',), ('segmenter',)
 SEGMENTORS, ENCODERS = UPERNET + SEGMENTER, VIT + UPERNET + SEGMENTER
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
-SUPERVISED, TAUGHT, SEGMENTATION = ('supervised',), ('supervised', 'mae'), ('segmentation',)
-TASKS = ('supervised', 'mae', 'mocov3', 'segmentation')
+SUPERVISED, TAUGHT, SEGMENTATION = ('supervised', 'linear_probe'), ('supervised', 'mae'), ('segmentation',)
+TASKS = ('supervised', 'linear_probe', 'mae', 'mocov3', 'segmentation')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -173,7 +173,7 @@ _C.MODEL.MSMLP.PATCH_NORM = Key(True)  # LayerNorm after the patch embedding
 
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = Section()
-_C.TRAIN.TASK = Key('supervised')  # supervised: classification; mae: masked pre-training; mocov3: contrastive pre-training; segmentation
+_C.TRAIN.TASK = Key('supervised')  # supervised: classification; linear_probe: its classifier alone; mae: masked pre-training; mocov3: contrastive pre-training; segmentation
 _C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, to resume from a file with weights only
 _C.TRAIN.NUM_EPOCHS = Key(300, '[1, 1e6]')  # length of the run
 _C.TRAIN.NUM_ITERS = Key(None, '[1, 1e9]', int)  # length in optimizer steps, instead of NUM_EPOCHS; the last epoch may be incomplete
