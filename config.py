@@ -40,8 +40,9 @@ SEGMENTORS = UPERNET + SEGMENTER
 DENSE = SEGMENTORS + MASK_RCNN
 ENCODERS = VIT + DENSE
 CLASSIFIERS, TRANSFORMERS = VIT + GMLP + MS_MLP, ENCODERS + MAE + MOCOV3
-SUPERVISED, TAUGHT, SEGMENTATION, DETECTION = ('supervised',), ('supervised', 'mae'), ('segmentation',), ('detection',)
-TASKS = ('supervised', 'mae', 'mocov3', 'segmentation', 'detection')
+SUPERVISED, TAUGHT = ('supervised', 'linear_probe'), ('supervised', 'mae')
+SEGMENTATION, DETECTION = ('segmentation',), ('detection',)
+TASKS = ('supervised', 'linear_probe', 'mae', 'mocov3', 'segmentation', 'detection')
 
 SCALED = 'images are scaled to [0, 1], so divide values for 0 to 255 by 255'
 
@@ -198,7 +199,7 @@ _C.MODEL.MSMLP.PATCH_NORM = Key(True)  # LayerNorm after the patch embedding
 
 # ---------------------------------------------------------------------------------------------------- training
 _C.TRAIN = Section()
-_C.TRAIN.TASK = Key('supervised')  # supervised: classification; mae: masked pre-training; mocov3: contrastive pre-training; segmentation
+_C.TRAIN.TASK = Key('supervised')  # supervised: classification; linear_probe: its classifier alone; mae: masked pre-training; mocov3: contrastive pre-training; segmentation
 _C.TRAIN.LAST_EPOCH = Key(0, '[0, 1e6]')  # last finished epoch, to resume from a file with weights only
 _C.TRAIN.NUM_EPOCHS = Key(300, '[1, 1e6]')  # length of the run
 _C.TRAIN.NUM_ITERS = Key(None, '[1, 1e9]', int)  # length in optimizer steps, instead of NUM_EPOCHS; the last epoch may be incomplete

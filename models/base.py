@@ -23,6 +23,23 @@ class Classifier(nn.Layer):
     weight_rules = WeightRules()
     decays_all: bool = False  # apply weight decay to biases and norms too, as some published recipes do
     grad_checkpointing: bool = False
+    frozen: Sequence[nn.Layer] = ()  # layers without gradients, which stay in evaluation mode
+
+    def train(self) -> None:
+        """Set training mode, except for the frozen layers."""
+        super().train()
+        for layer in self.frozen:
+            layer.eval()
+
+    def freeze_backbone(self) -> list[str]:
+        """Freeze all layers but the classifier. Return the names of the classifier's parameters."""
+        rules = self.weight_rules
+        self.frozen = [layer for name, layer in self.named_children() if not rules.is_head(f'{name}.')]
+        for layer in self.frozen:
+            layer.eval()
+        for name, parameter in self.named_parameters():
+            parameter.stop_gradient = not rules.is_head(name)
+        return [name for name, _ in self.named_parameters() if rules.is_head(name)]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Enable gradient checkpointing: recompute the blocks in the backward pass instead of storing activations."""

@@ -267,12 +267,6 @@ class VisionTransformer(Classifier):
         for parameter in parameters:
             parameter.stop_gradient = True
 
-    def train(self) -> None:
-        """Set training mode, except for the frozen stages."""
-        super().train()
-        for layer in self.frozen:
-            layer.eval()
-
     # ------------------------------------------------------------------------------------------------ forward
     def forward(
         self,

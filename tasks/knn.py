@@ -91,10 +91,13 @@ class KNNEvaluator(MeanEvaluator):
         return group.sum(bank)[readable], classes[readable]
 
 
-def extract_features(model: nn.Layer, images: Tensor) -> Tensor:
-    """Return the normalized input of the classifier for images [B, in_chans, H, W]: [B, C] float32 of length 1."""
+def extract_features(model: nn.Layer, images: Tensor, normalize: bool = True) -> Tensor:
+    """Return the input of the classifier for images [B, in_chans, H, W]: [B, C] float32, of length 1 if `normalize`."""
     features = model.forward_head(model.forward_features(images), pre_logits=True)
-    return F.normalize(features.astype('float32'), axis=-1)
+    if isinstance(features, tuple):  # class and distillation token
+        features = sum(features) / len(features)
+    features = features.astype('float32')
+    return F.normalize(features, axis=-1) if normalize else features
 
 
 def vote(features: Tensor, bank: Tensor, classes: Tensor, num_classes: int) -> Tensor:

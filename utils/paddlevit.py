@@ -123,8 +123,8 @@ def adapt(values: list[Value], path: str, model_type: str, known: Collection[str
     folder = _folder(given, model_type)
     if given.get('MODEL.TYPE') == 'LINEARPROBE':
         raise UserError(
-            f"'{path}': LeanViT has no linear probing of MAE (MODEL.TYPE LINEARPROBE); pre-training runs a kNN probe "
-            'instead, and MODEL.TYPE FINETUNE trains the whole model.'
+            f"'{path}': LeanViT has no linear probe with MAE's batch normalization (MODEL.TYPE LINEARPROBE); TRAIN.TASK "
+            'linear_probe trains a plain linear classifier, and MODEL.TYPE FINETUNE the whole model.'
         )
     if folder not in _DEFAULTS:  # the schema names the key that no model has
         return Adapted(values, [])

@@ -51,6 +51,7 @@ REDUCERS = {  # by registered reducer: its variants
 }
 TASK_OPTIONS = {  # by registered task: the smallest model that it trains
     'supervised': {},
+    'linear_probe': {},
     'mae': {
         'MODEL.TYPE': 'mae', 'MODEL.MAE.DECODER_EMBED_DIM': 16, 'MODEL.MAE.DECODER_NUM_HEADS': 2, 'MODEL.MAE.DECODER_DEPTH': 1,
     },

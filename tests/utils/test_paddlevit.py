@@ -201,7 +201,7 @@ def test_base_files_override_defaults_but_not_values(tmp_path):
         ('MODEL: {TYPE: vit, EMBED_DIM: 96, ATTN_HEAD_SIZE: 7}', 'no MODEL.ATTN_HEAD_SIZE: the head size is EMBED_DIM'),
         ('MODEL: {TYPE: ViT, MLP_DIM: 96}', 'MODEL.TRANS.MLP_DIM: it needs HIDDEN_SIZE'),
         ('MODEL: {TYPE: PRETRAIN, DROPOUT: 0.1, TRANS: {ENCODER: {DEPTH: 2}}}', 'no MODEL.DROPOUT: masked'),
-        ('MODEL: {TYPE: LINEARPROBE, TRANS: {ENCODER: {DEPTH: 2}}}', 'no linear probing of MAE'),
+        ('MODEL: {TYPE: LINEARPROBE, TRANS: {ENCODER: {DEPTH: 2}}}', 'no linear probe with MAE'),
         ('MODEL: {TYPE: vit, EMBED_DIMS: 96}', "unknown key 'MODEL.EMBED_DIMS'"),
     ],
 )  # fmt: skip
