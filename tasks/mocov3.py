@@ -13,9 +13,10 @@ from paddle import Tensor, nn
 
 from datasets.batch import Batch
 from datasets.transforms import two_view_transform
+from models.features import extract_features
 from models.mocov3 import MoCoV3
 from tasks.base import Losses, Task, register_task
-from tasks.knn import KNNEvaluator, extract_features
+from tasks.knn import KNNEvaluator
 from tasks.model_schedules import MomentumSchedule
 from utils.errors import UserError
 

@@ -298,11 +298,11 @@ def test_defaults_are_within_their_bounds(name):
         ),
         (
             'MODEL.TYPE mae TRAIN.TASK mae TRAIN.SMOOTHING 0.2',
-            'no effect for TRAIN.TASK mae, only for supervised; remove',
+            'no effect for TRAIN.TASK mae, only for supervised, linear_probe; remove',
         ),
         (
             'MODEL.TYPE mocov3 TRAIN.TASK mocov3 TRAIN.SMOOTHING 0',
-            'no effect for TRAIN.TASK mocov3, only for supervised; rem',
+            'no effect for TRAIN.TASK mocov3, only for supervised, linear_probe; rem',
         ),
         ('MODEL.TYPE mocov3 MODEL.DROPPATH 0.3', 'MODEL.DROPPATH is 0.3, but has no effect for MODEL.TYPE mocov3'),
     ],

@@ -15,8 +15,9 @@ from datasets.subset import evenly_spaced
 from engine.distributed import Context
 from engine.evaluate import evaluate
 from models import build_model
+from models.features import extract_features
 from tasks import Interrupted, build_task, knn
-from tasks.knn import extract_features, vote
+from tasks.knn import vote
 from tests.tasks.helpers import ALONE
 from tests.tasks.test_mocov3 import recipe
 from utils.runlog import RunLog
