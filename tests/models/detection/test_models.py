@@ -230,7 +230,7 @@ def test_the_recipes_follow_the_published_schedule(size):
     g = golden('vitdet-schedule')
     config = get_config(config_file(f'mask_rcnn_vitdet_{size}_640'))
     train, facts = config.TRAIN, g.meta
-    assert (train.NUM_ITERS, train.WEIGHT_DECAY) == (facts['max_iter'], facts['groups'][0]['weight_decay'])
+    assert (facts['max_iter'], facts['groups'][0]['weight_decay']) == (train.NUM_ITERS, train.WEIGHT_DECAY)
     assert config.DATA.BATCH_SIZE * 8 == train.LINEAR_SCALED_LR == 64 and train.LAYER_DECAY == 1.0
     lr, steps = lr_schedule(config, 64, 1832), g['in/iter'].tolist()
     rates = [lr(step // 1832 + 1, step % 1832 / 1832) for step in steps]
