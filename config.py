@@ -84,7 +84,7 @@ _C.MODEL = Section()
 _C.MODEL.TYPE = Key('gmlp')  # a registered architecture, see `python -m models`
 _C.MODEL.NAME = Key('gmlp')  # name in logs and tables
 _C.MODEL.NUM_CLASSES = Key(None, '[0, 1e7]', int)  # None: number of classes of the data set; 1000 without a data set
-_C.MODEL.PRETRAINED = Key(None, kind=str)  # initial weights, with or without .pdparams; none: from scratch
+_C.MODEL.PRETRAINED = Key(None, kind=str)  # file or run folder of the initial weights; auto, auto:NAME: published ones; none
 _C.MODEL.FRESH_HEAD = Key(False, tasks=SUPERVISED)  # training: re-initialize the classifier of PRETRAINED
 _C.MODEL.RESUME = Key(None, kind=str)  # run folder or checkpoint to continue
 _C.MODEL.DROPOUT = Key(0.0, '[0, 1)', models=CLASSIFIERS)  # dropout rate after the layers of an MLP
@@ -425,7 +425,9 @@ def _finish(config: CN) -> None:
     validate(config)
     SCHEMA.reset_unused(config)
     for node, key in ((config.MODEL, 'PRETRAINED'), (config.MODEL, 'RESUME'), (config.TRAIN, 'TEACHER_MODEL')):
-        if node[key] is not None:  # `latest` may soon point to another run
+        if key == 'PRETRAINED' and node[key] == 'auto':
+            node[key] = f'auto:{config.MODEL.NAME}'
+        elif node[key] is not None and not node[key].startswith('auto:'):  # `latest` may soon point to another run
             node[key] = follow_latest(node[key])
 
 

@@ -51,7 +51,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
     add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
     add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
-    add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate')
+    add('-pretrained', metavar='FILE', help='.pdparams weights, initial or to evaluate; auto: the published ones')
     add('-resume', metavar='RUN_OR_FILE', help='run folder or checkpoint to continue')
     add('-last_epoch', whole_number, metavar='N', help='last finished epoch, if -resume names a file with weights only')
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')

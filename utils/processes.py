@@ -115,7 +115,7 @@ def process_state(process: int) -> str:
 
 
 def _start_time(process: int) -> str:
-    """Start time of a process, which tells it from a later one of the same number; '' if it has ended."""
+    """Start time of a process, which distinguishes it from a later one of the same number; '' if it has ended."""
     return '' if _stat_field(process, 0) in 'ZX' else _stat_field(process, 19)
 
 

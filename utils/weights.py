@@ -27,6 +27,7 @@ __all__ = [
     'write_pdparams',
 ]
 
+PUBLISHED = 'auto:'  # -pretrained=auto:NAME, the published weights of a configuration
 SUFFIX = '.pdparams'
 OTHER_SUFFIXES = ('.pdparams', '.pth', '.pt', '.pth.tar', '.bin', '.ckpt', '.safetensors', '.npz')
 RUN_FILES = ('best.pdparams', 'last.pdparams')

@@ -17,7 +17,7 @@ from models.weights.rules import Start, rules_of
 from utils.errors import UserError
 from utils.formats import PADDLE, file_format, read_file
 from utils.text import NAME, printable
-from utils.weights import EMA_KEYS, METADATA, choose_state_dict, find_metadata, resolve_weights_path
+from utils.weights import EMA_KEYS, METADATA, PUBLISHED, choose_state_dict, find_metadata, resolve_weights_path
 
 
 class Weights(NamedTuple):
@@ -67,6 +67,10 @@ def foreign_weights(path: str, kind: str) -> UserError:
 
 
 def _read_any(path: str, prefer_ema: bool) -> Weights:
+    if path.startswith(PUBLISHED):
+        from models.weights.published import fetch
+
+        path = fetch(path[len(PUBLISHED) :])
     path = resolve_weights_path(path)
     kind, content = file_format(path), read_file(path)
     where, arrays = choose_state_dict(content, prefer_ema or kind == PADDLE, source=f"'{path}'")
