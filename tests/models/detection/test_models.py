@@ -7,6 +7,7 @@ import pytest
 from paddle import to_tensor
 
 from config import get_config
+from engine.learning_rate import lr_schedule
 from engine.optim import parameter_groups
 from models import build_model, create_model
 from models.detection import Targets, postprocess
@@ -17,6 +18,7 @@ from models.detection.masks import mask_targets
 from models.detection.rpn import RPN
 from models.exported import Predictor, save_program
 from models.profile import profile
+from models.registry import config_file
 from tests.conftest import assert_close, golden
 from tests.models.detection.helpers import padded, polygons, tiny_detector
 from tests.models.helpers import linear_weights, port
@@ -223,6 +225,44 @@ def test_names_shapes_and_parameter_groups(zero_weights):
     assert_close([scales[name] for name in g.meta['lr_factor_names']], g['out/lr_factor'], 1e-6)
 
 
+@pytest.mark.parametrize('size', ['tiny', 'small'])
+def test_the_recipes_follow_the_published_schedule(size):
+    g = golden('vitdet-schedule')
+    config = get_config(config_file(f'mask_rcnn_vitdet_{size}_640'))
+    train, facts = config.TRAIN, g.meta
+    assert (facts['max_iter'], facts['groups'][0]['weight_decay']) == (train.NUM_ITERS, train.WEIGHT_DECAY)
+    assert config.DATA.BATCH_SIZE * 8 == train.LINEAR_SCALED_LR == 64 and train.LAYER_DECAY == 1.0
+    lr, steps = lr_schedule(config, 64, 1832), g['in/iter'].tolist()
+    rates = [lr(step // 1832 + 1, step % 1832 / 1832) for step in steps]
+    np.testing.assert_allclose(np.array(rates) / facts['groups'][0]['lr'], g['out/multiplier'], 1e-6)
+
+
+def test_initialization():
+    """Distributions of the specification, by group."""
+    paddle.seed(0)
+    model = build_model(get_config(opts=[*SMALL, 'MODEL.DET.CHANNELS', 64, 'MODEL.DET.BOX_FEATURES', 256, *MIXERS]))
+    state = {name: value.numpy() for name, value in model.state_dict().items()}
+    normal = {
+        'backbone.net.pos_embed': 0.02, 'backbone.net.blocks.0.attn.qkv.weight': 0.02,
+        'proposal_generator.rpn_head.conv.conv1.weight': 0.01, 'proposal_generator.rpn_head.anchor_deltas.weight': 0.01,
+        'roi_heads.box_head.conv1.weight': (2 / (64 * 9)) ** 0.5, 'roi_heads.mask_head.mask_fcn1.weight': (2 / (64 * 9)) ** 0.5,
+        'roi_heads.mask_head.deconv.weight': (2 / (64 * 4)) ** 0.5, 'roi_heads.box_predictor.cls_score.weight': 0.01,
+        'roi_heads.box_predictor.bbox_pred.weight': 0.001, 'roi_heads.mask_head.predictor.weight': 0.001,
+    }  # fmt: skip
+    uniform = {
+        'roi_heads.box_head.fc1.weight': (3 / (64 * 49)) ** 0.5, 'backbone.simfp_4.1.weight': (64 * 9) ** -0.5,
+        'backbone.simfp_2.4.weight': 6**-0.5, 'backbone.simfp_3.0.weight': (12 * 4) ** -0.5,
+        'backbone.net.patch_embed.proj.weight': (3 * 64) ** -0.5,
+    }  # fmt: skip
+    for name, std in normal.items():
+        assert state[name].std() == pytest.approx(std, rel=0.15), name
+    for name, bound in uniform.items():
+        assert 0.9 * bound < np.abs(state[name]).max() <= bound, name
+    zeros = [name for name in state if name.endswith('bias') and 'simfp_2.' not in name and 'simfp_3.0' not in name]
+    zeros = [name for name in zeros if 'patch_embed' not in name] + [name for name in state if 'rel_pos' in name]
+    assert len(zeros) > 40 and not any(state[name].any() for name in zeros)
+
+
 def test_costs(zero_weights):
     """Parameters and GMACs of the specification: of 1000 regions and 100 masks."""
     model = create_model('mask_rcnn_vitdet_tiny_640')
@@ -246,7 +286,8 @@ SMALL = [
     *['MODEL.DET.MASK_CONVS', 1, 'MODEL.DET.ANCHOR_SIZES', (8, 16, 24, 32, 64), 'MODEL.DET.CANONICAL_SIZE', 56.0],
     *['MODEL.DET.MAX_DETECTIONS', 12, 'MODEL.DET.RPN_PROPOSALS', (60, 40)],
 ]
-VITDET = [*SMALL, 'MODEL.TRANS.MIXER', ['windowed', 'decomposed'] * 2, 'MODEL.WINDOWED.SIZE', 3]
+MIXERS = ['MODEL.TRANS.MIXER', ['windowed', 'decomposed'] * 2, 'MODEL.WINDOWED.SIZE', 3]
+VITDET = [*SMALL, *MIXERS]
 REMOVED = [*SMALL, 'MODEL.LAMBDA.PRUNE_LAYERS', [0, 2], 'MODEL.LAMBDA.REMOVED', True]
 
 
