@@ -87,4 +87,4 @@ def _on_this_cpu(pixels: np.ndarray, erase, scale: np.ndarray, shift: np.ndarray
     if erase is not None:
         positions, values = erase
         images.reshape(-1)[positions] = values
-    return paddle.to_tensor(images)
+    return upload(images)

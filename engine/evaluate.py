@@ -7,9 +7,11 @@ import contextlib
 import time
 from collections.abc import Callable
 
+import numpy as np
 import paddle
 
 from datasets.batch import to_device
+from datasets.device import upload
 from engine.distributed import Context
 from tasks import Evaluator, Interrupted, Task
 from utils.errors import UserError
@@ -64,7 +66,7 @@ def evaluate(
         if was_training:
             model.train()
     # The stop flag is all-reduced, so that all ranks stop together.
-    counts = context.sum(paddle.to_tensor([images, skipped, stopped], 'float64'))
+    counts = context.sum(upload(np.array([images, skipped, stopped], 'float64')))
     images, skipped, stopped = counts.tolist()
     if stopped:
         raise Interrupted

@@ -23,6 +23,7 @@ from PIL import Image
 
 import datasets
 from datasets.batch import Batch
+from datasets.device import upload
 from datasets.transforms import Squash, build_transform
 from tasks.model_schedules import ModelSchedule, build_model_schedules
 from utils.errors import UserError
@@ -171,9 +172,9 @@ class MeanEvaluator(Evaluator):
         self._images += len(batch)
 
     def reduce(self, group: Group) -> None:
-        totals = paddle.concat([self._total, paddle.to_tensor([self._images], 'float64')])
+        totals = paddle.concat([self._total, upload(np.array([self._images], 'float64'))])
         *sums, images = group.sum(totals).tolist()
-        self._total, self._images = paddle.to_tensor(sums, 'float64'), int(images)
+        self._total, self._images = upload(np.array(sums, 'float64')), int(images)
 
     def result(self) -> dict[str, float]:
         return {name: value / max(self._images, 1) for name, value in zip(self.titles, self._total.tolist())}

@@ -24,7 +24,6 @@ import argparse
 import contextlib
 import os
 import statistics
-import tempfile
 from dataclasses import replace
 
 import paddle
@@ -43,6 +42,7 @@ from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser
+from utils.temporary import temporary_folder
 
 WARMUP = 3
 COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>11} {:>10} {:>6}'
@@ -105,7 +105,7 @@ def measure_evaluation(
     rows: list[dict], cases: list[BenchmarkCase], args: argparse.Namespace, context: Context
 ) -> None:
     """Add speed, latency and memory of forward passes to the rows, and print the table."""
-    with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
+    with temporary_folder('benchmark') as folder:
         if args.backend == 'exported':
             cases = [export(case, os.path.join(folder, f'{i}')) for i, case in enumerate(cases)]
         for row, case in zip(rows, cases):

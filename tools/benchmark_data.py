@@ -21,7 +21,6 @@ import contextlib
 import functools
 import io
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -41,6 +40,7 @@ from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
+from utils.temporary import temporary_folder
 
 SIZE = (500, 375)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         'image_size': args.image_size,
     }
     print(', '.join(f'{key} {value}' for key, value in info.items()))
-    with tempfile.TemporaryDirectory(prefix='benchmark-data-') as folder:
+    with temporary_folder('benchmark-data') as folder:
         write_photographs(os.path.join(folder, 'train'), args.images)
         with contextlib.redirect_stdout(io.StringIO()):
             for tool in (make_lmdb, make_zip):

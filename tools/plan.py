@@ -18,7 +18,6 @@ if __name__ == '__main__':
 
 import argparse
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
@@ -47,6 +46,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser
 from utils.runlog import progress
+from utils.temporary import temporary_folder
 
 WARMUP = 3
 PROGRAMS_AT_ONCE = 4  # exported programs in memory beside the given one; each has its own weights
@@ -329,7 +329,7 @@ def measure(candidates: Sequence[Candidate], args: argparse.Namespace, context: 
     groups = [rest[start : start + size] for start in range(0, len(rest), size)] or [[]]
     seconds: list[np.ndarray] = []
     for group in progress(groups, len(groups), 'measuring', shown=True):
-        with tempfile.TemporaryDirectory(prefix='plan-') as folder:
+        with temporary_folder('plan') as folder:
             calls = [call for each in layer_or_program_calls([first, *group], args, folder) for call in each]
             taken = np.array(time_interleaved(calls, context, args.rounds, WARMUP)).reshape([-1, 2, args.rounds])
             del calls  # before the programs of the next group are loaded
