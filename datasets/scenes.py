@@ -4,7 +4,7 @@
 Each scene shows scikit-learn's digits on a textured background, in random number, size, position and color; later digits
 cover earlier ones. Scenes are written once in the layout of user data:
 
-    $LEANVIT_CACHE/digit_scenes-2/classes.txt                      ground, 0 to 9
+    $LEANVIT_CACHE/digit_scenes-3/classes.txt                      ground, 0 to 9
                                   images/{train,val}/NNNN.png
                                   annotations/{train,val}/NNNN.png label maps
                                   annotations/instances_{train,val}.json     objects in COCO's format
@@ -29,10 +29,12 @@ from datasets.segmentation import SegmentationDataset
 from datasets.segmentation_layouts import CLASSES, segmentation_folder
 
 NAMES = ('ground', *map(str, range(10)))
-SCENES = {'train': 800, 'val': 200}
+SCENES = {'train': 3000, 'val': 200}
 SIDE = 64  # side of a scene in pixels
-_VERSION = 2  # of the files: 2 has masks of the objects
-_SEED = 1  # of the scenes, which are those of version 1
+_DIGITS = (2, 4)  # range of their number in a scene
+_SIDES = (30, 48)  # range of the side of a digit, pixels
+_VERSION = 3  # of the files
+_SEED = 1
 _HELD_OUT = 5  # every fifth digit appears in validation scenes only
 _INK = 96  # threshold, of 255: brighter pixels of an enlarged digit belong to it
 _LEAST = 0.4  # minimum visible fraction of a digit that is listed as an object
@@ -68,8 +70,8 @@ def make_scene(digits: np.ndarray, targets: np.ndarray, rng: np.random.Generator
     """Compose a scene from digits [n, 8, 8] uint8 with the classes `targets` [n]."""
     image = _ground(rng)
     owner, stamps = np.full((SIDE, SIDE), -1), []
-    for _ in range(rng.integers(2, 6)):
-        number, side = int(rng.integers(len(digits))), int(rng.integers(20, 37))
+    for _ in range(rng.integers(_DIGITS[0], _DIGITS[1] + 1)):
+        number, side = int(rng.integers(len(digits))), int(rng.integers(_SIDES[0], _SIDES[1] + 1))
         ink = np.asarray(Image.fromarray(digits[number]).resize((side, side), Image.Resampling.BICUBIC)) > _INK
         top, left = (int(start) for start in rng.integers(-side // 6, SIDE - side + side // 6 + 1, 2))
         rows, columns = np.nonzero(ink)

@@ -327,7 +327,7 @@ def test_scenes(tmp_path, monkeypatch):
             mask = coco_masks().frPyObjects([p.reshape(-1).tolist() for p in polygons], *pixels.shape)
             mask = coco_masks().decode(coco_masks().merge(mask)).astype(bool)
             assert mask.any() and (pixels[mask] == label).all()
-    folder = os.path.join(tmp_path, 'digit_scenes-2')
+    folder = os.path.join(tmp_path, 'digit_scenes-3')
     same = build(folder, 'val')
     np.testing.assert_array_equal(same.objects(1).boxes(), dataset.objects(1).boxes())
     assert known_categories(settings('unused', 'digit_objects')) == dataset.categories
