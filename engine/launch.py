@@ -80,7 +80,7 @@ def launch(processes: int | None = None, limit: float = 60.0) -> int:
 
 
 def _memory_file() -> int:
-    """Return the handle of a file without a name, which leaves nothing behind where this process is killed."""
+    """Return the handle of a file without a name, which is freed where this process is killed."""
     if hasattr(os, 'memfd_create'):
         return os.memfd_create('leanvit')
     with tempfile.TemporaryFile() as file:

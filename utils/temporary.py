@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Temporary folders that a killed process does not leave behind for ever."""
+"""Temporary folders; those of killed processes are removed later."""
 
 from __future__ import annotations
 
