@@ -12,9 +12,9 @@ from paddle import Tensor, nn
 from datasets.batch import Batch
 from deploy.inference import FilePrediction, predict_files
 from models import build_model
+from models.features import extract_features
 from models.weights.load import load_pretrained
 from tasks import PredictionOptions, build_task
-from tasks.knn import extract_features
 from utils.errors import UserError
 
 

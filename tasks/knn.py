@@ -16,6 +16,7 @@ from paddle import Tensor, nn
 import datasets
 from datasets.batch import Batch, to_device
 from datasets.subset import evenly_spaced
+from models.features import extract_features
 from tasks.base import Group, Interrupted, MeanEvaluator
 from utils.errors import UserError
 from utils.runlog import progress
@@ -89,15 +90,6 @@ class KNNEvaluator(MeanEvaluator):
             raise UserError(f'none of the training images of {self._dataset.source} could be read.')
         classes = paddle.to_tensor(self._dataset.labels)
         return group.sum(bank)[readable], classes[readable]
-
-
-def extract_features(model: nn.Layer, images: Tensor, normalize: bool = True) -> Tensor:
-    """Return the input of the classifier for images [B, in_chans, H, W]: [B, C] float32, of length 1 if `normalize`."""
-    features = model.forward_head(model.forward_features(images), pre_logits=True)
-    if isinstance(features, tuple):  # class and distillation token
-        features = sum(features) / len(features)
-    features = features.astype('float32')
-    return F.normalize(features, axis=-1) if normalize else features
 
 
 def vote(features: Tensor, bank: Tensor, classes: Tensor, num_classes: int) -> Tensor:

@@ -298,7 +298,7 @@ def test_defaults_are_within_their_bounds(name):
         ),
         (
             'MODEL.TYPE mae TRAIN.TASK mae TRAIN.SMOOTHING 0.2',
-            'no effect for TRAIN.TASK mae, only for supervised; remove',
+            'no effect for TRAIN.TASK mae, only for supervised, linear_probe; remove',
         ),
         (
             'MODEL.TYPE mocov3 TRAIN.TASK mocov3 TRAIN.SMOOTHING 0',

@@ -21,7 +21,6 @@ import sys
 
 import numpy as np
 
-from config import flag_parser
 from deploy.features import FeatureExtractor, file_features, load_encoder
 from engine import distributed
 from tools._common import find_images, trained_config
@@ -29,6 +28,7 @@ from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
 from utils.files import TEXT, atomic_write
+from utils.flags import flag_parser
 from utils.runlog import progress
 
 
