@@ -61,6 +61,14 @@ def test_gmlp(tmp_path):
     assert best_accuracy(folder) == pytest.approx(99, abs=1)
 
 
+def test_segmentation(tmp_path):
+    """docs/segmentation.md, seed 0 in two processes: mIoU 35.6 %, pixel accuracy 79.1 %."""
+    folder = launch('main_multi_gpu.py', tmp_path, 'segmenter', 'segment_digits', '-ngpus=2')
+    last = max(validations(folder, 'miou'))
+    assert 100 * validations(folder, 'miou')[last] == pytest.approx(35.6, abs=5)
+    assert 100 * validations(folder, 'aacc')[last] == pytest.approx(79.1, abs=2)
+
+
 def test_removal_of_attention(tmp_path):
     """docs/lambda_vit.md: 95.8 % of the dense model, 98.0 % with two of six attentions gone, before and after pruning."""
     dense = launch('main_multi_gpu.py', tmp_path, 'dense', 'deit_digits')
