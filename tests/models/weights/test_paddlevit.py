@@ -12,7 +12,7 @@ from models import build_model, create_model
 from models.mae import MaskedAutoencoder
 from models.vision_transformer import VisionTransformer
 from models.weights.convert import port_with_report
-from models.weights.load import load_frozen, load_pretrained, read_weights
+from models.weights.load import load_frozen, load_pretrained, load_state, read_weights
 from models.weights.paddlevit import from_paddlevit
 from tests.conftest import assert_close
 from utils.errors import UserError
@@ -232,3 +232,21 @@ def test_evaluation_of_a_published_pair(name, tmp_path):
     model.eval()
     x = paddle.randn([2, 3, 32, 32])
     assert_close(model(x), network(x).numpy(), 1e-5)
+
+
+def test_checkpoints_to_resume(tmp_path):
+    """A training checkpoint: weights and EMA are found under the names of this suite."""
+    from engine.checkpoint_schema import validate_checkpoint
+
+    network = PaddleViT()
+    saved(network, tmp_path / 'flat.pdparams')
+    state = {name: value.numpy() for name, value in network.state_dict().items()}
+    average = {name: value * 2 for name, value in state.items()}
+    content = {'model': state, 'model_ema': average, 'optimizer': {}, 'epoch': 3, 'lr_scheduler': {'last_epoch': 3}}
+    checkpoint = validate_checkpoint(content, 'Epoch-3-Loss-1.pdparams')
+    model = VisionTransformer(num_classes=CLASSES, **SIZES)
+    load_state(model, checkpoint.weights, checkpoint.source, quiet, replace_head=False)
+    found = checkpoint.match_average(model).state
+    assert (checkpoint.epoch, checkpoint.complete) == (3, True)
+    assert_close(found['blocks.0.attn.proj.weight'], 2 * state['encoder.layers.0.attn.out.weight'], 1e-6)
+    assert_close(model.norm.weight, state['encoder.encoder_norm.weight'], 1e-6)
