@@ -48,7 +48,7 @@ def test_nothing_grows_from_epoch_to_epoch(recipe, monkeypatch):  # noqa: F811
     def count(self):
         finish(self)
         gc.collect()
-        with open('/proc/self/maps') as maps:
+        with open('/proc/self/maps', 'rb') as maps:
             regions = sum(1 for _ in maps)
         seen.append((len(gc.get_objects()), len(os.listdir('/proc/self/fd')), regions, threading.active_count()))
 
