@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import struct
+import time
 import zlib
 
 import numpy as np
@@ -15,7 +17,7 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from config import get_config
 from datasets import build_dataloader, build_dataset
-from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, open_image
+from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, has_one_scan, open_image
 from datasets.segmentation import read_values
 from datasets.transforms import build_transform, opencv, resize_smoothed, smoothing_kernel
 from utils.errors import UserError
@@ -344,6 +346,20 @@ def test_jpegs_of_thousands_of_scans(mode):
         with pytest.raises(UnreadableImage, match='more than 100 scans'):
             read(progressive(3000, mode=mode))
     assert decode_image(progressive(0, mode=mode)).size == (400, 400)
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+def test_sequential_jpegs_are_decoded_in_one_scan(mode):
+    """Their scans are not counted: libjpeg reads no other one, however many follow."""
+    buffer = io.BytesIO()
+    Image.new(mode, (2000, 2000)).save(buffer, 'JPEG')
+    data = buffer.getvalue()
+    assert has_one_scan(data) and not has_one_scan(progressive(0, mode=mode)) and not has_one_scan(data[:20])
+    scan = data[data.index(b'\xff\xda') :][:60]
+    start = time.process_time()
+    with contextlib.suppress(UnreadableImage):
+        decode_image(data[:-2] + 3000 * scan + data[-2:])
+    assert time.process_time() - start < 2
 
 
 def test_the_limit_of_scans_falls_with_the_size():
