@@ -16,6 +16,7 @@ import paddle
 from paddle import nn
 
 from models.layers import ToMeReducer
+from utils.errors import UserError
 
 # Operators that may take a parameter of two or more dimensions: sums, elementwise products and data movement.
 _FREE = {
@@ -45,11 +46,15 @@ class Profile:
     matching: int = 0
 
 
+class UncountedOperator(UserError, NotImplementedError):
+    """A model uses an operator whose MACs are unknown; a wrong count would be worse."""
+
+
 def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> Profile:
     """Count parameters, and the MACs of a forward pass in evaluation mode for `input_shape` [B, C, H, W].
 
     Raises:
-        NotImplementedError: the model uses an operator with multiplications that this function cannot count.
+        UncountedOperator: the model uses an operator with multiplications that this function cannot count.
     """
     training = model.training
     model.eval()
@@ -119,11 +124,11 @@ def _attention(op) -> tuple[str, int]:
 
 
 def _unknown(op):
-    raise NotImplementedError(f'cannot count the multiplications of {op.name()}; use a matmul instead')
+    raise UncountedOperator(f'cannot count the multiplications of {op.name()}; use a matmul instead.')
 
 
 def _check_free(op) -> None:
-    """Raise NotImplementedError if an operator that is not counted may multiply a matrix or a larger parameter."""
+    """Raise UncountedOperator if an operator that is not counted may multiply a matrix or a larger parameter."""
     if op.name() not in _FREE and any(_is_parameter(value) and len(value.shape) > 1 for value in op.operands_source()):
         _unknown(op)
 
