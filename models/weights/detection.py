@@ -11,7 +11,7 @@ import paddle
 
 from models.layers import resize_decomposed_table, resize_position_table
 from models.weights.rules import Start, WeightRules
-from models.weights.transformer import TransformerWeights, first_match
+from models.weights.transformer import TransformerWeights, start_backbone
 
 BACKBONE = 'backbone.net.'
 ENCODER = TransformerWeights()
@@ -85,18 +85,7 @@ class DetectorWeights(WeightRules):
         """Train from the weights of an encoder: a classifier, MAE or MoCo-v3."""
         if any(name.startswith('backbone.') for name in names):
             return Start()
-        ours = model.state_dict()
-        encoder = ENCODER.start(model.backbone.net, names)
-        renamed = {name: f'{BACKBONE}{inner}' for name, inner in encoder.renamed.items()}
-        unused = dict(encoder.unused)
-        for name in names:
-            reason = first_match(_UNUSED, encoder.renamed[name])
-            if reason and renamed[name] not in ours:
-                unused[name] = reason
-        initial = {f'{BACKBONE}{name}': reason for name, reason in encoder.initial.items()}
-        missing = [name for name in ours if name not in renamed.values() and name not in initial]
-        initial.update({name: reason for name in missing if (reason := first_match(_INITIAL, name))})
-        return Start(renamed, unused, initial)
+        return start_backbone(model, BACKBONE, model.backbone.net, names, _UNUSED, _INITIAL)
 
     def count_classes(self, state: Mapping) -> int | None:
         """See `WeightRules`."""

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import paddle
+from paddle import nn
 
 from models.layers import resize_position_table, resize_relative_table
 from models.weights.paddlevit import from_paddlevit
@@ -105,3 +106,33 @@ def _in_encoder(name: str) -> str:
 def first_match(table: Sequence[tuple[str, str]], name: str) -> str | None:
     """Return the reason of the first pattern that matches the complete name; None: no pattern does."""
     return next((reason for pattern, reason in table if re.fullmatch(pattern, name)), None)
+
+
+def start_backbone(
+    model: nn.Layer,
+    prefix: str,
+    backbone: nn.Layer,
+    names: Collection[str],
+    unused_parts: Sequence[tuple[str, str]],
+    initial_parts: Sequence[tuple[str, str]],
+) -> Start:
+    """Initialize the backbone of a dense model from an encoder: a classifier, MAE or MoCo v3.
+
+    Args:
+        prefix: of the backbone's parameters in `model`.
+        names: of the arrays in the file.
+        unused_parts: patterns of the encoder's parameters that the dense model lacks, with reasons.
+        initial_parts: patterns of the model's parameters that an encoder lacks, with reasons.
+    """
+    ours = model.state_dict()
+    encoder = TransformerWeights().start(backbone, names)
+    renamed = {name: f'{prefix}{inner}' for name, inner in encoder.renamed.items()}
+    unused = dict(encoder.unused)
+    for name in names:
+        reason = first_match(unused_parts, encoder.renamed[name])
+        if reason and renamed[name] not in ours:
+            unused[name] = reason
+    initial = {f'{prefix}{name}': reason for name, reason in encoder.initial.items()}
+    missing = [name for name in ours if name not in renamed.values() and name not in initial]
+    initial.update({name: reason for name in missing if (reason := first_match(initial_parts, name))})
+    return Start(renamed, unused, initial)
