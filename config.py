@@ -64,7 +64,7 @@ _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, 
 _C.DATA.EVAL_CROP = Key('center', ('center', 'squash'), aliases={'centre': 'center'})  # evaluation: center crop by CROP_PCT, or resize both sides
 _C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; None: TRAIN.TASK decides
 _C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both for each training image
-_C.DATA.FAST_RESIZE = Key(True)  # training: resize with OpenCV; False: with Pillow, slower, with slightly different pixels
+_C.DATA.FAST_RESIZE = Key(True)  # training: resize and rotate with OpenCV; False: with Pillow, slower, with slightly different pixels
 _C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # mean of images in [0, 1]; 1 channel: the first value
 _C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', length=(1, 3), hint=SCALED)  # standard deviation of images in [0, 1]
 _C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process

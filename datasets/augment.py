@@ -10,11 +10,14 @@ a `Style`: the resampling filter and the fill color of uncovered corners.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Union
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from datasets.opencv import opencv
 
 Color = Union[int, tuple[int, int, int]]
 
@@ -74,14 +77,23 @@ def blur(image: Image.Image, radius: float) -> Image.Image:
 
 
 class Style(NamedTuple):
-    """Resampling filter and fill color of a geometric operation."""
+    """How a geometric operation is applied.
+
+    Attributes:
+        resample: resampling filter.
+        fill: color of uncovered corners.
+        fast: with OpenCV, see `_warp`.
+    """
 
     resample: Image.Resampling
     fill: Color
+    fast: bool = False
 
 
 def rotate(image: Image.Image, degrees: float, style: Style) -> Image.Image:
     """Rotate counter-clockwise about the center."""
+    if style.fast:
+        return _affine(image, _rotation(degrees, *image.size), style)
     return image.rotate(degrees, resample=style.resample, fillcolor=style.fill)
 
 
@@ -111,8 +123,36 @@ def translate_y_relative(image: Image.Image, fraction: float, style: Style) -> I
     return translate_y(image, fraction * image.height, style)
 
 
+def _rotation(degrees: float, width: int, height: int) -> tuple[float, ...]:
+    """Return the matrix for `_affine` of a counter-clockwise rotation about the center of an image."""
+    cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    x, y = width / 2, height / 2
+    return cosine, -sine, x - cosine * x + sine * y, sine, cosine, y - sine * x - cosine * y
+
+
 def _affine(image: Image.Image, matrix: tuple, style: Style) -> Image.Image:
+    """Transform an image.
+
+    Args:
+        matrix: (a, b, c, d, e, f) maps a point (x, y) of the result to the point (ax + by + c, dx + ey + f) of the image.
+    """
+    if style.fast and style.resample != NEAREST:
+        return _warp(image, matrix, style)
     return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=style.resample, fillcolor=style.fill)
+
+
+def _warp(image: Image.Image, matrix: tuple, style: Style) -> Image.Image:
+    """Transform an image like `_affine` with OpenCV, three times faster.
+
+    On photographs of 224 pixels the mean difference from Pillow is 0.4 to 0.5 of 255 with the bilinear filter and 0.6 to 1.0
+    with the bicubic one, which is sharper in OpenCV (coefficient -0.75, Pillow's is -0.5).
+    """
+    cv2 = opencv()
+    matrix = np.array(matrix).reshape(2, 3)
+    matrix[:, 2] += (matrix[:, 0] + matrix[:, 1] - 1) / 2  # OpenCV's coordinates start at the center of the first pixel
+    flags = (cv2.INTER_LINEAR if style.resample == BILINEAR else cv2.INTER_CUBIC) | cv2.WARP_INVERSE_MAP
+    border = {'borderMode': cv2.BORDER_CONSTANT, 'borderValue': style.fill}
+    return Image.fromarray(cv2.warpAffine(np.asarray(image), matrix, image.size, flags=flags, **border))
 
 
 def _look_up(image: Image.Image, table: list[int]) -> Image.Image:
@@ -222,18 +262,25 @@ class StyleSampler:
 
     timm: the interpolation of the run, or bilinear or bicubic at random; filled with the mean color of the data.
     paddlevit: nearest neighbor; filled with mid-gray, after rotations with black.
+
+    Args:
+        space: timm or paddlevit.
+        interpolation: DATA.INTERPOLATION.
+        mean: mean color of the data, 0 to 255.
+        fast: see `Style`.
     """
 
-    def __init__(self, space: str, interpolation: str, mean: Color):
+    def __init__(self, space: str, interpolation: str, mean: Color, fast: bool = False):
         self.space = space
         self.resamples = RESAMPLES[interpolation]
         self.mean = mean
+        self.fast = fast
 
     def style(self, name: str, rng: np.random.Generator) -> Style:
         if self.space == 'paddlevit':
             shade = 0 if name == 'Rotate' else 128
-            return Style(NEAREST, shade if isinstance(self.mean, int) else (shade,) * 3)
-        return Style(choose(self.resamples, rng), self.mean)
+            return Style(NEAREST, shade if isinstance(self.mean, int) else (shade,) * 3, self.fast)
+        return Style(choose(self.resamples, rng), self.mean, self.fast)
 
 
 RESAMPLES = {'bicubic': (BICUBIC,), 'bilinear': (BILINEAR,), 'random': (BILINEAR, BICUBIC)}

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from datasets.images import UnreadableImage
+from datasets.opencv import opencv
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
-from datasets.transforms import MAX_ASPECT_RATIO, FastFlip, Geometric, Picture, Transform, opencv, size_of
+from datasets.transforms import MAX_ASPECT_RATIO, FastFlip, Geometric, Picture, Transform, size_of
 from utils.errors import UserError
 
 TRIES = 10  # maximum number of redraws of a crop that one class dominates

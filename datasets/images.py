@@ -29,6 +29,7 @@ MAX_SIDE = 65535  # pixels, as in JPEG files
 MAX_PIXELS_OF = {'JPEG2000': MAX_PIXELS // 2}  # its decoder holds each channel twice, in 32 bits
 MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10
 MAX_WORK = 2 << 30  # pixels times scans: a scan of a million pixels takes a millisecond, whatever its few bytes hold
+ROWS_BELOW = 16  # rows that are decoded below a box, of which the interpolation of colors needs four
 _FEW_SCANS = 16  # up to here they need not be counted exactly
 # First bytes of files that are no raster image, or one that Pillow does not decode here; the others it knows itself.
 _OTHER_KINDS = (
@@ -69,7 +70,10 @@ def open_image(data: bytes, exif_rotate: bool = False) -> Image.Image | Jpeg:
     size = _plain_jpeg_size(data)
     if size is None:
         return _decode(data, exif_rotate)
-    return Jpeg(data, size, _jpeg_orientation(data) if exif_rotate else Orientation())
+    frame = one_scan_frame(data)
+    if frame is None:
+        _check_scans(data, size[0] * size[1])
+    return Jpeg(data, size, _jpeg_orientation(data) if exif_rotate else Orientation(), frame)
 
 
 class Orientation:
@@ -106,16 +110,18 @@ class Jpeg:
 
     Args:
         size: (width, height) as stored.
+        frame: see `one_scan_frame`.
 
     Attributes:
         size: (width, height) in the given orientation.
     """
 
-    def __init__(self, data: bytes, size: tuple[int, int], orientation: Orientation):
+    def __init__(self, data: bytes, size: tuple[int, int], orientation: Orientation, frame: int | None = None):
         self.size = self.width, self.height = orientation.size(size)
         self._data = data
         self._stored_size = size
         self._orientation = orientation
+        self._frame = frame
         self._decoded: dict[str, np.ndarray] = {}
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
@@ -131,10 +137,13 @@ class Jpeg:
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
         return self.convert('RGB').resize(size, resample)
 
-    def reduced(self, box: tuple[int, int, int, int], side: int) -> np.ndarray:
+    def reduced(self, box: tuple[int, int, int, int], side: int, single: bool = False) -> np.ndarray:
         """Decode a box [h, w, 3] uint8 at 1/2, 3/8, 1/4 or 1/8 size if both sides stay at least `side`.
 
         The box is then enlarged to whole decoded pixels.
+
+        Args:
+            single: no other box of this image follows, so that the rows below this one need not be decoded.
         """
         left, top, right, bottom = self._orientation.stored_box(box, self.size)
         full_width, full_height = self._stored_size
@@ -142,7 +151,8 @@ class Jpeg:
         if all(low <= -(-whole // 2) for low, whole in zip(least, self._stored_size)):
             pixels = self._pixels('RGB', min_width=least[0], min_height=least[1], min_factor=2)
         else:
-            pixels = self._whole('RGB')
+            pixels = self._rows(bottom) if single else self._whole('RGB')
+            return self._orientation.apply(pixels[top:bottom, left:right])
         height, width = pixels.shape[:2]
         rows = slice(top * height // full_height, -(-bottom * height // full_height))
         columns = slice(left * width // full_width, -(-right * width // full_width))
@@ -153,6 +163,22 @@ class Jpeg:
         if layout not in self._decoded:
             self._decoded[layout] = self._pixels(layout)
         return self._decoded[layout]
+
+    def _rows(self, bottom: int) -> np.ndarray:
+        """Return at least the first `bottom` stored rows [>= bottom, W, 3], without decoding all rows below them.
+
+        The decoder stops at the height in the frame header. ROWS_BELOW more rows keep the interpolation of colors exact.
+        A file that does not end with the end marker may be truncated: all of it is decoded.
+        """
+        rows = bottom + ROWS_BELOW
+        if self._frame is None or rows > 0.95 * self._stored_size[1] or not self._data.endswith(_EOI):
+            return self._whole('RGB')
+        height = self._frame + 5
+        data = b''.join([self._data[:height], rows.to_bytes(2, 'big'), self._data[height + 2 :]])
+        try:
+            return simplejpeg.decode_jpeg(data, 'RGB', strict=False)  # strict: an error for the data of the other rows
+        except ValueError:
+            return self._whole('RGB')
 
     def _pixels(self, layout: str, **reduction: int) -> np.ndarray:
         try:
@@ -171,37 +197,37 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         return None
     if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
         return None
-    _check_scans(data, width * height)
     return (width, height) if colors in ('YCbCr', 'Gray') else None
 
 
 def _check_scans(data: bytes, pixels: int) -> None:
     """Each scan of a JPEG file goes over all pixels. Raises UnreadableImage for more scans than any encoder writes."""
-    if has_one_scan(data) or data.count(_SCAN) <= _FEW_SCANS:
+    if data.count(_SCAN) <= _FEW_SCANS:
         return
     limit = min(MAX_SCANS, MAX_WORK // max(pixels, 1))
     if count_scans(data, limit) > limit:
         raise UnreadableImage(f'a JPEG file of more than {limit} scans, which would take too long')
 
 
-_SCAN, _END = b'\xff\xda', 0xD9
+_SCAN, _EOI = b'\xff\xda', b'\xff\xd9'
 _SEQUENTIAL = (0xC0, 0xC1)  # markers of a frame that is not progressive
 
 
-def has_one_scan(data: bytes) -> bool:
-    """Return True for a JPEG file of which libjpeg reads one scan: sequential, with all components in the first scan.
+def one_scan_frame(data: bytes) -> int | None:
+    """Return the position of the frame header of a JPEG file of which libjpeg reads one scan; None for other files.
 
-    This reads the headers only. Counting the scans reads the whole file, which takes 7 % of the time to prepare an image.
+    Such a file is sequential, with all components in the first scan. This reads the headers only: counting the scans reads
+    the whole file, which takes 7 % of the time to prepare an image.
     """
-    place, components = 2, None
+    place, frame = 2, None
     while place + 10 <= len(data) and data[place] == 0xFF:
         marker = data[place + 1]
         if marker in _SEQUENTIAL:
-            components = data[place + 9]
+            frame = place
         elif marker == _SCAN[1]:
-            return data[place + 4] == components
+            return frame if frame is not None and data[place + 4] == data[frame + 9] else None
         place += 2 + int.from_bytes(data[place + 2 : place + 4], 'big')
-    return False
+    return None
 
 
 def count_scans(data: bytes, limit: int) -> int:
@@ -209,7 +235,7 @@ def count_scans(data: bytes, limit: int) -> int:
     place, scans = 2, 0
     while scans <= limit:
         place = data.find(b'\xff', place)
-        if place < 0 or place + 4 > len(data) or data[place + 1] == _END:
+        if place < 0 or place + 4 > len(data) or data[place + 1] == _EOI[1]:
             break
         marker = data[place + 1]
         if marker == 0xFF:  # padding
@@ -244,7 +270,7 @@ def loaded(data: bytes, formats: Sequence[str] = FORMATS) -> Iterator[Image.Imag
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             check_size(image)
-            if image.format in ('JPEG', 'MPO'):
+            if image.format in ('JPEG', 'MPO') and one_scan_frame(data) is None:
                 _check_scans(data, image.width * image.height)
             image.load()  # Pillow applies the orientation of TIFF files here
             yield image

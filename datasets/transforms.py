@@ -6,12 +6,11 @@ Normalization and random erasing run once per batch on the device (datasets/batc
 
 A step is a callable `step(image, rng) -> image` on Pillow images; all random numbers come from the numpy generator. Steps
 that move pixels are `Geometric`: one draw is applied to the image and to all targets. The first step may get a `Jpeg` and
-decode only a part of it. With DATA.FAST_RESIZE the first steps of training work on arrays.
+decode only a part of it. With DATA.FAST_RESIZE the first steps of training work on arrays, with OpenCV.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union
@@ -21,6 +20,7 @@ from PIL import Image
 
 from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, ColorJitter, RandAugment, StyleSampler, choose
 from datasets.images import Jpeg
+from datasets.opencv import opencv
 from datasets.sample import IMAGE, NOTHING, Placement, Plane, Sample
 from datasets.views import Views, check_views, view_steps
 
@@ -31,6 +31,7 @@ SMALL = 32  # DATA.CROP auto crops images up to this side with padding, as usual
 PADDING = 4
 MAX_ASPECT_RATIO = 32  # images with a larger ratio are cropped before they are resized
 MAX_UNSMOOTHED = 1.4  # reduction factor up to which resizing without smoothing aliases little
+MAX_SMOOTHED = 3  # reduction factor up to which `smoothing_kernel` has five values
 
 
 class Transform:
@@ -112,7 +113,7 @@ def build_transform(config, training: bool) -> Transform:
 def two_view_transform(config) -> Views:
     """Build the transform of MoCo v3: two views of each training image."""
     check_views(config)
-    crop = [_resized_crop(config), *([as_pillow] if _is_fast(config) else [])]
+    crop = [_resized_crop(config, views=2), *([as_pillow] if _is_fast(config) else [])]
     views = view_steps(crop, RandomFlip(config.TRAIN.HFLIP))
     return Views([Transform(steps, _shape(config)) for steps in views])
 
@@ -131,7 +132,7 @@ def _training_steps(config, padded: bool) -> list[Step]:
         steps = [_resized_crop(config)]
     if train.HFLIP > 0:
         steps.append((FastFlip if fast else RandomFlip)(train.HFLIP))
-    policy = _policy(config)
+    policy = _policy(config, fast)
     if policy is not None:
         steps += [as_pillow, policy] if fast else [policy]
     return steps
@@ -142,17 +143,22 @@ def _is_fast(config) -> bool:
     return config.DATA.FAST_RESIZE and config.DATA.IMAGE_CHANNELS == 3
 
 
-def _resized_crop(config) -> RandomResizedCrop:
+def _resized_crop(config, views: int = 1) -> RandomResizedCrop:
     data, train = config.DATA, config.TRAIN
-    crop = FastResizedCrop if _is_fast(config) else RandomResizedCrop
-    return crop(data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, RESAMPLES[data.INTERPOLATION])
+    arguments = data.IMAGE_SIZE, train.CROP_SCALE, train.CROP_RATIO, RESAMPLES[data.INTERPOLATION]
+    return FastResizedCrop(*arguments, single=views == 1) if _is_fast(config) else RandomResizedCrop(*arguments)
 
 
-def _policy(config) -> Step | None:
-    """Return the augmentation policy, or None."""
+def _policy(config, fast: bool) -> Step | None:
+    """Return the augmentation policy, or None.
+
+    Args:
+        fast: OpenCV applies geometric operations.
+    """
     data, train = config.DATA, config.TRAIN
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
-    styles = StyleSampler(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, mean[0] if data.IMAGE_CHANNELS == 1 else mean)
+    fill = mean[0] if data.IMAGE_CHANNELS == 1 else mean
+    styles = StyleSampler(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, fill, fast)
     if train.RAND_AUGMENT:
         return RandAugment(train.RAND_AUGMENT_LAYERS, train.RAND_AUGMENT_MAGNITUDE, styles)
     if train.AUTO_AUGMENT:
@@ -323,33 +329,40 @@ class RandomFlip(Geometric):
 class FastResizedCrop(RandomResizedCrop):
     """`RandomResizedCrop` with OpenCV, which returns arrays [H, W, 3].
 
-    JPEG files are decoded at half size or less if the decoded box stays at least as large as the result on both sides.
+    JPEG files are decoded at half size or less if the decoded box stays at least as large as the result on both sides, else
+    down to the lower edge of the box.
+
+    Args:
+        single: an image is cropped once.
     """
 
-    def __init__(self, *args):
+    def __init__(self, *args, single: bool = True):
         super().__init__(*args)
+        self.single = single
         opencv()  # once, before workers are forked
 
     def apply(self, image: Picture, placement: Placement) -> np.ndarray:
         """See `Geometric`."""
         box = placement.box
-        pixels = image.reduced(box, self.size) if isinstance(image, Jpeg) else np.asarray(image.crop(box))
+        if isinstance(image, Jpeg):
+            pixels = image.reduced(box, self.size, self.single)
+        else:
+            pixels = np.asarray(image.crop(box))
         return resize_smoothed(pixels, self.size, placement.resample)
 
 
 def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
     """Resize [h, w, C] to [size, size, C], close to Pillow's antialiased filters and five times faster.
 
-    OpenCV's filters do not antialias. A smoothing kernel (a, 1 - 2a, a) before them, with variance 2a, compensates for that.
-    A tent filter widened by the reduction factor s has variance s^2 / 6, so a = (s^2 - 1) / 12, per side. From s = 2 on the
-    area filter reduces the image first, since a would be too large. Up to MAX_UNSMOOTHED no smoothing is needed.
+    OpenCV's filters do not antialias, so `smoothing_kernel` smooths before them. Sides of more than MAX_SMOOTHED times
+    `size` are first reduced to that by the area filter, which is slow. Up to MAX_UNSMOOTHED no smoothing is needed.
 
     On photographs of 500 x 375 pixels the mean difference from Pillow's bicubic filter is 0.8 to 0.9 of 255. Smoothing at
     all factors gives 0.7, but makes loading 10 % slower. OpenCV's linear filter alone gives 1.2, its cubic filter 1.5, and
     its area filter 0.9 in twice the time.
     """
     cv2 = opencv()
-    height, width = (min(side, 2 * size) for side in pixels.shape[:2])
+    height, width = (min(side, MAX_SMOOTHED * size) for side in pixels.shape[:2])
     if (height, width) != pixels.shape[:2]:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     interpolation = cv2.INTER_LINEAR if resample == BILINEAR else cv2.INTER_CUBIC
@@ -363,9 +376,19 @@ def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -
 
 
 def smoothing_kernel(shrinking: float) -> np.ndarray:
-    """Return the smoothing kernel [3] for a reduction factor; [1] for a factor of at most 1."""
+    """Return the smoothing kernel [1, 3 or 5] for a reduction factor s.
+
+    A tent filter widened by s has variance s^2 / 6, and linear interpolation has 1 / 6. The kernel (a, 1 - 2a, a) has variance
+    2a, so a = (s^2 - 1) / 12. From s = 2 on that would leave too little at the center: the kernel with half the variance
+    is then applied twice. For s = 3 this is the tent (1, 2, 3, 2, 1) / 9.
+    """
     outer = (shrinking**2 - 1) / 12
-    return np.array([outer, 1 - 2 * outer, outer] if outer > 0 else [1.0])
+    if outer <= 0:
+        return np.ones(1)
+    if outer <= 0.25:
+        return np.array([outer, 1 - 2 * outer, outer])
+    half = np.array([outer / 2, 1 - outer, outer / 2])
+    return np.convolve(half, half)
 
 
 class FastFlip(RandomFlip):
@@ -378,12 +401,3 @@ class FastFlip(RandomFlip):
 def as_pillow(pixels: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """Convert an array to a Pillow image, the input of policies."""
     return Image.fromarray(pixels)
-
-
-@functools.cache
-def opencv():
-    """Import cv2 on first use, since the import takes a third of a second."""
-    import cv2
-
-    cv2.setNumThreads(0)  # worker processes already run in parallel
-    return cv2

@@ -69,6 +69,33 @@ def test_enhancement_primitives():
     assert_same(augment.color(image, jitter['saturation']), reference['out/saturation'], 'saturation')
 
 
+GEOMETRIC = [name for name, operation in INCREASING.items() if operation.geometric]
+
+
+@pytest.mark.parametrize(('resample', 'bound'), [(BILINEAR, 0.9), (BICUBIC, 1.3)])
+@pytest.mark.parametrize('name', GEOMETRIC)
+def test_opencv_stays_close_to_pillow(name, resample, bound):
+    """The same motion and fill color, of both signs; pixels differ by rounding and by the sharpness of the filter."""
+    smooth = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+    image = Image.fromarray(smooth).resize((112, 90), BICUBIC)
+    for negative in (False, True):
+        exact, fast = (
+            np.asarray(INCREASING[name](image, 7, negative, Style(resample, (124, 116, 104), fast)), int)
+            for fast in (False, True)
+        )
+        assert np.abs(exact - fast).mean() < bound
+        filled = (exact == (124, 116, 104)).all(-1)
+        assert filled.mean() > 0.02
+        assert (fast[filled] == (124, 116, 104)).all(-1).mean() > 0.75
+
+
+def test_nearest_neighbor_is_pillows():
+    image = picture(np.random.default_rng(0).integers(0, 256, (20, 30, 3)))
+    for name in GEOMETRIC:
+        exact, fast = (INCREASING[name](image, 7, False, Style(NEAREST, (1, 2, 3), fast)) for fast in (False, True))
+        assert exact.tobytes() == fast.tobytes()
+
+
 @pytest.mark.parametrize('bits', range(9))
 def test_posterize_like_pillow(bits):
     image = picture(np.arange(256).reshape(16, 16))

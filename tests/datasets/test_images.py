@@ -11,15 +11,17 @@ import zlib
 
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from config import get_config
 from datasets import build_dataloader, build_dataset
-from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, has_one_scan, open_image
+from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, one_scan_frame, open_image
+from datasets.opencv import opencv
 from datasets.segmentation import read_values
-from datasets.transforms import build_transform, opencv, resize_smoothed, smoothing_kernel
+from datasets.transforms import build_transform, resize_smoothed, smoothing_kernel
 from utils.errors import UserError
 
 
@@ -198,6 +200,28 @@ def test_reduction_factor(box, factor):
     assert pixels.shape == ((box[3] - box[1]) // factor, (box[2] - box[0]) // factor, 3)
 
 
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.sampled_from(['444', '422', '420', '440', '411']), st.integers(1, 300), st.sampled_from([b'', b'\0']))
+def test_a_single_box_is_decoded_without_the_rows_below(subsampling, bottom, rest):
+    """Its pixels are exact. Files that go on after their end are decoded as a whole."""
+    pixels = np.asarray(photograph(120, 300, noise=20))
+    data = simplejpeg.encode_jpeg(pixels, 80, colorsubsampling=subsampling) + rest
+    picture = open_image(data)
+    found = picture.reduced((20, 0, 110, bottom), 120, single=True)
+    assert np.array_equal(found, simplejpeg.decode_jpeg(data)[:bottom, 20:110])
+    assert bool(picture._decoded) == (bottom + 16 > 0.95 * 300 or bool(rest))
+
+
+def test_a_single_box_of_a_damaged_jpeg():
+    """A truncated file is refused, wherever the box lies; so is a damaged header."""
+    with pytest.raises(UnreadableImage, match='truncated'):
+        open_image(LARGE[:-5000]).reduced((0, 0, 640, 100), 640, single=True)
+    scan = LARGE.index(b'\xff\xda')
+    damaged = LARGE[: scan + 5] + b'\x09' + LARGE[scan + 6 :]  # a component that does not exist
+    with pytest.raises(UnreadableImage):
+        open_image(damaged).reduced((0, 0, 640, 100), 640, single=True)
+
+
 def test_reduced_damaged_jpeg():
     with pytest.raises(UnreadableImage, match='truncated'):
         open_image(LARGE[:-5000]).reduced((0, 0, 640, 480), 100)
@@ -250,11 +274,12 @@ def test_nearer_to_pillow_than_without_smoothing(shape, resample):
 
 def test_smoothing_kernel():
     """Weights sum to 1 and have the variance that a tent filter widened by s has more than one of width 1."""
-    for s in (1.01, 1.3, 2.0):
+    for s in (1.01, 1.3, 2.0, 2.5, 3.0):
         kernel = smoothing_kernel(s)
         assert kernel.sum() == pytest.approx(1)
         assert kernel.min() >= 0
-        assert kernel @ [1, 0, 1] == pytest.approx((s**2 - 1) / 6)
+        offsets = np.arange(len(kernel)) - len(kernel) // 2
+        assert kernel @ offsets**2 == pytest.approx((s**2 - 1) / 6)
     assert smoothing_kernel(1.0).tolist() == smoothing_kernel(0.5).tolist() == [1.0]
 
 
@@ -354,7 +379,8 @@ def test_sequential_jpegs_are_decoded_in_one_scan(mode):
     buffer = io.BytesIO()
     Image.new(mode, (2000, 2000)).save(buffer, 'JPEG')
     data = buffer.getvalue()
-    assert has_one_scan(data) and not has_one_scan(progressive(0, mode=mode)) and not has_one_scan(data[:20])
+    assert data[one_scan_frame(data) :][:2] == b'\xff\xc0'
+    assert one_scan_frame(progressive(0, mode=mode)) is one_scan_frame(data[:20]) is None
     scan = data[data.index(b'\xff\xda') :][:60]
     start = time.process_time()
     with contextlib.suppress(UnreadableImage):

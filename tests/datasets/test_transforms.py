@@ -166,6 +166,9 @@ def test_order_of_training_steps():
     ):
         assert kinds(**keys) == [FastResizedCrop, FastFlip, as_pillow, policy]
         assert kinds(**exact, **keys) == [RandomResizedCrop, RandomFlip, policy]
+    for fast in (True, False):
+        policy = build_transform(config_of(DATA__FAST_RESIZE=fast), training=True).steps[-1]
+        assert policy.styles.style('Rotate', np.random.default_rng(0)).fast is fast
     assert kinds(**plain) == [FastResizedCrop, FastFlip]
     assert kinds(**plain, TRAIN__HFLIP=0.0) == [FastResizedCrop]
     assert kinds(**plain, DATA__IMAGE_CHANNELS=1) == [RandomResizedCrop, RandomFlip]
