@@ -63,12 +63,8 @@ TASK_OPTIONS = {  # by registered task: the smallest model that it trains
         'TRAIN.RANDOM_ERASE_PROB': 0.0,
     },
 }  # fmt: skip
-HEADS = {
-    'token': {},
-    'pool': {'MODEL.TRANS.GLOBAL_POOL': True},
-    'distilled': {'MODEL.TRANS.DISTILLED': True},
-    'distilled_pool': {'MODEL.TRANS.DISTILLED': True, 'MODEL.TRANS.GLOBAL_POOL': True},
-}
+HEAD_SWITCHES = {'DISTILLED': 'distilled', 'GLOBAL_POOL': 'pool'}  # all combinations of these keys of MODEL.TRANS
+HEAD_SIZES = {'REPRESENTATION_SIZE': ('hidden', 8)}
 OBJECTIVES = SCHEMA.keys['TRAIN.DISTILLATION_TYPE'].allowed
 MIXER_VARIANTS = {name: options for kind in sorted(mixers.MIXERS) for name, options in MIXERS[kind].items()}
 
@@ -83,8 +79,29 @@ def reducer_variants() -> dict:
     }
 
 
+def head_variants() -> dict:
+    """Each combination of the switches, and each size."""
+    found = {}
+    for values in itertools.product((False, True), repeat=len(HEAD_SWITCHES)):
+        chosen = [key for key, value in zip(HEAD_SWITCHES, values) if value]
+        found['_'.join(HEAD_SWITCHES[key] for key in chosen) or 'token'] = {
+            f'MODEL.TRANS.{key}': True for key in chosen
+        }
+    return found | {name: {f'MODEL.TRANS.{key}': size} for key, (name, size) in HEAD_SIZES.items()}
+
+
 REDUCER_VARIANTS = reducer_variants()
+HEADS = head_variants()
 IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype('float32')
+
+
+def test_each_key_of_the_transformer_has_its_place():
+    """A new key of MODEL.TRANS is a size, or belongs to a mixer or a head that the combinations try."""
+    sizes = {'PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS', 'FROZEN_STAGES'}
+    prefix = 'MODEL.TRANS.'
+    tried = {key[len(prefix) :] for options in MIXER_VARIANTS.values() for key in options if key.startswith(prefix)}
+    found = {key[len(prefix) :] for key in SCHEMA.keys if key.startswith(prefix)}
+    assert found == sizes | tried | set(HEAD_SWITCHES) | set(HEAD_SIZES)
 
 
 def conflict(mixer: str, reducer: str, head: str, objective: str) -> str | None:
