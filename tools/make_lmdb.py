@@ -7,8 +7,8 @@ each.
     python main_single_gpu.py -dataset lmdb -data_path /ssd/imagenet ...
     python tools/make_lmdb.py -dataset ade20k -data_path /dataset/ADEChallengeData2016 -output /ssd/ade20k
 
-Image files are stored unchanged. An interrupted run continues where it stopped. A file gets its name only after each record
-has been verified. datasets/lmdb.py describes the format.
+Image files are stored unchanged, unless -max_side shrinks them. An interrupted run continues where it stopped. A file gets
+its name only after each record has been verified. datasets/lmdb.py describes the format.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from datasets.lmdb import (
     unpack_record,
 )
 from datasets.packed_maps import describe_maps
-from tools._packing import parse, refuse_existing, source_of, stored_file, summary
+from tools._packing import ShrunkFiles, parse, refuse_existing, source_of, stored_file, summary
 from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import writing
@@ -84,10 +84,12 @@ def write_lmdb(dataset: Images, target: str) -> None:
 
 
 def fingerprint(dataset: Images) -> bytes:
-    """Return a hash of the images, their labels and their order."""
+    """Return a hash of the images, their labels, their order and their largest side."""
     content = dataset.labels.tobytes() if isinstance(dataset, Dataset) else describe_maps(dataset)
     digest = hashlib.sha256(content)
     for storage in dataset.storages:
+        if isinstance(storage, ShrunkFiles):
+            digest.update(b'max_side %d' % storage.max_side)
         for index in range(len(storage)):
             digest.update(os.fsencode(storage.describe(index)) + b'\0')
     return digest.digest()

@@ -7,8 +7,9 @@ label map each.
     python main_single_gpu.py -dataset zip -data_path /ssd/imagenet -opts DATA.CACHE part
     python tools/make_zip.py -dataset ade20k -data_path /dataset/ADEChallengeData2016 -output /ssd/ade20k
 
-Image files are stored unchanged and uncompressed. A zip file gets its name after each member has been verified, then its map
-is written. So an interrupted run leaves only complete splits. datasets/zip.py describes the format.
+Image files are stored uncompressed, and unchanged unless -max_side shrinks them. A zip file gets its name after each member
+has been verified, then its map is written. So an interrupted run leaves only complete splits. datasets/zip.py describes the
+format.
 """
 
 from __future__ import annotations

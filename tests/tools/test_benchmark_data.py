@@ -16,17 +16,18 @@ def test_tables(tmp_path, capsys):
     benchmark_data.main([*flags, '-json', str(tmp_path / 'out.json')])
     result = json.loads((tmp_path / 'out.json').read_text())
     rows = {(row['recipe'], row['pipeline']): row for row in result['one_core']}
-    assert len(rows) == 6
+    assert len(rows) == 8
     for recipe in benchmark_data.RECIPES:
         assert rows[recipe, 'reference']['ratio'] == 1
         assert 0 < rows[recipe, 'LeanViT']['difference'] < 8
         assert rows[recipe, 'LeanViT, exact']['difference'] == 0
+        assert 0 < rows[recipe, 'LeanViT, -max_side 320']['difference'] < 12
     assert all(row['images_per_second'] > 0 for row in result['one_core'] + result['loader'])
     assert [(row['storage'], row['workers']) for row in result['loader']] == [
         (storage, workers) for storage in benchmark_data.STORAGES for workers in (0, 2)
     ]
     output = capsys.readouterr().out
-    assert output.count('crop, flip, RandAugment') == 3
+    assert output.count('crop, flip, RandAugment') == 4
     assert all(f'\n{storage} ' in output for storage in benchmark_data.STORAGES)
 
 

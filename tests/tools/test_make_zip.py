@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """tools/make_zip.py: what it writes, and that it writes all or nothing."""
 
+import io
 import os
 import re
 import signal
@@ -15,8 +16,9 @@ from PIL import Image
 
 from config import get_config
 from datasets import build_dataset
+from datasets.images import decode_image
 from tests.conftest import ROOT
-from tools import make_zip
+from tools import make_lmdb, make_zip
 from utils.errors import UserError
 
 COMMAND = [sys.executable, os.path.join(ROOT, 'tools', 'make_zip.py')]
@@ -61,6 +63,66 @@ def test_from_folders(tree, tmp_path):
     make_zip.main(['-data_path', str(path), '-output', str(tmp_path / 'two')])
     for name in FILES:
         assert (tmp_path / 'one' / name).read_bytes() == (tmp_path / 'two' / name).read_bytes()
+
+
+def write_picture(path, size, **options) -> None:
+    colors = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC).convert(options.pop('mode', 'RGB')).save(
+        path, **options
+    )
+
+
+@pytest.mark.parametrize('tool', [make_zip, make_lmdb])
+def test_larger_images_are_shrunk(tmp_path, tool):
+    """To the wanted longer side, in their kind of file, with their orientation; small images keep their bytes."""
+    data, exif = tmp_path / 'data', Image.Exif()
+    exif[0x0112] = 6
+    write_picture(data / 'train/a/small.jpg', (40, 30))
+    write_picture(data / 'train/a/turned.jpg', (120, 60), exif=exif, quality=95)
+    write_picture(data / 'train/b/gray.jpg', (3, 400), mode='L', quality=95)
+    write_picture(data / 'train/b/print.jpg', (100, 80), mode='CMYK', quality=95)
+    write_picture(data / 'train/b/flat.png', (64, 100), mode='P')
+    kind = tool.__name__.split('_')[-1]
+    tool.main(
+        ['-data_path', str(data), '-dataset', 'folder', '-split', 'train', '-max_side', '40', '-output', str(tmp_path)]
+    )
+    files, packed = opened(data, 'train', 'folder'), opened(tmp_path, 'train', kind)
+    assert packed.labels.tolist() == files.labels.tolist()
+    sizes = {'small': (40, 30), 'turned': (40, 20), 'gray': (1, 40), 'print': (40, 32), 'flat': (26, 40)}
+    for index in range(len(files)):
+        name, suffix = os.path.splitext(os.path.basename(files.describe(index)))
+        before, after = files.storage.read(index), packed.storage.read(index)
+        assert (before == after) == (name == 'small')
+        picture = Image.open(io.BytesIO(after))
+        assert (picture.size, picture.format) == (sizes[name], 'PNG' if suffix == '.png' else 'JPEG')
+        assert picture.getexif().get(0x0112) == (6 if name == 'turned' else None)
+        expected = decode_image(before).resize(sizes[name], Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(decode_image(after), int) - np.asarray(expected, int)).mean() < 4
+
+
+def test_images_that_cannot_be_shrunk(tree, tmp_path):
+    path = tree('train/a/1.png')
+    (path / 'train/a/2.png').write_bytes(b'no image')
+    with pytest.raises(UserError, match=r"2\.png': not an image"):
+        make_zip.main(['-data_path', str(path), '-split', 'train', '-dataset', 'folder', '-max_side', '4'])
+    with pytest.raises(UserError, match='-max_side is 0'):
+        make_zip.main(['-data_path', str(path), '-max_side', '0'])
+    assert not (path / 'train.zip').exists()
+
+
+def test_another_side_starts_over(tree, monkeypatch):
+    """An interrupted make_lmdb continues only with the same -max_side."""
+    path = tree('train/a/1.png', 'train/a/2.png')
+    arguments = ['-data_path', str(path), '-dataset', 'folder', '-split', 'train', '-output', str(path)]
+    verify = make_lmdb.verify
+    monkeypatch.setattr(make_lmdb, 'verify', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_lmdb.main(arguments)
+    monkeypatch.setattr(make_lmdb, 'verify', verify)
+    make_lmdb.main([*arguments, '-max_side', '4'])
+    packed = opened(path, 'train', 'lmdb')
+    assert [Image.open(io.BytesIO(packed.storage.read(index))).size for index in range(2)] == [(4, 4)] * 2
 
 
 def test_from_lists(tree):
