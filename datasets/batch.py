@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import paddle
 
-from datasets.device import Copies, on_gpu, upload
+from datasets import device
+from datasets.device import Copies, upload
 from datasets.loader import Batch
 from datasets.sample import VALID
 
@@ -31,7 +32,7 @@ def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batc
     if isinstance(batch.images, list):
         images = [_alone(image, mean, std) for image in batch.images]
         targets = {name: upload(target) for name, target in _planes(batch).items()}
-    elif on_gpu():
+    elif device.on_gpu():
         return _on_the_gpu(batch, {name: upload(array) for name, array in _arrays(batch).items()}, mean, std)
     else:
         statistics = _scale_and_shift(mean, std, batch.images.shape[-1])
@@ -49,7 +50,7 @@ def on_device(batches: Iterable[Batch], mean: Sequence[float], std: Sequence[flo
     ahead: deque[Callable[[], Batch]] = deque()
     for batch in batches:
         ahead.append(_started(batch, mean, std))
-        if len(ahead) > int(on_gpu()):
+        if len(ahead) > int(device.on_gpu()):
             yield ahead.popleft()()
     while ahead:
         yield ahead.popleft()()
@@ -59,7 +60,7 @@ def _started(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Calla
     """Read the arrays of a batch, on a GPU by starting their copies. Return a function that returns its `on_device`."""
     if not len(batch):
         return lambda: batch
-    if isinstance(batch.images, list) or not on_gpu():
+    if isinstance(batch.images, list) or not device.on_gpu():
         done = [to_device(batch, mean, std)]
         return done.pop
     copies = Copies(_arrays(batch))
@@ -86,9 +87,9 @@ def _scale_and_shift(mean: Sequence[float], std: Sequence[float], channels: int)
 
 @functools.lru_cache(maxsize=16)
 def _on_device(
-    mean: tuple[float, ...], std: tuple[float, ...], channels: int, device: str
+    mean: tuple[float, ...], std: tuple[float, ...], channels: int, name: str
 ) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Return `_scale_and_shift` as tensors on the current device, `device`."""
+    """Return `_scale_and_shift` as tensors on the current device, `name`."""
     return tuple(upload(values) for values in _scale_and_shift(mean, std, channels))
 
 

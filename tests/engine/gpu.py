@@ -14,7 +14,6 @@ import paddle
 import pytest
 from paddle import nn
 
-import datasets.batch
 import datasets.device
 from engine.distributed import Context
 from tasks.classification import ClassificationTask
@@ -47,8 +46,7 @@ def gpu(monkeypatch) -> Context:
 
 def _force_copies(monkeypatch) -> None:
     """Let copies between host and device take the way through pinned memory, which is that of the CPU."""
-    for module in (datasets.device, datasets.batch):
-        monkeypatch.setattr(module, 'on_gpu', lambda: True)
+    monkeypatch.setattr(datasets.device, 'on_gpu', lambda: True)
     monkeypatch.setattr(datasets.device, 'Event', Event)
     monkeypatch.setattr(datasets.device, 'Stream', Stream)
     monkeypatch.setattr(datasets.device, 'current_stream', lambda: Computation)

@@ -86,11 +86,17 @@ def test_waits_are_counted(waits):
         tensor.sum().item,
         lambda: bool(tensor.sum()),
         lambda: np.asarray(tensor),
+        lambda: paddle.nonzero(tensor),
+        lambda: tensor[tensor > 0],
+        lambda: paddle.to_tensor([1.0]),
+        lambda: tensor.set_value(np.zeros(2, 'float32')),
     ):
         read()
-    paddle.to_tensor([1.0])
-    tensor.set_value(np.zeros(2, 'float32'))
-    assert waits == ['numpy', 'tolist', 'item', '__bool__', '__array__', 'to_tensor', 'set_value']
+    tensor.grad = tensor
+    assert tensor.grad[:1].shape == [1]
+    assert waits == [
+        'numpy', 'tolist', 'item', '__bool__', '__array__', 'nonzero', '__getitem__', 'to_tensor', 'set_value', 'grad',
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- copies
