@@ -15,7 +15,7 @@ from datasets.device import Copies, Download, upload
 from datasets.loader import Batch
 from engine.waits import count_waits
 from tests.engine import curves
-from tests.engine.gpu import GPU, Stream, gpu  # noqa: F401
+from tests.engine.gpu import GPU, Float32Passes, Stream, gpu  # noqa: F401
 from tests.engine.test_curves import GMLP, RECIPES
 from tests.tasks.helpers import build_trainer
 
@@ -76,6 +76,15 @@ def test_a_step_in_float16_waits_once(waits, images, tmp_path):
     """GradScaler reads whether gradients have overflowed."""
     found = waits_of_steps(trainer_of(RECIPES['augmented'], images, str(tmp_path), AMP=True), waits)
     assert len(found) >= 2 and all(step == ['__bool__'] for step in found), found
+
+
+def test_a_step_with_half_weights_does_not_wait(waits, images, tmp_path):
+    """AMP_LEVEL O2: gradients are added to those of the float32 copies, over two micro-batches."""
+    options = {'AMP': True, 'AMP_LEVEL': 'O2', 'AMP_DTYPE': 'bfloat16', 'TRAIN.ACCUM_ITER': 2}
+    run = trainer_of(RECIPES['augmented'], images, str(tmp_path), **options)
+    run.task = Float32Passes(run.config)
+    found = waits_of_steps(run, waits)
+    assert run.weights.has_copies and len(found) >= 2 and not any(found), found
 
 
 def test_waits_are_counted(waits):
