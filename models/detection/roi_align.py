@@ -11,12 +11,14 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.vision import ops
 
 from models.detection.boxes import area
 from models.detection.nms import numbers_of
+from models.layers.constants import constant
 
 CANONICAL_LEVEL = 4  # of regions of the canonical size: stride 16
 PIECE_GRID = 2.0**-15  # cells; float32 has this precision up to 512 cells
@@ -61,7 +63,7 @@ def _exact_gradients(x: Tensor, boxes: Tensor, images: Tensor, output: int, scal
     sides = (boxes[:, 2:] - boxes[:, :2]) * scale  # (width, height) in cells
     narrow, pooled = paddle.logical_and(sides > 0, sides < 1), _has_area(boxes)
     for thin in itertools.product((False, True), repeat=2):
-        wanted = paddle.logical_and(pooled, (narrow == paddle.to_tensor(thin)).all(1))
+        wanted = paddle.logical_and(pooled, (narrow == constant(np.asarray, thin)).all(1))
         rows = paddle.nonzero(wanted).flatten()
         if rows.shape[0]:
             part = _thin_pool(x, paddle.gather(boxes, rows), paddle.gather(images, rows), output, scale, thin)
