@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 import paddle
 
-from datasets import device
-from datasets.device import Copies, upload
 from datasets.loader import Batch
 from datasets.sample import VALID
+from utils import device
+from utils.device import Copies, upload
 
 
 def to_device(batch: Batch, mean: Sequence[float], std: Sequence[float]) -> Batch:

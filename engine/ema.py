@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import paddle
 from paddle import Tensor
 
-from datasets import device
 from engine.precision import MasterWeights
 from models.weights.match import STATISTICS_SUFFIXES
+from utils import device
 
 
 class ModelEma:

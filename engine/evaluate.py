@@ -11,9 +11,9 @@ import numpy as np
 import paddle
 
 from datasets.batch import on_device
-from datasets.device import upload
 from engine.distributed import Context
 from tasks import Evaluator, Interrupted, Task
+from utils.device import upload
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import paddle
 
-from datasets import device
 from engine.paddle_private import FusedAdamW, ScaledMomentum, divide_all, squared_norm
+from utils import device
 from utils.registry import Registry
 
 OPTIMIZERS = Registry('optimizer (TRAIN.OPTIMIZER.NAME)')

@@ -13,8 +13,9 @@ from paddle import Tensor
 from paddle.optimizer import Optimizer
 
 OPERATORS = paddle._C_ops
-# Operators whose result has as many values as its arguments say: the host waits for that number.
-SIZED_BY_VALUES = ('nonzero', 'masked_select', 'unique', 'unique_consecutive', 'bincount', 'nms')
+# Operators that let the host wait for a GPU: their result has as many values as their arguments say; `roi_align` reads its
+# number of regions.
+WAITING = ('nonzero', 'masked_select', 'unique', 'unique_consecutive', 'bincount', 'nms', 'roi_align')
 
 
 def accumulators(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:

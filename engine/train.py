@@ -19,7 +19,6 @@ import numpy as np
 import paddle
 
 from datasets.batch import on_device
-from datasets.device import Download
 from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
 from engine.evaluate import describe_metrics, evaluate
@@ -32,6 +31,7 @@ from engine.state import Snapshot, TrainState
 from engine.statistics import StepSums, names_of
 from engine.update import Updater
 from tasks import Interrupted, Task
+from utils.device import Download
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
 

@@ -10,7 +10,7 @@ from unittest import mock
 import paddle
 from paddle import Tensor
 
-from engine.paddle_private import OPERATORS, SIZED_BY_VALUES
+from engine.paddle_private import OPERATORS, WAITING
 
 # Operations that copy values between host and device, and wait for all work that was queued before.
 READS = ('numpy', 'item', 'tolist', 'cpu', '__bool__', '__float__', '__int__', '__index__', '__array__')
@@ -48,7 +48,7 @@ def count_waits(waits: Callable[[Tensor], bool] = is_on_gpu) -> Iterator[list[st
         operations.append((paddle, 'to_tensor', lambda *_, place=None, **__: place is None))
         operations.append((Tensor, 'set_value', lambda _, value: not isinstance(value, Tensor)))
         operations.append((Tensor, '__getitem__', lambda _, index: _reads_index(index)))
-        operations += [(OPERATORS, name, lambda x, *_, **__: waits(x)) for name in SIZED_BY_VALUES]
+        operations += [(OPERATORS, name, lambda x, *_, **__: waits(x)) for name in WAITING]
         for owner, name, applies in operations:
             replaced = counted(name, getattr(owner, name), applies)
             stack.enter_context(mock.patch.object(owner, name, replaced))

@@ -15,10 +15,10 @@ from paddle import Tensor, nn
 
 import datasets
 from datasets.batch import Batch, on_device
-from datasets.device import upload
 from datasets.subset import evenly_spaced
 from models.features import extract_features
 from tasks.base import Group, Interrupted, MeanEvaluator
+from utils.device import upload
 from utils.errors import UserError
 from utils.runlog import progress
 

@@ -168,12 +168,7 @@ class RPN(nn.Layer):
         normalizer = self.samples * labels.shape[0]
         positive, sampled = labels == POSITIVE, (labels != IGNORED).astype('float32')
         entropy = F.binary_cross_entropy_with_logits(logits, positive.astype('float32'), reduction='none')
-        rows = paddle.nonzero(positive.flatten()).flatten()
-        images, places = rows // labels.shape[1], rows % labels.shape[1]
-        loc = deltas.sum() * 0.0
-        if rows.shape[0]:
-            chosen = paddle.gather(targets.reshape([-1, 4]), rows)
-            wanted = self.coder.encode(paddle.gather(anchors, places), chosen)
-            given = paddle.gather_nd(deltas, paddle.stack([images, places], axis=1))
-            loc = (given - wanted).abs().sum()
+        positive = positive.unsqueeze(-1)
+        wanted = self.coder.encode(anchors, paddle.where(positive, targets, anchors))  # 0 where it does not count
+        loc = ((deltas - wanted).abs() * positive.astype('float32')).sum()
         return {'loss_rpn_cls': (entropy * sampled).sum() / normalizer, 'loss_rpn_loc': loc / normalizer}

@@ -14,7 +14,7 @@ import paddle
 import pytest
 from paddle import nn
 
-import datasets.device
+import utils.device
 from engine.distributed import Context
 from tasks.classification import ClassificationTask
 
@@ -46,13 +46,13 @@ def gpu(monkeypatch) -> Context:
 
 def _force_copies(monkeypatch) -> None:
     """Let copies between host and device take the way through pinned memory, which is that of the CPU."""
-    monkeypatch.setattr(datasets.device, 'on_gpu', lambda: True)
-    monkeypatch.setattr(datasets.device, 'Event', Event)
-    monkeypatch.setattr(datasets.device, 'Stream', Stream)
-    monkeypatch.setattr(datasets.device, 'current_stream', lambda: Computation)
-    monkeypatch.setattr(datasets.device, 'stream_guard', Stream.guard)
-    monkeypatch.setattr(datasets.device, '_pinned', datasets.device._Pinned())
-    monkeypatch.setattr(datasets.device, '_copy_stream', functools.lru_cache(lambda device: Stream()))
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: True)
+    monkeypatch.setattr(utils.device, 'Event', Event)
+    monkeypatch.setattr(utils.device, 'Stream', Stream)
+    monkeypatch.setattr(utils.device, 'current_stream', lambda: Computation)
+    monkeypatch.setattr(utils.device, 'stream_guard', Stream.guard)
+    monkeypatch.setattr(utils.device, '_pinned', utils.device._Pinned())
+    monkeypatch.setattr(utils.device, '_copy_stream', functools.lru_cache(lambda device: Stream()))
     monkeypatch.setattr(Stream, 'log', [])
     monkeypatch.setattr(paddle, 'CUDAPinnedPlace', paddle.CPUPlace)
     monkeypatch.setattr(paddle.Tensor, 'copy_', Stream.copy)

@@ -8,7 +8,7 @@ import paddle
 import pytest
 from paddle import nn
 
-import datasets.device
+import utils.device
 from config import get_config
 from engine.ema import ModelEma
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
@@ -18,7 +18,7 @@ from tests.conftest import assert_close, golden
 @pytest.fixture(params=[False, True], ids=['CPU', 'GPU'])
 def place(request, monkeypatch) -> bool:
     """Whether the branches of a GPU are taken."""
-    monkeypatch.setattr(datasets.device, 'on_gpu', lambda: request.param)
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: request.param)
     return request.param
 
 
@@ -165,7 +165,7 @@ def on_both(monkeypatch, compute) -> list:
     """The results of both branches."""
     results = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(datasets.device, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
+        monkeypatch.setattr(utils.device, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
         results.append(compute())
     return results
 

@@ -9,15 +9,17 @@ import numpy as np
 import paddle
 import pytest
 
-import datasets.device
+import utils.device
+from config import get_config
 from datasets.batch import on_device, to_device
-from datasets.device import Copies, Download, upload
 from datasets.loader import Batch
 from engine.waits import count_waits
 from tests.engine import curves
 from tests.engine.gpu import GPU, Float32Passes, Stream, gpu  # noqa: F401
 from tests.engine.test_curves import GMLP, RECIPES
 from tests.tasks.helpers import build_trainer
+from tests.tasks.test_detection import TINY, squares  # noqa: F401
+from utils.device import Copies, Download, upload
 
 QUIET = {'REPORT_FREQ': 10**6, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0, 'MODEL.LAMBDA.DECAY_EPOCHS': None}
 
@@ -87,6 +89,20 @@ def test_a_step_with_half_weights_does_not_wait(waits, images, tmp_path):
     assert run.weights.has_copies and len(found) >= 2 and not any(found), found
 
 
+def test_a_step_of_a_detector_reads_three_times(waits, squares, tmp_path):  # noqa: F811
+    """The sampled regions, and the levels of both poolers; beside it Paddle's operators wait, `nms` once per image."""
+    options = {
+        **TINY, 'DATA.DATA_PATH': squares, 'MODEL.NUM_CLASSES': 2, 'DATA.BATCH_SIZE': 1, 'REPORT_FREQ': 10**6,
+        'TRAIN.NUM_ITERS': 6, 'VALIDATE_ITERS': 6,
+    }  # fmt: skip
+    config = get_config(opts=[part for pair in options.items() for part in pair])
+    found = waits_of_steps(build_trainer(config, str(tmp_path / 'run'), context=GPU), waits)
+    assert len(found) >= 3
+    for step in found:
+        assert sorted(name for name in step if name != 'roi_align') == ['nms', 'numpy', 'numpy', 'numpy']
+        assert 2 <= step.count('roi_align') <= 8
+
+
 def test_waits_are_counted(waits):
     tensor = paddle.ones([2])
     for read in (
@@ -122,7 +138,7 @@ def test_arrays_and_tensors_may_change_after_their_copy_was_queued(gpu):  # noqa
 def test_pinned_memory_is_kept_until_the_device_has_read_it(gpu):  # noqa: F811
     for number in range(5):
         upload(np.full(2, number))
-        kept = [pinned.tolist()[0] for _, (pinned,) in datasets.device._pinned._in_flight]
+        kept = [pinned.tolist()[0] for _, (pinned,) in utils.device._pinned._in_flight]
         assert kept == list(range(max(0, number - 2), number + 1))
 
 
@@ -148,7 +164,7 @@ def test_memory_of_a_dropped_batch_is_kept_until_it_was_copied(gpu):  # noqa: F8
     assert copies[1].tensors()['images'].tolist() == [2, 2, 2]  # runs the copy of the dropped one
     assert copies[0].tensors()['images'].tolist() == [0, 0, 0]
     upload(np.zeros(1))
-    assert len(datasets.device._pinned._in_flight) == 1
+    assert len(utils.device._pinned._in_flight) == 1
 
 
 @pytest.mark.parametrize('workers', [0, 2])
