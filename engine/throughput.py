@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 
 from datasets.batch import to_device
-from datasets.loader import Batch
+from datasets.loader import Batch, Loader
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
@@ -120,6 +120,24 @@ def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
     """Return a run of an exported program, from images in host memory to logits in host memory."""
     images = np.random.default_rng(0).standard_normal(shape, 'float32')
     return lambda: predictor(images)
+
+
+def loader_speed(loader: Loader, batches: int) -> float:
+    """Return the images per second of a training loader alone, over `batches` batches after the first one."""
+    images = count = epoch = 0
+    started = None
+    with loader:
+        while count < batches:
+            for batch in loader.epoch(epoch, borrow=True):
+                if started is None:
+                    started = time.perf_counter()  # the workers run
+                elif count < batches:
+                    images, count = images + len(batch), count + 1
+                    seconds = time.perf_counter() - started
+                else:
+                    break
+            epoch += 1
+    return images / seconds
 
 
 # ---------------------------------------------------------------------------------------------------- cases
