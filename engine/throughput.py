@@ -6,6 +6,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -124,20 +125,12 @@ def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
 
 def loader_speed(loader: Loader, batches: int) -> float:
     """Return the images per second of a training loader alone, over `batches` batches after the first one."""
-    images = count = epoch = 0
-    started = None
     with loader:
-        while count < batches:
-            for batch in loader.epoch(epoch, borrow=True):
-                if started is None:
-                    started = time.perf_counter()  # the workers run
-                elif count < batches:
-                    images, count = images + len(batch), count + 1
-                    seconds = time.perf_counter() - started
-                else:
-                    break
-            epoch += 1
-    return images / seconds
+        endless = itertools.chain.from_iterable(loader.epoch(epoch, borrow=True) for epoch in itertools.count())
+        next(endless)  # starts the workers
+        started = time.perf_counter()
+        images = sum(len(batch) for batch in itertools.islice(endless, batches))
+        return images / (time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------- cases
