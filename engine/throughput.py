@@ -6,6 +6,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import paddle
 
 from datasets.batch import to_device
-from datasets.loader import Batch
+from datasets.loader import Batch, Loader
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
@@ -120,6 +121,16 @@ def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
     """Return a run of an exported program, from images in host memory to logits in host memory."""
     images = np.random.default_rng(0).standard_normal(shape, 'float32')
     return lambda: predictor(images)
+
+
+def loader_speed(loader: Loader, batches: int) -> float:
+    """Return the images per second of a training loader alone, over `batches` batches after the first one."""
+    with loader:
+        endless = itertools.chain.from_iterable(loader.epoch(epoch, borrow=True) for epoch in itertools.count())
+        next(endless)  # starts the workers
+        started = time.perf_counter()
+        images = sum(len(batch) for batch in itertools.islice(endless, batches))
+        return images / (time.perf_counter() - started)
 
 
 # ---------------------------------------------------------------------------------------------------- cases

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import paddle
 
-from datasets.batch import to_device
-from datasets.device import Download
+from datasets.batch import on_device
 from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
 from engine.evaluate import describe_metrics, evaluate
@@ -32,6 +31,7 @@ from engine.state import Snapshot, TrainState
 from engine.statistics import StepSums, names_of
 from engine.update import Updater
 from tasks import Interrupted, Task
+from utils.device import Download
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
 
@@ -135,7 +135,9 @@ class Trainer:
         self.model.train()
         own, pending, started = paddle.zeros([len(totals)]), deque(), time.time() - self._elapsed
         self.reporter.restart_timer(self._named(totals))
-        with contextlib.closing(self.train_loader.epoch(epoch, start_batch=first * accumulate)) as batches:
+        data, loader = self.config.DATA, self.train_loader
+        with contextlib.closing(loader.epoch(epoch, first * accumulate, borrow=True)) as arrays:
+            batches = on_device(arrays, data.IMAGENET_MEAN, data.IMAGENET_STD)
             steps = range(first, end)
             for step in progress(steps, len(steps), f'epoch {epoch}', self.context.is_main):
                 window = range(step * accumulate, min((step + 1) * accumulate, num_batches))
@@ -179,7 +181,6 @@ class Trainer:
             self.context.mark()
             draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
             paddle.seed(int(draws.generate_state(1)[0]))
-            batch = to_device(batch, self.config.DATA.IMAGENET_MEAN, self.config.DATA.IMAGENET_STD)
             waits = index != window[-1] and self.parallel is not self.model
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self.precision.autocast():

@@ -23,9 +23,9 @@ from PIL import Image
 
 import datasets
 from datasets.batch import Batch
-from datasets.device import upload
 from datasets.transforms import Squash, build_transform
 from tasks.model_schedules import ModelSchedule, build_model_schedules
+from utils.device import upload
 from utils.errors import UserError
 from utils.registry import Registry
 

@@ -11,12 +11,12 @@ from paddle import Tensor, nn
 from PIL import Image
 
 from datasets.batch import Batch
-from datasets.device import upload
 from models.mae import MaskedAutoencoder, Reconstruction
 from tasks.base import Losses, MeanEvaluator, Task, register_task
 from tasks.mae_distillation import MaeDistillation, build_distillation
 from tasks.mae_pictures import reconstruct
 from tasks.pictures import image_grid
+from utils.device import upload
 from utils.errors import UserError
 
 SHOWN = 8  # validation images in the picture of an evaluation

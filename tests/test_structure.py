@@ -33,7 +33,7 @@ SOURCES = sorted(
 FORBIDDEN = {'eval', 'exec', 'pickle.load', 'pickle.loads', 'os.system', 'paddle.load', 'yaml.load', 'yaml.full_load'}
 # What code that worker processes run is made of; importing Paddle there costs seconds and gigabytes.
 WITHOUT_PADDLE = ('config.py', 'utils/', 'datasets/')
-WITH_PADDLE = ('datasets/batch.py', 'datasets/device.py', 'datasets/mixing.py')
+WITH_PADDLE = ('datasets/batch.py', 'utils/device.py', 'datasets/mixing.py')
 
 
 MAX_FUNCTION, MAX_FILE = 60, 500  # lines
