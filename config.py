@@ -148,6 +148,7 @@ _C.MODEL.MAE = Section(models=MAE)  # masked autoencoder; its encoder is MODEL.T
 _C.MODEL.MAE.DECODER_EMBED_DIM = Key(512, '[1, 65536]')  # channels of a token of the decoder
 _C.MODEL.MAE.DECODER_DEPTH = Key(8, '[0, 1000]')  # number of decoder blocks; 0: no decoder
 _C.MODEL.MAE.DECODER_NUM_HEADS = Key(16, '[1, 1024]')  # attention heads of the decoder
+_C.MODEL.MAE.DECODER_PRED_DIM = Key(None, '[1, 1e6]', int)  # values of each patch that the decoder predicts, for own targets; None: its pixels
 _C.MODEL.MAE.MASK_RATIO = Key(0.75, '(0, 1)')  # mask ratio: fraction of the patches that are removed
 _C.MODEL.MAE.NORM_PIX_LOSS = Key(True)  # reconstruct patches normalized by their own mean and variance
 
