@@ -117,6 +117,7 @@ _C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # learned absolute position
 _C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT + SEGMENTORS)  # relative position biases: per block, shared, or both
 _C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
 _C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
+_C.MODEL.TRANS.HIDDEN_DROPOUT = Key(True, models=VIT)  # DROPOUT inside the MLPs, too; False: after their last layer only (BEiT)
 _C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks and in the classifier (BEiT)
 
 _C.MODEL.WINDOWED = Section(models=VIT + MASK_RCNN)  # the mixer `windowed`: attention within windows (ViTDet)

@@ -77,6 +77,7 @@ class VisionTransformer(Classifier):
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
         representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
         layer_scale: initial LayerScale value of each residual branch (CaiT); None: no LayerScale.
+        hidden_dropout: dropout inside the MLPs, too; False: after their last layer only (BEiT).
         rescaled_init: initialization of BEiT: divide the last layer of each branch in block i (from 1) by sqrt(2 i), and
             multiply the classifiers by 0.001.
     """
@@ -105,6 +106,7 @@ class VisionTransformer(Classifier):
         global_pool: bool = False,
         representation_size: int | None = None,
         layer_scale: float | None = None,
+        hidden_dropout: bool = True,
         rescaled_init: bool = False,
     ):
         super().__init__()
@@ -120,20 +122,8 @@ class VisionTransformer(Classifier):
         self.removal = AttentionRemoval(removal, depth)
         grid = (self.patch_embed.grid_size,) * 2
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared_relative' in positions else None
-        mixers = [mixer] * depth if isinstance(mixer, MixerSpec) else per_block('mixer', mixer, depth)
-        plans = [spec.build(depth, self.removal.kept_layers) for spec in reducers]
-        rates = per_block('drop_path_rate', drop_path_rate, depth)
-        options = {'mlp_ratio': mlp_ratio, 'drop_rate': drop_rate, 'layer_scale': layer_scale}
-        self.blocks = nn.LayerList(
-            Block(
-                embed_dim,
-                self._build_mixer(i, mixers[i], drop_rate),
-                [plan[i] for plan in plans if i in plan],
-                drop_path_rate=rates[i],
-                **options,
-            )
-            for i in range(depth)
-        )
+        options = {'mlp_ratio': mlp_ratio, 'layer_scale': layer_scale, 'hidden_dropout': hidden_dropout}
+        self.blocks = self._build_blocks(mixer, reducers, drop_path_rate, drop_rate, **options)
         self._check_relative()
         self.removal.attach(self)
         self._add_head(num_classes, representation_size)
@@ -141,6 +131,23 @@ class VisionTransformer(Classifier):
         self.apply(_init_linear)
         if rescaled_init:
             self._rescale()
+
+    def _build_blocks(self, mixer, reducers, drop_path_rate, drop_rate: float, **options) -> nn.LayerList:
+        depth = self.depth
+        mixers = [mixer] * depth if isinstance(mixer, MixerSpec) else per_block('mixer', mixer, depth)
+        plans = [spec.build(depth, self.removal.kept_layers) for spec in reducers]
+        rates = per_block('drop_path_rate', drop_path_rate, depth)
+        return nn.LayerList(
+            Block(
+                self.embed_dim,
+                self._build_mixer(i, mixers[i], drop_rate),
+                [plan[i] for plan in plans if i in plan],
+                drop_rate=drop_rate,
+                drop_path_rate=rates[i],
+                **options,
+            )
+            for i in range(depth)
+        )
 
     def _build_mixer(self, layer: int, spec: MixerSpec, drop_rate: float) -> nn.Layer | None:
         if layer in self.removal.removed_layers:
@@ -464,6 +471,7 @@ def build_vit(config) -> VisionTransformer:
         head_drop_rate=model.HEAD_DROPOUT,
         global_pool=trans.GLOBAL_POOL,
         representation_size=trans.REPRESENTATION_SIZE,
+        hidden_dropout=trans.HIDDEN_DROPOUT,
         rescaled_init=trans.RESCALED_INIT,
     )
     vit.freeze_stages(trans.FROZEN_STAGES)

@@ -29,6 +29,7 @@ class Block(nn.Layer):
         drop_rate: dropout of the MLP.
         drop_path_rate: stochastic depth of both branches.
         layer_scale: initial LayerScale value of both branches (CaiT); None: no LayerScale.
+        hidden_dropout: see `Mlp`.
         norm_eps: epsilon of both LayerNorms.
 
     Attributes:
@@ -44,6 +45,7 @@ class Block(nn.Layer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
+        hidden_dropout: bool = True,
         norm_eps: float = NORM_EPS,
     ):
         super().__init__()
@@ -53,7 +55,7 @@ class Block(nn.Layer):
             self.norm1 = nn.LayerNorm(dim, epsilon=norm_eps)
             self.attn = mixer
         self.norm2 = nn.LayerNorm(dim, epsilon=norm_eps)
-        self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate)
+        self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate, hidden_dropout)
         self.drop_path = DropPath(drop_path_rate)
         if layer_scale is not None:
             if mixer is not None:
