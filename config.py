@@ -112,6 +112,7 @@ _C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT + MASK_RCNN)  # a register
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # global average pooling: classify the normalized mean of the patch tokens, not the class token
 _C.MODEL.TRANS.DISTILLED = Key(False, models=VIT + SEGMENTORS)  # distillation token with a second classifier, for the teacher's labels (DeiT)
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
+_C.MODEL.TRANS.HEAD_NORM = Key(False, models=VIT)  # batch normalization without affine parameters before the classifier (linear probe of MAE)
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
 _C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # learned absolute position embedding
 _C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT + SEGMENTORS)  # relative position biases: per block, shared, or both
