@@ -112,11 +112,13 @@ _C.MODEL.TRANS.MIXER = Key(('attention',), models=VIT + MASK_RCNN)  # a register
 _C.MODEL.TRANS.GLOBAL_POOL = Key(False, models=VIT)  # global average pooling: classify the normalized mean of the patch tokens, not the class token
 _C.MODEL.TRANS.DISTILLED = Key(False, models=VIT + SEGMENTORS)  # distillation token with a second classifier, for the teacher's labels (DeiT)
 _C.MODEL.TRANS.REPRESENTATION_SIZE = Key(None, '[1, 65536]', int, models=VIT)  # channels of a tanh layer before the classifier
+_C.MODEL.TRANS.HEAD_NORM = Key(False, models=VIT)  # batch normalization without affine parameters before the classifier (linear probe of MAE)
 _C.MODEL.TRANS.FROZEN_STAGES = Key(-1, '[-1, 999]', models=VIT)  # freeze the embedding and blocks 0 to this one; -1: none
 _C.MODEL.TRANS.ABS_POS = Key(True, models=ENCODERS)  # learned absolute position embedding
 _C.MODEL.TRANS.REL_POS = Key((), ('block', 'shared'), [str], models=VIT + SEGMENTORS)  # relative position biases: per block, shared, or both
 _C.MODEL.TRANS.KEY_BIAS = Key(True, models=ENCODERS)  # QKV_BIAS includes keys; False: BEiT's q_bias and v_bias only
 _C.MODEL.TRANS.LAYER_SCALE = Key(None, '(0, 1000]', float, models=ENCODERS)  # initial LayerScale value (CaiT); None: no LayerScale
+_C.MODEL.TRANS.HIDDEN_DROPOUT = Key(True, models=VIT)  # DROPOUT inside the MLPs, too; False: after their last layer only (BEiT)
 _C.MODEL.TRANS.RESCALED_INIT = Key(False, models=VIT)  # smaller initial weights in deeper blocks and in the classifier (BEiT)
 
 _C.MODEL.WINDOWED = Section(models=VIT + MASK_RCNN)  # the mixer `windowed`: attention within windows (ViTDet)
@@ -148,6 +150,7 @@ _C.MODEL.MAE = Section(models=MAE)  # masked autoencoder; its encoder is MODEL.T
 _C.MODEL.MAE.DECODER_EMBED_DIM = Key(512, '[1, 65536]')  # channels of a token of the decoder
 _C.MODEL.MAE.DECODER_DEPTH = Key(8, '[0, 1000]')  # number of decoder blocks; 0: no decoder
 _C.MODEL.MAE.DECODER_NUM_HEADS = Key(16, '[1, 1024]')  # attention heads of the decoder
+_C.MODEL.MAE.DECODER_PRED_DIM = Key(None, '[1, 1e6]', int)  # values of each patch that the decoder predicts, for own targets; None: its pixels
 _C.MODEL.MAE.MASK_RATIO = Key(0.75, '(0, 1)')  # mask ratio: fraction of the patches that are removed
 _C.MODEL.MAE.NORM_PIX_LOSS = Key(True)  # reconstruct patches normalized by their own mean and variance
 

@@ -112,26 +112,63 @@ def _read_aircraft(path: str) -> list[tuple[str, str, str]]:
 
 
 # ---------------------------------------------------------------------------------------------------- Stanford Cars
+_CARS_OFFLINE = 'which is offline: see https://web.archive.org and https://github.com/pytorch/vision/issues/7545'
+
+
 @register_dataset('cars')
 def build_cars(config, split: str) -> Dataset:
-    """Stanford Cars: `DATA_PATH/{cars_annos.mat,car_ims/000001.jpg,...}`, 196 classes."""
+    """Stanford Cars, 196 classes, in either of the published layouts; where both are there, the first one is read.
+
+    - `DATA_PATH/{cars_annos.mat,car_ims/000001.jpg,...}`
+    - the devkit: `DATA_PATH/{devkit/cars_train_annos.mat,devkit/cars_meta.mat,cars_test_annos_withlabels.mat}`, beside
+      `cars_train/00001.jpg,...` and `cars_test/00001.jpg,...`
+    """
     root = data_path(config)
     path = os.path.join(root, 'cars_annos.mat')
+    devkit = _root(config, 'devkit', '', 'stanford_cars')
+    if not os.path.exists(path) and os.path.isdir(os.path.join(devkit, 'devkit')):
+        return _build_devkit_cars(devkit, split)
     source = (
-        'it was published, beside car_ims.tgz, at http://ai.stanford.edu/~jkrause/car196/cars_annos.mat, which '
-        'is offline: see https://web.archive.org and https://github.com/pytorch/vision/issues/7545'
+        'it was published, beside car_ims.tgz, at http://ai.stanford.edu/~jkrause/car196/cars_annos.mat, '
+        f'{_CARS_OFFLINE}'
     )
-    content = _read_mat(path, source, ['annotations'])
-    cars = np.atleast_1d(content['annotations'])
-    cars = cars.ravel()
-    missing = {'relative_im_path', 'class', 'test'} - set(cars.dtype.names or ())
-    if missing:
-        raise UserError(f"'{path}', annotations have no '{sorted(missing)[0]}'; is it another file?")
-    class_names = [str(name) for name in np.atleast_1d(content.get('class_names', _numbers(196))).ravel()]
+    cars, content = _read_cars(path, source, ('relative_im_path', 'class', 'test'))
+    class_names = _car_names(content)
     labels = _whole_numbers(cars['class'], 1, len(class_names), f"'{path}', class") - 1
     chosen = _whole_numbers(cars['test'], 0, 1, f"'{path}', test") == (split != 'train')
     paths = [str(name)[:_PATH] for name in cars['relative_im_path'][chosen]]
     return Dataset(FileStorage(root, paths), labels[chosen], f"'{path}'", class_names)
+
+
+def _build_devkit_cars(root: str, split: str) -> Dataset:
+    """Read the layout of the devkit. The test labels were published as a file of their own, beside the devkit."""
+    page = f'http://ai.stanford.edu/~jkrause/cars/car_dataset.html, {_CARS_OFFLINE}'
+    if split == 'train':
+        path, folder, source = 'devkit/cars_train_annos.mat', 'cars_train', f'it is in car_devkit.tgz of {page}'
+    else:
+        path, folder, source = 'cars_test_annos_withlabels.mat', 'cars_test', f'it was published at {page}'
+        path = next((name for name in (path, f'devkit/{path}') if os.path.exists(os.path.join(root, name))), path)
+    path, meta = os.path.join(root, path), os.path.join(root, 'devkit', 'cars_meta.mat')
+    cars, _ = _read_cars(path, source, ('fname', 'class'))
+    class_names = _car_names(_read_mat(meta, source, ['class_names']) if os.path.exists(meta) else {})
+    labels = _whole_numbers(cars['class'], 1, len(class_names), f"'{path}', class") - 1
+    paths = [os.path.join(folder, str(name)[:_PATH]) for name in cars['fname']]
+    return Dataset(FileStorage(root, paths), labels, f"'{path}'", class_names)
+
+
+def _read_cars(path: str, source: str, fields: Iterable[str]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return the structs of the variable `annotations`, which have all of `fields`, and all variables of the file."""
+    content = _read_mat(path, source, ['annotations'])
+    cars = np.atleast_1d(content['annotations']).ravel()
+    missing = set(fields) - set(cars.dtype.names or ())
+    if missing:
+        raise UserError(f"'{path}', annotations have no '{sorted(missing)[0]}'; is it another file?")
+    return cars, content
+
+
+def _car_names(content: dict[str, Any]) -> list[str]:
+    """Return the names of the classes, or their numbers where the file has no names."""
+    return [str(name) for name in np.atleast_1d(content.get('class_names', _numbers(196))).ravel()]
 
 
 # ---------------------------------------------------------------------------------------------------- iNaturalist 2018

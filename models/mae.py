@@ -45,7 +45,8 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         loss: mean squared error over the masked patches, 0-D float32.
-        pred: reconstructed patches [B, L, P * P * in_chans]; normalized patches with `norm_pix_loss`.
+        pred: reconstructed patches [B, L, P * P * in_chans], normalized patches with `norm_pix_loss`; or what else
+            `MaskedAutoencoder.targets` returns.
         mask: 1: masked patch, 0: visible patch, [B, L] in row-major order.
         ids_shuffle: patch indices sorted by noise, [B, L] int64; the first `num_visible` are visible.
         num_visible: number of visible patches.
@@ -97,6 +98,7 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_num_heads: attention heads of the decoder.
         mask_ratio: fraction of the patches to mask.
         norm_pix_loss: reconstruct patches normalized by their own mean and variance.
+        decoder_pred_dim: predicted values of each patch, for a subclass with its own `targets`; None: P * P * in_chans.
         encoder: further arguments of `VisionTransformer`.
     """
 
@@ -110,10 +112,11 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_num_heads: int = 16,
         mask_ratio: float = 0.75,
         norm_pix_loss: bool = True,
+        decoder_pred_dim: int | None = None,
         **encoder,
     ):
         super().__init__(num_classes=0, **{'drop_path_rate': 0.0, **encoder})
-        self.patch_size = self.patch_embed.patch_size
+        self.patch_size, self.in_chans = self.patch_embed.patch_size, encoder.get('in_chans', 3)
         self.mask_ratio, self.norm_pix_loss = mask_ratio, norm_pix_loss
         visible = num_visible(self.patch_embed.num_patches, mask_ratio)
         if not 1 <= visible < self.patch_embed.num_patches:
@@ -125,12 +128,12 @@ class MaskedAutoencoder(VisionTransformer):
         self.decoder_depth = decoder_depth
         if decoder_depth:
             mlp_ratio = encoder.get('mlp_ratio', 4.0)
-            self._add_decoder(decoder_embed_dim, decoder_num_heads, mlp_ratio)
+            self._add_decoder(decoder_embed_dim, decoder_num_heads, mlp_ratio, decoder_pred_dim)
         conv = self.patch_embed.conv.weight
         initializer.XavierUniform(fan_in=conv[0].size, fan_out=self.embed_dim)(conv)
         self.apply(lambda layer: xavier_uniform_(layer) if isinstance(layer, nn.Linear) else None)
 
-    def _add_decoder(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
+    def _add_decoder(self, dim: int, num_heads: int, mlp_ratio: float, pred_dim: int | None) -> None:
         if dim % num_heads:
             raise UserError(
                 f'{dim} channels (MODEL.MAE.DECODER_EMBED_DIM) do not divide into {num_heads} heads '
@@ -145,8 +148,7 @@ class MaskedAutoencoder(VisionTransformer):
             Block(dim, Attention(dim, num_heads), mlp_ratio=mlp_ratio) for _ in range(self.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
-        pixels = self.patch_embed.conv.weight[0].size
-        self.decoder_pred = nn.Linear(dim, pixels)
+        self.decoder_pred = nn.Linear(dim, pred_dim or self.patch_size**2 * self.in_chans)
 
     # ------------------------------------------------------------------------------------------------ forward
     def forward(
@@ -183,7 +185,7 @@ class MaskedAutoencoder(VisionTransformer):
         return self._collect(*self._begin_tokens(x), want)
 
     def decode(self, latent: Tensor, ids_restore: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens of `encode` -> patches [B, L, P * P * in_chans] in row-major order.
+        """Tokens of `encode` -> predictions of the patches [B, L, D] in row-major order; D: see `decoder_pred_dim`.
 
         Args:
             latent: [B, 1 + V, C].
@@ -204,12 +206,28 @@ class MaskedAutoencoder(VisionTransformer):
         return self.decoder_pred(self.decoder_norm(x))[:, self.num_prefix :]
 
     def loss(self, x: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Compute the mean squared error over the pixels of the masked patches; x: images [B, in_chans, H, W]."""
-        target = patchify(x.astype('float32'), self.patch_size)
-        if self.norm_pix_loss:
-            target, _, _ = normalize_patches(target)
+        """Compute the mean squared error over the targets of the masked patches; x: images [B, in_chans, H, W]."""
+        target = self.targets(x.astype('float32'))
+        if target.shape[-1] != pred.shape[-1]:
+            raise UserError(
+                f'the decoder predicts {pred.shape[-1]} values of each patch (MODEL.MAE.DECODER_PRED_DIM), but the target '
+                f'has {target.shape[-1]}: remove the key, or override MaskedAutoencoder.targets.'
+            )
         error = paddle.square(pred.astype('float32') - target).mean(-1)
         return (error * mask).sum() / mask.sum()
+
+    def targets(self, x: Tensor) -> Tensor:
+        """Return what the decoder is to predict of images [B, in_chans, H, W]: their patches [B, L, P * P * in_chans].
+
+        Subclasses may return other values [B, L, D] of each patch, with `decoder_pred_dim` D.
+        """
+        patches = patchify(x, self.patch_size)
+        return normalize_patches(patches)[0] if self.norm_pix_loss else patches
+
+    @property
+    def predicts_pixels(self) -> bool:
+        """True if `to_images` works: a subclass has no `targets` of its own."""
+        return type(self).targets is MaskedAutoencoder.targets
 
     def to_images(self, x: Tensor, output: Reconstruction) -> tuple[Tensor, Tensor]:
         """Return images with masked patches set to 0, and images with masked patches reconstructed.
@@ -220,7 +238,12 @@ class MaskedAutoencoder(VisionTransformer):
 
         Returns:
             Two batches of the shape of x. Normalized patches get the mean and variance of the original patches.
+
+        Raises:
+            UserError: the model does not predict pixels.
         """
+        if not self.predicts_pixels:
+            raise UserError(f'{type(self).__name__} does not predict pixels, so there are no pictures of its output.')
         grid = self.grid_of(x)
         patches, pred = patchify(x, self.patch_size), output.pred.astype('float32')
         if self.norm_pix_loss:
@@ -274,5 +297,6 @@ def build_mae(config) -> MaskedAutoencoder:
         decoder_num_heads=mae.DECODER_NUM_HEADS,
         mask_ratio=mae.MASK_RATIO,
         norm_pix_loss=mae.NORM_PIX_LOSS,
+        decoder_pred_dim=mae.DECODER_PRED_DIM,
         **pretraining_options(config),
     )

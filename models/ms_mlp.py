@@ -25,10 +25,10 @@ from models.layers import (
     Intermediates,
     drop_path_rates,
     hidden_channels,
+    init_linear_,
     requested,
     run_block,
     torch_conv_,
-    trunc_normal_,
 )
 from models.registry import register_model
 from utils.errors import UserError
@@ -249,13 +249,13 @@ class MSMLP(Classifier):
             self.layers.append(Stage(dim, blocks, last=i + 1 == len(depths)))
         self.norm = nn.LayerNorm(self.num_features, epsilon=NORM_EPS)
         self.reset_classifier(num_classes)
-        self.apply(_init_linear)
+        self.apply(init_linear_)
 
     def reset_classifier(self, num_classes: int) -> None:
         """See `Classifier`."""
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        _init_linear(self.head)
+        init_linear_(self.head)
 
     def check_size(self, height: int, width: int) -> None:
         """Raise UserError if an image is too small for the number of stages."""
@@ -326,12 +326,6 @@ def _check_groups(depths: Sequence[int], shift_dist: Sequence[int], mix_size: Se
             raise UserError(
                 f'MODEL.MSMLP.{name} is {list(kernels)}, but kernels must be odd: even ones change the size of a map.'
             )
-
-
-def _init_linear(layer: nn.Layer) -> None:
-    if isinstance(layer, nn.Linear):
-        trunc_normal_(layer.weight)
-        initializer.Constant(0.0)(layer.bias)
 
 
 @register_model('ms_mlp')

@@ -29,16 +29,20 @@ from models.layers import (
     RelativeAttention,
     RelativePositionBias,
     RemovalSpec,
+    SyncBatchNorm,
     TokenState,
     ToMeReducer,
     ToMeSpec,
     build_mixer,
     check_keep_rates,
     check_reducers,
+    init_linear_,
     per_block,
     requested,
+    rescale_branches,
     resize_position_table,
     run_block,
+    scale_,
     torch_conv_,
     trunc_normal_,
 )
@@ -75,8 +79,10 @@ class VisionTransformer(Classifier):
         distilled: add a distillation classifier, on the distillation token (DeiT), or with `global_pool` on the class
             token (MAE-Lite). Training returns both logits, evaluation their mean.
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
+        head_norm: batch normalization without affine parameters before the classifier (linear probe of MAE).
         representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
         layer_scale: initial LayerScale value of each residual branch (CaiT); None: no LayerScale.
+        hidden_dropout: dropout inside the MLPs, too; False: after their last layer only (BEiT).
         rescaled_init: initialization of BEiT: divide the last layer of each branch in block i (from 1) by sqrt(2 i), and
             multiply the classifiers by 0.001.
     """
@@ -103,8 +109,10 @@ class VisionTransformer(Classifier):
         drop_path_rate: float | Sequence[float] = 0.1,
         distilled: bool = False,
         global_pool: bool = False,
+        head_norm: bool = False,
         representation_size: int | None = None,
         layer_scale: float | None = None,
+        hidden_dropout: bool = True,
         rescaled_init: bool = False,
     ):
         super().__init__()
@@ -120,27 +128,32 @@ class VisionTransformer(Classifier):
         self.removal = AttentionRemoval(removal, depth)
         grid = (self.patch_embed.grid_size,) * 2
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared_relative' in positions else None
+        options = {'mlp_ratio': mlp_ratio, 'layer_scale': layer_scale, 'hidden_dropout': hidden_dropout}
+        self.blocks = self._build_blocks(mixer, reducers, drop_path_rate, drop_rate, **options)
+        self._check_relative()
+        self.removal.attach(self)
+        self._add_head(num_classes, representation_size, head_norm)
+        self.head_drop = nn.Dropout(head_drop_rate)
+        self.apply(init_linear_)
+        if rescaled_init:
+            self._rescale()
+
+    def _build_blocks(self, mixer, reducers, drop_path_rate, drop_rate: float, **options) -> nn.LayerList:
+        depth = self.depth
         mixers = [mixer] * depth if isinstance(mixer, MixerSpec) else per_block('mixer', mixer, depth)
         plans = [spec.build(depth, self.removal.kept_layers) for spec in reducers]
         rates = per_block('drop_path_rate', drop_path_rate, depth)
-        options = {'mlp_ratio': mlp_ratio, 'drop_rate': drop_rate, 'layer_scale': layer_scale}
-        self.blocks = nn.LayerList(
+        return nn.LayerList(
             Block(
-                embed_dim,
+                self.embed_dim,
                 self._build_mixer(i, mixers[i], drop_rate),
                 [plan[i] for plan in plans if i in plan],
+                drop_rate=drop_rate,
                 drop_path_rate=rates[i],
                 **options,
             )
             for i in range(depth)
         )
-        self._check_relative()
-        self.removal.attach(self)
-        self._add_head(num_classes, representation_size)
-        self.head_drop = nn.Dropout(head_drop_rate)
-        self.apply(_init_linear)
-        if rescaled_init:
-            self._rescale()
 
     def _build_mixer(self, layer: int, spec: MixerSpec, drop_rate: float) -> nn.Layer | None:
         if layer in self.removal.removed_layers:
@@ -178,8 +191,13 @@ class VisionTransformer(Classifier):
         if absolute:
             self.pos_embed = self.create_parameter([1, rows, dim], default_initializer=token_init)
 
-    def _add_head(self, num_classes: int, representation_size: int | None) -> None:
+    def _add_head(self, num_classes: int, representation_size: int | None, head_norm: bool) -> None:
         dim = self.embed_dim
+        if head_norm and self.distilled:
+            raise UserError(
+                'MODEL.TRANS.HEAD_NORM is for models with one classifier: set MODEL.TRANS.DISTILLED to False.'
+            )
+        self.has_head_norm = head_norm
         norms = ['fc_norm', 'dist_norm'][: 1 + self.distilled] if self.global_pool else ['norm']
         for name in norms:
             setattr(self, name, nn.LayerNorm(dim, epsilon=NORM_EPS))
@@ -195,20 +213,19 @@ class VisionTransformer(Classifier):
         for name in ['head', 'head_dist'][: 1 + self.distilled]:
             head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
             setattr(self, name, head)
-            _init_linear(head)
+            init_linear_(head)
             if self.rescaled_init and num_classes:
-                _multiply(head.weight, 0.001)
+                scale_(head.weight, 0.001)
+        normalized = self.has_head_norm and num_classes
+        self.head_norm = SyncBatchNorm(self.num_features, affine=False, epsilon=NORM_EPS) if normalized else None
 
     def _rescale(self) -> None:
         trunc_normal_(self.patch_embed.conv.weight)
         initializer.Constant(0.0)(self.patch_embed.conv.bias)
-        for number, block in enumerate(self.blocks, 1):
-            if block.attn is not None:
-                _multiply(_last_linear(block.attn).weight, (2.0 * number) ** -0.5)
-            _multiply(block.mlp.fc2.weight, (2.0 * number) ** -0.5)
+        rescale_branches(self.blocks)
         for head in (self.head, self.head_dist) if self.distilled else (self.head,):
             if self.num_classes:
-                _multiply(head.weight, 0.001)
+                scale_(head.weight, 0.001)
 
     # ------------------------------------------------------------------------------------------------ settings
     def set_keep_rate(self, rate: float | None) -> None:
@@ -400,6 +417,8 @@ class VisionTransformer(Classifier):
         if pre_logits:
             return features if self.distilled else features[0]
         features = tuple(self.head_drop(feature) for feature in features)
+        if self.head_norm is not None:
+            features = (self.head_norm(features[0]),)
         logits = self.head(features[0])
         if not self.distilled:
             return logits
@@ -429,25 +448,6 @@ def _check(embed_dim: int, num_heads: int, positions: Collection[str]) -> None:
         raise UserError(f"there are no positions '{unknown[0]}'; choose from {', '.join(POSITIONS)}.")
 
 
-def _init_linear(layer: nn.Layer) -> None:
-    if isinstance(layer, nn.Linear):
-        trunc_normal_(layer.weight)
-        if layer.bias is not None:
-            initializer.Constant(0.0)(layer.bias)
-
-
-def _multiply(parameter: Tensor, factor: float) -> None:
-    parameter.set_value(parameter * factor)
-
-
-def _last_linear(mixer: nn.Layer) -> nn.Linear:
-    if not hasattr(mixer, 'proj'):
-        raise UserError(
-            f'MODEL.TRANS.RESCALED_INIT needs a last layer `proj` in each mixer; {type(mixer).__name__} has none.'
-        )
-    return mixer.proj
-
-
 def _traces(want: Mapping[int, Collection[str]]) -> bool:
     return any('source' in names for names in want.values())
 
@@ -463,7 +463,9 @@ def build_vit(config) -> VisionTransformer:
         reducers=reducer_specs(model),
         head_drop_rate=model.HEAD_DROPOUT,
         global_pool=trans.GLOBAL_POOL,
+        head_norm=trans.HEAD_NORM,
         representation_size=trans.REPRESENTATION_SIZE,
+        hidden_dropout=trans.HIDDEN_DROPOUT,
         rescaled_init=trans.RESCALED_INIT,
     )
     vit.freeze_stages(trans.FROZEN_STAGES)

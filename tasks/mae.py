@@ -90,7 +90,7 @@ class ReconstructionEvaluator(MeanEvaluator):
 
     def pictures(self, model: MaskedAutoencoder) -> dict[str, Image.Image]:
         """See `Evaluator`."""
-        if self._shown is None:
+        if self._shown is None or not model.predicts_pixels:
             return {}
         was_training = model.training
         model.eval()

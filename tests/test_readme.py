@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README and the guides agree with the code: links, model tables, commands, flags and keys."""
+"""The README and the guides agree with the code and the Chinese README: links, model tables, commands, flags and keys."""
 
 import glob
 import os
@@ -13,8 +13,8 @@ from models.registry import config_file
 from models.zoo import PUBLISHED, Published
 from tests.conftest import ROOT
 
-README = os.path.join(ROOT, 'README.md')
-PAGES = [README, os.path.join(ROOT, 'CONTRIBUTING.md')] + sorted(glob.glob(f'{ROOT}/docs/*.md'))
+README, CHINESE = os.path.join(ROOT, 'README.md'), os.path.join(ROOT, 'README.zh.md')
+PAGES = [README, CHINESE, os.path.join(ROOT, 'CONTRIBUTING.md')] + sorted(glob.glob(f'{ROOT}/docs/*.md'))
 
 MODELS = [name for name in list_models() if not name.endswith('_digits')]
 
@@ -57,16 +57,16 @@ def names_in(path: str) -> list[str]:
 
 
 def test_the_tables_agree_with_the_configurations():
-    """docs/models.md lists all models, the README some. `python -m tests.test_readme` writes both tables."""
+    """docs/models.md lists all models, both READMEs some. `python -m tests.test_readme` writes the tables."""
     models = os.path.join(ROOT, 'docs', 'models.md')
-    assert names_in(models) == MODELS and len(names_in(README)) >= 10
-    for path in (README, models):
+    assert names_in(models) == MODELS and names_in(CHINESE) == names_in(README) and len(names_in(README)) >= 10
+    for path in (README, CHINESE, models):
         lines = read(path).splitlines()
         assert not [row(name) for name in names_in(path) if row(name) not in lines], 'python -m tests.test_readme'
 
 
 def test_the_last_line_of_make_train():
-    """The README quotes the line with which a run ends; tests/runs/test_launchers.py checks the run."""
+    """The README quotes the last line of a run; tests/runs/test_launchers.py checks the run."""
     assert re.search(
         r'^----- Finished: best Validation Acc@1: 0\.\d{4} after epoch \d+, weights in ', read(README), re.MULTILINE
     )
@@ -93,6 +93,68 @@ def test_commands_name_files_flags_and_keys_that_exist(page):
             get_config(opts=[*opts.split(), 'MODEL.TYPE', 'any', 'TRAIN.TASK', 'any'])  # owners of keys do not matter
 
 
+# ---------------------------------------------------------------------------------------------------- README.zh.md
+def sections(path: str) -> list[str]:
+    """Split a page at its headings, each of which begins a section; without the link to the other language."""
+    text = re.sub(r'^\[(?:English|中文)\]\(README(?:\.zh)?\.md\)$', '', read(path), flags=re.MULTILINE)
+    fenced = re.sub(
+        r'^```.*?^```$', lambda match: match[0].replace('\n#', '\n\0#'), text, flags=re.MULTILINE | re.DOTALL
+    )
+    return [part.replace('\0', '') for part in re.split(r'^(?=#+ )', fenced, flags=re.MULTILINE)[1:]]
+
+
+def invariants(text: str) -> dict[str, list[str]]:
+    """What a translation keeps: targets of links, code and numbers, in any order, as the order of words may change."""
+    prose = re.sub(r'`[^`]+`|\]\([^)]+\)', ' ', text)
+    found = {
+        'links': re.findall(r'\]\(([^)]+)\)', text),
+        'code': re.findall(r'`([^`]+)`', text),
+        'numbers': re.findall(r'\d+(?:[.,]\d+)*', prose),
+    }
+    return {kind: sorted(values) for kind, values in found.items()}
+
+
+def structure(section: str) -> dict:
+    """Level of the heading, code blocks, invariants of each cell of the table, items of the list and invariants of the rest."""
+    blocks = re.findall(r'^```.*?^```$', section, re.MULTILINE | re.DOTALL)
+    rest = re.sub(r'^```.*?^```$', '', section, flags=re.MULTILINE | re.DOTALL)
+    rows = re.findall(r'^\|.*\|$', rest, re.MULTILINE)
+    prose = re.sub(r'^\|.*\|$', '', rest, flags=re.MULTILINE)
+    return {
+        'level': section.partition(' ')[0],
+        'blocks': blocks,
+        'table': [[invariants(cell) for cell in row.split(' | ')] for row in rows],
+        'items': len(re.findall('^- ', prose, re.MULTILINE)),
+        **invariants(prose),
+    }
+
+
+def test_the_readmes_lead_to_each_other():
+    assert read(README).splitlines()[2] == '[中文](README.zh.md)'
+    assert read(CHINESE).splitlines()[2] == '[English](README.md)'
+
+
+def test_the_readmes_have_the_same_headings():
+    levels = [[section.partition(' ')[0] for section in sections(path)] for path in (README, CHINESE)]
+    assert levels[0] == levels[1]
+
+
+@pytest.mark.parametrize('number', range(len(sections(README))))
+def test_sections_of_the_readmes_are_equal(number):
+    """Commands, tables, links, code and numbers. A row or sentence that is new in one of the pages goes into the other, too."""
+    english, chinese = structure(sections(README)[number]), structure(sections(CHINESE)[number])
+    for part, value in english.items():
+        assert chinese[part] == value, f'README.md and README.zh.md differ in {part}'
+
+
+def test_the_chinese_readme_is_chinese():
+    """No cell, item or paragraph is left in English. Titles of papers are in italics."""
+    for section in sections(CHINESE):
+        prose = re.sub(r'^```.*?^```$|`[^`]+`|\]\([^)]+\)|\*[^*]+\*', '', section, flags=re.MULTILINE | re.DOTALL)
+        for text in re.split(r'\n|\|', prose):
+            assert not re.search(r'(?<![\w-])(?!token)[a-z-]{3,},? [a-z-]{3,}', text), text
+
+
 def write_table(path: str, names: list[str]) -> None:
     """Replace the lines of a page's table by those of `names`."""
     head, rule, rest = read(path).partition('|---|---|---|---|---|---|---|---|\n')
@@ -102,5 +164,6 @@ def write_table(path: str, names: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    write_table(README, names_in(README))
+    for page in (README, CHINESE):
+        write_table(page, names_in(README))
     write_table(os.path.join(ROOT, 'docs', 'models.md'), MODELS)

@@ -83,11 +83,15 @@ _DEFAULTS = {
     },
     'pretrain': {**_IMAGENET, **_STEPWISE, **_NO_AUGMENTATION, 'TRAIN.TASK': 'mae', 'TRAIN.CROP_SCALE': (0.2, 1.0)},
     'finetune': {**_IMAGENET, **_STEPWISE, **_CLASSIFIER},
+    'linearprobe': {
+        **_IMAGENET, **_STEPWISE, **_NO_AUGMENTATION, **_NO_MIXING, 'MODEL.DROPPATH': 0.0, 'TRAIN.TASK': 'linear_probe',
+        'MODEL.TRANS.HEAD_NORM': True,
+    },
 }  # fmt: skip
 
-# Keys that PaddleViT's pre-training does not read, though a file may set them.
-_UNREAD_IN_PRETRAINING = (
-    'MODEL.TRANS.GLOBAL_POOL', 'TRAIN.SMOOTHING', 'TRAIN.MIXUP_', 'TRAIN.CUTMIX_', 'TRAIN.RAND_AUGMENT', 'TRAIN.AUTO_AUGMENT',
+# Keys that PaddleViT's pre-training and linear probe do not read, though a file may set them.
+_UNREAD = (
+    'TRAIN.SMOOTHING', 'TRAIN.MIXUP_', 'TRAIN.CUTMIX_', 'TRAIN.RAND_AUGMENT', 'TRAIN.AUTO_AUGMENT',
     'TRAIN.COLOR_JITTER', 'TRAIN.RANDOM_ERASE_', 'TRAIN.LAYER_DECAY',
 )  # fmt: skip
 _DROPOUTS = ('MODEL.DROPOUT', 'MODEL.ATTENTION_DROPOUT', 'MODEL.DROPPATH')
@@ -121,11 +125,6 @@ def adapt(values: list[Value], path: str, model_type: str, known: Collection[str
     if not _is_paddlevit(given):
         return Adapted(values, [])
     folder = _folder(given, model_type)
-    if given.get('MODEL.TYPE') == 'LINEARPROBE':
-        raise UserError(
-            f"'{path}': LeanViT has no linear probe with MAE's batch normalization (MODEL.TYPE LINEARPROBE); TRAIN.TASK "
-            'linear_probe trains a plain linear classifier, and MODEL.TYPE FINETUNE the whole model.'
-        )
     if folder not in _DEFAULTS:  # the schema names the key that no model has
         return Adapted(values, [])
     source = f"{path} (default of PaddleViT's {folder} files)"
@@ -158,7 +157,7 @@ def _folder(given: dict[str, Any], model_type: str) -> str:
     if kind in ('MAE', 'mae'):
         trained = any(name.startswith(('MODEL.TRANS.DECODER.', 'MODEL.TRANS.MASK_RATIO')) for name in given)
         return 'pretrain' if trained or kind == 'mae' else 'finetune'
-    return {'PRETRAIN': 'pretrain', 'FINETUNE': 'finetune'}.get(kind, kind.lower())
+    return kind.lower()
 
 
 def _renamed(values: list[Value], folder: str) -> Iterator[Value]:
@@ -182,15 +181,17 @@ def _renamed(values: list[Value], folder: str) -> Iterator[Value]:
 
 
 def _type(value: str, folder: str) -> str:
-    if folder == 'finetune':
+    if folder in ('finetune', 'linearprobe'):
         return 'vit'
     return _TYPES.get(value, value)
 
 
 def _is_unread(name: str, value, folder: str) -> bool:
+    if folder in ('pretrain', 'linearprobe') and name.startswith(_UNREAD):
+        return True
     if folder == 'pretrain':
-        return name.startswith(_UNREAD_IN_PRETRAINING)
-    return (folder == 'finetune' and name.startswith('MODEL.MAE.')) or (
+        return name == 'MODEL.TRANS.GLOBAL_POOL'
+    return (folder in ('finetune', 'linearprobe') and name.startswith('MODEL.MAE.')) or (
         name == 'TRAIN.LAYER_DECAY' and value in (None, 'None')
     )
 

@@ -4,10 +4,10 @@
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
 from models.layers.batch_norm import SyncBatchNorm
-from models.layers.block import NORM_EPS, Block, check_reducers
+from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.evit import EViTReducer, EViTSpec
-from models.layers.init import fix_, lecun_normal_, torch_conv_, trunc_normal_, xavier_uniform_
+from models.layers.init import fix_, init_linear_, lecun_normal_, scale_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.intermediates import BlockIntermediates, Intermediates, requested, tokens_to_maps
 from models.layers.mixers import MixerSpec, build_mixer, register_mixer
 from models.layers.mlp import Mlp, hidden_channels
@@ -60,8 +60,9 @@ __all__ = [
     'computed_table',
     'drop_path_rates',
     'fix_',
-    'keep_tokens',
     'hidden_channels',
+    'init_linear_',
+    'keep_tokens',
     'lecun_normal_',
     'merge_schedule',
     'moco_position_table',
@@ -70,11 +71,13 @@ __all__ = [
     'register_reducer',
     'relative_position_index',
     'requested',
+    'rescale_branches',
     'resize_decomposed_table',
     'resize_maps',
     'resize_position_table',
     'resize_relative_table',
     'run_block',
+    'scale_',
     'scale_maps',
     'sincos_position_table',
     'take_tokens',

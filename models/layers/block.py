@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.layers.attention import AttentionMaps
 from models.layers.drop_path import DropPath
+from models.layers.init import scale_
 from models.layers.intermediates import Recorder, tokens_to_maps
 from models.layers.mlp import Mlp, hidden_channels
 from models.layers.tokens import TokenReducer, TokenState
@@ -29,6 +30,7 @@ class Block(nn.Layer):
         drop_rate: dropout of the MLP.
         drop_path_rate: stochastic depth of both branches.
         layer_scale: initial LayerScale value of both branches (CaiT); None: no LayerScale.
+        hidden_dropout: see `Mlp`.
         norm_eps: epsilon of both LayerNorms.
 
     Attributes:
@@ -44,6 +46,7 @@ class Block(nn.Layer):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         layer_scale: float | None = None,
+        hidden_dropout: bool = True,
         norm_eps: float = NORM_EPS,
     ):
         super().__init__()
@@ -53,7 +56,7 @@ class Block(nn.Layer):
             self.norm1 = nn.LayerNorm(dim, epsilon=norm_eps)
             self.attn = mixer
         self.norm2 = nn.LayerNorm(dim, epsilon=norm_eps)
-        self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate)
+        self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate, hidden_dropout)
         self.drop_path = DropPath(drop_path_rate)
         if layer_scale is not None:
             if mixer is not None:
@@ -132,6 +135,22 @@ def check_reducers(mixer: nn.Layer | None, reducers: Sequence[TokenReducer]) -> 
                 f'{type(reducer).__name__} needs the {missing[0]} of attention, which {type(mixer).__name__} '
                 '(MODEL.TRANS.MIXER) does not compute; remove one of the two.'
             )
+
+
+def rescale_branches(blocks: Iterable[Block]) -> None:
+    """Divide the last layer of each branch in block i (from 1) by sqrt(2 i), the initialization of BEiT."""
+    for number, block in enumerate(blocks, 1):
+        if block.attn is not None:
+            scale_(_last_linear(block.attn).weight, (2.0 * number) ** -0.5)
+        scale_(block.mlp.fc2.weight, (2.0 * number) ** -0.5)
+
+
+def _last_linear(mixer: nn.Layer) -> nn.Linear:
+    if not hasattr(mixer, 'proj'):
+        raise UserError(
+            f'MODEL.TRANS.RESCALED_INIT needs a last layer `proj` in each mixer; {type(mixer).__name__} has none.'
+        )
+    return mixer.proj
 
 
 def _finish(record: Recorder, x: Tensor, before: TokenState, state: TokenState):

@@ -39,6 +39,19 @@ def xavier_uniform_(linear: nn.Linear, bias_std: float = 0.0) -> None:
         initializer.Normal(std=bias_std)(linear.bias) if bias_std else initializer.Constant(0.0)(linear.bias)
 
 
+def init_linear_(layer: nn.Layer) -> None:
+    """Initialize a linear layer as Vision Transformers do: weights by `trunc_normal_`, zero biases; skip other layers."""
+    if isinstance(layer, nn.Linear):
+        trunc_normal_(layer.weight)
+        if layer.bias is not None:
+            initializer.Constant(0.0)(layer.bias)
+
+
+def scale_(parameter: Tensor, factor: float) -> None:
+    """Multiply a parameter by a number."""
+    parameter.set_value(parameter * factor)
+
+
 def fix_(parameter: Tensor, values: np.ndarray) -> None:
     """Set a parameter and freeze it: it is part of the state dict, but not trained."""
     parameter.set_value(values)

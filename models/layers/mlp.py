@@ -23,15 +23,17 @@ class Mlp(nn.Layer):
         dim: channels of input and output.
         hidden_dim: hidden channels.
         drop_rate: rate of both dropouts.
+        hidden_dropout: False: only the second dropout (BEiT).
     """
 
-    def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0):
+    def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0, hidden_dropout: bool = True):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop_rate)
+        self.hidden_drop = self.drop if hidden_dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))

@@ -7,7 +7,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.layers import Attention, Block, TokenState, tokens_to_maps, trunc_normal_
+from models.layers import Attention, Block, TokenState, init_linear_, tokens_to_maps, trunc_normal_
 
 NORM_EPS = 1e-5
 
@@ -74,7 +74,7 @@ class MaskTransformer(nn.Layer):
         self.decoder_norm = nn.LayerNorm(embed_dim, epsilon=NORM_EPS)
         self.embed_dim = embed_dim
         self.reset_classifier(num_classes)
-        self.apply(_init_linear)
+        self.apply(init_linear_)
 
     def reset_classifier(self, num_classes: int) -> None:
         """See `Classifier`; replaces the class tokens and the LayerNorm of the masks."""
@@ -102,9 +102,3 @@ class MaskTransformer(nn.Layer):
 
 def _unit(x: Tensor) -> Tensor:
     return x / x.norm(axis=-1, keepdim=True)
-
-
-def _init_linear(layer: nn.Layer) -> None:
-    if isinstance(layer, nn.Linear):
-        trunc_normal_(layer.weight)
-        initializer.Constant(0.0)(layer.bias)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from paddle import Tensor, nn
 
-from models.weights.rules import WeightRules, rules_of
+from models.weights.rules import STATISTICS_SUFFIXES, WeightRules, rules_of
 from utils.errors import UserError
 from utils.formats import bfloat16
 from utils.text import NAME, printable
@@ -19,8 +19,6 @@ LISTED = 8  # most names per kind of error in a message
 
 # Index tables that a model builds from its sizes; those of files are dropped.
 REBUILT_SUFFIXES = ('.relative_position_index',)
-# Buffers that must be loaded; a model builds all other buffers.
-STATISTICS_SUFFIXES = ('._mean', '._variance')
 
 
 @dataclass

@@ -26,6 +26,8 @@ _NAMES = [
     (r'(?:patch_embedding\.|encoder_)?position_embeddings?', 'pos_embed'),
     (r'encoder\.(?:encoder_)?norm\.(\w+)', r'norm.\1'),
     (r'classifier\.(\w+)', r'head.\1'),
+    (r'classifier\.0\.(\w+)', r'head_norm.\1'),
+    (r'classifier\.1\.(\w+)', r'head.\1'),
     (r'classifier_dist(?:ill)?\.(\w+)', r'head_dist.\1'),
     (r'linear_projection\.(\w+)', r'decoder_embed.\1'),
     (r'decoder_position_embeddings?', 'decoder_pos_embed'),

@@ -10,6 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from paddle import nn
 
+# Buffers that must be loaded; a model builds all other buffers.
+STATISTICS_SUFFIXES = ('._mean', '._variance')
+
 
 class Start(NamedTuple):
     """How to initialize training from the weights of another kind of model, apart from the classifier.
@@ -75,7 +78,8 @@ class WeightRules:
 
     def count_classes(self, state: Mapping) -> int | None:
         """Return the number of classes in a state dict; 0: no classifier; None: its parts disagree."""
-        shapes = [tuple(value.shape) for name, value in state.items() if self.is_head(name)]
+        parts = [name for name in state if self.is_head(name) and not name.endswith(STATISTICS_SUFFIXES)]
+        shapes = [tuple(state[name].shape) for name in parts]
         counts = {shape[-1] for shape in shapes if shape}
         return counts.pop() if len(counts) == 1 else None if counts else 0
 

@@ -30,21 +30,24 @@ _UNUSED = (
 )
 _INITIAL = (
     (r'(fc_norm|dist_norm)\..*', 'the file normalizes before pooling'),
+    (r'head_norm\..*', 'the file has no batch normalization before the classifier'),
     (r'.*\.(q_bias|v_bias)', 'the file has no separate biases of query and value'),
     (r'.*\.(gamma_1|gamma_2)', 'the file has no LayerScale'),
     (r'.*relative_position_bias_table', 'the file has no relative positions'),
 )
 _LAYER_SCALE = re.compile(r'\.ls([12])\.gamma$')  # names of timm and DINOv2
+_PROBE = {'head.0.': 'head_norm.', 'head.1.': 'head.'}  # classifier of MAE's linear probe
 
 
 class TransformerWeights(WeightRules):
     """Weight rules of the Vision Transformer."""
 
-    head = ('head.', 'head_dist.')
+    head = ('head.', 'head_dist.', 'head_norm.')
     optional_parts = (
         (r'dist_token|dist_norm\..*|head_dist\..*', 'MODEL.TRANS.DISTILLED', 'True', 'False'),
         (r'pre_logits\..*', 'MODEL.TRANS.REPRESENTATION_SIZE', 'their size', 'None'),
         (r'fc_norm\..*', 'MODEL.TRANS.GLOBAL_POOL', 'True', 'False'),
+        (r'head_norm\..*', 'MODEL.TRANS.HEAD_NORM', 'True', 'False'),
         (r'blocks\.\d+\.gamma_[12]', 'MODEL.TRANS.LAYER_SCALE', 'a number', 'None'),
         (r'blocks\..*relative_position_bias_table', 'MODEL.TRANS.REL_POS', "('block',)", '()'),
         (r'rel_pos_bias\..*', 'MODEL.TRANS.REL_POS', "('shared',)", '()'),
@@ -53,10 +56,11 @@ class TransformerWeights(WeightRules):
     )
 
     def rename(self, name: str) -> str | None:
-        """Rename the encoder of MAE-Lite and MoCo-v3 files and timm's LayerScale; drop all other training parts."""
+        """Rename the encoder of MAE-Lite and MoCo-v3, MAE's probe and timm's LayerScale; drop all other training parts."""
         if name.startswith(TRAINING_PARTS):
             return None
-        return _LAYER_SCALE.sub(r'.gamma_\1', name.removeprefix(MAE_ENCODER).removeprefix(MOCO_ENCODER))
+        name = _LAYER_SCALE.sub(r'.gamma_\1', name.removeprefix(MAE_ENCODER).removeprefix(MOCO_ENCODER))
+        return _PROBE.get(name[:7], name[:7]) + name[7:]
 
     def adopt(self, model, arrays: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Rename the weights of PaddleViT's DeiT, ViT and MAE folders."""

@@ -8,7 +8,8 @@ import json
 import numpy as np
 from scipy.io import savemat
 
-CAR_FIELDS = ('relative_im_path', 'bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2', 'class', 'test')
+BOX_FIELDS = ('bbox_x1', 'bbox_y1', 'bbox_x2', 'bbox_y2')
+CAR_FIELDS = ('relative_im_path', *BOX_FIELDS, 'class', 'test')
 
 
 def write_text(root, files: dict) -> None:
@@ -29,13 +30,29 @@ def write_flowers(root, labels: list, train: list, valid: list, test: list) -> N
 
 def write_cars(root, rows: list[dict], class_names: list[str] | None = None) -> None:
     """cars_annos.mat: a row of structs, and a row of cells with the names."""
-    annotations = np.empty((1, len(rows)), [(field, object) for field in CAR_FIELDS])
-    for place, row in enumerate(rows):
-        annotations[0, place] = tuple(row.get(field, 1) for field in CAR_FIELDS)
-    content = {'annotations': annotations}
+    content = {'annotations': _structs(rows, CAR_FIELDS)}
     if class_names is not None:
         content['class_names'] = np.array([class_names], object)
     savemat(root / 'cars_annos.mat', content)
+
+
+def write_devkit_cars(root, train: list, test: list | None, class_names: list[str] | None = None, labels='') -> None:
+    """Files of the devkit for (class, file name) of each car, and the file with the test labels in the folder `labels`."""
+    (root / 'devkit').mkdir(parents=True, exist_ok=True)
+    for name, cars in (('devkit/cars_train_annos', train), (f'{labels}/cars_test_annos_withlabels', test)):
+        if cars is not None:
+            rows = [{'class': number, 'fname': file} for number, file in cars]
+            structs = _structs(rows, (*BOX_FIELDS, 'class', 'fname'))
+            savemat(root / f'{name.lstrip("/")}.mat', {'annotations': structs})
+    if class_names is not None:
+        savemat(root / 'devkit' / 'cars_meta.mat', {'class_names': np.array([class_names], object)})
+
+
+def _structs(rows: list[dict], fields: tuple[str, ...]) -> np.ndarray:
+    structs = np.empty((1, len(rows)), [(field, object) for field in fields])
+    for place, row in enumerate(rows):
+        structs[0, place] = tuple(row.get(field, 1) for field in fields)
+    return structs
 
 
 def write_case(root, case: dict) -> None:

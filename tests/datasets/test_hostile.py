@@ -99,7 +99,7 @@ LAYOUTS = {
     'zip': ['train.zip', 'train_map.txt'],
     'cifar10': ['cifar-10-batches-py/data_batch_1', 'cifar-10-batches-py/batches.meta'],
     'flowers102': ['imagelabels.mat', 'setid.mat'],
-    'cars': ['cars_annos.mat'],
+    'cars': ['cars_annos.mat', 'devkit/cars_train_annos.mat'],
     'pets': ['annotations/trainval.txt'],
     'aircraft': ['fgvc-aircraft-2013b/data/images_variant_trainval.txt'],
     'inaturalist2018': ['categories.json', 'train2018.json'],

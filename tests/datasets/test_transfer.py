@@ -15,7 +15,7 @@ from datasets import build_dataset, list_datasets, resolve_num_classes, transfer
 from models import list_models
 from models.registry import config_file
 from tests.conftest import golden
-from tests.datasets.layouts import write_cars, write_case, write_flowers, write_text
+from tests.datasets.layouts import write_cars, write_case, write_devkit_cars, write_flowers, write_text
 from tests.datasets.test_datasets import write_cifar
 from tools import make_lmdb, make_zip, verify_data
 from utils.errors import UserError
@@ -115,6 +115,39 @@ def test_one_level_off(tmp_path, make_config, case, outer):
     path = tmp_path if inner else tmp_path / outer
     train = build_dataset(make_config(path, DATA__DATASET=CASES[case][0]), 'train')
     assert listed(train, tmp_path / inner) == description['expected']['train']
+
+
+@pytest.mark.parametrize(('outer', 'labels'), [('', ''), ('stanford_cars', ''), ('', 'devkit')])
+def test_devkit_of_cars(tmp_path, make_config, write_image, outer, labels):
+    """As unpacked from the archives, and where torchvision unpacks them; the test labels beside the devkit or in it."""
+    root, names = tmp_path / outer, ['AM General Hummer SUV 2000', 'Acura RL Sedan 2012']
+    write_devkit_cars(root, [(2, '00001.jpg'), (1, '00002.jpg')], [(1, '00001.jpg')], names, labels)
+    write_image(root / 'cars_train' / '00002.jpg')
+    config = make_config(tmp_path, DATA__DATASET='cars')
+    train, val = build_dataset(config, 'train'), build_dataset(config, 'val')
+    assert listed(train, root) == [['cars_train/00001.jpg', 1], ['cars_train/00002.jpg', 0]]
+    assert listed(val, root) == [['cars_test/00001.jpg', 0]]
+    assert train.class_names == val.class_names == names
+    assert train.load(1).mode == 'RGB'
+
+
+def test_devkit_of_cars_without_some_files(tmp_path, make_config):
+    """Names are optional, test labels are not; cars_annos.mat has precedence."""
+    write_devkit_cars(tmp_path, [(196, '00001.jpg')], None)
+    config = make_config(tmp_path, DATA__DATASET='cars')
+    assert build_dataset(config, 'train').class_names[::195] == ['1', '196']
+    with pytest.raises(
+        UserError, match='cars_test_annos_withlabels.mat. is missing; .*car_dataset.html, .*/issues/7545'
+    ):
+        build_dataset(config, 'val')
+    write_devkit_cars(tmp_path, [(197, '00001.jpg')], None)
+    with pytest.raises(UserError, match='cars_train_annos.mat., class: number 1 is 197, .* 1 to 196'):
+        build_dataset(config, 'train')
+    savemat(tmp_path / 'devkit' / 'cars_train_annos.mat', {'annotations': 1})
+    with pytest.raises(UserError, match="cars_train_annos.mat., annotations have no 'class'"):
+        build_dataset(config, 'train')
+    write_cars(tmp_path, [car()])
+    assert listed(build_dataset(config, 'train'), tmp_path) == [['car_ims/000001.jpg', 0]]
 
 
 def test_aircraft_levels(tmp_path, make_config):

@@ -7,10 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from config import get_config
+from datasets.batch import Batch
+from models import build_model
 from models.layers import MixerSpec, sincos_position_table, take_tokens
 from models.mae import MaskedAutoencoder, num_visible, patchify, unpatchify
+from tasks.mae import MAETask
 from tests.conftest import assert_close, golden
-from tests.models.helpers import linear_weights, load
+from tests.models.helpers import linear_weights, load, small_config
 from utils.errors import UserError
 
 
@@ -158,6 +162,47 @@ def test_the_encoder_alone():
     )
     assert tiny(mixer=MixerSpec(qkv_bias=False))(paddle.randn([1, 3, 32, 32])).pred.shape == [1, 16, 192]
     assert model.encode(paddle.randn([2, 3, 32, 32]), paddle.to_tensor([[3, 1], [0, 2]])).shape == [2, 3, 24]
+
+
+class MeanColors(MaskedAutoencoder):
+    """Predict the mean color of each patch."""
+
+    def targets(self, x):
+        return paddle.nn.functional.avg_pool2d(x, self.patch_size).flatten(2).transpose([0, 2, 1])
+
+
+def test_other_targets():
+    """`decoder_pred_dim` with a subclass: the loss is that of its targets, and falls; there are no pictures."""
+    sizes = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 1, 'num_heads': 3, 'decoder_num_heads': 2}
+    paddle.seed(0)
+    model = MeanColors(**sizes, decoder_embed_dim=16, decoder_depth=1, decoder_pred_dim=3)
+    images, noise = paddle.rand([2, 3, 32, 32]), paddle.rand([2, 16])
+    assert model.decoder_pred.weight.shape == [16, 3]
+    optimizer = paddle.optimizer.Adam(0.01, parameters=model.parameters())
+    losses = []
+    for _ in range(10):
+        output = model(images, noise)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        losses.append(output.loss.item())
+    colors = images.numpy().reshape(2, 3, 4, 8, 4, 8).mean((3, 5)).transpose(0, 2, 3, 1).reshape(2, 16, 3)
+    masked = output.mask.numpy() == 1
+    assert losses[-1] == pytest.approx(np.square(output.pred.numpy() - colors)[masked].mean(), rel=1e-5)
+    assert losses[-1] < 0.8 * losses[0]
+    evaluator = MAETask(get_config(opts=['MODEL.TYPE', 'mae', 'TRAIN.TASK', 'mae'])).evaluator()
+    evaluator.sums(Batch(images, {}, paddle.arange(2)), (noise, output))
+    assert evaluator.pictures(model) == {}
+    with pytest.raises(UserError, match='MeanColors does not predict pixels'):
+        model.to_images(images, output)
+
+
+def test_targets_of_another_size():
+    config = small_config('mae_tiny_patch16_224', 'MODEL.MAE.DECODER_PRED_DIM', 8)
+    with pytest.raises(
+        UserError, match=r'predicts 8 values of each patch .*DECODER_PRED_DIM\), but the target has 192'
+    ):
+        build_model(config)(paddle.rand([1, 3, 32, 32]))
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,24 @@ def test_gradients_reach_every_part():
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.parametrize('hidden', [False, True])
+def test_place_of_the_dropout_in_the_mlp(hidden):
+    """BEiT has dropout after the last layer of an MLP only: with it, each output is 0 or that of evaluation / (1 - p)."""
+    paddle.seed(0)
+    sizes = ['DATA.IMAGE_SIZE', 32, 'MODEL.TRANS.DEPTH', 1, 'MODEL.DROPOUT', 0.5]
+    place = ['MODEL.TRANS.HIDDEN_DROPOUT', True] if hidden else []  # the recipe's is False
+    model = create_model('vit_tiny_patch16_224_mae_finetune_rpe', num_classes=5, opts=[*sizes, *place])
+    mlp, x = model.blocks[0].mlp, paddle.randn([4, 5, 192])
+    mlp.fc2.bias.set_value(paddle.ones([192]))
+    mlp.eval()
+    expected = 2 * mlp(x).numpy()
+    mlp.train()
+    output = mlp(x).numpy()
+    assert 0.4 < (output == 0).mean() < 0.6
+    exact = np.isclose(output, expected, rtol=1e-5)[output != 0]
+    assert exact.mean() < 0.1 if hidden else exact.all()
+
+
 def test_tables_follow_the_image_size():
     small = vision_transformer(**TINY, num_classes=5, relative_positions=('block',))
     large = vision_transformer(**{**TINY, 'img_size': 64}, num_classes=5, relative_positions=('block',))

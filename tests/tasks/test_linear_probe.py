@@ -13,8 +13,12 @@ from config import get_arguments, get_config, update_config
 from engine.run import run_config
 from models import build_model, create_model
 from models.registry import config_file
+from models.weights.convert import port_state_dict
+from models.weights.load import load_state
 from tasks import build_task
+from tests.conftest import assert_close
 from tests.engine.curves import read_state
+from tests.models.helpers import linear_weights
 from utils.errors import UserError
 from utils.formats import write_pdparams
 
@@ -67,14 +71,60 @@ def test_models_without_a_classifier_are_refused():
         build_task(config).attach(build_model(config), quiet, training=True)
 
 
+def test_batch_normalization_before_the_classifier():
+    """MAE's probe: the classifier sees features normalized by the batch, and in evaluation by running statistics."""
+    _, model = attached('MODEL.TRANS.HEAD_NORM', True)
+    assert {name for name, p in model.named_parameters() if not p.stop_gradient} == {'head.weight', 'head.bias'}
+    model.train()
+    x = paddle.randn([8, 3, 16, 16])
+    features = model.forward_head(model.forward_features(x), pre_logits=True).numpy()
+    weight = model.head.weight.numpy()
+    normalized = (features - features.mean(0)) / np.sqrt(features.var(0) + 1e-6)
+    assert_close(model(x), normalized @ weight, 1e-4)
+    model.eval()  # after one step, the running statistics are 0.9 times (0, 1) and 0.1 times those of the batch
+    normalized = (features - 0.1 * features.mean(0)) / np.sqrt(0.9 + 0.1 * features.var(0, ddof=1) + 1e-6)
+    assert_close(model(x), normalized @ weight, 1e-5)
+    model.reset_classifier(0)
+    assert_close(model(x), features, 1e-6)
+
+
+def test_weights_of_the_probe():
+    """Names of MAE's code; a file without the statistics starts a training, and evaluation names the key."""
+    config = get_config(RECIPE, [*SMALL, 'MODEL.NUM_CLASSES', 3, 'MODEL.TRANS.HEAD_NORM', True])
+    model, plain = build_model(config), build_model(get_config(RECIPE, [*SMALL, 'MODEL.NUM_CLASSES', 3]))
+    statistics = {'head.0.running_mean': np.arange(24.0), 'head.0.running_var': 2 + np.arange(24.0)}
+    body = {name: value.numpy() for name, value in plain.state_dict().items()}
+    source = {name: array.T if name in linear_weights(plain) else array for name, array in body.items()}
+    source = {name.replace('head.', 'head.1.'): array for name, array in source.items()}
+    ported = port_state_dict(model, {**source, **statistics, 'head.0.num_batches_tracked': np.array(3)})
+    np.testing.assert_array_equal(ported['head_norm._variance'], 2 + np.arange(24.0))
+    np.testing.assert_array_equal(ported['head.weight'], body['head.weight'])
+    load_state(model, ported, replace_head=False)
+    with pytest.raises(UserError, match='set MODEL.TRANS.HEAD_NORM to True'):
+        load_state(plain, ported)
+    with pytest.raises(UserError, match='set MODEL.TRANS.HEAD_NORM to False'):
+        load_state(model, body, replace_head=False)
+    lines: list[str] = []
+    load_state(build_model(config), body, log=lines.append)
+    assert any('the file has no batch normalization before the classifier' in line for line in lines)
+
+
+def test_one_classifier_only():
+    with pytest.raises(UserError, match='HEAD_NORM is for models with one classifier'):
+        attached('MODEL.TRANS.HEAD_NORM', True, 'MODEL.TRANS.DISTILLED', True)
+
+
 def run(images, folder, *flags, opts=()):
-    words = [str(word) for word in (*SMALL, *opts)]
+    words = [str(word) for word in (*SMALL, 'MODEL.TRANS.HEAD_NORM', True, *opts)]
     line = [f'-cfg={RECIPE}', f'-data_path={images}', f'-output={folder}', *flags, '-opts', *words]
     run_config(update_config(get_config(), get_arguments(line)))
 
 
 def test_a_run_from_pre_trained_weights(images, tmp_path):
-    """The weights of the encoder are equal before and after, the classifier is not; evaluation and resume work."""
+    """The weights of the encoder are equal before and after, the classifier is not; evaluation and resume work.
+
+    With batch normalization, which adds its statistics to what is saved.
+    """
     encoder = build_model(get_config(RECIPE, [*SMALL, 'MODEL.NUM_CLASSES', 0]))
     state = {f'base_encoder.{name}': value.numpy() for name, value in encoder.state_dict().items()}
     write_pdparams(state, str(tmp_path / 'moco.pdparams'))
@@ -83,6 +133,7 @@ def test_a_run_from_pre_trained_weights(images, tmp_path):
     for name, value in encoder.state_dict().items():
         np.testing.assert_array_equal(trained['model'][name], value.numpy(), err_msg=name)
     assert np.abs(trained['model']['head.weight']).max() > 0.05
+    assert np.abs(trained['model']['head_norm._mean']).max() > 0.01
     assert {name for kind in trained['optimizer'].values() for name in kind} == {'head.weight', 'head.bias'}
     run(images, tmp_path, f'-pretrained={tmp_path}/run', '-eval', '-tag=eval')
     run(images, tmp_path, f'-resume={tmp_path}/run', opts=('TRAIN.NUM_EPOCHS', 3))

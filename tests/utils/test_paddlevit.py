@@ -106,6 +106,31 @@ TRAIN:
     LINEAR_SCALED_LR: 256
     END_LR: 1e-6
 """
+LINEARPROBE = """
+MODEL:
+    TYPE: LINEARPROBE
+    NAME: {name}
+    GLOBAL_POOL: {pooled}
+    TRANS:
+        PATCH_SIZE: {patch}
+        ENCODER:
+            EMBED_DIM: {width}
+            DEPTH: {depth}
+            NUM_HEADS: {heads}
+TRAIN:
+    ACCUM_ITER: 4
+    NUM_EPOCHS: 90
+    WARMUP_EPOCHS: 10
+    WEIGHT_DECAY: 0.0
+    BASE_LR: 0.1
+    LAYER_DECAY: 0.75
+    SMOOTHING: 0.1
+    RAND_AUGMENT: True
+    MIXUP_ALPHA: 0.8
+    RANDOM_ERASE_PROB: 0.25
+    OPTIMIZER:
+        NAME: 'LARS'
+"""
 
 
 @pytest.fixture
@@ -177,10 +202,24 @@ def test_mae(load, name):
     assert (tuned.TRAIN.LAYER_DECAY, tuned.TRAIN.END_LR, tuned.TRAIN.LR_SCHEDULER.SCALE_ENDS) == (0.65, 1e-6, False)
 
 
+@pytest.mark.parametrize('pooled', [False, True])
+def test_linear_probe(load, pooled):
+    """Its script reads no augmentation but crops and flips, and no mixing, whatever a file sets."""
+    name = 'vit_base_patch16_224'
+    config = load(LINEARPROBE, name, pooled=pooled, **sizes(name))
+    check_sizes(config, name)
+    train, trans = config.TRAIN, config.MODEL.TRANS
+    assert ('vit', 'linear_probe', True, pooled) == (config.MODEL.TYPE, train.TASK, trans.HEAD_NORM, trans.GLOBAL_POOL)
+    assert (train.OPTIMIZER.NAME, train.BASE_LR, train.END_LR, train.LINEAR_SCALED_LR) == ('LARS', 0.1, 0.0, 256)
+    assert (train.CROP_SCALE, train.HFLIP, config.DATA.IMAGENET_MEAN[0]) == ((0.08, 1.0), 0.5, 0.485)
+    unread = (train.SMOOTHING, train.MIXUP_ALPHA, train.CUTMIX_ALPHA, train.RANDOM_ERASE_PROB, train.COLOR_JITTER)
+    assert unread == (0.0,) * 5 and not train.RAND_AUGMENT and train.LAYER_DECAY == 1.0
+
+
 def test_they_build(load):
     small = {'width': 24, 'depth': 1, 'heads': 3, 'patch': 16, 'image': 32, 'mlp': 96}
-    for text, kind in ((FLAT, 'deit'), (FLAT, 'vit'), (OLD, 'ViT'), (PRETRAIN, ''), (FINETUNE, '')):
-        model = build_model(load(text, f'small_{kind}', kind=kind, **small))
+    for text, kind in ((FLAT, 'deit'), (FLAT, 'vit'), (OLD, 'ViT'), (PRETRAIN, ''), (FINETUNE, ''), (LINEARPROBE, '')):
+        model = build_model(load(text, f'small_{kind}', kind=kind, pooled=False, **small))
         assert model.blocks[0].attn.num_heads == 3
 
 
@@ -201,7 +240,6 @@ def test_base_files_override_defaults_but_not_values(tmp_path):
         ('MODEL: {TYPE: vit, EMBED_DIM: 96, ATTN_HEAD_SIZE: 7}', 'no MODEL.ATTN_HEAD_SIZE: the head size is EMBED_DIM'),
         ('MODEL: {TYPE: ViT, MLP_DIM: 96}', 'MODEL.TRANS.MLP_DIM: it needs HIDDEN_SIZE'),
         ('MODEL: {TYPE: PRETRAIN, DROPOUT: 0.1, TRANS: {ENCODER: {DEPTH: 2}}}', 'no MODEL.DROPOUT: masked'),
-        ('MODEL: {TYPE: LINEARPROBE, TRANS: {ENCODER: {DEPTH: 2}}}', 'no linear probe with MAE'),
         ('MODEL: {TYPE: vit, EMBED_DIMS: 96}', "unknown key 'MODEL.EMBED_DIMS'"),
     ],
 )  # fmt: skip

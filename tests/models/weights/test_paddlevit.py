@@ -61,10 +61,11 @@ class PaddleViT(nn.Layer):
 
     Args:
         kind: 'new' ViT or DeiT; 'distilled' DeiT; 'old' ViT with tokens in the patch embedding; 'mae', a fine-tuned MAE.
+        probed: batch normalization before the classifier, as in MAE's linear probe.
         pooled: average pooling before the norm, as in MAE's fine-tuning.
     """
 
-    def __init__(self, kind: str = 'new', pooled: bool = False, split: bool = False):
+    def __init__(self, kind: str = 'new', pooled: bool = False, split: bool = False, probed: bool = False):
         super().__init__()
         self.kind, self.pooled = kind, pooled
         self.patch_embedding, self.encoder = nn.Layer(), nn.Layer()
@@ -81,6 +82,11 @@ class PaddleViT(nn.Layer):
         norm = nn.LayerNorm(WIDTH, epsilon=1e-6)
         (self if kind == 'mae' else self.encoder).encoder_norm = norm
         self.classifier = nn.Linear(WIDTH, CLASSES)
+        if probed:
+            norm = nn.BatchNorm1D(WIDTH, weight_attr=False, bias_attr=False, epsilon=1e-6)
+            norm._mean.set_value(paddle.randn([WIDTH]))
+            norm._variance.set_value(paddle.rand([WIDTH]) + 0.1)
+            self.classifier = nn.Sequential(norm, self.classifier)
 
     @property
     def tokens(self):
@@ -106,7 +112,8 @@ def saved(network: nn.Layer, path) -> str:
     """Write a file as PaddleViT does, with random weights."""
     paddle.seed(3)
     for parameter in network.parameters():
-        parameter.set_value(paddle.randn(parameter.shape) * 0.1)
+        if not parameter.stop_gradient:  # not the statistics of batch normalization
+            parameter.set_value(paddle.randn(parameter.shape) * 0.1)
     paddle.save(network.state_dict(), str(path))
     return str(path)
 
@@ -118,6 +125,8 @@ CASES = {
     'distilled': ({'kind': 'distilled'}, {'distilled': True}),
     'fine-tuned MAE, pooled': ({'kind': 'mae', 'pooled': True}, {'global_pool': True}),
     'fine-tuned MAE, class token': ({'kind': 'mae'}, {}),
+    'probed MAE': ({'kind': 'mae', 'probed': True}, {'head_norm': True}),
+    'probed MAE, pooled': ({'kind': 'mae', 'pooled': True, 'probed': True}, {'global_pool': True, 'head_norm': True}),
 }
 
 
@@ -126,6 +135,7 @@ def test_logits(case, tmp_path):
     theirs, ours = CASES[case]
     network = PaddleViT(**theirs)
     path = saved(network, tmp_path / 'published.pdparams')
+    network.eval()
     model = VisionTransformer(num_classes=CLASSES, **SIZES, **ours)
     load_pretrained(model, path, log=quiet, replace_head=False)
     model.eval()
