@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from config import get_config
 from engine.checkpoint import LAST
 from engine.distributed import Context
+from engine.run_info import write_run_info
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.locks import LockedError, file_lock
@@ -73,6 +74,7 @@ def open_folder(folder: RunFolder, config, context: Context, log: RunLog, keep_c
         log.open(folder.path)
         keep_config = keep_config or config.EVAL and folder.has_checkpoint  # a training run needs its own to resume
         if context.is_main and not keep_config:
+            write_run_info(folder.path, config, context)
             _write_config(config, folder)
     if context.is_main and not config.EVAL:
         try:
