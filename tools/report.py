@@ -22,7 +22,8 @@ import argparse
 import os
 
 from analysis.report.page import render
-from analysis.report.runs import read_runs
+from analysis.report.runs import Run, read_runs
+from config import MAE, MOCOV3
 from tools._output import add_output_file
 from utils.cli import run
 from utils.errors import UserError
@@ -31,6 +32,7 @@ from utils.flags import flag_parser
 from utils.run_paths import follow_latest
 
 ONE, SEVERAL = 'report.html', 'comparison.html'
+ADDED = 'results by class, confusion matrix, calibration and mistakes'
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         one.notes += failures.get(one.path, [])
         for note in one.notes:
             print(note, file=sys.stderr)
+        if not args.evaluate and could_be_evaluated(one):
+            print(f'{one.path} has no predictions: -evaluate adds {ADDED}.')
     target = args.target or os.path.join(folders[0], SEVERAL if len(folders) > 1 else ONE)
     with atomic_write(target, 'w') as file:
         file.write(render(runs))
@@ -63,6 +67,13 @@ def evaluate(folders: list[str], args: argparse.Namespace) -> dict[str, list[str
         except UserError as error:
             failures[folder] = [f"'{folder}' cannot be evaluated: {error}"]
     return failures
+
+
+def could_be_evaluated(one: Run) -> bool:
+    """Return True if a run has weights of a task with predictions, but no predictions."""
+    weights = any(os.path.isfile(os.path.join(one.path, f'{name}.pdparams')) for name in ('best', 'last'))
+    pretrained = one.config is None or one.config.TRAIN.TASK in MAE + MOCOV3
+    return weights and not pretrained and one.predictions is None and one.classes is None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -46,7 +46,8 @@ def nice_ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> l
 
     They are equally spaced by 1, 2 or 5 times a power of 10, and by at least `least`.
     """
-    span = max(high - low, 1e-9 * max(abs(high), abs(low))) or 1.0
+    span = max(high - low, 1e-9 * max(abs(high), abs(low)))
+    span = span if span > 1e-300 else 1.0  # powers of smaller numbers are 0
     power = 10.0 ** math.floor(math.log10(span / count))
     step = max(least, next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= count))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)

@@ -209,7 +209,7 @@ def schedule_content(runs: Sequence[Run]) -> Content:
     """Return charts of the learning rate, of the scheduled values of the model, and of the gradient norm."""
     found = [scheduled(run) for run in runs]
     names = list(dict.fromkeys(name for curves in found for name in curves))
-    names.sort(key=lambda name: ('lr', name, 'grad_norm').index(name))
+    names.sort(key=lambda name: (name != 'lr', name == 'grad_norm'))
     charts = []
     for name in names:
         curves = [
@@ -218,7 +218,10 @@ def schedule_content(runs: Sequence[Run]) -> Content:
             if name in curves
         ]
         charts.append(
-            figure(line_chart(name, curves, marked=False), {'lr': 'learning rate', 'grad_norm': 'gradient norm'}.get(name, name))
+            figure(
+                line_chart(name, curves, marked=False),
+                {'lr': 'learning rate', 'grad_norm': 'gradient norm'}.get(name, name),
+            )
         )
     entries = [legend(run_entries(runs))] if len(runs) > 1 and charts else []
     return entries + _grid(charts) if charts else []

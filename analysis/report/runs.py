@@ -167,7 +167,7 @@ def _read_config(run: Run) -> None:
     try:
         run.config = get_config(path)
     except UserError as error:
-        run.notes.append(f'The configuration is left out: {error}')
+        run.notes.append(f'The configuration is left out: {str(error).rstrip(".")}.')
         return
     defaults = SCHEMA.tree()
     sources = run.info.get('sources', {})

@@ -56,7 +56,11 @@ def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_pat
     for rows in predictions:
         assert [row['index'] for row in rows] == [str(number) for number in range(13)]
         for row, expected in zip(rows, predictions[0]):
-            assert (row['image'], row['label'], row['class1']) == (expected['image'], expected['label'], expected['class1'])
+            assert (row['image'], row['label'], row['class1']) == (
+                expected['image'],
+                expected['label'],
+                expected['class1'],
+            )
             assert float(row['probability1']) == pytest.approx(float(expected['probability1']), rel=1e-5)
     assert np.mean([row['label'] == row['class1'] for row in predictions[0]]) == pytest.approx(results[0]['acc1'])
     tables = [(tmp_path / f'eval{processes}' / 'classes.csv').read_text() for processes in (1, 2, 3)]

@@ -97,6 +97,9 @@ def test_evaluator_over_two_processes():
     assert one.result()['miou'] == pytest.approx(float(g['out/mIoU']), rel=1e-12)
     assert one.best == ('miou', 'max')
     assert [line.split()[:3] for line in one.details()][2] == ['2', 'IoU', '-']
+    classes = one.class_results(())
+    assert np.nanmean([row['iou'] for row in classes]) == pytest.approx(one.result()['miou'])
+    assert classes[2]['name'] == '2' and (classes[2]['correct'], classes[2]['labeled']) == (0, 0)
     assert one.pictures(None)['segmentation'].mode == 'RGB'
 
 
