@@ -22,15 +22,20 @@ _PACKAGES = ('numpy', 'pillow', 'opencv-python-headless')
 _MAX_BYTES, _MAX_COMMANDS = 1 << 20, 100
 
 
-def write_run_info(folder: str, config, context: Context) -> None:
-    """Write run.json. Commands of earlier parts of the run, and the sources that it had for config.yaml, are kept."""
+def write_run_info(folder: str, config, saved, context: Context) -> None:
+    """Write run.json. Commands of earlier parts of the run, and the sources that it had for config.yaml, are kept.
+
+    Args:
+        config: the configuration of the command.
+        saved: the configuration that config.yaml holds.
+    """
     path = os.path.join(folder, RUN_INFO)
     earlier = _read(path)
     commands = [*earlier.get('commands', []), ' '.join(sys.argv)]
     info = {
         'commands': commands[-_MAX_COMMANDS:],
         'environment': environment(context),
-        'sources': sources(config, folder, earlier.get('sources', {})),
+        'sources': sources(config, saved, folder, earlier.get('sources', {})),
     }
     with atomic_write(path, 'w') as file:
         file.write(json_text(info, indent=1) + '\n')
@@ -54,13 +59,14 @@ def environment(context: Context) -> dict[str, str]:
     }
 
 
-def sources(config, folder: str, earlier: dict[str, str]) -> dict[str, str]:
-    """Return the sources of all values but defaults, see `Schema.where`.
+def sources(config, saved, folder: str, earlier: dict[str, str]) -> dict[str, str]:
+    """Return the sources of all saved values but defaults, see `Schema.where`.
 
     A resumed run reads its own config.yaml, whose values have the sources in `earlier`.
     """
     own = os.path.realpath(os.path.join(folder, 'config.yaml'))
-    found = {name: SCHEMA.where(config, name) for name in SCHEMA.keys}
+    kept = (name for name in SCHEMA.keys if SCHEMA.get(saved, name) == SCHEMA.get(config, name))
+    found = {name: SCHEMA.where(config, name) for name in kept}
     result = {}
     for name, source in found.items():
         if os.path.realpath(source.rpartition(':')[0]) == own:

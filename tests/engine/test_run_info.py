@@ -39,7 +39,6 @@ def test_sources_commands_and_environment(recipe, tmp_path, monkeypatch):
     _, info = opened(monkeypatch, *flags)
     assert info['sources'] == {
         'TRAIN.BASE_LR': f'{tmp_path / "base.yaml"}:1', 'TRAIN.END_LR': f'{recipe}:3', 'SEED': '-opts', 'SAVE': '-output',
-        'TAG': '-tag',
     }  # fmt: skip
     assert info['commands'] == [f'main_single_gpu.py {" ".join(flags)}']
     assert info['environment']['device'] == 'CPU' and info['environment']['processes'] == '1'
@@ -51,7 +50,6 @@ def test_a_resumed_run_keeps_its_sources(recipe, tmp_path, monkeypatch):
     folder, first = opened(monkeypatch, f'-cfg={recipe}', f'-output={tmp_path}', '-tag=a')
     _, second = opened(monkeypatch, f'-resume={folder}', '-opts', 'TRAIN.BASE_LR', '0.75')
     assert second['sources'].pop('TRAIN.BASE_LR') == '-opts'
-    assert second['sources'].pop('MODEL.RESUME') == '-resume'
     assert second['sources']['TRAIN.END_LR'] == f'{recipe}:3'
     assert set(second['sources']) <= set(first['sources'])
     assert second['commands'] == [*first['commands'], f'main_single_gpu.py -resume={folder} -opts TRAIN.BASE_LR 0.75']
