@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes: equal numbers, ends that never hang, machines under Paddle's own launcher."""
 
-import csv
 import os
 import shutil
 import signal
@@ -16,6 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.runs.conftest import environment, finish, learnt, metrics, run, start, state, wait_for
+from tests.tasks.helpers import read_csv
 
 
 @pytest.fixture(scope='module')
@@ -48,7 +48,7 @@ def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_pat
         out, _ = run('main_multi_gpu.py', *flags, NPROC=str(processes))
         assert 'Validation Acc@1: ' in out
         results.append(metrics(tmp_path / name)[-1])
-        predictions.append(read_csv(tmp_path / name / 'predictions.csv'))
+        predictions.append(read_csv(tmp_path / name, 'predictions.csv'))
     for result in results:
         assert (result['kind'], result['images'], result['acc5']) == ('eval', 13, 1.0)
         assert result['acc1'] == results[0]['acc1']
@@ -66,11 +66,6 @@ def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_pat
     tables = [(tmp_path / f'eval{processes}' / 'classes.csv').read_text() for processes in (1, 2, 3)]
     assert tables[0].splitlines()[0] == 'class,name,acc1,precision,images,predicted,correct'
     assert tables[1] == tables[2] == tables[0]
-
-
-def read_csv(path) -> list[dict]:
-    with open(path, newline='', encoding='utf-8') as file:
-        return list(csv.DictReader(file))
 
 
 def test_evaluation_touches_the_validation_images_only(trained, images, tmp_path):
