@@ -92,7 +92,7 @@ def read_predictions(path: str) -> Predictions | None:
     rows = _rows(path)
     columns = next(rows)
     needed = ('index', 'image', 'label', 'class1', 'probability1', 'error')
-    if not {'label', 'class1', 'probability1'} & set(columns):
+    if not {'label', 'probability1'} & set(columns):  # of segmentation or detection
         return None
     if not set(needed) <= set(columns):
         raise damaged(path, f'it has no column {next(name for name in needed if name not in columns)}')

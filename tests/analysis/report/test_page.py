@@ -304,6 +304,21 @@ def test_the_newer_predictions_count(data, tmp_path):
     assert '2 of 2 mistakes' in page_of(run).text
 
 
+@pytest.mark.parametrize(
+    ('columns', 'metric'), [('class1,name1,share1', 'iou'), ('class1,name1,score1,left1,top1,width1,height1', 'box_ap')]
+)
+def test_results_by_class_of_segmentation_and_detection(columns, metric, tmp_path):
+    """Their predictions have no labels, so there is neither a confusion matrix nor a damaged file."""
+    run = write_run(tmp_path / 'run')
+    cells = ','.join('0' for _ in columns.split(','))
+    (run / 'predictions.csv').write_text(f'index,image,{columns},error\n0,a.png,{cells},\n')
+    (run / 'classes.csv').write_text(f'class,name,{metric},correct\n0,sky,0.25,7\n1,road,,0\n2,tree,4.5e-05,1\n')
+    page = page_of(run)
+    assert page.sections == ['results', 'curves', 'schedules', 'classes', 'configuration', 'environment']
+    tips = [text for tag, text in page.texts if tag == 'title']
+    assert [tip for tip in tips if metric in tip] == [f'sky, {metric}: 0.2500', f'tree, {metric}: 0.0000']
+
+
 def test_names_of_runs():
     assert distinct_names(['output/a', 'output/b']) == ['a', 'b']
     assert distinct_names(['x/run', 'y/run/']) == ['x/run', 'y/run']
