@@ -304,6 +304,7 @@ _C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between valida
 _C.PEER_TIMEOUT = Key(60.0, '[0, 604800]')  # seconds to wait for a process that is stopped or does not join; 0: no limit
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
+_C.SAVE_PREDICTIONS = Key(False)  # evaluations write predictions.csv and classes.csv to the run folder
 _C.THROUGHPUT = Key(False)  # measure images per second only
 _C.AMP = Key(False)  # mixed precision on GPU
 _C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # O1: mixed precision per operation; O2: half-precision weights with float32 master weights
@@ -436,9 +437,14 @@ def _finish(config: CN) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- printing
+def described(config: CN) -> list[tuple[str, str, str]]:
+    """Return name, value and source of the value of each key."""
+    return [(key, _text(SCHEMA.get(config, key)), SCHEMA.where(config, key) or 'default') for key in SCHEMA.keys]
+
+
 def describe(config: CN) -> list[str]:
     """Return a line per key: name, value and source of the value."""
-    rows = [(key, _text(SCHEMA.get(config, key)), SCHEMA.where(config, key) or 'default') for key in SCHEMA.keys]
+    rows = described(config)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f'{key:<{widths[0]}}  {value:<{widths[1]}}  {where}' for key, value, where in rows]
 

@@ -30,7 +30,7 @@ from engine.signals import StopSignal
 from engine.state import Snapshot, TrainState
 from engine.statistics import StepSums, names_of
 from engine.update import Updater
-from tasks import Interrupted, Task
+from tasks import Interrupted, Task, build_evaluator
 from utils.device import Download
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
@@ -51,7 +51,7 @@ class Trainer:
         self.config = config
         self.model = model
         self.task = task
-        self.evaluator = task.evaluator()
+        self.evaluator = build_evaluator(task, val_loader.dataset)
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.context = context

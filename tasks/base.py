@@ -69,20 +69,22 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """Options of `tools/predict.py`.
+    """Options of `tools/predict.py` and of evaluations that save predictions.
 
     Attributes:
         topk: number of classes per image, at most all classes of the model.
         class_names: one name per class.
+        pictures: False: `Prediction.pictures` is empty.
     """
 
     topk: int = 5
     class_names: Sequence[str] | None = None
+    pictures: bool = True
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Output of `tools/predict.py` for one image.
+    """Prediction for one image.
 
     Attributes:
         row: JSON object.
@@ -142,6 +144,14 @@ class Evaluator:
         """Texts by file name, of which the run's folder keeps those of the last evaluation. As `pictures`."""
         return {}
 
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the results of each class by name, for classes.csv; empty: there are none. As `pictures`.
+
+        Args:
+            rows: rows of predictions.csv, one per image that could be read, in the order of the data set.
+        """
+        return []
+
 
 class MeanEvaluator(Evaluator):
     """Means over the images, accumulated in float64 on the device.
@@ -200,15 +210,21 @@ class Task:
         parts: name of each part of the loss -> title in the log.
         counts: name of each count -> title in the log; the log shows counts divided by the number of images.
         schedules: schedules of model parameters such as the keep rate, see tasks/model_schedules.py.
+        target_columns: columns of predictions.csv for the targets of an image, see `targets`.
     """
 
     views: int = 1
     data_kind: type = datasets.Dataset
     parts: Mapping[str, str] = NOTHING
     counts: Mapping[str, str] = NOTHING
+    target_columns: tuple[str, ...] = ()
 
     def __init__(self, config):
         self.config = config
+        if config.SAVE_PREDICTIONS and not self.has_predictions():
+            raise UserError(
+                f'TRAIN.TASK {config.TRAIN.TASK} has no predictions: remove -save_predictions (SAVE_PREDICTIONS).'
+            )
         if config.DATA.VIEWS not in (None, self.views):
             raise UserError(
                 f'TRAIN.TASK {config.TRAIN.TASK} trains on {self.views} view(s) of each image: remove DATA.VIEWS or set '
@@ -302,6 +318,15 @@ class Task:
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ predictions
+    def targets(self, batch: Batch) -> list[tuple]:
+        """Return the values of `target_columns` for each image of a batch on the device."""
+        return [()] * len(batch)
+
+    @classmethod
+    def has_predictions(cls) -> bool:
+        """Return False if `prediction_columns` raises an error."""
+        return cls.prediction_columns is not Task.prediction_columns
+
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
         """Return the column names of `Prediction.cells`.
 

@@ -6,7 +6,8 @@ Label smoothing and soft targets follow timm; distillation follows DeiT (https:/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import paddle
@@ -15,7 +16,7 @@ from paddle import Tensor, nn
 
 from datasets.batch import Batch
 from datasets.mixing import Mixup
-from tasks.base import Losses, MeanEvaluator, Prediction, PredictionOptions, Task, register_task
+from tasks.base import Group, Losses, MeanEvaluator, Prediction, PredictionOptions, Task, register_task
 from tasks.distillation import build_teacher, distillation_loss
 from utils.errors import UserError
 
@@ -32,6 +33,7 @@ class ClassificationTask(Task):
     """
 
     counts = {'acc1': 'Acc'}
+    target_columns = ('label',)
     teacher: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config):
@@ -71,7 +73,11 @@ class ClassificationTask(Task):
 
     def evaluator(self) -> MeanEvaluator:
         """Return an evaluator of mean cross entropy, top-1 and top-5 accuracy as fractions of 1."""
-        return MeanEvaluator(TITLES, ('acc1', 'max'), classification_sums)
+        return ClassificationEvaluator(TITLES, ('acc1', 'max'), classification_sums)
+
+    def targets(self, batch: Batch) -> list[tuple]:
+        """Return the label of each image."""
+        return [(label,) for label in batch.targets['label'].tolist()]
 
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
         """Return columns for index, name (with class names) and probability of the top-k classes."""
@@ -87,6 +93,31 @@ class ClassificationTask(Task):
         probabilities = F.softmax(logits, axis=-1)
         values, indices = paddle.topk(probabilities, min(options.topk, probabilities.shape[-1]), axis=-1)
         return [_prediction(*row, options.class_names) for row in zip(indices.tolist(), values.tolist())]
+
+
+class ClassificationEvaluator(MeanEvaluator):
+    """Means over the images, and the accuracy of each class."""
+
+    def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
+        """See `Evaluator`."""
+        super().reset(model, group, should_stop)
+        self._num_classes = model.num_classes
+
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """See `Evaluator`; `precision` is the share of correct ones among the images that are predicted as the class."""
+        labels, predicted = (np.array([row[name] for row in rows], 'int64') for name in ('label', 'class1'))
+        groups = labels, predicted, labels[labels == predicted]
+        counts = (np.bincount(values, minlength=self._num_classes) for values in groups)
+        return [
+            {
+                'acc1': correct / images if images else None,
+                'precision': correct / guesses if guesses else None,
+                'images': images,
+                'predicted': guesses,
+                'correct': correct,
+            }
+            for images, guesses, correct in zip(*(values.tolist() for values in counts))
+        ]
 
 
 def _prediction(classes: list[int], probabilities: list[float], names: Sequence[str] | None) -> Prediction:

@@ -156,9 +156,9 @@ class DetectionTask(Task):
     def predictions(self, outputs: Sequence[Detected], options: PredictionOptions) -> list[Prediction]:
         """Return all objects with box and mask, and a picture of those with a score of at least VAL.SHOW_SCORE."""
         names = list(options.class_names or self._class_names())
-        return [self._prediction(output, names, options.topk) for output in outputs]
+        return [self._prediction(output, names, options.topk, options.pictures) for output in outputs]
 
-    def _prediction(self, found: Detected, names: list[str], topk: int) -> Prediction:
+    def _prediction(self, found: Detected, names: list[str], topk: int, draw: bool) -> Prediction:
         boxes = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1).tolist()
         rows = zip(found.classes.tolist(), found.scores.tolist(), boxes, found.masks)
         objects = [
@@ -170,7 +170,8 @@ class DetectionTask(Task):
         cells += [''] * (len(COLUMNS) * topk - len(cells))
         texts = [f'{entry["name"]} {entry["score"]:.4f} at {_place(entry["bbox"])}' for entry in shown]
         row = {'height': found.size[0], 'width': found.size[1], 'objects': objects}
-        return Prediction(row, tuple(cells), ', '.join(texts) or 'nothing', {'objects': self._picture(found, names)})
+        pictures = {'objects': self._picture(found, names)} if draw else {}
+        return Prediction(row, tuple(cells), ', '.join(texts) or 'nothing', pictures)
 
     def _picture(self, found: Detected, names: list[str]) -> Image.Image:
         data, kept = self.config.DATA, np.flatnonzero(found.scores >= self.config.VAL.SHOW_SCORE)

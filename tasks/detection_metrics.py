@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -174,6 +174,11 @@ class DetectionEvaluator(Evaluator):
             f'{name:<{width}}  ' + '  '.join(f'{kind} AP {_text(value)}' for kind, value in zip(KINDS, row))
             for name, row in zip(self.names, classes)
         ]
+
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """See `Evaluator`."""
+        columns = self.names, *self._values[:, len(METRICS) :].tolist()
+        return [dict(zip(('name', *(f'{kind}_ap' for kind in KINDS)), row)) for row in zip(*columns)]
 
     def files(self) -> dict[str, str]:
         """Return COCO's results file, which pycocotools and COCO's server read."""

@@ -188,9 +188,11 @@ class SegmentationTask(Task):
         table = self._class_table()
         names = list(options.class_names or table.names)
         topk = min(options.topk, len(names))
-        return [self._prediction(output, names, table.palette, topk) for output in outputs]
+        return [self._prediction(output, names, table.palette, topk, options.pictures) for output in outputs]
 
-    def _prediction(self, output: SegmentationOutput, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
+    def _prediction(
+        self, output: SegmentationOutput, names: list[str], palette: np.ndarray, topk: int, draw: bool
+    ) -> Prediction:
         classes = output.classes.numpy()
         shares = np.bincount(classes.reshape(-1), minlength=len(names)) / classes.size
         order = [int(index) for index in np.argsort(-shares, kind='stable') if shares[index] > 0]
@@ -198,7 +200,8 @@ class SegmentationTask(Task):
         cells = [value for entry in entries[:topk] for value in entry.values()]
         cells += [''] * (3 * topk - len(cells))
         text = ', '.join(f'{entry["name"]} {entry["share"]:.4f}' for entry in entries[:topk])
-        return Prediction({'classes': entries}, tuple(cells), text, self._pictures(classes, output.image, palette))
+        pictures = self._pictures(classes, output.image, palette) if draw else {}
+        return Prediction({'classes': entries}, tuple(cells), text, pictures)
 
     def _pictures(self, classes: np.ndarray, image: Tensor, palette: np.ndarray) -> dict[str, Image.Image]:
         data = self.config.DATA

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from typing import IO
@@ -31,15 +30,6 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
     if config_file_of(args) is None:
         raise UserError('-cfg is missing: give the YAML file of the model, or a run folder as -pretrained.')
     return update_config(get_config(), args)
-
-
-def processor_name() -> str:
-    """Return the model name of the processor."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 @contextlib.contextmanager

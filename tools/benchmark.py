@@ -39,9 +39,9 @@ from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_pro
 from models.profile import profile
 from models.registry import config_file
 from tasks import build_task
-from tools._common import processor_name
 from tools._output import add_output_file
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser

@@ -35,9 +35,9 @@ from datasets.batch import to_device
 from datasets.images import FORMATS
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
-from tools._common import processor_name
 from tools._output import add_output_file
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.temporary import temporary_folder

@@ -38,10 +38,10 @@ from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
 from models.weights.load import load_pretrained
 from tasks import build_task
-from tools._common import processor_name
 from tools._output import add_output_folder
 from tools._pareto import Point, draw, pareto_frontier
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser
