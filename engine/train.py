@@ -177,7 +177,7 @@ class Trainer:
         for index in window:
             batch = next(batches)
             self.context.mark()
-            draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
+            draws = step_draws(self.config, epoch, index, self.context.rank)
             paddle.seed(int(draws.generate_state(1)[0]))
             batch = to_device(batch, self.config.DATA.IMAGENET_MEAN, self.config.DATA.IMAGENET_STD)
             waits = index != window[-1] and self.parallel is not self.model
@@ -332,6 +332,11 @@ class Trainer:
         path = os.path.join(self.folder, BEST)
         place = path if os.path.exists(path) else 'the folder of the run that this one continues'
         return f'best Validation {title}: {state.best:.4f} after epoch {state.best_epoch}, weights in {place}'
+
+
+def step_draws(config, epoch: int, index: int, rank: int) -> np.random.SeedSequence:
+    """Return the seed of all random numbers of micro-batch `index` of an epoch, from 1, on a rank."""
+    return np.random.SeedSequence([config.SEED, epoch, index, rank])
 
 
 def _check_schedules(config, task: Task) -> None:
