@@ -68,7 +68,7 @@ class Trainer:
         self.updater = Updater(config, model, self.precision)
         self.weights, self.ema = self.updater.weights, self.updater.ema
         self.optimizer, self.scaler = self.updater.optimizer, self.updater.scaler
-        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
+        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length)
         self.snapshot = Snapshot(
             config,
             task,

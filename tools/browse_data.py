@@ -73,8 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if config_file_of(args) is None:
         raise UserError('-cfg is missing: give the YAML file of a recipe.')
     for flag, least in (('epoch', 1), ('batch', 0), ('images', 1), ('columns', 1), ('seed', 0)):
-        if (getattr(args, flag, None) or least) < least:
-            raise UserError(f'-{flag} is {getattr(args, flag)}, but must be at least {least}.')
+        value = getattr(args, flag, None)
+        if value is not None and value < least:
+            raise UserError(f'-{flag} is {value}, but must be at least {least}.')
     return args
 
 

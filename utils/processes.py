@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes that end with their parent, and calls in a subprocess that may crash."""
+"""Child processes that end with their parent, calls in a subprocess that may crash, and memory of this process."""
 
 from __future__ import annotations
 
@@ -112,6 +112,15 @@ def _guard(reader: int, writer: int, grace: float) -> None:
 def process_state(process: int) -> str:
     """Return the state letter of a process, such as 'T' if it is stopped; '' if it has ended or the system is not Linux."""
     return _stat_field(process, 0)
+
+
+def resident_memory(field: str) -> int | None:
+    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes; None without /proc."""
+    try:
+        with open('/proc/self/status', encoding='ascii') as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':'))
+    except OSError:
+        return None
 
 
 def _start_time(process: int) -> str:
