@@ -61,7 +61,7 @@ class Trainer:
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
         self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
         self.length = RunLength.from_config(config, self.steps_per_epoch)
-        _check_schedules(config, task)
+        check_schedules(config, task)
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
         self.precision = Precision(config, context.on_gpu)
@@ -339,7 +339,7 @@ def step_draws(config, epoch: int, index: int, rank: int) -> np.random.SeedSeque
     return np.random.SeedSequence([config.SEED, epoch, index, rank])
 
 
-def _check_schedules(config, task: Task) -> None:
+def check_schedules(config, task: Task) -> None:
     """Raise UserError if a schedule of the model follows TRAIN.NUM_EPOCHS while TRAIN.NUM_ITERS sets the length."""
     if config.TRAIN.NUM_ITERS and task.schedules:
         names = ', '.join(schedule.name for schedule in task.schedules)
