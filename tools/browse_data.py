@@ -42,8 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = update_config(get_config(), args)
     config.DATA.NUM_WORKERS, config.DATA.CACHE = 0, 'no'  # for one batch, with the same images
-    if 'seed' in args:
-        config.SEED = args.seed
     task = build_task(config)
     dataset = task.dataset('train')
     with atomic_write(args.target) as file:
@@ -72,7 +70,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if config_file_of(args) is None:
         raise UserError('-cfg is missing: give the YAML file of a recipe.')
-    for flag, least in (('epoch', 1), ('batch', 0), ('images', 1), ('columns', 1), ('seed', 0)):
+    if 'seed' in args:
+        args.opts = [*args.opts, 'SEED', args.seed]
+    for flag, least in (('epoch', 1), ('batch', 0), ('images', 1), ('columns', 1)):
         value = getattr(args, flag, None)
         if value is not None and value < least:
             raise UserError(f'-{flag} is {value}, but must be at least {least}.')

@@ -164,6 +164,7 @@ def test_long_captions_are_cut():
     [
         ((), '-cfg is missing: give the YAML file of a recipe'),
         (('-cfg', 'configs/gmlp_digits.yaml', '-epoch', '0'), '-epoch is 0, but must be at least 1'),
+        (('-cfg', 'configs/gmlp_digits.yaml', '-seed', '-1'), 'SEED is -1, but must be'),
         (('-cfg', 'configs/gmlp_digits.yaml', '-images', '0'), '-images is 0, but must be at least 1'),
         (
             ('-cfg', 'configs/gmlp_digits.yaml', '-batch', '99'),

@@ -16,9 +16,9 @@ from config import get_config
 from engine.run import run_config
 from models import build_model
 from models.profile import profile
-from models.zoo import Published, read_zoo
+from models.zoo import PUBLISHED, Published, read_zoo
 from tests.conftest import ROOT
-from tools._reproduction import given_weights
+from tools._reproduction import Request, find_weights, given_weights
 from tools._zoo_table import cells_of, draw
 from tools.reproduce import RESULTS, Results, main
 from utils.errors import UserError
@@ -173,6 +173,22 @@ def test_given_weights(tmp_path):
         (tmp_path / name).mkdir()
         assert given_weights(str(tmp_path), published) == str(tmp_path / name)
     assert given_weights(str(tmp_path), Published('folder/deit.yaml')) == str(tmp_path / 'deit')
+
+
+def test_weights_that_are_not_given_are_downloaded(tmp_path, monkeypatch):
+    monkeypatch.setenv('LEANVIT_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr('tools._reproduction.fetch', lambda name: f'fetched {name}')
+
+    def found(name: str, weights=str(tmp_path)) -> str:
+        return find_weights(Request(PUBLISHED.get(name, Published(name)), None, weights, str(tmp_path), 1, 1))
+
+    assert found('deit_tiny_patch16_224') == found('deit_tiny_patch16_224', None) == 'fetched deit_tiny_patch16_224'
+    with pytest.raises(
+        UserError, match='no weights are published: put them into the folder of -weights, as vit_digits.pdp'
+    ):
+        found('vit_digits')
+    (tmp_path / 'cache' / 'weights' / 'vit_digits').mkdir(parents=True)  # of an earlier download, or put there by hand
+    assert found('vit_digits') == 'fetched vit_digits'
 
 
 @pytest.mark.parametrize(
