@@ -7,7 +7,8 @@ One YAML file describes a run. Later values override earlier ones:
 
 >>> config = get_config('./configs/gmlp_s16_224.yaml', opts=['MODEL.NUM_CLASSES', 10])
 
-`python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value.
+`python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value; with `-plot OUT.png` it
+draws learning rate, keep rate, λ, momentum and EMA decay over the run.
 
 Keys have PaddleViT's names where it has them. YAML files of its gMLP folder load unchanged, including old names; those of its
 DeiT, ViT and MAE folders are translated by `utils.paddlevit`.
@@ -21,6 +22,7 @@ if __name__ == '__main__':
     begin()
 
 import argparse
+import importlib
 import os
 from collections.abc import Collection
 
@@ -28,8 +30,9 @@ from yacs.config import CfgNode as CN
 
 from utils import paddlevit
 from utils.cli import run, unquoted
+from utils.environment import import_paddle
 from utils.errors import UserError
-from utils.flags import FLAGS, get_arguments
+from utils.flags import FLAGS, flag_parser, get_arguments
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
 
@@ -454,8 +457,17 @@ def _text(value) -> str:
 
 
 def main() -> None:
-    """Print the resolved configuration of a command line."""
-    print('\n'.join(describe(update_config(get_config(), get_arguments()))), flush=True)
+    """Print the resolved configuration of a command line; with `-plot FILE.png`, draw its schedules instead."""
+    parser = flag_parser('Print the resolved configuration and the source of each value.')
+    parser.add_argument(
+        '-plot', type=unquoted, metavar='FILE.png', help='draw learning rate and other schedules instead'
+    )
+    args = get_arguments(parser=parser)
+    if args.plot is None:
+        print('\n'.join(describe(update_config(get_config(), args))), flush=True)
+        return
+    import_paddle()
+    importlib.import_module('tools._schedules').plot(args)  # as a command; modules of other layers import this one
 
 
 if __name__ == '__main__':

@@ -334,6 +334,12 @@ def build_dataloader(
     return loader
 
 
+def batches_per_epoch(config, size: int, world_size: int) -> int:
+    """Return the training batches of an epoch on each process; `size`: number of training images."""
+    length, batch_size = build_sampler(config, size, True, world_size).length(0), config.DATA.BATCH_SIZE
+    return length // batch_size if config.TRAIN.DROP_LAST else -(-length // batch_size)
+
+
 def build_sampler(config, size: int, training: bool, world_size: int) -> TrainSampler | EvalSampler:
     """Build the sampler that DATA.CACHE and TRAIN describe, for `size` images."""
     if not training:

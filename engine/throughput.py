@@ -27,7 +27,7 @@ from models import build_model
 from models.exported import Predictor
 from tasks import Task, build_task
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, resident_memory
 
 Call = Callable[[], None]  # runs one pass; may return before the device has finished it
 
@@ -203,7 +203,7 @@ def peak_memory(case: BenchmarkCase, batch_size: int, training: bool = False) ->
 
 def _peak_memory_here(case: BenchmarkCase, batch_size: int, training: bool) -> int | None:
     context = distributed.start()
-    before = _resident('VmRSS')
+    before = resident_memory('VmRSS')
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # resets the peak
     call = case.training_call(batch_size, context) if training else case.calls([batch_size], context)[0]
@@ -211,13 +211,4 @@ def _peak_memory_here(case: BenchmarkCase, batch_size: int, training: bool) -> i
     if context.on_gpu:
         context.synchronize()
         return paddle.device.cuda.max_memory_allocated()
-    return None if before is None else _resident('VmHWM') - before
-
-
-def _resident(field: str) -> int | None:
-    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes; None without /proc."""
-    try:
-        with open('/proc/self/status', encoding='ascii') as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':'))
-    except OSError:
-        return None
+    return None if before is None else resident_memory('VmHWM') - before

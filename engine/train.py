@@ -61,14 +61,14 @@ class Trainer:
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
         self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
         self.length = RunLength.from_config(config, self.steps_per_epoch)
-        _check_schedules(config, task)
+        check_schedules(config, task)
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
         self.precision = Precision(config, context.on_gpu)
         self.updater = Updater(config, model, self.precision)
         self.weights, self.ema = self.updater.weights, self.updater.ema
         self.optimizer, self.scaler = self.updater.optimizer, self.updater.scaler
-        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
+        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length)
         self.snapshot = Snapshot(
             config,
             task,
@@ -179,7 +179,7 @@ class Trainer:
         for index in window:
             batch = next(batches)
             self.context.mark()
-            draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
+            draws = step_draws(self.config, epoch, index, self.context.rank)
             paddle.seed(int(draws.generate_state(1)[0]))
             waits = index != window[-1] and self.parallel is not self.model
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
@@ -335,7 +335,12 @@ class Trainer:
         return f'best Validation {title}: {state.best:.4f} after epoch {state.best_epoch}, weights in {place}'
 
 
-def _check_schedules(config, task: Task) -> None:
+def step_draws(config, epoch: int, index: int, rank: int) -> np.random.SeedSequence:
+    """Return the seed of all random numbers of micro-batch `index` of an epoch, from 1, on a rank."""
+    return np.random.SeedSequence([config.SEED, epoch, index, rank])
+
+
+def check_schedules(config, task: Task) -> None:
     """Raise UserError if a schedule of the model follows TRAIN.NUM_EPOCHS while TRAIN.NUM_ITERS sets the length."""
     if config.TRAIN.NUM_ITERS and task.schedules:
         names = ', '.join(schedule.name for schedule in task.schedules)

@@ -163,10 +163,7 @@ class MaskedAutoencoder(VisionTransformer):
         """
         grid = self.grid_of(x)
         noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
-        ids_shuffle = paddle.argsort(noise, axis=-1)
-        visible = num_visible(ids_shuffle.shape[1], self.mask_ratio)
-        ids_restore = paddle.argsort(ids_shuffle, axis=-1)
-        mask = (ids_restore >= visible).astype('float32')
+        ids_shuffle, ids_restore, visible, mask = random_masks(noise, self.mask_ratio)
         encoder = self.encode_intermediates(x, ids_shuffle[:, :visible], indices, want)
         pred = self.decode(encoder.features, ids_restore, grid)
         return Reconstruction(self.loss(x, pred, mask), pred, mask, ids_shuffle, visible, encoder)
@@ -256,6 +253,19 @@ class MaskedAutoencoder(VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         """Return no names: weight decay applies to the tokens, and the position embedding is not trained."""
         return set()
+
+
+def random_masks(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Choose the visible patches, those with the smallest values of `noise` [B, L].
+
+    Returns:
+        Patch indices sorted by noise [B, L] int64, of which the first are visible; the inverse permutation [B, L]; the
+        number of visible patches; and a mask [B, L] float32, 1 for masked patches.
+    """
+    ids_shuffle = paddle.argsort(noise, axis=-1)
+    visible = num_visible(ids_shuffle.shape[1], mask_ratio)
+    ids_restore = paddle.argsort(ids_shuffle, axis=-1)
+    return ids_shuffle, ids_restore, visible, (ids_restore >= visible).astype('float32')
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

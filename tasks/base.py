@@ -25,6 +25,7 @@ import datasets
 from datasets.batch import Batch
 from datasets.transforms import Squash, build_transform
 from tasks.model_schedules import ModelSchedule, build_model_schedules
+from tasks.pictures import Shown, rgb
 from utils.device import upload
 from utils.errors import UserError
 from utils.registry import Registry
@@ -297,6 +298,28 @@ class Task:
         """
         raise NotImplementedError
 
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: datasets.Images, count: int
+    ) -> list[Shown]:
+        """Return pictures of the first images of a training batch, as `loss` gets them, with their targets.
+
+        Args:
+            batch, rng: see `loss`.
+            dataset: data set of the batch.
+            count: number of images.
+        """
+        shown = [Shown(pictures, '') for pictures in self.pictures_of(batch.images[:count])]
+        labels = batch.targets.get('label')
+        if labels is None:
+            return shown
+        return [Shown(*one[:1], class_name(dataset, label)) for one, label in zip(shown, labels[:count].tolist())]
+
+    def pictures_of(self, images: Tensor) -> list[list[np.ndarray]]:
+        """Return the views of each image, [H, W, 3] uint8, of normalized images [B, ..., C, H, W]."""
+        data = self.config.DATA
+        views = images.unbind(1) if images.ndim > 4 else [images]
+        return [list(row) for row in zip(*(rgb(view, data.IMAGENET_MEAN, data.IMAGENET_STD) for view in views))]
+
     def image_shape(self) -> list[int]:
         """Return [C, H, W] of the training images."""
         data = self.config.DATA
@@ -367,6 +390,12 @@ class Task:
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """Return one prediction per image from the result of `infer`."""
         raise NotImplementedError
+
+
+def class_name(dataset: datasets.Images, label: int) -> str:
+    """Return the name of a class, or its number if the data set has no names."""
+    names = getattr(dataset, 'class_names', None)
+    return names[label] if names is not None and label < len(names) else str(label)
 
 
 def build_task(config) -> Task:

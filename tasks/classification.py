@@ -14,14 +14,17 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+import datasets
 from datasets.batch import Batch
 from datasets.mixing import Mixup
-from tasks.base import Group, Losses, MeanEvaluator, Prediction, PredictionOptions, Task, register_task
+from tasks.base import Group, Losses, MeanEvaluator, Prediction, PredictionOptions, Task, class_name, register_task
 from tasks.distillation import build_teacher, distillation_loss
+from tasks.pictures import Shown
 from utils.errors import UserError
 
 # With K < 5 classes, acc5 is top-K accuracy.
 TITLES = {'loss': 'Loss', 'acc1': 'Acc@1', 'acc5': 'Acc@5'}
+_ROUNDING = 1e-5  # of targets
 
 
 @register_task('supervised')
@@ -70,6 +73,18 @@ class ClassificationTask(Task):
             distilled_loss = distillation_loss(distilled.astype('float32'), self.teacher(images), **self.distillation)
             loss = (1.0 - self.alpha) * loss + self.alpha * distilled_loss
         return Losses(loss, counts={'acc1': (logits.detach().argmax(-1) == labels).astype('float32').sum()})
+
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: datasets.Images, count: int
+    ) -> list[Shown]:
+        """See `Task`; mixed images show all classes of their target, without the share of label smoothing."""
+        mixup = _mixup(self.config.TRAIN, self.config.MODEL.NUM_CLASSES)
+        if mixup is None:
+            return super().training_pictures(batch, rng, dataset, count)
+        images, targets = mixup(batch.images, batch.targets['label'], rng)
+        smoothed = self.smoothing / targets.shape[-1]
+        captions = [_mixed(target, smoothed, dataset) for target in targets[:count].numpy()]
+        return [Shown(*shown) for shown in zip(self.pictures_of(images[:count]), captions)]
 
     def evaluator(self) -> MeanEvaluator:
         """Return an evaluator of mean cross entropy, top-1 and top-5 accuracy as fractions of 1."""
@@ -127,6 +142,12 @@ def _prediction(classes: list[int], probabilities: list[float], names: Sequence[
     ]
     text = ', '.join(f'{names[k] if names else k} {p:.4f}' for k, p in zip(classes, probabilities))
     return Prediction({'predictions': entries}, tuple(cell for entry in entries for cell in entry.values()), text)
+
+
+def _mixed(target: np.ndarray, smoothed: float, dataset: datasets.Images) -> str:
+    """Describe a soft target [K], 'cat 0.62, dog 0.38'; classes with the value of label smoothing are left out."""
+    classes = [index for index in np.argsort(-target, kind='stable')[:2] if target[index] > smoothed + _ROUNDING]
+    return ', '.join(f'{class_name(dataset, int(index))} {target[index]:.2f}' for index in classes)
 
 
 def _mixup(train, num_classes: int) -> Mixup | None:

@@ -16,10 +16,11 @@ from datasets.detection import BOXES, CLASSES, MASKS, DetectionDataset, known_ca
 from datasets.detection_transforms import detection_transform
 from datasets.polygons import coco_masks, decoded_rle
 from datasets.sample import IMAGE_SIZE, VALID
-from models.detection import Detections, ImageDetections, Targets, postprocess
+from models.detection import Detections, ImageDetections, Targets, postprocess, rasterize
 from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
 from tasks.detection_metrics import Detected, DetectionEvaluator, picture_of
 from tasks.detection_pictures import Drawn, colors_of, drawn
+from tasks.pictures import Shown, enlarged, enlargement
 from utils.errors import UserError
 
 COLUMNS = ('class', 'name', 'score', 'left', 'top', 'width', 'height')
@@ -81,6 +82,22 @@ class DetectionTask(Task):
         losses = model(batch.images, batch.targets[VALID], targets=targets, rng=rng)
         parts = {name: losses[f'loss_{name}'].astype('float32') for name in self.parts}
         return Losses(sum(parts.values()), parts)
+
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: DetectionDataset, count: int
+    ) -> list[Shown]:
+        """See `Task`; boxes, masks and class names are drawn on the images."""
+        names, shown = self._class_names(), super().training_pictures(batch, rng, dataset, count)
+        colors, targets = colors_of(len(names)), (batch.targets[name] for name in (BOXES, CLASSES, MASKS))
+        result = []
+        for ([image], _), boxes, classes, outlines in zip(shown, *targets):
+            factor, image = enlargement(image.shape[:2]), enlarged(image)  # before the labels are drawn
+            polygons = [[factor * polygon for polygon in outline] for outline in outlines]
+            masks = list(rasterize(polygons, *image.shape[:2]).astype(bool))
+            objects = Drawn(factor * boxes, [names[label] for label in classes], colors[classes], masks)
+            picture = np.asarray(drawn(Image.fromarray(image), objects))
+            result.append(Shown([picture], f'{len(classes)} object{"s" * (len(classes) != 1)}'))
+        return result
 
     def example(self, batch_size: int) -> Batch:
         """See `Task`; each image has two objects."""

@@ -26,7 +26,7 @@ from models.layers.resize import resize_maps
 from models.segmentation.inference import slide_inference, whole_inference
 from models.segmentation.losses import segmentation_loss
 from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
-from tasks.pictures import pixels
+from tasks.pictures import BACKGROUND, Shown, pixels
 from tasks.segmentation_metrics import SegmentationEvaluator, colored
 from utils.errors import UserError
 
@@ -106,6 +106,24 @@ class SegmentationTask(Task):
         parts = {'decode': losses.decode, 'aux': losses.auxiliary} if self.parts else {}
         accuracy = pixel_accuracy(logits.detach(), labels, ignored)
         return Losses(losses.total, parts, {'acc': accuracy * len(batch)})
+
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: SegmentationDataset, count: int
+    ) -> list[Shown]:
+        """See `Task`; beside each image its label map in the colors of the classes, which the caption lists by
+        area.
+        """
+        maps, table = batch.targets[LABELS][:count].numpy().astype('int64'), self._class_table()
+        shown = super().training_pictures(batch, rng, dataset, count)
+        return [
+            Shown([image, self._painted(labels, table)], ', '.join(_classes_by_area(labels, table.names)))
+            for ([image], _), labels in zip(shown, maps)
+        ]
+
+    def _painted(self, labels: np.ndarray, table: ClassTable) -> np.ndarray:
+        """Return a label map [H, W] in colors, ignored pixels in white."""
+        ignored = labels[..., None] == self.config.DATA.IGNORE_INDEX
+        return np.where(ignored, BACKGROUND, colored(labels, table.palette)).astype('uint8')
 
     def image_shape(self) -> list[int]:
         """See `Task`."""
@@ -210,6 +228,12 @@ class SegmentationTask(Task):
         shown = shown.resize(classes.shape[::-1], Image.Resampling.BILINEAR)
         overlay = Image.blend(shown, Image.fromarray(colored(classes, palette)), 0.5)
         return {'classes': class_picture(classes, palette), 'overlay': overlay}
+
+
+def _classes_by_area(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Return the names of the classes in a label map, the largest first."""
+    counts = np.bincount(labels[(labels >= 0) & (labels < len(names))], minlength=len(names))
+    return [names[index] for index in np.argsort(-counts, kind='stable') if counts[index]]
 
 
 def class_picture(classes: np.ndarray, palette: np.ndarray) -> Image.Image:

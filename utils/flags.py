@@ -20,13 +20,16 @@ FLAGS = {
 }  # fmt: skip
 
 
-def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def get_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse PaddleViT's command line: `-x value` or `-x=value`, with optional quotes around the value.
 
     Flags of the codes of the papers are translated, see `utils.foreign_flags`.
+
+    Args:
+        parser: `flag_parser` with more flags; None: the flags of the launchers.
     """
     words = translate(sys.argv[1:] if argv is None else argv)
-    return flag_parser('Train or evaluate an image classifier.').parse_args(words)
+    return (parser or flag_parser('Train or evaluate an image classifier.')).parse_args(words)
 
 
 def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
