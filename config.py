@@ -32,6 +32,7 @@ from utils.errors import UserError
 from utils.flags import FLAGS, get_arguments
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
+from utils.sizes import SizeKey
 
 # Owners of keys: a key has no effect for any other MODEL.TYPE (`models`, aliases included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
@@ -57,7 +58,7 @@ _C.DATA.DATASET = Key('imagenet2012')  # a registered data set; docs/data.md lis
 _C.DATA.DATA_PATH = Key('/dataset/imagenet/')  # folder of the data
 _C.DATA.BATCH_SIZE = Key(256, '[1, 65536]')  # training images per process and micro-batch
 _C.DATA.BATCH_SIZE_EVAL = Key(None, '[1, 65536]', int)  # evaluation images per process; None: BATCH_SIZE
-_C.DATA.IMAGE_SIZE = Key(224, '[1, 8192]')  # side of the square input, pixels
+_C.DATA.IMAGE_SIZE = SizeKey(224, '[1, 8192]')  # side of the square input, or (height, width), pixels
 _C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: gray
 _C.DATA.CROP_PCT = Key(0.875, '[0.01, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
 _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px

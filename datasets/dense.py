@@ -17,6 +17,7 @@ from datasets.opencv import opencv
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
 from datasets.transforms import MAX_ASPECT_RATIO, FastFlip, Geometric, Picture, Transform, size_of
 from utils.errors import UserError
+from utils.sizes import image_size
 
 TRIES = 10  # maximum number of redraws of a crop that one class dominates
 Size = tuple[int, int]
@@ -52,7 +53,7 @@ def dense_transform(config, training: bool, targets: Sequence[Plane] = ()) -> Tr
 
 def crop_size(config) -> Size:
     """Return (height, width) of the training images."""
-    return tuple(config.DATA.CROP_SIZE or [config.DATA.IMAGE_SIZE] * 2)
+    return tuple(config.DATA.CROP_SIZE or image_size(config))
 
 
 def as_pixels(image: Picture | np.ndarray) -> np.ndarray:

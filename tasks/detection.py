@@ -41,6 +41,11 @@ class DetectionTask(Task):
                 'TRAIN.TASK detection knows no repeated augmentation and no random erasing: set TRAIN.REPEATED_AUG and '
                 'TRAIN.RANDOM_ERASE_PROB to 0.'
             )
+        if not isinstance(config.DATA.IMAGE_SIZE, int):
+            raise UserError(
+                'TRAIN.TASK detection pads every image to a square, as ViTDet does, so that images of any shape fit: set '
+                f'DATA.IMAGE_SIZE to one number, such as {max(config.DATA.IMAGE_SIZE)}.'
+            )
         self._validation: DetectionDataset | None = None
         self._names: list[str] | None = None
 

@@ -29,6 +29,7 @@ from tasks.base import Losses, Prediction, PredictionOptions, Task, register_tas
 from tasks.pictures import pixels
 from tasks.segmentation_metrics import SegmentationEvaluator, colored
 from utils.errors import UserError
+from utils.sizes import size_pair
 
 
 class SegmentationOutput(NamedTuple):
@@ -87,9 +88,9 @@ class SegmentationTask(Task):
                 f'{self.config.MODEL.TYPE}.'
             )
         size = crop_size(self.config)
-        if getattr(model, 'fixed_size', False) and size != (model.image_size,) * 2:
+        if getattr(model, 'fixed_size', False) and size != (wanted := size_pair(model.image_size)):
             raise UserError(
-                f'the relative positions of this model need crops of {model.image_size} x {model.image_size} pixels: remove '
+                f'the relative positions of this model need crops of {wanted[0]} x {wanted[1]} pixels: remove '
                 'DATA.CROP_SIZE.'
             )
         if getattr(model, 'fixed_size', False) and not self.config.VAL.IS_SLIDE:

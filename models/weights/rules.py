@@ -3,12 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 from paddle import nn
+
+from utils.errors import UserError
+
+Grid = tuple[int, int]  # (rows, columns) of patches
+# Entry of the metadata of models that are built for a grid that is not square: [rows, columns]. Shapes show the product only.
+GRID = 'GRID'
+MAX_ROWS = 1 << 16  # rows or columns of a grid in a file
 
 
 class Start(NamedTuple):
@@ -50,7 +58,10 @@ class WeightRules:
         return array
 
     def metadata(self, model: nn.Layer) -> dict:
-        """Return configuration keys and values that shapes do not show; files store them, and loading compares them."""
+        """Return configuration keys and values that shapes do not show; files store them, and loading compares them.
+
+        GRID is not compared: position embeddings are interpolated from it.
+        """
         return {}
 
     def unused(self, model: nn.Layer, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
@@ -61,8 +72,12 @@ class WeightRules:
         """
         return {}
 
-    def resize(self, model: nn.Layer, name: str, array: np.ndarray) -> np.ndarray:
-        """Interpolate a position embedding to the resolution of the model; return any other array unchanged."""
+    def resize(self, model: nn.Layer, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
+        """Interpolate a position embedding to the resolution of the model; return any other array unchanged.
+
+        Args:
+            grid: (rows, columns) of patches in the file; None: a square grid.
+        """
         return array
 
     def start(self, model: nn.Layer, names: Collection[str]) -> Start:
@@ -81,6 +96,37 @@ class WeightRules:
 
 
 DEFAULT_RULES = WeightRules()
+
+
+def grid_metadata(grid: Grid) -> dict:
+    """Return the metadata of a grid of patches; none for a square grid."""
+    return {} if grid[0] == grid[1] else {GRID: list(grid)}
+
+
+def stored_grid(metadata: Mapping, source: str) -> Grid | None:
+    """Return the grid that the metadata of a file names; None: no grid is named, so that it is square.
+
+    Raises:
+        UserError: it is no pair of whole numbers.
+    """
+    grid = metadata.get(GRID)
+    if grid is None:
+        return None
+    if not isinstance(grid, (list, tuple)) or len(grid) != 2 or not all(_is_side(side) for side in grid):
+        raise UserError(
+            f'{source} names a grid of patches that is no pair (rows, columns): the file is damaged, use another.'
+        )
+    return int(grid[0]), int(grid[1])
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 < value < MAX_ROWS
+
+
+def square_side(patches: int) -> Grid | None:
+    """Return the square grid of a number of patches; None: they form no square."""
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if side and side**2 == patches else None
 
 
 def rules_of(model: nn.Layer) -> WeightRules:
