@@ -19,13 +19,15 @@ import numpy as np
 from PIL import Image
 
 from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, ColorJitter, RandAugment, StyleSampler, choose
+from datasets.bands import PLAIN, Bands
 from datasets.images import Jpeg
 from datasets.opencv import opencv
 from datasets.sample import IMAGE, NOTHING, Placement, Plane, Sample
 from datasets.views import Views, check_views, view_steps
+from utils.errors import UserError
 from utils.sizes import Side, image_size, size_pair, size_value
 
-Picture = Union[Image.Image, Jpeg]
+Picture = Union[Image.Image, Jpeg, Bands]
 Step = Callable[[Picture, np.random.Generator], Image.Image]
 
 SMALL = 32  # DATA.CROP auto crops images up to this side with padding, as usual for CIFAR
@@ -36,7 +38,7 @@ MAX_SMOOTHED = 3  # reduction factor up to which `smoothing_kernel` has five val
 
 
 class Transform:
-    """Applies steps to an RGB image and its targets.
+    """Applies steps to an image, RGB or `Bands`, and its targets.
 
     Args:
         steps: steps in order.
@@ -157,6 +159,9 @@ def _policy(config, fast: bool) -> Step | None:
         fast: OpenCV applies geometric operations.
     """
     data, train = config.DATA, config.TRAIN
+    if data.IMAGE_CHANNELS not in PLAIN:
+        _check_no_policy(config)
+        return None
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
     fill = mean[0] if data.IMAGE_CHANNELS == 1 else mean
     styles = StyleSampler(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, fill, fast)
@@ -165,6 +170,18 @@ def _policy(config, fast: bool) -> Step | None:
     if train.AUTO_AUGMENT:
         return AutoAugment(styles)
     return ColorJitter(*[train.COLOR_JITTER] * 3) if train.COLOR_JITTER > 0 else None
+
+
+def _check_no_policy(config) -> None:
+    """Raise UserError if a policy is on: its operations are defined on the colors of RGB and gray images."""
+    train = config.TRAIN
+    keys = {'RAND_AUGMENT': False, 'AUTO_AUGMENT': False, 'COLOR_JITTER': 0}
+    wanted = [f'TRAIN.{key} {off}' for key, off in keys.items() if train[key]]
+    if wanted:
+        raise UserError(
+            f'color operations are for RGB and gray images, not for {config.DATA.IMAGE_CHANNELS} channels '
+            f'(DATA.IMAGE_CHANNELS): set {" and ".join(wanted)}.'
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation

@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
+from tasks.pictures import as_image
 from tools._common import find_images, trained_config
 from tools._output import add_output_file, add_output_folder
 from tools._pictures import readable, single_batch
@@ -242,7 +243,7 @@ def draw_owners(
     """Draw the token of each patch.
 
     Args:
-        image: [H, W, C] uint8, C 1 or 3.
+        image: [H, W, C] uint8, drawn as by `as_image`.
         owners: token of each patch, row by row, [n], as in `Stage`. A patch that is a token of its own is unchanged, and a
             DROPPED patch is pale. Patches of any other token have its color, and an outline at its border.
         scale: pixels of the drawing per pixel of the image.
@@ -256,7 +257,7 @@ def draw_owners(
     def spread(values: np.ndarray) -> np.ndarray:  # [n] or [n, 3] -> values of the pixels
         return values.reshape(rows, columns, -1).repeat(cell, 0).repeat(cell, 1)
 
-    pixels = np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)
+    pixels = np.asarray(as_image(image).convert('RGB')).repeat(scale, 0).repeat(scale, 1)
     gray = (pixels @ [0.299, 0.587, 0.114])[..., np.newaxis]
     colors = (token_colors(token, len(owners), merged) for token in owners)
     fills, outlines = (np.array(column, float) for column in zip(*colors))

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from models.weights.channels import adapt_channels
 from models.weights.convert import port_state_dict, rename_arrays
 from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, match_state
 from models.weights.rules import GRID, Start, rules_of
@@ -184,12 +185,13 @@ def load_state(
     arrays = {name: array for name, array in arrays.items() if not (replaced and rules.is_head(name))}
     start = rules.start(model, arrays) if replace_head else Start()
     arrays = {start.renamed.get(name, name): array for name, array in arrays.items() if name not in start.unused}
+    arrays, adapted = adapt_channels(rules, targets, arrays) if replace_head else (arrays, [])
     result = match_state(model, arrays, source, optional=[*head, *start.initial], metadata=metadata)
     result.unused.update(start.unused)
     if ours != theirs:
         ending = ', which is re-initialized' if head else ''
         log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{ending}')
-    for line in _report(result, start, targets, source):
+    for line in (*adapted, *_report(result, start, targets, source)):
         log(f'----- Pretrained: {line}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in result.state.items()}
     model.set_state_dict({**targets, **values})

@@ -38,11 +38,13 @@ class WeightRules:
 
     Attributes:
         head: prefixes of the classifier's parameters, which depend on the number of classes.
+        input_weights: ends of the names of convolutions of the image, see `models.weights.channels`.
         optional_parts: parts that a configuration adds: (pattern of their names, key, value of the key if only the file
             has them, value if only the model has them).
     """
 
     head: tuple[str, ...] = ('head.',)
+    input_weights: tuple[str, ...] = ('patch_embed.proj.weight', 'patch_embed.patch_embed.weight')
     optional_parts: Sequence[tuple[str, str, str, str]] = ()
 
     def rename(self, name: str) -> str | None:

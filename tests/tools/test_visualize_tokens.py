@@ -189,7 +189,7 @@ def test_merged_groups_are_those_of_the_model(tmp_path, distilled):
     _, sizes = np.unique(found[-1].owners, return_counts=True)
     prefix = 1 + distilled
     assert sorted(sizes) == sorted(state.size[0, prefix:, 0].numpy()) and sizes.sum() == 16
-    for (_, before, _), (_, after, _) in zip(found, found[1:]):
+    for (_, before, *_), (_, after, *_) in zip(found, found[1:]):
         assert all(len(set(after[before == token])) == 1 for token in set(before))
 
 
