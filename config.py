@@ -35,6 +35,7 @@ from utils.errors import UserError
 from utils.flags import FLAGS, flag_parser, get_arguments
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
+from utils.sizes import SizeKey
 
 # Owners of keys: a key has no effect for any other MODEL.TYPE (`models`, aliases included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
@@ -60,16 +61,16 @@ _C.DATA.DATASET = Key('imagenet2012')  # a registered data set; docs/data.md lis
 _C.DATA.DATA_PATH = Key('/dataset/imagenet/')  # folder of the data
 _C.DATA.BATCH_SIZE = Key(256, '[1, 65536]')  # training images per process and micro-batch
 _C.DATA.BATCH_SIZE_EVAL = Key(None, '[1, 65536]', int)  # evaluation images per process; None: BATCH_SIZE
-_C.DATA.IMAGE_SIZE = Key(224, '[1, 8192]')  # side of the square input, pixels
-_C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: gray
+_C.DATA.IMAGE_SIZE = SizeKey(224, '[1, 8192]')  # side of the square input, or (height, width), pixels
+_C.DATA.IMAGE_CHANNELS = Key(3, '[1, 256]')  # 3: RGB, 1: gray, 2: gray and alpha, 4: RGB and alpha; others: arrays or TIFF pages
 _C.DATA.CROP_PCT = Key(0.875, '[0.01, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
 _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px
 _C.DATA.EVAL_CROP = Key('center', ('center', 'squash'), aliases={'centre': 'center'})  # evaluation: center crop by CROP_PCT, or resize both sides
 _C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; None: TRAIN.TASK decides
 _C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both for each training image
 _C.DATA.FAST_RESIZE = Key(True)  # training: resize and rotate with OpenCV; False: with Pillow, slower, with slightly different pixels
-_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # mean of images in [0, 1]; 1 channel: the first value
-_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', length=(1, 3), hint=SCALED)  # standard deviation of images in [0, 1]
+_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', hint=SCALED)  # mean of images in [0, 1], per channel; 1 channel: the first value
+_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', hint=SCALED)  # standard deviation of images in [0, 1], per channel
 _C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process
 _C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches that each worker prefetches
 _C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
@@ -420,7 +421,7 @@ def validate(config: CN) -> None:
     SCHEMA.check(config)
     for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
         channels, values = config.DATA.IMAGE_CHANNELS, SCHEMA.get(config, key)
-        if len(values) < channels:
+        if len(values) != channels and not (channels == 1 and len(values) == 3):
             source = f'{SCHEMA.where(config, key)}: '.removeprefix(': ')
             raise UserError(f'{source}{key} is {values}, but must have {channels} numbers (DATA.IMAGE_CHANNELS).')
     if config.TAG:

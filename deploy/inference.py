@@ -79,7 +79,8 @@ def predict_files(
     config = config.clone()
     config.defrost()
     config.DATA.BAD_IMAGE, config.DATA.CACHE = 'skip', 'no'
-    files, transform = Images(FileStorage('', paths), source='the list of images'), task.transform(training=False)
+    files = Images(FileStorage('', paths), source='the list of images').with_channels(config.DATA.IMAGE_CHANNELS)
+    transform = task.transform(training=False)
     expected = 0  # the next image to report
     with build_dataloader(config, files, training=False, transform=transform) as loader:
         batches = on_device(loader.epoch(0, borrow=True), config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)

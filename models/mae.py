@@ -34,6 +34,7 @@ from models.layers import (
 from models.options import pretraining_options
 from models.registry import register_model
 from models.vision_transformer import VisionTransformer
+from models.weights.rules import Grid
 from models.weights.transformer import ADAPTER_PARTS, DECODER_PARTS, TransformerWeights
 from utils.errors import UserError
 
@@ -73,7 +74,7 @@ class MaeWeights(TransformerWeights):
             metadata['MODEL.MAE.DECODER_NUM_HEADS'] = model.decoder_blocks[0].attn.num_heads
         return metadata
 
-    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+    def resize(self, model, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Compute position embeddings of another resolution instead of interpolating them."""
         fixed = {'pos_embed': model.pos_embed, 'decoder_pos_embed': getattr(model, 'decoder_pos_embed', None)}.get(name)
         return array if fixed is None else computed_table(fixed, array)
@@ -194,8 +195,7 @@ class MaskedAutoencoder(VisionTransformer):
         prefix, body = x[:, : self.num_prefix], x[:, self.num_prefix :]
         masked = self.mask_token.expand([x.shape[0], ids_restore.shape[1] - body.shape[1], -1])
         body = take_tokens(paddle.concat([body, masked], axis=1), ids_restore)
-        old = (self.patch_embed.grid_size,) * 2
-        table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
+        table = resize_position_table(self.decoder_pos_embed, self.patch_embed.grid_size, grid, self.num_prefix)
         x = paddle.concat([prefix, body], axis=1) + table
         state = TokenState(self.num_prefix, body.shape[1])
         for block in self.decoder_blocks:

@@ -29,6 +29,7 @@ from tasks.pictures import Shown, rgb
 from utils.device import upload
 from utils.errors import UserError
 from utils.registry import Registry
+from utils.sizes import image_shape
 
 TASKS = Registry('task (TRAIN.TASK)')
 register_task = TASKS.register
@@ -322,8 +323,7 @@ class Task:
 
     def image_shape(self) -> list[int]:
         """Return [C, H, W] of the training images."""
-        data = self.config.DATA
-        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+        return image_shape(self.config)
 
     def example(self, batch_size: int) -> Batch:
         """Return a random training batch on the device, for benchmarks and tests."""
@@ -368,7 +368,7 @@ class Task:
             'resize_short': None if isinstance(resize, Squash) else resize.size,
             'interpolation': resize.resample.name.lower(),
             'image_size': crop.size,
-            'crop_pct': self.config.DATA.CROP_PCT if resize.size > crop.size else 1.0,
+            'crop_pct': self.config.DATA.CROP_PCT if resize.size != crop.size else 1.0,
         }
 
     def program_inputs(self, batch_size: int) -> dict[str, np.ndarray]:

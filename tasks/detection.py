@@ -11,6 +11,7 @@ import paddle
 from paddle import Tensor, nn
 from PIL import Image
 
+from datasets.bands import PLAIN
 from datasets.batch import Batch
 from datasets.detection import BOXES, CLASSES, MASKS, DetectionDataset, known_categories
 from datasets.detection_transforms import detection_transform
@@ -42,6 +43,13 @@ class DetectionTask(Task):
                 'TRAIN.TASK detection knows no repeated augmentation and no random erasing: set TRAIN.REPEATED_AUG and '
                 'TRAIN.RANDOM_ERASE_PROB to 0.'
             )
+        if not isinstance(config.DATA.IMAGE_SIZE, int):
+            raise UserError(
+                'TRAIN.TASK detection pads every image to a square, as ViTDet does, so that images of any shape fit: set '
+                f'DATA.IMAGE_SIZE to one number, such as {max(config.DATA.IMAGE_SIZE)}.'
+            )
+        if config.DATA.IMAGE_CHANNELS not in PLAIN:
+            raise UserError('TRAIN.TASK detection reads RGB and gray images: set DATA.IMAGE_CHANNELS to 1 or 3.')
         self._validation: DetectionDataset | None = None
         self._names: list[str] | None = None
 

@@ -18,7 +18,7 @@ from datasets.batch import Batch
 from datasets.detection import BOXES, CLASSES, DetectionDataset
 from tasks.base import Evaluator, Group
 from tasks.detection_pictures import Drawn, colors_of, drawn
-from tasks.pictures import image_grid, pixels
+from tasks.pictures import as_image, image_grid, pixels
 
 KINDS = {'box': 'bbox', 'mask': 'segm'}  # prefix of the metrics -> pycocotools' name
 METRICS = (
@@ -203,7 +203,7 @@ class DetectionEvaluator(Evaluator):
 def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """Normalized [C, h, w] -> RGB picture."""
     shown = pixels(image.unsqueeze(0), mean, std)[0]
-    return Image.fromarray(shown.squeeze(-1) if shown.shape[-1] == 1 else shown).convert('RGB')
+    return as_image(shown).convert('RGB')
 
 
 def _labeled(name: str, value: float) -> str:

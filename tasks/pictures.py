@@ -37,6 +37,11 @@ def pixels(x: paddle.Tensor, mean: Sequence[float], std: Sequence[float]) -> np.
     return np.clip(np.round(255 * x), 0, 255).astype('uint8')
 
 
+def as_image(shown: np.ndarray) -> Image.Image:
+    """Return pixels [H, W, C] uint8 as a picture: of one or two channels the first, in gray, else the first three as RGB."""
+    return Image.fromarray(np.ascontiguousarray(shown[..., 0] if shown.shape[-1] < 3 else shown[..., :3]))
+
+
 def image_grid(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     """Arrange pictures [H, W, C] in rows and columns; pictures of a row have the same size."""
     widths = [max(row[0].shape[1] for row in rows)] * len(rows[0])
@@ -46,8 +51,7 @@ def image_grid(rows: Sequence[Sequence[np.ndarray]]) -> Image.Image:
     )
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
-            tile = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
-            sheet.paste(tile, (GAP * (j + 1) + sum(widths[:j]), GAP * (i + 1) + sum(heights[:i])))
+            sheet.paste(as_image(picture), (GAP * (j + 1) + sum(widths[:j]), GAP * (i + 1) + sum(heights[:i])))
     return sheet
 
 

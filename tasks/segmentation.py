@@ -26,9 +26,10 @@ from models.layers.resize import resize_maps
 from models.segmentation.inference import slide_inference, whole_inference
 from models.segmentation.losses import segmentation_loss
 from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
-from tasks.pictures import BACKGROUND, Shown, pixels
+from tasks.pictures import BACKGROUND, Shown, as_image, pixels
 from tasks.segmentation_metrics import SegmentationEvaluator, colored
 from utils.errors import UserError
+from utils.sizes import size_pair
 
 
 class SegmentationOutput(NamedTuple):
@@ -87,9 +88,9 @@ class SegmentationTask(Task):
                 f'{self.config.MODEL.TYPE}.'
             )
         size = crop_size(self.config)
-        if getattr(model, 'fixed_size', False) and size != (model.image_size,) * 2:
+        if getattr(model, 'fixed_size', False) and size != (wanted := size_pair(model.image_size)):
             raise UserError(
-                f'the relative positions of this model need crops of {model.image_size} x {model.image_size} pixels: remove '
+                f'the relative positions of this model need crops of {wanted[0]} x {wanted[1]} pixels: remove '
                 'DATA.CROP_SIZE.'
             )
         if getattr(model, 'fixed_size', False) and not self.config.VAL.IS_SLIDE:
@@ -224,8 +225,7 @@ class SegmentationTask(Task):
     def _pictures(self, classes: np.ndarray, image: Tensor, palette: np.ndarray) -> dict[str, Image.Image]:
         data = self.config.DATA
         shown = pixels(image.unsqueeze(0), data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
-        shown = Image.fromarray(shown.squeeze(-1) if shown.shape[-1] == 1 else shown).convert('RGB')
-        shown = shown.resize(classes.shape[::-1], Image.Resampling.BILINEAR)
+        shown = as_image(shown).convert('RGB').resize(classes.shape[::-1], Image.Resampling.BILINEAR)
         overlay = Image.blend(shown, Image.fromarray(colored(classes, palette)), 0.5)
         return {'classes': class_picture(classes, palette), 'overlay': overlay}
 

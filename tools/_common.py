@@ -45,7 +45,7 @@ def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
         }
 
 
-def find_images(names: list[str]) -> list[str]:
+def find_images(names: list[str], extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Return the named files, with any suffix, and the images below the named folders, in sorted order.
 
     Prints the number of other files below the folders.
@@ -57,10 +57,10 @@ def find_images(names: list[str]) -> list[str]:
         if not os.path.isdir(name):
             paths.append(name)
             continue
-        found, others = images_below(name)
+        found, others = images_below(name, extensions=extensions)
         if not found:
             only = f', only other files ({describe_counts(others)})' if others else ''
-            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{name}'{only}.")
+            raise UserError(f"there is no image ({' '.join(extensions)}) below '{name}'{only}.")
         if others:
             print(describe_left_out(others, name), file=sys.stderr)
         paths += [os.path.join(name, os.path.normpath(path)) for path in found]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 
 from utils.cli import unquoted, whole_number
 from utils.foreign_flags import translate
+from utils.sizes import image_size_flag
 
 # The key that each flag sets; `cfg`, `ngpus` and `opts` set none.
 FLAGS = {
@@ -50,7 +51,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
     add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
     add('-batch_size_eval', whole_number, metavar='N', help='images per process in evaluation')
-    add('-image_size', whole_number, metavar='N', help='side of the input in pixels')
+    add('-image_size', image_size_flag, metavar='N or H,W', help='side of the input, or height and width, in pixels')
     add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
     add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
     add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')

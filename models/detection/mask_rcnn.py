@@ -98,7 +98,7 @@ class MaskRCNN(Classifier):
         self.num_classes = num_classes
         self.backbone = ViTDetBackbone(channels, **encoder)
         net, strides = self.backbone.net, self.backbone.strides
-        self.depth, self.embed_dim, self.image_size = net.depth, net.embed_dim, net.patch_embed.img_size
+        self.depth, self.embed_dim, self.image_size = net.depth, net.embed_dim, net.patch_embed.img_size[0]
         self.patch_size = net.patch_embed.patch_size
         self.proposal_generator = RPN(channels, strides, **(rpn or {}))
         self.roi_heads = ROIHeads(channels, strides[:4], num_classes, **(heads or {}))
