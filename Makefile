@@ -45,6 +45,6 @@ $(VENV)/.installed: requirements.txt requirements-gpu.txt requirements-common.tx
 	$(INSTALL)
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
-	$(PIP) -r requirements-test.txt
+$(VENV)/.installed-test: requirements-test.txt requirements-deploy.txt $(VENV)/.installed
+	$(PIP) -r requirements-test.txt -r requirements-deploy.txt
 	touch $@

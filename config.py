@@ -308,6 +308,7 @@ _C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between valida
 _C.PEER_TIMEOUT = Key(60.0, '[0, 604800]')  # seconds to wait for a process that is stopped or does not join; 0: no limit
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
+_C.ENGINE = Key('dygraph', ('dygraph', 'paddle', 'onnxruntime', 'openvino'))  # EVAL: the layers, an exported program, or an ONNX file
 _C.SAVE_PREDICTIONS = Key(False)  # evaluations write predictions.csv and classes.csv to the run folder
 _C.THROUGHPUT = Key(False)  # measure images per second only
 _C.AMP = Key(False)  # mixed precision on GPU

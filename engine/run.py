@@ -10,6 +10,7 @@ from collections.abc import Callable
 import paddle
 
 import datasets
+from deploy.engines import LAYERS, with_engine
 from engine import distributed
 from engine.checkpoint import read_checkpoint
 from engine.checkpoint_schema import validate_checkpoint
@@ -30,6 +31,8 @@ def run_config(config) -> None:
     context = distributed.start(config.PEER_TIMEOUT)
     if config.DATA.BATCH_SIZE_EVAL is None:
         config.DATA.BATCH_SIZE_EVAL = config.DATA.BATCH_SIZE
+    if config.ENGINE != LAYERS and not (config.EVAL or config.THROUGHPUT):
+        raise UserError(f'-engine {config.ENGINE} (ENGINE) needs -eval or -throughput; training runs the layers.')
     if config.THROUGHPUT:
         result = measure(config, context)
         if context.is_main:
@@ -114,6 +117,7 @@ def _match_classes(config, model, weights: Weights, data: datasets.Images, unset
 def _evaluate(config, task: Task, model, weights: Weights, loader, context, log, folder: RunFolder) -> None:
     load_pretrained(model, weights, log=log.master, replace_head=False)
     task.attach(model, log.master, training=False)
+    model = with_engine(model, task)
     evaluator = build_evaluator(task, loader.dataset)
     open_folder(folder, config, context, log)
     result = evaluate(config, model, loader, context, log, task, evaluator)

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -19,15 +20,16 @@ import paddle
 
 from datasets.batch import to_device
 from datasets.loader import Batch, Loader
+from deploy.engines import LAYERS, Engine, open_engine, write_engine_file
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
 from engine.update import Updater
 from models import build_model
-from models.exported import Predictor
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.processes import die_with_parent, resident_memory
+from utils.temporary import temporary_folder
 
 Call = Callable[[], None]  # runs one pass; may return before the device has finished it
 
@@ -44,8 +46,12 @@ class Throughput:
 def measure(config, context: Context, rounds: int = 10, warmup: int = 3) -> Throughput:
     """Measure the forward pass of the model of `config` on DATA.BATCH_SIZE random images."""
     batch_size = config.DATA.BATCH_SIZE
-    calls = BenchmarkCase(config.MODEL.NAME, config).calls([batch_size], context)
-    median = statistics.median(time_interleaved(calls, context, rounds, warmup)[0])
+    case = BenchmarkCase(config.MODEL.NAME, config)
+    with temporary_folder('throughput') as folder:
+        if config.ENGINE != LAYERS:
+            case = exported(case, os.path.join(folder, 'model'))
+        calls = case.calls([batch_size], context)
+        median = statistics.median(time_interleaved(calls, context, rounds, warmup)[0])
     return Throughput(batch_size, batch_size / median, median * 1000)
 
 
@@ -117,10 +123,10 @@ def _on_host(example: Batch) -> Batch:
     return dataclasses.replace(example, images=images, targets=targets)
 
 
-def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
-    """Return a run of an exported program, from images in host memory to logits in host memory."""
+def engine_call(engine: Engine, shape: list[int]) -> Call:
+    """Return a run of an inference engine, from images in host memory to logits in host memory."""
     images = np.random.default_rng(0).standard_normal(shape, 'float32')
-    return lambda: predictor(images)
+    return lambda: engine(images)
 
 
 def loader_speed(loader: Loader, batches: int) -> float:
@@ -141,8 +147,8 @@ class BenchmarkCase:
     Attributes:
         name: name in tables.
         config: its configuration; with AMP it runs in mixed precision on a GPU.
-        program: prefix of exported files; they are run instead of the layers.
-        precision: precision of the exported program, 'fp32' or 'bf16'.
+        program: what `open_engine` takes; the ENGINE of the configuration runs it instead of the layers.
+        precision: precision of the engine, 'fp32' or 'bf16'.
     """
 
     name: str
@@ -158,8 +164,8 @@ class BenchmarkCase:
         """Build the model with random weights and return a forward pass for each batch size."""
         shapes = [[size, *self.image_shape()] for size in batch_sizes]
         if self.program is not None:
-            predictor = Predictor(self.program, self.precision)
-            return [predictor_call(predictor, shape) for shape in shapes]
+            engine = open_engine(self.config.ENGINE, self.program, self.precision)
+            return [engine_call(engine, shape) for shape in shapes]
         model, precision = build_model(self.config), Precision(self.config, context.on_gpu)
         precision.cast(model)
         return [layer_call(model, shape, precision) for shape in shapes]
@@ -174,6 +180,12 @@ class BenchmarkCase:
         task = build_task(config)
         task.attach(model, print, training=False)
         return training_call(config, model, task, batch_size, context)
+
+
+def exported(case: BenchmarkCase, prefix: str) -> BenchmarkCase:
+    """Export the model of a case for its ENGINE, and return the case that runs it."""
+    program = write_engine_file(case.config.ENGINE, build_model(case.config), case.image_shape(), prefix)
+    return dataclasses.replace(case, program=program)
 
 
 # ---------------------------------------------------------------------------------------------------- memory

@@ -213,6 +213,7 @@ class Task:
         counts: name of each count -> title in the log; the log shows counts divided by the number of images.
         schedules: schedules of model parameters such as the keep rate, see tasks/model_schedules.py.
         target_columns: columns of predictions.csv for the targets of an image, see `targets`.
+        infers_by_call: `infer` only calls the model, on images of `image_shape`, so an exported program can replace the model.
     """
 
     views: int = 1
@@ -220,6 +221,7 @@ class Task:
     parts: Mapping[str, str] = NOTHING
     counts: Mapping[str, str] = NOTHING
     target_columns: tuple[str, ...] = ()
+    infers_by_call: bool = False
 
     def __init__(self, config):
         self.config = config

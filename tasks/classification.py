@@ -37,6 +37,7 @@ class ClassificationTask(Task):
 
     counts = {'acc1': 'Acc'}
     target_columns = ('label',)
+    infers_by_call = True
     teacher: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config):

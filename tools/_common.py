@@ -32,6 +32,23 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
     return update_config(get_config(), args)
 
 
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Add -backend, the earlier spelling of -engine."""
+    parser.add_argument('-backend', choices=('dygraph', 'exported'), help='earlier spelling of -engine dygraph, paddle')
+
+
+def with_engine_of_backend(args: argparse.Namespace) -> argparse.Namespace:
+    """Set `engine` to that of -engine, else of -backend, else to `dygraph`."""
+    engine = {'dygraph': 'dygraph', 'exported': 'paddle', None: None}[args.backend]
+    if engine and 'engine' in args and args.engine != engine:
+        raise UserError(
+            f'-backend {args.backend} means -engine {engine}, but -engine is {args.engine}: leave -backend out.'
+        )
+    if 'engine' not in args:
+        args.engine = engine or 'dygraph'
+    return args
+
+
 @contextlib.contextmanager
 def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
     """Open `PREFIX.SUFFIX` for each suffix, png in binary mode; the files appear if the block succeeds.

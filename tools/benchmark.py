@@ -3,7 +3,7 @@
 """Compare models on this machine: parameters, multiply-accumulates, images per second, latency, memory.
 
     python tools/benchmark.py gmlp_ti16_224 gmlp_s16_224 -batch_size 8 -rounds 10 -json out.json
-    python tools/benchmark.py gmlp_s16_224 -backend exported
+    python tools/benchmark.py gmlp_s16_224 -engine paddle
     python tools/benchmark.py ms_mlp_tiny_patch4_shift5_224 -batch_size 4 -training
     python tools/benchmark.py deit_small_patch16_224 -batch_size 128 -training -data_path /dataset/imagenet
 
@@ -30,15 +30,17 @@ from dataclasses import replace
 import paddle
 
 from config import get_config, update_config
+from deploy.engines import LAYERS, check_engine
 from engine import distributed
 from engine.distributed import Context
 from engine.run import build_loader
-from engine.throughput import BenchmarkCase, loader_speed, peak_memory, time_interleaved
+from engine.throughput import BenchmarkCase, exported, loader_speed, peak_memory, time_interleaved
 from models import build_model
-from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
+from models.exported import PRECISIONS, cpu_threads
 from models.profile import profile
 from models.registry import config_file
 from tasks import build_task
+from tools._common import add_backend, with_engine_of_backend
 from tools._output import add_output_file
 from utils.cli import run
 from utils.environment import processor_name
@@ -64,40 +66,35 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser(
         'Compare the speed and size of models.',
-        ('-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-amp'),
+        ('-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-amp', '-engine'),
     )
     parser.add_argument('models', nargs='+', metavar='MODEL', help='names of configurations, or YAML files')
     parser.add_argument('-rounds', type=int, default=10, metavar='N', help='timed rounds; medians are reported')
-    parser.add_argument(
-        '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
-    )
-    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='precision of the exported program')
+    add_backend(parser)
+    parser.add_argument('-precision', choices=PRECISIONS, default='fp32', help='precision of the engine')
     parser.add_argument(
         '-training', action='store_true', help='measure a training step instead, with and without TRAIN.RECOMPUTE'
     )
     add_output_file(parser, flag='-json', dest='json', what='also write the results to this file')
     parser.set_defaults(batch_size=8)
-    args = parser.parse_args(argv)
+    args = with_engine_of_backend(parser.parse_args(argv))
     if args.rounds < 1:
         raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
-    if args.backend == 'dygraph' and args.precision != 'fp32':
-        raise UserError('-precision needs -backend exported; layers run in mixed precision with -amp, on a GPU.')
-    if args.backend == 'exported' and args.training:
-        raise UserError('-training needs -backend dygraph; exported programs only evaluate.')
+    if args.engine == LAYERS and args.precision != 'fp32':
+        raise UserError('-precision needs another -engine; layers run in mixed precision with -amp, on a GPU.')
+    if args.engine != LAYERS and args.training:
+        raise UserError(f'-training needs -engine {LAYERS}; the other engines only evaluate.')
     if not args.training and ('dataset' in args or 'data_path' in args):
         raise UserError('-dataset and -data_path need -training, which then measures the data loader, too.')
-    if args.backend == 'exported' and 'amp' in args:
-        raise UserError('-amp needs -backend dygraph; use -precision bf16 for the exported program.')
+    if args.engine != LAYERS and 'amp' in args:
+        raise UserError(f'-amp needs -engine {LAYERS}; use -precision bf16 for the other engines.')
     return args
 
 
 def benchmark(args: argparse.Namespace) -> dict:
     """Measure the models, print the table and return the content of the JSON file."""
     context = distributed.start()
-    if args.precision == 'bf16' and emulates_bfloat16():
-        raise UserError(
-            'this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16): leave -precision out.'
-        )
+    check_engine(args.engine, args.precision)
     if 'amp' in args and not context.on_gpu:
         print('-amp is set, but mixed precision needs a GPU: measuring in float32.')
     cases = find_cases(args)
@@ -113,8 +110,8 @@ def measure_evaluation(
 ) -> None:
     """Add speed, latency and memory of forward passes to the rows, and print the table."""
     with temporary_folder('benchmark') as folder:
-        if args.backend == 'exported':
-            cases = [export(case, os.path.join(folder, f'{i}')) for i, case in enumerate(cases)]
+        if args.engine != LAYERS:
+            cases = [exported(case, os.path.join(folder, f'{i}')) for i, case in enumerate(cases)]
         for row, case in zip(rows, cases):
             row['memory_bytes'] = peak_memory(case, args.batch_size)
         calls = [call for case in cases for call in case.calls([args.batch_size, 1], context)]
@@ -181,7 +178,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
         'paddle': paddle.__version__,
         'device': device,
         'threads': cpu_threads(),
-        'backend': args.backend,
+        'engine': args.engine,
         'precision': args.precision if 'amp' not in args or not context.on_gpu else 'amp',
         'batch_size': args.batch_size,
         'rounds': args.rounds,
@@ -199,12 +196,6 @@ def cost(case: BenchmarkCase) -> dict:
         'params': found.params,
         'macs': found.macs,
     }
-
-
-def export(case: BenchmarkCase, prefix: str) -> BenchmarkCase:
-    """Export the model of a case, and return the case that runs the exported files."""
-    save_program(build_model(case.config), case.image_shape(), prefix)
-    return replace(case, program=prefix)
 
 
 def print_table(rows: list[dict]) -> None:

@@ -4,9 +4,11 @@
 
     python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams -output exported/gmlp_s16_224
     python tools/export.py -pretrained output/latest -output exported/mine
+    python tools/export.py -pretrained output/latest -output exported/mine -format onnx
 
-Writes exported/mine.json (program), .pdiparams (weights) and .preprocess.json (preprocessing of images). The files appear
-only if the output of the program equals that of the model. docs/predict_export.md shows how to use them.
+Writes exported/mine.json (program), .pdiparams (weights) and .preprocess.json (preprocessing of images); with -format onnx
+exported/mine.onnx and .preprocess.json. The files appear only if the output of the program equals that of the model.
+docs/predict_export.md shows how to use them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ import argparse
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import paddle
 
+from deploy.engines import Engine
 from deploy.inference import load_classifier
+from deploy.onnx_files import ONNX, OnnxRuntime, convert_program
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
 from tasks import Task, build_task
 from tools._common import trained_config
@@ -38,6 +42,7 @@ from utils.flags import flag_parser
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
 BATCHES = (1, 3)
+FILES = {'paddle': (PROGRAM, WEIGHTS, PREPROCESS), 'onnx': (ONNX, PREPROCESS)}  # by format; the program is the first
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -53,19 +58,20 @@ def main(argv: list[str] | None = None) -> None:
         with unfinished_files(folder, name) as prefix:
             difference = 0.0
             for _ in task.exports(model):
-                difference = max(difference, export(model, task, prefix))
+                difference = max(difference, export(model, task, prefix, args.format))
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
                 file.write(json_text(describe(config, model.num_classes, task), indent=2))
-            publish(prefix, os.path.join(folder, name))
+            publish(prefix, os.path.join(folder, name), FILES[args.format])
     except OSError as error:
         raise cannot_write(args.target, error) from error
     print(f'largest relative difference between program and model: {difference:.1e}')
-    print(f'written: {", ".join(args.target + suffix for suffix in (PROGRAM, WEIGHTS, PREPROCESS))}')
+    print(f'written: {", ".join(args.target + suffix for suffix in FILES[args.format])}')
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser('Export a trained model as an inference program.', ('-cfg', '-pretrained', '-image_size'))
-    add_output_prefix(parser, PROGRAM, WEIGHTS, PREPROCESS)
+    parser.add_argument('-format', choices=list(FILES), default='paddle', help='Paddle inference program, or ONNX file')
+    add_output_prefix(parser, PROGRAM, WEIGHTS, PREPROCESS, ONNX)
     return parser.parse_args(argv)
 
 
@@ -81,24 +87,21 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
         yield os.path.join(link, 'program')
 
 
-def export(model: paddle.nn.Layer, task: Task, prefix: str) -> float:
+def export(model: paddle.nn.Layer, task: Task, prefix: str, kind: str = 'paddle') -> float:
     """Write the program and run it. Return the largest difference of an output, relative to its largest value.
 
+    Args:
+        kind: a format of FILES.
+
     Raises:
-        UserError: the difference is too large.
+        UserError: the difference is too large, or the model cannot be converted.
     """
     rng, shape = np.random.default_rng(0), task.image_shape()
     batches = [(rng.standard_normal((size, *shape), 'float32'), task.program_inputs(size)) for size in BATCHES]
     with paddle.no_grad():
         expected = [outputs_of(model, images, more) for images, more in batches]
     save_program(model, shape, prefix, batches[0][1])
-    try:
-        predictor = Predictor(prefix)
-    except Exception as error:  # of any type: Paddle reports no error on a full disk
-        raise UserError(
-            'the exported program cannot be read back, so nothing is written; free space on its disk, or write elsewhere '
-            '(-output).'
-        ) from error
+    predictor = read_back(prefix, kind)
     found = [as_tuple(predictor(images, **more)) for images, more in batches]
     differences = [task.program_difference(*pair) for pair in zip(found, expected)]
     worst = float(np.max(differences))
@@ -108,6 +111,20 @@ def export(model: paddle.nn.Layer, task: Task, prefix: str) -> float:
             'nothing is written.'
         )
     return worst
+
+
+def read_back(prefix: str, kind: str) -> Engine:
+    """Return what runs the exported files."""
+    source = convert_program(prefix) if kind == 'onnx' else prefix
+    try:
+        return OnnxRuntime(source) if kind == 'onnx' else Predictor(source)
+    except UserError:
+        raise
+    except Exception as error:  # of any type: Paddle reports no error on a full disk
+        raise UserError(
+            'the exported program cannot be read back, so nothing is written; free space on its disk, or write elsewhere '
+            '(-output).'
+        ) from error
 
 
 def outputs_of(model: paddle.nn.Layer, images: np.ndarray, more: Mapping[str, np.ndarray]) -> tuple[np.ndarray, ...]:
@@ -140,11 +157,12 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
     }
 
 
-def publish(prefix: str, target: str) -> None:
+def publish(prefix: str, target: str, suffixes: Sequence[str]) -> None:
     """Move the files to their target. The old program is removed first and the new one is moved last, since all need it."""
+    program, *others = suffixes
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(target + PROGRAM)
-    for suffix in (WEIGHTS, PREPROCESS, PROGRAM):
+        os.unlink(target + program)
+    for suffix in (*others, program):
         with open(prefix + suffix, 'rb') as file:
             os.fsync(file.fileno())
         os.replace(prefix + suffix, target + suffix)

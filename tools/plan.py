@@ -29,15 +29,17 @@ from yacs.config import CfgNode
 from config import config_file_of, get_config, merge_opts, update_config
 from datasets import Images, build_dataloader
 from datasets.batch import on_device
+from deploy.engines import LAYERS, open_engine, write_engine_file
 from engine import distributed
 from engine.distributed import Context
-from engine.throughput import Call, predictor_call, time_interleaved
+from engine.throughput import Call, engine_call, time_interleaved
 from models import build_model
-from models.exported import Predictor, cpu_threads, save_program
+from models.exported import cpu_threads
 from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
 from models.weights.load import load_pretrained
 from tasks import build_task
+from tools._common import add_backend, with_engine_of_backend
 from tools._output import add_output_folder
 from tools._pareto import Point, draw, pareto_frontier
 from utils.cli import run
@@ -79,6 +81,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     flags = (
         '-cfg', '-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-pretrained',
+        '-engine',
     )  # fmt: skip
     parser = flag_parser('Sweep removed attention, EViT keep rates and ToMe of a Vision Transformer.', flags)
     add_output_folder(parser, 'without an earlier plan, for results, plot and YAML files', required=True)
@@ -87,11 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('-keep_rates', default=own, metavar='RATES', help='keep rates of EViT: 1,0.9,0.7,0.5')
     parser.add_argument('-r', default=own, metavar='NUMBERS', help='tokens that ToMe merges per block: 0,8,13')
     parser.add_argument('-rounds', type=int, default=10, metavar='N', help='timed rounds; medians are reported')
-    parser.add_argument(
-        '-backend', choices=('dygraph', 'exported'), default='dygraph', help='layers, or inference program'
-    )
+    add_backend(parser)
     parser.set_defaults(batch_size=8)
-    args = parser.parse_args(argv)
+    args = with_engine_of_backend(parser.parse_args(argv))
     if args.rounds < 1:
         raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
     if config_file_of(args) is None:
@@ -121,7 +122,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
         'paddle': paddle.__version__,
         'device': paddle.device.cuda.get_device_name() if context.on_gpu else processor_name(),
         'threads': cpu_threads(),
-        'backend': args.backend,
+        'engine': args.engine,
         'batch_size': args.batch_size,
         'rounds': args.rounds,
     }
@@ -129,7 +130,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
 
 def caption(info: dict) -> str:
     """Describe the conditions of the measurement in one line."""
-    return '{device}, {threads} threads, Paddle {paddle}, {backend}, batch {batch_size}, {rounds} rounds'.format(**info)
+    return '{device}, {threads} threads, Paddle {paddle}, {engine}, batch {batch_size}, {rounds} rounds'.format(**info)
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def measure(candidates: Sequence[Candidate], args: argparse.Namespace, context: 
     Each round runs every model once. Exported programs are measured in groups, each with the first candidate, whose times
     correct for drift of the machine's speed since the first group.
     """
-    size = len(candidates) if args.backend == 'dygraph' else PROGRAMS_AT_ONCE
+    size = len(candidates) if args.engine == LAYERS else PROGRAMS_AT_ONCE
     first, *rest = candidates
     groups = [rest[start : start + size] for start in range(0, len(rest), size)] or [[]]
     seconds: list[np.ndarray] = []
@@ -347,13 +348,12 @@ def layer_or_program_calls(
     shape = candidates[0].image_shape()
     images = [paddle.randn([size, *shape]) for size in (args.batch_size, 1)]
     for index, candidate in enumerate(candidates):
-        if args.backend == 'dygraph':
+        if args.engine == LAYERS:
             yield tuple(layer_call(candidate.model, batch) for batch in images)
         else:
-            prefix = os.path.join(folder, str(index))
-            save_program(candidate.model, shape, prefix)
-            predictor = Predictor(prefix)
-            yield tuple(predictor_call(predictor, batch.shape) for batch in images)
+            source = write_engine_file(args.engine, candidate.model, shape, os.path.join(folder, str(index)))
+            program = open_engine(args.engine, source)
+            yield tuple(engine_call(program, batch.shape) for batch in images)
 
 
 def layer_call(model: paddle.nn.Layer, images: paddle.Tensor) -> Call:

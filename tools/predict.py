@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from datasets.bands import image_extensions
+from deploy.engines import with_engine
 from deploy.inference import FilePrediction, load_trained, predict_files
 from engine import distributed
 from tasks import PredictionOptions
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_images(args.images, image_extensions(config.DATA.IMAGE_CHANNELS))
     distributed.start()
     task, model = load_trained(config)
+    model = with_engine(model, task)
     names = read_class_names(args.class_names, model.num_classes) if args.class_names else None
     options = PredictionOptions(args.topk, names)
     columns = task.prediction_columns(options)
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    flags = ('-cfg', '-pretrained', '-batch_size', '-image_size', '-num_workers')
+    flags = ('-cfg', '-pretrained', '-batch_size', '-image_size', '-num_workers', '-engine')
     parser = flag_parser('Classify images.', flags)
     parser.add_argument('images', nargs='+', metavar='PATH', help='image files, or folders with images anywhere below')
     parser.add_argument(

@@ -17,7 +17,7 @@ FLAGS = {
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
     'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'teacher_model_path': 'TRAIN.TEACHER_MODEL',
-    'eval': 'EVAL', 'save_predictions': 'SAVE_PREDICTIONS', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
+    'eval': 'EVAL', 'save_predictions': 'SAVE_PREDICTIONS', 'amp': 'AMP', 'throughput': 'THROUGHPUT', 'engine': 'ENGINE',
 }  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-eval', action='store_true', help='evaluate only')
     add('-save_predictions', action='store_true', help='evaluations write predictions.csv and classes.csv')
     add('-amp', action='store_true', help='mixed precision (GPU only)')
+    add('-engine', metavar='NAME', help='runs -eval: dygraph, paddle, onnxruntime or openvino (default: dygraph)')
     add('-throughput', action='store_true', help='measure images per second and stop')
     parser.add_argument(
         '-opts',

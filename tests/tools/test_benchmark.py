@@ -46,7 +46,7 @@ def test_table_and_json(files, tmp_path):
     out, _ = run('tools/benchmark.py', *files, *extra)
     result = json.loads(output.read_text())
     facts, (small, wide) = result['environment'], result['models']
-    assert (facts['backend'], facts['batch_size'], facts['paddle']) == ('dygraph', 2, paddle.__version__)
+    assert (facts['engine'], facts['batch_size'], facts['paddle']) == ('dygraph', 2, paddle.__version__)
     assert facts['threads'] == len(os.sched_getaffinity(0))
     for file, row in zip(files, (small, wide)):
         weights = build_model(get_config(file, ['MODEL.NUM_CLASSES', 10])).parameters()
@@ -150,7 +150,7 @@ def test_exported_program(files, tmp_path):
     output = tmp_path / 'out.json'
     run('tools/benchmark.py', files[0], '-backend=exported', '-batch_size=2', '-rounds=1', f'-json={output}')
     result = json.loads(output.read_text())
-    assert result['environment']['backend'] == 'exported'
+    assert result['environment']['engine'] == 'paddle'
     assert result['models'][0]['images_per_second'] > 0
 
 
@@ -216,9 +216,9 @@ def test_bfloat16_needs_instructions_for_it(files, monkeypatch):
 def test_mistakes(files, tmp_path):
     mistakes = [
         (['gmlp_ti16_225'], "unknown model 'gmlp_ti16_225'.*Did you mean 'gmlp_ti16_224'"),
-        ([files[0], '-precision=bf16'], '-precision needs -backend exported'),
-        ([files[0], '-amp', '-backend=exported'], '-amp needs -backend dygraph'),
-        ([files[0], '-training', '-backend=exported'], '-training needs -backend dygraph'),
+        ([files[0], '-precision=bf16'], '-precision needs another -engine'),
+        ([files[0], '-amp', '-backend=exported'], '-amp needs -engine dygraph'),
+        ([files[0], '-training', '-backend=exported'], '-training needs -engine dygraph'),
         ([files[0], '-data_path=x'], '-dataset and -data_path need -training'),
         ([files[0], '-rounds=0'], '-rounds is 0'),
         ([files[0], '-batch_size=0'], 'DATA.BATCH_SIZE is 0'),

@@ -8,6 +8,8 @@ import os
 import re
 
 import numpy as np
+import onnxruntime
+import paddle
 import pytest
 from PIL import ExifTags, Image
 
@@ -15,6 +17,7 @@ from config import get_config
 from datasets.batch import to_device
 from datasets.loader import Batch
 from datasets.transforms import build_transform
+from deploy.inference import load_classifier
 from tests.conftest import ROOT, assert_close
 from tests.runs.conftest import run
 from tests.tools.conftest import CLASSES, evaluated_logits
@@ -66,6 +69,17 @@ def test_the_guide_squashes_and_turns_what_the_evaluation_does(tmp_path, monkeyp
     pixels = build_transform(config, training=False).image(image)
     expected = to_device(Batch(pixels[None], {}, np.zeros(1)), (0.1, 0.2, 0.3), (0.5,) * 3).images
     np.testing.assert_allclose(variables['preprocess']('a.png'), expected[0], atol=1e-5)
+
+
+def test_onnx(trained, tmp_path):
+    """ONNX Runtime alone gives the logits of an evaluation from the exported file."""
+    export.main([*flags(trained, tmp_path / 'mine'), '-format=onnx'])
+    assert sorted(os.listdir(tmp_path)) == ['mine.onnx', 'mine.preprocess.json']
+    images = np.random.default_rng(1).standard_normal((2, 3, 40, 40), 'float32')
+    session = onnxruntime.InferenceSession(str(tmp_path / 'mine.onnx'), providers=['CPUExecutionProvider'])
+    config = get_config(trained.cfg, ['MODEL.PRETRAINED', trained.weights])
+    expected = load_classifier(config, log=lambda line: None)(paddle.to_tensor(images)).numpy()
+    assert_close(session.run(None, {'x': images})[0], expected, 1e-5)
 
 
 class Deviating(export.Predictor):

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference engines, chosen by ENGINE: the layers of a model, its Paddle program, or its ONNX file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import paddle
+from paddle import Tensor, nn
+
+from deploy.onnx_files import OnnxRuntime, OpenVino, convert_program
+from models.exported import Outputs, Predictor, emulates_bfloat16, save_program
+from tasks import Task
+from utils.errors import UserError
+from utils.temporary import temporary_folder
+
+LAYERS = 'dygraph'
+ENGINES = (LAYERS, 'paddle', 'onnxruntime', 'openvino')
+Engine = Callable[..., Outputs]  # normalized images [B, C, H, W] float32 -> the outputs of the model
+
+
+def check_engine(engine: str, precision: str = 'fp32') -> None:
+    """Raise UserError if an engine does not run in a precision on this machine."""
+    if precision == 'fp32':
+        return
+    if engine not in ('paddle', 'openvino'):
+        raise UserError(f'-engine {engine} runs in fp32; -precision bf16 needs -engine paddle or openvino.')
+    if emulates_bfloat16():
+        raise UserError(
+            'this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16): leave -precision out.'
+        )
+
+
+def write_engine_file(engine: str, model: nn.Layer, image_shape: Sequence[int], prefix: str) -> str:
+    """Export a model to the file that an engine reads, and return what `open_engine` takes.
+
+    Args:
+        prefix: path of the files without suffix.
+    """
+    save_program(model, image_shape, prefix)
+    return prefix if engine == 'paddle' else convert_program(prefix)
+
+
+def open_engine(engine: str, source: str, precision: str = 'fp32') -> Engine:
+    """Return an engine for a file of `write_engine_file`."""
+    if engine == 'onnxruntime':
+        return OnnxRuntime(source)
+    return {'paddle': Predictor, 'openvino': OpenVino}[engine](source, precision)
+
+
+class EngineModel(nn.Layer):
+    """A model whose forward pass is computed by an engine; its attributes are those of the model.
+
+    Args:
+        model: its layers, with the weights to use.
+        engine: one of ENGINES, apart from `dygraph`.
+        image_shape: (C, H, W).
+    """
+
+    def __init__(self, model: nn.Layer, engine: str, image_shape: Sequence[int]):
+        super().__init__()
+        with temporary_folder('engine') as folder:
+            self._engine = open_engine(engine, write_engine_file(engine, model, image_shape, f'{folder}/model'))
+        object.__setattr__(self, '_model', model)  # no sublayer: nothing is to be trained or saved here
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] -> the output of the model."""
+        return paddle.to_tensor(self._engine(images.numpy()))
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, '_model'), name)
+
+
+def with_engine(model: nn.Layer, task: Task) -> nn.Layer:
+    """Return a model that the engine of the configuration runs.
+
+    Raises:
+        UserError: the task needs the layers, or with AMP.
+    """
+    engine = task.config.ENGINE
+    if engine == LAYERS:
+        return model
+    if task.config.AMP:
+        raise UserError(f'-amp (AMP) needs -engine {LAYERS}; -engine {engine} runs in float32.')
+    if not task.infers_by_call:
+        raise UserError(
+            f'-engine {engine} (ENGINE) runs classifiers; TRAIN.TASK {task.config.TRAIN.TASK} needs ENGINE dygraph.'
+        )
+    return EngineModel(model, engine, task.image_shape())

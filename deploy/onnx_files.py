@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX files: conversion of inference programs, and inference with ONNX Runtime and OpenVINO. Packages: requirements-deploy.txt."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from types import ModuleType
+
+import numpy as np
+
+from models.exported import INPUT_NAME, PROGRAM, WEIGHTS, Outputs, check_files, cpu_threads
+from utils.errors import UserError
+from utils.text import NAME, printable
+
+ONNX = '.onnx'
+OPSET = 17  # version of the ONNX operators
+_CONVERT = """
+import sys, paddle2onnx
+program, weights, target, opset = sys.argv[1:]
+paddle2onnx.export(program, weights, target, opset_version=int(opset))
+"""
+
+
+def optional_package(name: str) -> ModuleType:
+    """Import a package of requirements-deploy.txt. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f'{name} cannot be imported ({error}): pip install -r requirements-deploy.txt.') from None
+
+
+def convert_program(prefix: str) -> str:
+    """Convert the program `prefix` of `models.exported.save_program` to the ONNX file PREFIX.onnx; return its path.
+
+    A process of its own converts it, since paddle2onnx ends the process on operators that it does not know.
+
+    Raises:
+        UserError: paddle2onnx is not installed, or does not know an operator of the program.
+    """
+    optional_package('onnx')
+    check_files(prefix)
+    target = prefix + ONNX
+    command = [sys.executable, '-c', _CONVERT, prefix + PROGRAM, prefix + WEIGHTS, target, str(OPSET)]
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', check=False
+    )
+    if done.returncode:
+        if "No module named 'paddle2onnx'" in done.stderr:
+            raise UserError('paddle2onnx is not installed: pip install -r requirements-deploy.txt.')
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        reason = printable(lines[-1].strip(), NAME) if lines else f'it ended with status {done.returncode}'
+        raise UserError(f'paddle2onnx cannot convert this model to ONNX: {reason}')
+    return target
+
+
+class OnnxRuntime:
+    """Run an ONNX file with ONNX Runtime on the CPU, in float32.
+
+    Args:
+        path: the ONNX file.
+    """
+
+    def __init__(self, path: str):
+        runtime = optional_package('onnxruntime')
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = cpu_threads()
+        options.log_severity_level = 3  # errors only
+        self._session = runtime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+    def __call__(self, images: np.ndarray, **more: np.ndarray) -> Outputs:
+        """See `models.exported.Predictor`."""
+        outputs = tuple(self._session.run(None, {INPUT_NAME: images, **more}))
+        return outputs if len(outputs) > 1 else outputs[0]
+
+
+class OpenVino:
+    """Run an ONNX file with OpenVINO on the CPU.
+
+    Args:
+        path: the ONNX file.
+        precision: 'fp32', or 'bf16': bfloat16 for the operators that have bfloat16 kernels.
+    """
+
+    def __init__(self, path: str, precision: str = 'fp32'):
+        settings = {
+            'INFERENCE_PRECISION_HINT': 'bf16' if precision == 'bf16' else 'f32',
+            'INFERENCE_NUM_THREADS': cpu_threads(),
+            'PERFORMANCE_HINT': 'LATENCY',
+        }
+        self._compiled = optional_package('openvino').Core().compile_model(path, 'CPU', settings)
+        self._request = self._compiled.create_infer_request()
+
+    def __call__(self, images: np.ndarray, **more: np.ndarray) -> Outputs:
+        """See `models.exported.Predictor`."""
+        found = self._request.infer({INPUT_NAME: np.ascontiguousarray(images), **more})
+        outputs = tuple(found[output].copy() for output in self._compiled.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
