@@ -58,7 +58,7 @@ class Run:
 
     Attributes:
         name: last parts of the path, distinct between the runs of a page.
-        rows: rows of metrics.jsonl by their kind: train, val, val_ema, eval.
+        rows: rows of metrics.jsonl by their kind: train, val, val_ema, eval; `evaluation`: the last row of EVALUATION.
         steps: values in the log lines of steps, by name: (epoch, value); `lr`, `grad_norm`, scheduled values of the model.
         settings: configuration; empty if config.yaml cannot be read.
         config: None if config.yaml cannot be read.
@@ -125,7 +125,10 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 def _read(run: Run) -> None:
     run.info = _read_info(run)
     _read_config(run)
-    run.rows = _read_metrics(run)
+    run.rows = _read_metrics(run, 'metrics.jsonl')
+    later = os.path.join(EVALUATION, 'metrics.jsonl')
+    if os.path.isfile(os.path.join(run.path, later)):
+        run.rows['evaluation'] = _read_metrics(run, later).get('eval', [])[-1:]
     run.steps = _read_log(run)
     run.predictions = _read_or_note(run, 'predictions.csv', read_predictions)
     run.classes = _read_or_note(run, 'classes.csv', read_table)
@@ -195,16 +198,16 @@ def _lines(run: Run, name: str):
         run.notes.append(f"'{path}' cannot be read: {_reason(error)}; its curves are left out.")
 
 
-def _read_metrics(run: Run) -> dict[str, list[dict]]:
+def _read_metrics(run: Run, name: str) -> dict[str, list[dict]]:
     rows, damaged = defaultdict(list), 0
-    for line in _lines(run, 'metrics.jsonl'):
+    for line in _lines(run, name):
         row = _metrics_row(line)
         if row is None:
             damaged += 1
         else:
             rows[row['kind']].append(row)
     if damaged:
-        path = os.path.join(run.path, 'metrics.jsonl')
+        path = os.path.join(run.path, name)
         run.notes.append(f"'{path}' has {damaged} damaged lines, which are left out.")
     return dict(rows)
 
