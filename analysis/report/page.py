@@ -19,7 +19,7 @@ SUFFIXES = {'val_ema': 'EMA', 'evaluation': '-evaluate'}
 KINDS = {'train': 'training', 'val': 'validation', 'val_ema': 'validation of the EMA'}
 _FIRST = 9  # charts that are visible at first
 _MAIN = 2  # metrics of the validation before the parts of the loss
-_SMALL = 400  # pixels; smaller pictures are enlarged
+_SMALL, _LARGE = 400, 1600  # pixels; smaller pictures are enlarged, larger ones are shrunk
 _UNCOMPARED = ('BASE', 'SAVE', 'TAG', 'MODEL.RESUME')  # keys that differ between any two runs
 
 Content = list[Element]
@@ -295,10 +295,11 @@ def picture_content(runs: Sequence[Run]) -> Content:
 
 
 def _stored(stored: StoredPicture) -> Element:
-    """Return a picture with its name. Small ones are enlarged, so that pixels stay sharp."""
+    """Return a picture with its name. Small ones are enlarged by whole factors, so that pixels stay sharp."""
     title, image = ', '.join(filter(None, [stored.name, stored.when])), stored.image
     factor = max(1, _SMALL // max(image.size))
     image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((_LARGE, _LARGE))
     return figure(picture(image, title), title)
 
 

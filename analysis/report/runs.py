@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.files import open_regular, read_regular
 
 EVALUATION = 'evaluation'  # folder in a run's folder for what is computed from its checkpoint later
-_MAX_LINE, _MAX_LINES = 1 << 20, 10_000_000
+_MAX_TEXT, _MAX_LINE = 1 << 28, 1 << 20  # bytes of a text file, characters of a line
 _MAX_INFO, _MAX_PICTURE = 1 << 20, 64 << 20  # bytes
 _LARGEST = 1e30  # magnitude of a number in a chart
 _BOOKKEEPING = ('kind', 'epoch', 'step', 'images', 'skipped', 'seconds')
@@ -188,12 +188,8 @@ def _lines(run: Run, name: str):
     """Yield the lines of a file of the run; a file that cannot be read gives a note."""
     path = os.path.join(run.path, name)
     try:
-        with open_regular(path, encoding='utf-8', errors='replace') as file:
-            for _ in range(_MAX_LINES):
-                line = file.readline(_MAX_LINE)
-                if not line:
-                    return
-                yield line
+        with open_regular(path, _MAX_TEXT, encoding='utf-8', errors='replace') as file:
+            yield from iter(lambda: file.readline(_MAX_LINE), '')
     except OSError as error:
         run.notes.append(f"'{path}' cannot be read: {_reason(error)}; its curves are left out.")
 
