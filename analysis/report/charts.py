@@ -56,7 +56,9 @@ def nice_ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> l
 
 def _padded(low: float, high: float) -> tuple[float, float]:
     """Return a range around a constant; other ranges are unchanged."""
-    pad = 0.0 if high > low else 0.05 * abs(low) or 0.5
+    if low == high == 0:
+        return 0.0, 1.0
+    pad = 0.0 if high > low else 0.05 * abs(low)
     return low - pad, high + pad
 
 

@@ -42,7 +42,7 @@ def _origin(run: Run, table_or_predictions: Table | Predictions) -> Element:
     """Return a sentence about the file that a section was computed from."""
     found = table_or_predictions
     later = os.path.basename(os.path.dirname(found.path)) == EVALUATION
-    what = 'an evaluation of the best weights' if later else 'the last evaluation of the run'
+    what = 'evaluated later (-evaluate)' if later else 'the last evaluation of the run'
     return el('p', 'From ', el('code', found.path), f': {what}, {found.when}.', class_='muted')
 
 

@@ -15,9 +15,11 @@ from analysis.report.runs import Points, Run, StoredPicture
 from analysis.report.style import STYLE
 from config import SCHEMA
 
+SUFFIXES = {'val_ema': 'EMA', 'evaluation': '-evaluate'}
 KINDS = {'train': 'training', 'val': 'validation', 'val_ema': 'validation of the EMA'}
-_FIRST = 6  # charts that are visible at first
-_SMALL = 400  # pixels; smaller pictures are enlarged
+_FIRST = 9  # charts that are visible at first
+_MAIN = 2  # metrics of the validation before the parts of the loss
+_SMALL, _LARGE = 400, 1600  # pixels; smaller pictures are enlarged, larger ones are shrunk
 _UNCOMPARED = ('BASE', 'SAVE', 'TAG', 'MODEL.RESUME')  # keys that differ between any two runs
 
 Content = list[Element]
@@ -84,7 +86,7 @@ def results_of(run: Run) -> dict[tuple[str, str], Result]:
 def main_metric(run: Run) -> tuple[str, str, Result] | None:
     """Return name, kind and result of the first metric that is no loss, else of the loss; None: there is none."""
     results = results_of(run)
-    names = sorted(results, key=lambda key: (key[0].endswith('loss'), key[1] == 'val_ema'))
+    names = sorted(results, key=lambda key: (key[0].endswith('loss'), key[1] in SUFFIXES))
     return (*names[0], results[names[0]]) if names else None
 
 
@@ -100,7 +102,7 @@ def result_content(runs: Sequence[Run]) -> Content:
 
 
 def _metric_title(name: str, kind: str) -> str:
-    return f'{name} (EMA)' if kind == 'val_ema' else name
+    return f'{name} ({SUFFIXES[kind]})' if kind in SUFFIXES else name
 
 
 def _result_cell(result: Result | None) -> str:
@@ -154,10 +156,7 @@ def curve_content(runs: Sequence[Run]) -> Content:
     """Return a chart per metric, with the curves of all runs."""
     axis = 'step' if any(map(_validates_within_epochs, runs)) else 'epoch'
     found = [run.metrics(axis) for run in runs]
-    names = list(dict.fromkeys(name for metrics in found for name in metrics if name != 'lr'))
-    names.sort(
-        key=lambda name: (name == 'images_per_second', not any('val' in metrics.get(name, ()) for metrics in found))
-    )
+    names = chart_names(found)
     charts, kinds = [], {}
     for name in names:
         curves = [
@@ -170,6 +169,17 @@ def curve_content(runs: Sequence[Run]) -> Content:
         if curves:
             charts.append(figure(line_chart(name, curves, axis), name))
     return [_curve_legend(runs, [kind for kind in KINDS if kind in kinds]), *_grid(charts)] if charts else []
+
+
+def chart_names(found: Sequence[Mapping[str, Mapping]]) -> list[str]:
+    """Return the names of the metrics of all runs: the loss, the first metrics, the parts of the loss, all others."""
+    names = list(
+        dict.fromkeys(name for metrics in found for name in metrics if name not in ('lr', 'images_per_second'))
+    )
+    validated = [name for name in names if any('val' in metrics.get(name, ()) for metrics in found) and name != 'loss']
+    parts = [name for name in names if name not in validated and name != 'loss']
+    loss = [name for name in names if name == 'loss']
+    return [*loss, *validated[:_MAIN], *parts, *validated[_MAIN:], 'images_per_second']
 
 
 def _validates_within_epochs(run: Run) -> bool:
@@ -285,10 +295,11 @@ def picture_content(runs: Sequence[Run]) -> Content:
 
 
 def _stored(stored: StoredPicture) -> Element:
-    """Return a picture with its name. Small ones are enlarged, so that pixels stay sharp."""
+    """Return a picture with its name. Small ones are enlarged by whole factors, so that pixels stay sharp."""
     title, image = ', '.join(filter(None, [stored.name, stored.when])), stored.image
     factor = max(1, _SMALL // max(image.size))
     image = image.resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
+    image.thumbnail((_LARGE, _LARGE))
     return figure(picture(image, title), title)
 
 

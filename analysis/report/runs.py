@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.files import open_regular, read_regular
 
 EVALUATION = 'evaluation'  # folder in a run's folder for what is computed from its checkpoint later
-_MAX_LINE, _MAX_LINES = 1 << 20, 10_000_000
+_MAX_TEXT, _MAX_LINE = 1 << 28, 1 << 20  # bytes of a text file, characters of a line
 _MAX_INFO, _MAX_PICTURE = 1 << 20, 64 << 20  # bytes
 _LARGEST = 1e30  # magnitude of a number in a chart
 _BOOKKEEPING = ('kind', 'epoch', 'step', 'images', 'skipped', 'seconds')
@@ -58,7 +58,7 @@ class Run:
 
     Attributes:
         name: last parts of the path, distinct between the runs of a page.
-        rows: rows of metrics.jsonl by their kind: train, val, val_ema, eval.
+        rows: rows of metrics.jsonl by their kind: train, val, val_ema, eval; `evaluation`: the last row of EVALUATION.
         steps: values in the log lines of steps, by name: (epoch, value); `lr`, `grad_norm`, scheduled values of the model.
         settings: configuration; empty if config.yaml cannot be read.
         config: None if config.yaml cannot be read.
@@ -125,7 +125,10 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
 def _read(run: Run) -> None:
     run.info = _read_info(run)
     _read_config(run)
-    run.rows = _read_metrics(run)
+    run.rows = _read_metrics(run, 'metrics.jsonl')
+    later = os.path.join(EVALUATION, 'metrics.jsonl')
+    if os.path.isfile(os.path.join(run.path, later)):
+        run.rows['evaluation'] = _read_metrics(run, later).get('eval', [])[-1:]
     run.steps = _read_log(run)
     run.predictions = _read_or_note(run, 'predictions.csv', read_predictions)
     run.classes = _read_or_note(run, 'classes.csv', read_table)
@@ -185,26 +188,22 @@ def _lines(run: Run, name: str):
     """Yield the lines of a file of the run; a file that cannot be read gives a note."""
     path = os.path.join(run.path, name)
     try:
-        with open_regular(path, encoding='utf-8', errors='replace') as file:
-            for _ in range(_MAX_LINES):
-                line = file.readline(_MAX_LINE)
-                if not line:
-                    return
-                yield line
+        with open_regular(path, _MAX_TEXT, encoding='utf-8', errors='replace') as file:
+            yield from iter(lambda: file.readline(_MAX_LINE), '')
     except OSError as error:
         run.notes.append(f"'{path}' cannot be read: {_reason(error)}; its curves are left out.")
 
 
-def _read_metrics(run: Run) -> dict[str, list[dict]]:
+def _read_metrics(run: Run, name: str) -> dict[str, list[dict]]:
     rows, damaged = defaultdict(list), 0
-    for line in _lines(run, 'metrics.jsonl'):
+    for line in _lines(run, name):
         row = _metrics_row(line)
         if row is None:
             damaged += 1
         else:
             rows[row['kind']].append(row)
     if damaged:
-        path = os.path.join(run.path, 'metrics.jsonl')
+        path = os.path.join(run.path, name)
         run.notes.append(f"'{path}' has {damaged} damaged lines, which are left out.")
     return dict(rows)
 

@@ -77,8 +77,9 @@ def test_a_run_without_and_with_its_predictions(run, capsys):
     assert len(rows) == 13 and right / 13 == pytest.approx(result['acc1'])
     assert f'accuracy {right / 13:.4f}, 13 images' in page.text
     assert f'{13 - right} of {13 - right} mistakes' in page.text
+    assert 'acc1 (-evaluate)' in page.text and f'{right / 13:.4f}' in page.text
     assert 'tokens' in page.attributes('img', 'alt') and 'class1' in page.text
-    assert f'From {run}/evaluation/predictions.csv: an evaluation of the best weights' in page.text.replace('\n', '')
+    assert f'From {run}/evaluation/predictions.csv: evaluated later (-evaluate), ' in page.text.replace('\n', '')
 
 
 def test_the_evaluation_leaves_the_run_as_it_is(run):

@@ -8,6 +8,7 @@ import pytest
 
 from analysis.report.charts import Series, line_chart, nice_ticks, reliability_diagram, thinned
 from analysis.report.html import el
+from analysis.report.page import chart_names, duration
 from analysis.report.statistics import calibrate, confident_mistakes, confusion_matrix, most_confused
 
 
@@ -74,10 +75,21 @@ def test_a_curve_is_where_its_points_are():
 
 
 def test_a_single_point_and_a_constant_are_drawn():
-    for points in ([(4, 0.25)], [(1, 0.0), (2, 0.0)]):
+    for points in ([(4, 0.25)], [(1, -3.0), (2, -3.0)]):
         chart = line_chart('x', [Series('a', points)])
         heights = {float(circle.get('cy')) for circle in chart.iter('circle')}
         assert len(heights) == 1 and 20 < heights.pop() < 190
+
+
+def test_zeros_have_an_axis_from_zero():
+    assert texts(line_chart('x', [Series('a', [(1, 0.0), (2, 0.0)])]))[:6] == ['0', '0.2', '0.4', '0.6', '0.8', '1']
+
+
+def test_the_loss_and_its_parts_come_before_the_many_metrics_of_detection():
+    metrics = {name: {'val': []} for name in ('box_ap', 'box_ap50', 'box_ap75', 'mask_ap')}
+    found = [{'lr': {}, **metrics, 'loss': {'train': []}, 'rpn_cls': {'train': []}, 'images_per_second': {}}]
+    expected = ['loss', 'box_ap', 'box_ap50', 'rpn_cls', 'box_ap75', 'mask_ap', 'images_per_second']
+    assert chart_names(found) == expected
 
 
 def test_long_curves_are_thinned():
@@ -91,6 +103,10 @@ def test_bars_of_the_reliability_diagram():
     found = calibrate(np.array([0.95, 0.96, 0.1]), np.array([True, False, False]), bins=10)
     bars = [bar for bar in reliability_diagram('r', found).iter('rect') if bar.get('class') == 'bar c0']
     assert sorted(float(bar.get('height')) for bar in bars) == [0, 150]
+
+
+def test_durations():
+    assert [duration(seconds) for seconds in (12.4, 200, 7500)] == ['12 s', '3 min 20 s', '2 h 05 min']
 
 
 def test_elements():

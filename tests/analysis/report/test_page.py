@@ -319,6 +319,15 @@ def test_results_by_class_of_segmentation_and_detection(columns, metric, tmp_pat
     assert [tip for tip in tips if metric in tip] == [f'sky, {metric}: 0.2500', f'tree, {metric}: 0.0000']
 
 
+def test_pictures_are_enlarged_or_shrunk(tmp_path):
+    run = write_run(tmp_path / 'run')
+    for name, size in (('small', (30, 12)), ('large', (4000, 1000))):
+        Image.new('RGB', size).save(run / f'{name}.png')
+    page = page_of(run)
+    assert page.attributes('img', 'alt') == ['large', 'small']
+    assert page.attributes('img', 'width') == ['1600', str(13 * 30)]
+
+
 def test_names_of_runs():
     assert distinct_names(['output/a', 'output/b']) == ['a', 'b']
     assert distinct_names(['x/run', 'y/run/']) == ['x/run', 'y/run']
@@ -344,29 +353,18 @@ BROWSERS = ('chromium', 'chromium-browser', 'google-chrome', 'chrome', 'chrome-h
 
 
 def test_in_a_browser(data, tmp_path):
-    """Chromium lays the page out, in the light and in the dark, without a request and without a message on its console."""
+    """Chromium lays the page out, without a message on its console, such as one about a refused request."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip('no Chromium on this machine')
-    target = tmp_path / 'page.html'
+    target, shot = tmp_path / 'page.html', tmp_path / 'page.png'
     target.write_text(render(read_runs([str(predicted_run(tmp_path / 'run', data))])), encoding='utf-8')
-    pictures = []
-    for scheme in ('light', 'dark'):
-        shot = tmp_path / f'{scheme}.png'
-        flags = [
-            f'--user-data-dir={tmp_path / scheme}',
-            '--headless',
-            '--no-sandbox',
-            '--disable-gpu',
-            '--hide-scrollbars',
-        ]
-        flags += ['--enable-logging=stderr', '--window-size=1200,3000', f'--screenshot={shot}']
-        flags += ['--force-dark-mode', '--blink-settings=preferredColorScheme=0'] if scheme == 'dark' else []
-        result = subprocess.run(
-            [browser, *flags, target.as_uri()], capture_output=True, text=True, timeout=120, check=False
-        )
-        assert 'CONSOLE' not in result.stderr, result.stderr[-2000:]
-        pictures.append(np.asarray(Image.open(shot).convert('L'), float))
-    light, dark = pictures
-    assert light.std() > 5 and dark.std() > 5  # not blank
-    assert light.mean() > 180 > 100 > dark.mean()
+    flags = [f'--user-data-dir={tmp_path / "profile"}', '--headless', '--no-sandbox', '--disable-gpu']
+    flags += ['--enable-logging=stderr', '--window-size=1200,3000', f'--screenshot={shot}', target.as_uri()]
+    result = subprocess.run([browser, *flags], capture_output=True, text=True, timeout=120, check=False)
+    if not shot.exists():
+        pytest.skip(f'{browser} does not start: {result.stderr[-300:]}')
+    assert 'CONSOLE' not in result.stderr, result.stderr[-2000:]
+    pixels = np.asarray(Image.open(shot).convert('RGB'), float)
+    assert pixels.shape[1] == 1200 and pixels.std() > 5  # not blank
+    assert (pixels.max(-1) - pixels.min(-1)).max() > 100  # curves have colors
