@@ -10,7 +10,6 @@ from collections.abc import Callable
 import paddle
 
 import datasets
-from deploy.engines import LAYERS, with_engine
 from engine import distributed
 from engine.checkpoint import read_checkpoint
 from engine.checkpoint_schema import validate_checkpoint
@@ -20,6 +19,7 @@ from engine.run_folder import RunFolder, lock_folder, open_folder
 from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
+from models.engines import LAYERS
 from models.weights.load import Weights, load_pretrained, read_weights, stored_classes
 from tasks import Task, build_evaluator, build_task
 from utils.errors import UserError
@@ -117,7 +117,7 @@ def _match_classes(config, model, weights: Weights, data: datasets.Images, unset
 def _evaluate(config, task: Task, model, weights: Weights, loader, context, log, folder: RunFolder) -> None:
     load_pretrained(model, weights, log=log.master, replace_head=False)
     task.attach(model, log.master, training=False)
-    model = with_engine(model, task)
+    model = task.on_engine(model)
     evaluator = build_evaluator(task, loader.dataset)
     open_folder(folder, config, context, log)
     result = evaluate(config, model, loader, context, log, task, evaluator)

@@ -20,12 +20,12 @@ import paddle
 
 from datasets.batch import to_device
 from datasets.loader import Batch, Loader
-from deploy.engines import LAYERS, Engine, open_engine, write_engine_file
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
 from engine.update import Updater
 from models import build_model
+from models.engines import LAYERS, Engine, open_engine, write_engine_file
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.processes import die_with_parent, resident_memory

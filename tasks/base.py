@@ -24,6 +24,7 @@ from PIL import Image
 import datasets
 from datasets.batch import Batch
 from datasets.transforms import Squash, build_transform
+from models.engines import LAYERS, EngineModel
 from tasks.model_schedules import ModelSchedule, build_model_schedules
 from tasks.pictures import Shown, rgb
 from utils.device import upload
@@ -337,6 +338,23 @@ class Task:
     def infer(self, model: nn.Layer, batch: Batch) -> Any:
         """Run the model in evaluation mode; the outputs go to `Evaluator.process` and `predictions`."""
         return model(batch.images)
+
+    def on_engine(self, model: nn.Layer) -> nn.Layer:
+        """Return a model for `infer` whose forward pass is computed by the inference engine ENGINE.
+
+        Raises:
+            UserError: only the layers can compute `infer`, or AMP is set.
+        """
+        engine = self.config.ENGINE
+        if engine == LAYERS:
+            return model
+        if self.config.AMP:
+            raise UserError(f'-amp (AMP) needs -engine {LAYERS}; -engine {engine} runs in float32.')
+        if not self.infers_by_call:
+            raise UserError(
+                f'-engine {engine} (ENGINE) runs classifiers; TRAIN.TASK {self.config.TRAIN.TASK} needs ENGINE {LAYERS}.'
+            )
+        return EngineModel(model, engine, self.image_shape())
 
     def evaluator(self) -> Evaluator:
         """Return a new evaluator of the validation set."""

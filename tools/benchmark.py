@@ -30,12 +30,12 @@ from dataclasses import replace
 import paddle
 
 from config import get_config, update_config
-from deploy.engines import LAYERS, check_engine
 from engine import distributed
 from engine.distributed import Context
 from engine.run import build_loader
 from engine.throughput import BenchmarkCase, exported, loader_speed, peak_memory, time_interleaved
 from models import build_model
+from models.engines import LAYERS, check_engine
 from models.exported import PRECISIONS, cpu_threads
 from models.profile import profile
 from models.registry import config_file

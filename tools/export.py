@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import paddle
 
-from deploy.engines import Engine
 from deploy.inference import load_classifier
-from deploy.onnx_files import ONNX, OnnxRuntime, convert_program
+from models.engines import Engine
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
+from models.onnx_files import ONNX, OnnxRuntime, convert_program
 from tasks import Task, build_task
 from tools._common import trained_config
 from tools._output import add_output_prefix
@@ -157,7 +157,7 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
     }
 
 
-def publish(prefix: str, target: str, suffixes: Sequence[str]) -> None:
+def publish(prefix: str, target: str, suffixes: Sequence[str] = FILES['paddle']) -> None:
     """Move the files to their target. The old program is removed first and the new one is moved last, since all need it."""
     program, *others = suffixes
     with contextlib.suppress(FileNotFoundError):

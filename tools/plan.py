@@ -29,11 +29,11 @@ from yacs.config import CfgNode
 from config import config_file_of, get_config, merge_opts, update_config
 from datasets import Images, build_dataloader
 from datasets.batch import on_device
-from deploy.engines import LAYERS, open_engine, write_engine_file
 from engine import distributed
 from engine.distributed import Context
 from engine.throughput import Call, engine_call, time_interleaved
 from models import build_model
+from models.engines import LAYERS, open_engine, write_engine_file
 from models.exported import cpu_threads
 from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer

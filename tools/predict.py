@@ -24,7 +24,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
 from datasets.bands import image_extensions
-from deploy.engines import with_engine
 from deploy.inference import FilePrediction, load_trained, predict_files
 from engine import distributed
 from tasks import PredictionOptions
@@ -46,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = find_images(args.images, image_extensions(config.DATA.IMAGE_CHANNELS))
     distributed.start()
     task, model = load_trained(config)
-    model = with_engine(model, task)
+    model = task.on_engine(model)
     names = read_class_names(args.class_names, model.num_classes) if args.class_names else None
     options = PredictionOptions(args.topk, names)
     columns = task.prediction_columns(options)

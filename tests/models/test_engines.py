@@ -12,11 +12,10 @@ import paddle
 import pytest
 
 from config import get_config
-from deploy import engines, onnx_files
-from deploy.engines import ENGINES, LAYERS, EngineModel, check_engine, open_engine, with_engine, write_engine_file
-from deploy.onnx_files import convert_program
-from models import build_model
+from models import build_model, engines, onnx_files
+from models.engines import ENGINES, LAYERS, EngineModel, check_engine, open_engine, write_engine_file
 from models.exported import save_program
+from models.onnx_files import convert_program
 from tasks import build_task
 from tests.conftest import assert_close
 from tests.models.helpers import small_config
@@ -113,7 +112,7 @@ def test_an_engine_model_has_the_attributes_of_its_model(monkeypatch):
 def test_what_engines_do_not_run(options, reason):
     config = get_config(None, ['ENGINE', 'onnxruntime', 'MODEL.NUM_CLASSES', 3, *options])
     with pytest.raises(UserError, match=re.escape(reason)):
-        with_engine(paddle.nn.Linear(2, 2), build_task(config))
+        build_task(config).on_engine(paddle.nn.Linear(2, 2))
 
 
 def test_precisions(monkeypatch):

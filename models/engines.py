@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 import paddle
 from paddle import Tensor, nn
 
-from deploy.onnx_files import OnnxRuntime, OpenVino, convert_program
 from models.exported import Outputs, Predictor, emulates_bfloat16, save_program
-from tasks import Task
+from models.onnx_files import OnnxRuntime, OpenVino, convert_program
 from utils.errors import UserError
 from utils.temporary import temporary_folder
 
@@ -73,21 +72,3 @@ class EngineModel(nn.Layer):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(object.__getattribute__(self, '_model'), name)
-
-
-def with_engine(model: nn.Layer, task: Task) -> nn.Layer:
-    """Return a model that the engine of the configuration runs.
-
-    Raises:
-        UserError: the task needs the layers, or with AMP.
-    """
-    engine = task.config.ENGINE
-    if engine == LAYERS:
-        return model
-    if task.config.AMP:
-        raise UserError(f'-amp (AMP) needs -engine {LAYERS}; -engine {engine} runs in float32.')
-    if not task.infers_by_call:
-        raise UserError(
-            f'-engine {engine} (ENGINE) runs classifiers; TRAIN.TASK {task.config.TRAIN.TASK} needs ENGINE dygraph.'
-        )
-    return EngineModel(model, engine, task.image_shape())
