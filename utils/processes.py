@@ -27,6 +27,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Limits of a function in a subprocess: bytes, a thousand times the largest MATLAB file of a data set, and processor time.
 MEMORY = 1 << 30
 SECONDS = 15
+_EXIT = 20.0  # seconds in which a `Worker` exits before it is killed
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -239,7 +240,10 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
+        if self._process is not None and kind is None:
+            self._pipe.close()  # so that the process ends by itself
+            self._process.join(_EXIT)
         self._end()
 
 
