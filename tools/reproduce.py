@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reproduce the published accuracies: download or take weights, convert, evaluate, compare.
 
-    python tools/reproduce.py -data_path /dataset/imagenet -output zoo
-    python tools/reproduce.py -data_path /dataset/imagenet -output zoo -weights downloads/ deit_tiny_patch16_224 gmlp_s16_224
+    python tools/reproduce.py -data_path /dataset/imagenet
+    python tools/reproduce.py -data_path /dataset/imagenet -weights downloads/ deit_tiny_patch16_224 gmlp_s16_224
 
-Without names: all rows of configs/zoo.csv. A finished row is kept in zoo/results.json and skipped when the command is started
-again. A row that fails is listed with its reason, the others go on, and the exit status is 1. Writes zoo/table.md, table.csv and
-zoo.png; docs/models.md explains them.
+Without names: all rows of configs/zoo.csv. A finished row is kept in output/zoo/results.json and skipped when the command is started
+again. A row that fails is listed with its reason, the others go on, and the exit status is 1. Writes table.md, table.csv and
+zoo.png beside it; docs/models.md explains them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         'names', nargs='*', metavar='NAME', help='configurations or YAML files (default: the whole table)'
     )
-    add_output_folder(parser, 'for tables, picture, run folders and converted weights', required=True)
+    add_output_folder(parser, 'for tables, picture, run folders and converted weights', default='output/zoo')
     parser.add_argument(
         '-weights',
         metavar='DIR',

@@ -20,13 +20,14 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from utils.cli import SIGNALS
+from utils.cli import SIGNALS, handle_signals
 from utils.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Limits of a function in a subprocess: bytes, a thousand times the largest MATLAB file of a data set, and processor time.
 MEMORY = 1 << 30
 SECONDS = 15
+_EXIT, _GRACE = 20.0, 5.0  # seconds in which a `Worker` exits by itself, and after SIGTERM, before it is killed
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
@@ -222,11 +223,13 @@ class Worker:
         theirs.close()
 
     def _end(self) -> str:
-        """Kill the process if it runs, and return how it ended."""
+        """End the process if it runs, and return how it ended before."""
         process, self._process = self._process, None
         if process is None:
             return ''
         status = process.exitcode
+        process.terminate()
+        process.join(_GRACE)
         process.kill()
         process.join()
         self._pipe.close()
@@ -239,15 +242,18 @@ class Worker:
     def __enter__(self) -> Worker:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
+        if self._process is not None and kind is None:
+            self._pipe.close()  # so that the process ends by itself
+            self._process.join(_EXIT)
         self._end()
 
 
 def _serve(pipe: Connection) -> None:
     """Answer the calls of a `Worker`; signals of a terminal go to its owner, which ends this process."""
     die_with_parent()
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    handle_signals(lambda number, _: sys.exit(128 + number))  # frees semaphores, unlike the default
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     while True:
         try:
             function, args = pipe.recv()

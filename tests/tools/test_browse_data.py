@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from config import get_config
-from datasets import build_dataset
+from datasets import Batch
 from datasets.batch import to_device
 from engine.distributed import Context
 from engine.run import build_loader
-from tasks import build_task
+from tasks import Task, build_task
 from tasks.pictures import GAP, MASKED, Shown, contact_sheet, enlargement, pixels
 from tests.engine.curves import COMMON, _config
 from tests.engine.test_curves import RECIPES
@@ -140,18 +140,16 @@ def test_objects():
         assert changed.any() and not changed[~inside].any()
 
 
-def test_channels_that_are_no_colors(images):
-    """Two channels show the first; names of classes are those of the data set, else numbers."""
+@pytest.mark.parametrize('channels, shown', [(1, [0, 0, 0]), (2, [0, 0, 0]), (3, [0, 1, 2]), (5, [0, 1, 2])])
+def test_a_task_without_labels_shows_pixels_of_any_number_of_channels(images, channels, shown):
     task = build_task(get_config(opts=['DATA.DATASET', 'folder', 'DATA.DATA_PATH', images]))
-    gray = task.pictures_of(to_device(batch_of_channels(1), [0.5], [0.5]).images)[0][0]
-    assert gray.shape == (4, 4, 3) and (gray[..., 0] == gray[..., 2]).all()
-    assert build_dataset(task.config, 'train').class_names == ['class0', 'class1', 'class2']
-
-
-def batch_of_channels(channels: int):
-    from datasets import Batch
-
-    return Batch(np.arange(16 * channels, dtype='uint8').reshape(1, 4, 4, channels), {}, np.zeros(1, 'int64'))
+    task.config.defrost()
+    task.config.DATA.IMAGENET_MEAN = task.config.DATA.IMAGENET_STD = [0.5] * channels
+    stored = np.arange(16 * channels, dtype='uint8').reshape(1, 4, 4, channels)
+    batch = to_device(Batch(stored, {}, np.zeros(1, 'int64')), [0.5] * channels, [0.5] * channels)
+    (example,) = Task.training_pictures(task, batch, np.random.default_rng(0), task.dataset('train'), 4)
+    assert example.caption == ''
+    np.testing.assert_array_equal(example.pictures, stored[..., shown])
 
 
 def test_long_captions_are_cut():
