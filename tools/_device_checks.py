@@ -173,7 +173,8 @@ def check_waits(context: Context, folder: str) -> Iterator[Finding]:
         return
     for dtype, bound in (('float32', 0), *((dtype, int(dtype == 'float16')) for dtype in _half_types())):
         amp = [] if dtype == 'float32' else ['AMP', True, 'AMP_DTYPE', dtype]
-        config = _digits(*amp, 'TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0, 'REPORT_FREQ', 10**6)
+        short = ['TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0, 'DATA.BATCH_SIZE', 128, 'REPORT_FREQ', 10**6]
+        config = _digits(*amp, *short)
         trainer, begins = _trainer(config, context, os.path.join(folder, dtype)), []
         step = trainer._step
         with count_waits() as found:
