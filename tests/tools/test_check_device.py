@@ -66,8 +66,8 @@ def test_a_reference_file_that_is_missing_is_one_sentence(monkeypatch):
 
 
 def test_processes_that_hang_or_fail_are_ended():
-    with pytest.raises(RuntimeError, match='-c did not end within 0.2 s: begun'):
-        checks._start('-c', 0.2, 'import time; print("begun", flush=True); time.sleep(60)')
+    with pytest.raises(RuntimeError, match='-c did not end within 0.2 s'):
+        checks._start('-c', 0.2, 'import time; time.sleep(60)')
     with pytest.raises(RuntimeError, match='-c failed: .*ZeroDivisionError'):
         checks._start('-c', 30, '1 / 0')
 
