@@ -145,10 +145,11 @@ def measure_training(rows: list[dict], cases: list[BenchmarkCase], args: argpars
 
 def measure_loader(case: BenchmarkCase, args: argparse.Namespace, context: Context) -> dict:
     """Return images per second and number of workers of the training loader of a case."""
-    task = build_task(case.config)
-    loader = build_loader(case.config, task, task.dataset('train'), 'train', context)
-    workers = case.config.DATA.NUM_WORKERS
-    batches = max(args.rounds, LOADER_BATCHES * workers * case.config.DATA.PREFETCH)
+    config = case.config.clone()
+    config.defrost()  # the data set gives the number of classes
+    task, workers = build_task(config), config.DATA.NUM_WORKERS
+    loader = build_loader(config, task, task.dataset('train'), 'train', context)
+    batches = max(args.rounds, LOADER_BATCHES * workers * config.DATA.PREFETCH)
     return {'images_per_second': loader_speed(loader, batches), 'workers': workers}
 
 

@@ -24,15 +24,18 @@ import contextlib
 import os
 import tempfile
 import time
+import traceback
+from collections.abc import Iterable, Iterator
 
 import paddle
 
 from engine import distributed
 from engine.distributed import Context
-from tools._device_checks import CHECKS, Finding
+from tools._device_checks import CHECKS, LIMITS, Finding
 from tools._output import add_output_file
 from utils.cli import run
 from utils.environment import processor_name
+from utils.errors import UserError
 from utils.files import atomic_write, json_text
 
 
@@ -74,16 +77,32 @@ def check(context: Context, names: list[str]) -> list[Finding]:
     """Run checks by name and print each finding as soon as it is there."""
     findings = []
     for name in names:
-        started = time.time()
+        started = time.monotonic()
         with tempfile.TemporaryDirectory(prefix='check-device-') as folder:
-            for finding in CHECKS[name](context, folder):
+            for finding in limited(name, CHECKS[name](context, folder)):
                 findings.append(finding)
                 print(
                     f'{finding.name}: {finding.value} ({finding.bound or "measured"})'
                     + ('' if finding.ok else ' FAILED')
                 )
-        print(f'----- {name}: {time.time() - started:.0f} s', flush=True)
+        print(f'----- {name}: {time.monotonic() - started:.0f} s', flush=True)
     return findings
+
+
+def limited(name: str, findings: Iterable[Finding]) -> Iterator[Finding]:
+    """Return the findings of a check up to its limit of time. An error of the device is a finding, too."""
+    started = time.monotonic()
+    try:
+        for finding in findings:
+            yield finding
+            if time.monotonic() - started > LIMITS[name]:
+                yield Finding(f'{name}: rest of the check', 'left out', f'after {LIMITS[name]} s')
+                return
+    except UserError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        yield Finding(name, f'{type(error).__name__}: {" ".join(str(error).split())[:300]}', 'no error', False)
 
 
 def table(machine: dict[str, str], findings: list[Finding]) -> str:

@@ -14,19 +14,71 @@ from tasks import build_task
 from tests.conftest import ROOT
 from tests.engine.gpu import gpu  # noqa: F401
 from tests.runs.conftest import environment
+from tests.tasks.helpers import ALONE
 from tools import _device_checks as checks
-from tools import check_device
+from tools import _device_goldens, check_device
 from tools._device_checks import Finding
+from tools._device_goldens import GOLDENS
+from utils.environment import is_gpu_build
+from utils.errors import UserError
 
 
 def test_table_and_file(tmp_path, capsys):
     path = tmp_path / 'device.json'
-    assert check_device.main(['-only', 'models', 'training', '-json', str(path)]) == 0
+    assert check_device.main(['-only', 'goldens', 'models', 'training', '-json', str(path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(path.read_text())
     assert found['machine']['paddle'] == paddle.__version__
-    (finding,) = found['findings']  # a CPU is not compared with itself
+    *goldens, finding = found['findings']  # a CPU is not compared with itself
+    assert [row['name'] for row in goldens] == [f'{g.name}: original program, float32' for g in GOLDENS]
     assert lines[-1] == f'| {finding["name"]} | {finding["value"]} | – | yes |'
+
+
+def test_limits_cover_all_checks_in_five_minutes():
+    assert checks.LIMITS.keys() == checks.CHECKS.keys() and sum(checks.LIMITS.values()) <= 300
+
+
+def test_a_check_ends_at_its_limit_and_an_error_is_a_finding(monkeypatch, capsys):
+    def slow(context, folder):
+        yield Finding('first', '1')
+        clock[0] += 100
+        yield Finding('second', '2')
+        yield Finding('third', '3')
+
+    def broken(context, folder):
+        yield Finding('before', '1')
+        raise RuntimeError('CUDA error 700')
+
+    clock = [0.0]
+    monkeypatch.setattr(check_device.time, 'monotonic', lambda: clock[0])
+    monkeypatch.setitem(check_device.CHECKS, 'models', slow)
+    monkeypatch.setitem(check_device.CHECKS, 'waits', broken)
+    assert check_device.main(['-only', 'models', 'waits']) == 1
+    out = capsys.readouterr().out
+    assert '| second | 2 | – | yes |\n| models: rest of the check | left out | after 50 s | yes |\n| before' in out
+    assert out.endswith('| waits | RuntimeError: CUDA error 700 | no error | NO |\n')
+
+
+def test_a_reference_file_that_is_missing_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(_device_goldens, 'FOLDER', '/nowhere')
+    with pytest.raises(UserError, match="'/nowhere/gmlp-fwd_a.npz' is missing: run the check in a clone"):
+        check_device.main(['-only', 'goldens'])
+
+
+def test_processes_that_hang_or_fail_are_ended():
+    with pytest.raises(RuntimeError, match='-c did not end within 0.2 s'):
+        checks._start('-c', 0.2, 'import time; time.sleep(60)')
+    with pytest.raises(RuntimeError, match='-c failed: .*ZeroDivisionError'):
+        checks._start('-c', 30, '1 / 0')
+
+
+@pytest.mark.skipif(is_gpu_build(), reason='starts processes without GPUs')
+def test_two_processes_reduce_exactly(tmp_path, monkeypatch):
+    """A script of its own under the launcher; the training of two processes is a test of the launchers."""
+    monkeypatch.setitem(checks.LIMITS, 'processes', 240)
+    findings = checks.check_processes(ALONE, str(tmp_path))
+    exact, speed = next(findings), next(findings)
+    assert exact.ok and exact.value == 'exact' and speed.value.endswith(' GB/s')
 
 
 def test_a_check_that_fails_is_seen(monkeypatch, capsys):
@@ -40,7 +92,9 @@ def test_a_check_that_fails_is_seen(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ('name', 'count'), [('models', 3), ('training', 6), ('overflow', 1), ('waits', 3)], ids=lambda value: str(value)
+    ('name', 'count'),
+    [('goldens', 17), ('models', 3), ('training', 6), ('overflow', 1), ('waits', 3)],
+    ids=lambda value: str(value),
 )
 def test_checks_of_a_gpu(gpu, monkeypatch, tmp_path, name, count):  # noqa: F811
     """Here the GPU is the CPU, so that all numbers agree."""
@@ -74,6 +128,6 @@ def large_losses(config):
 
 @pytest.mark.gpu
 def test_this_gpu():
-    command = [sys.executable, 'tools/check_device.py', '-only', 'models', 'training', 'overflow', 'waits']
+    command = [sys.executable, 'tools/check_device.py', '-only', 'goldens', 'models', 'training', 'overflow', 'waits']
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
