@@ -107,6 +107,8 @@ def _round(result: Result, attacks: Attacks, begin: int) -> int | None:
             os.close(reader)
             _serve(attacks, begin, writer)
             status = 0
+        except Exception:
+            os.write(writer, json.dumps({'broken': traceback.format_exc()[-2000:]}).encode() + b'\n')
         finally:
             os._exit(status)
     os.close(writer)
@@ -120,6 +122,8 @@ def _round(result: Result, attacks: Attacks, begin: int) -> int | None:
                 break
             *lines, pending = (pending + data).split(b'\n')
             for message in map(json.loads, lines):
+                if 'broken' in message:
+                    raise RuntimeError(message['broken'])
                 if 'outcome' in message:
                     result.add(message['name'], message['outcome'], message['seconds'], message['memory'])
                     name = ''

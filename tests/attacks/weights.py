@@ -208,8 +208,10 @@ def doors(lab: SimpleNamespace) -> dict[str, Callable[[str], object]]:
     }
 
 
-def attacks(lab: SimpleNamespace, door: str, tries: int) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield (name, attack) of a door: files made by hand, and `tries` damaged ones."""
+def attacks(
+    lab: SimpleNamespace, door: str, tries: int, made: bool = True
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Yield (name, attack) of a door: files made by hand if `made`, and `tries` damaged ones."""
     take = doors(lab)[door]
 
     def written(name: str, data: bytes) -> Callable[[], object]:
@@ -221,8 +223,7 @@ def attacks(lab: SimpleNamespace, door: str, tries: int) -> Iterator[tuple[str, 
 
         return attack
 
-    hand = itertools.chain(crafted(), limits()) if door in ('read_file', '-pretrained') else crafted()
-    for name, data in hand:
+    for name, data in itertools.chain(crafted(), limits() if door == 'read_file' else ()) if made else ():
         yield name, written(name, data)
     formats = seeds(lab.state, lab.folder)
     if door == '-resume':
