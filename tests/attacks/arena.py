@@ -22,10 +22,11 @@ from collections.abc import Callable, Iterator
 
 from datasets.images import UnreadableImage
 from utils.errors import UserError
+from utils.processes import process_state
 from utils.text import SENTENCE, printable
 
 SECONDS = 20.0  # of processor time per attack
-PAUSE = 60.0  # seconds after which a child that reports nothing is killed
+PAUSE = 60.0  # seconds after which a child that reports nothing and does not wait for a processor is killed
 MEMORY = 2 << 30  # bytes above normal
 _SPACE = 8 << 30  # bytes of address space above normal: an attack that takes more gets a MemoryError
 _PROGRAMS = ('os.system', 'os.exec', 'os.posix_spawn', 'os.spawn', 'subprocess.Popen', 'pty.spawn')  # audit events
@@ -112,12 +113,13 @@ def _round(result: Result, attacks: Attacks, begin: int) -> int | None:
         finally:
             os._exit(status)
     os.close(writer)
-    current, name, started = begin - 1, '', time.monotonic()
+    current, name, started, work = begin - 1, '', time.monotonic(), 0.0
     with os.fdopen(reader, 'rb', buffering=0) as stream:
         pending = b''
         while True:
-            ready = select.select([stream], [], [], max(started + PAUSE - time.monotonic(), 0))[0]
-            data = stream.read(65536) if ready else None
+            data = stream.read(65536) if select.select([stream], [], [], 1.0)[0] else None
+            if data is None and not _hangs(child, time.monotonic() - started, work):
+                continue
             if not data:
                 break
             *lines, pending = (pending + data).split(b'\n')
@@ -129,7 +131,7 @@ def _round(result: Result, attacks: Attacks, begin: int) -> int | None:
                     name = ''
                 else:
                     current, name = message['number'], message['name']
-                started = time.monotonic()
+                started, work = time.monotonic(), _work_of(child)
     if data is None:
         os.kill(child, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -140,6 +142,18 @@ def _round(result: Result, attacks: Attacks, begin: int) -> int | None:
     why = 'no answer' if data is None else f'the process ended with status {status}'
     result.add(name, why, time.monotonic() - started if data is None else 0.0, 0)
     return current + 1
+
+
+def _hangs(child: int, waited: float, work: float) -> bool:
+    """Return True if the child has used too much processor time since `work`, or sleeps for too long."""
+    return _work_of(child) - work > 2 * SECONDS or (waited > PAUSE and process_state(child) != 'R')
+
+
+def _work_of(process: int) -> float:
+    """Processor time of a process, in seconds (proc_pid_stat(5))."""
+    with open(f'/proc/{process}/stat') as file:
+        user, system = file.read().rpartition(')')[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf('SC_CLK_TCK')
 
 
 def _serve(attacks: Attacks, begin: int, writer: int) -> None:

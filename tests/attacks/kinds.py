@@ -33,7 +33,7 @@ def attacks(lab: SimpleNamespace, kind: str, tries: int | None = None, made: boo
     if kind == 'data files':
         return functools.partial(records.attacks, lab, tries)
     if kind == 'configuration':
-        return functools.partial(records.attacks, lab, tries, records.settings)
+        return functools.partial(records.attacks, lab, tries, records.settings, made)
     if kind == 'exported programs':
         return functools.partial(programs.attacks, lab, tries)
     return functools.partial(weights.attacks, lab, kind.partition(': ')[2], tries, made)

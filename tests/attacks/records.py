@@ -153,14 +153,14 @@ YAMLS = (
 
 
 def attacks(
-    lab: SimpleNamespace, tries: int, sources: Callable = layouts
+    lab: SimpleNamespace, tries: int, sources: Callable = layouts, made: bool = True
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield (name, attack): `tries` damaged files, the same number of each kind."""
+    """Yield (name, attack): YAML files made by hand if `made`, and `tries` damaged files, the same number of each kind."""
     for name in os.listdir(lab.folder):  # of an earlier process
         if name in FOLDERS:
             shutil.rmtree(os.path.join(lab.folder, name))
     kinds = list(sources(lab))
-    if sources is settings:
+    if sources is settings and made:
         path = os.path.join(lab.folder, 'made.yaml')
         for number, text in enumerate(YAMLS):
             yield f'YAML {number}', lambda text=text: (_write(lab.folder, 'made.yaml', text.encode()), get_config(path))
