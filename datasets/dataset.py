@@ -190,13 +190,18 @@ def _names(names: Any, source: str) -> list[str]:
 def _whole_numbers(labels: Sequence[int], source: str) -> np.ndarray:
     """Return labels as [N] int64. Raises UserError if they are no list of 64-bit integers."""
     try:
-        array = np.asarray(labels)
+        # Many references to one long text would become an array of many times their size.
+        array = np.asarray(labels) if _are_numbers(labels) else np.empty(1, object)
     except (ValueError, TypeError, OverflowError):  # such as lists of different lengths
         array = np.empty(1, object)
     whole = array.ndim == 1 and array.dtype.kind in 'iu'
     if array.size and not (whole and array.max() <= np.iinfo(np.int64).max):
         raise UserError(f'{source} has labels that are not whole numbers of at most 64 bits.')
     return array.reshape(-1).astype(np.int64)
+
+
+def _are_numbers(labels: Sequence[Any]) -> bool:
+    return isinstance(labels, np.ndarray) or all(issubclass(kind, (int, np.integer)) for kind in set(map(type, labels)))
 
 
 class FileStorage(EncodedStorage):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -32,12 +33,17 @@ MAX_SCANS = 100  # of a progressive JPEG; encoders write about 10
 MAX_WORK = 2 << 30  # pixels times scans: a scan of a million pixels takes a millisecond, whatever its few bytes hold
 ROWS_BELOW = 16  # rows that are decoded below a box, of which the interpolation of colors needs four
 _FEW_SCANS = 16  # up to here they need not be counted exactly
+MAX_TILES = 1 << 18  # strips or tiles of a TIFF file, which Pillow reads one by one in Python
+MAX_PLAIN = 16 << 20  # bytes of a PPM file of decimal numbers, which Pillow parses in Python
 # First bytes of files that are no raster image, or one that Pillow does not decode here; the others it knows itself.
 _OTHER_KINDS = (
     (b'%PDF', 'PDF'), (b'<svg', 'SVG'), (b'<', 'text with markup'), (b'PK', 'a zip archive'), (b'\0\0\0\x1cftyphei', 'HEIC'),
     (b'\0\0\0\x18ftyphei', 'HEIC'), (b'\0\0\0\x18ftypmif', 'HEIC'), (b'version https://git-lfs', 'a git-lfs pointer'),
 )  # fmt: skip
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # refused instead
+warnings.filterwarnings('ignore', module=r'PIL\.')  # one for each damaged entry of a file, thousands
+# libtiff decodes each strip of a TIFF file as a JPEG file of its own, with up to 100 scans unless this is set.
+os.environ.setdefault('LIBTIFF_JPEG_MAX_ALLOWED_SCAN_NUMBER', str(_FEW_SCANS))
 
 
 class UnreadableImage(Exception):
@@ -197,7 +203,7 @@ def _plain_jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS):
+    if width * height > min(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
         return None
     return (width, height) if colors in ('YCbCr', 'Gray') else None
 
@@ -250,6 +256,10 @@ def count_scans(data: bytes, limit: int) -> int:
     return scans
 
 
+_ROWS = 256  # of an image that are converted at once
+_PLAIN = (b'P1', b'P2', b'P3')  # first bytes of PPM files of decimal numbers
+
+
 def _decode(data: bytes, exif_rotate: bool = False) -> Image.Image:
     """Decode an image file to RGB with Pillow."""
     with loaded(data) as image:
@@ -274,6 +284,8 @@ def loaded(data: bytes, formats: Sequence[str] = FORMATS) -> Iterator[Image.Imag
             check_size(image)
             if image.format in ('JPEG', 'MPO') and one_scan_frame(data) is None:
                 _check_scans(data, image.width * image.height)
+            if len(image.tile) > MAX_TILES or (data[:2] in _PLAIN and len(data) > MAX_PLAIN):
+                raise UnreadableImage('its pixels are in a form that would take too long to read')
             image.load()  # Pillow applies the orientation of TIFF files here
             yield image
     except UnreadableImage:
@@ -332,8 +344,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == 'F':
         raise UnreadableImage('32-bit floating point pixels have no fixed range')
     if image.mode.startswith('I'):  # Pillow's conversion would clip 16 bits at 255
-        high_byte = np.clip(np.asarray(image), 0, 65535) >> 8
-        image = Image.fromarray(high_byte.astype(np.uint8))
+        image = _high_byte(image)
     elif image.mode == 'P' and 'transparency' in image.info:
         image = image.convert('RGBA')
     return image.convert('RGB')
+
+
+def _high_byte(image: Image.Image) -> Image.Image:
+    """Reduce 16 bits to 8, in parts, since Pillow stores 32 bits per pixel."""
+    result = np.empty((image.height, image.width), np.uint8)
+    for top in range(0, image.height, _ROWS):
+        rows = np.asarray(image.crop((0, top, image.width, min(top + _ROWS, image.height))))
+        result[top : top + _ROWS] = np.clip(rows, 0, 65535) >> 8
+    return Image.fromarray(result)

@@ -25,7 +25,6 @@ It stores labels with the images. They are collected once and saved beside the f
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import os
@@ -41,7 +40,8 @@ from datasets.arrow import deserialize
 from datasets.classes import ClassTable
 from datasets.dataset import Dataset, EncodedStorage, Images
 from datasets.folder import data_path
-from datasets.images import MAX_FILE, UnreadableImage
+from datasets.images import UnreadableImage
+from datasets.lmdb_file import CutOffError, LmdbFile
 from datasets.packed_maps import packed_dataset, read_description
 from datasets.registry import register_dataset
 from utils.errors import UserError
@@ -72,7 +72,7 @@ def build_lmdb(config, split: str) -> Images:
     except (UnreadableImage, ValueError) as error:
         raise UserError(f"'{path}' is damaged: {error}.") from None
     finally:
-        close_file(path)  # each worker opens its own
+        close_file(path)
     kind = (
         'is not complete'
         if marker is None
@@ -220,25 +220,8 @@ class LmdbStorage(EncodedStorage):
         return f'{self.path}, key {self._key(index).decode()}'
 
 
-@dataclasses.dataclass
-class _Opened:
-    """An open file.
-
-    Attributes:
-        process: that opened it.
-        environment: lmdb.Environment, a memory map.
-        handle: of the file, to check its size.
-        size: bytes that the memory map needs.
-    """
-
-    process: int
-    environment: Any
-    handle: int
-    size: int
-
-
-# Open files of this process by real path, since LMDB may open each only once.
-_OPEN: dict[str, _Opened] = {}
+# Open files of this process by real path. Worker processes inherit them.
+_OPEN: dict[str, LmdbFile] = {}
 
 
 def read_value(path: str, key: bytes) -> bytes | None:
@@ -248,78 +231,53 @@ def read_value(path: str, key: bytes) -> bytes | None:
         UnreadableImage: the file is damaged.
         UserError: the file cannot be opened, or was cut off since.
     """
-    opened = _OPEN.get(os.path.realpath(path))
-    if opened is None or opened.process != os.getpid():
-        close_file(path)  # an environment must not be used after a fork; closing it does not affect the parent
-        environment, size = _open(path)
-        opened = _Opened(os.getpid(), environment, os.open(path, os.O_RDONLY | os.O_CLOEXEC), size)
-        _OPEN[os.path.realpath(path)] = opened
-    _check_size(path, os.fstat(opened.handle).st_size, opened.size)  # reading the memory map would end this process
+    real = os.path.realpath(path)
+    file = _OPEN.get(real)
+    if file is None:
+        file = _OPEN[real] = open_file(path)
     try:
-        with opened.environment.begin(buffers=True) as transaction:
-            return _copied(transaction.get(key))
-    except lmdb_module().Error as error:
+        return file.get(key)
+    except CutOffError as error:
+        raise _cut_off(path, error) from None
+    except ValueError as error:
         raise UnreadableImage(str(error)) from None
+    except OSError as error:
+        raise UnreadableImage(error.strerror or str(error)) from None
 
 
-def _check_size(path: str, size: int, needed: int) -> None:
-    if size < needed:
-        raise UserError(f"'{path}' is cut off: it has {size} bytes of {needed}; copy or write it again.")
+def open_file(path: str) -> LmdbFile:
+    """Open an LMDB file. Raises UserError if it is missing, cut off, or another file."""
+    try:
+        return LmdbFile(path)
+    except FileNotFoundError:
+        raise UserError(f"'{path}' does not exist; `python tools/make_lmdb.py` writes it.") from None
+    except CutOffError as error:
+        raise _cut_off(path, error) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f"'{path}' is not an LMDB file: {reason}.") from None
 
 
-def _copied(value: memoryview | None) -> bytes | None:
-    """A value of the file, whose length a damaged file may state as anything."""
-    if value is not None and len(value) > MAX_FILE:
-        raise UnreadableImage(f'a value of {len(value)} bytes, more than the {MAX_FILE} that are read')
-    return None if value is None else bytes(value)
+def _cut_off(path: str, error: CutOffError) -> UserError:
+    return UserError(f"'{path}' is cut off: it has {error.size} bytes of {error.needed}; copy or write it again.")
 
 
 def _entries(path: str) -> int:
     """Number of values in a file that is open."""
-    return _OPEN[os.path.realpath(path)].environment.stat()['entries']
+    return _OPEN[os.path.realpath(path)].entries
 
 
 def close_file(path: str) -> None:
     """Close a file in this process; the next `read_value` opens it again."""
-    opened = _OPEN.pop(os.path.realpath(path), None)
-    if opened is not None:
-        opened.environment.close()
-        os.close(opened.handle)
-
-
-def open_readonly(path: str):
-    """Open an lmdb.Environment without lock and read-ahead.
-
-    Raises:
-        UserError: the file is missing, no LMDB file, or truncated (LMDB itself would crash on it).
-    """
-    return _open(path)[0]
-
-
-def _open(path: str) -> tuple[Any, int]:
-    """Return the environment of `open_readonly`, and the number of bytes that it needs."""
-    lmdb = lmdb_module()
-    if not os.path.isfile(path):
-        raise UserError(f"'{path}' does not exist; `python tools/make_lmdb.py` writes it.")
-    try:
-        environment = lmdb.open(
-            os.fsencode(path), subdir=False, readonly=True, lock=False, readahead=False, create=False
-        )
-    except lmdb.Error as error:
-        raise UserError(f"'{path}' is not an LMDB file: {error}.") from None
-    needed = (environment.info()['last_pgno'] + 1) * environment.stat()['psize']
-    try:
-        _check_size(path, os.path.getsize(path), needed)
-    except UserError:
-        environment.close()
-        raise
-    return environment, needed
+    file = _OPEN.pop(os.path.realpath(path), None)
+    if file is not None:
+        file.close()
 
 
 def lmdb_module():
-    """Import the lmdb package, which only these data need."""
+    """Import the lmdb package, which writes these files; reading needs no package."""
     try:
         import lmdb
     except ImportError:
-        raise UserError('LMDB data need the lmdb package: pip install lmdb.') from None
+        raise UserError('writing LMDB files needs the lmdb package: pip install lmdb.') from None
     return lmdb

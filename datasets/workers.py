@@ -214,7 +214,7 @@ def _end(executor: concurrent.futures.Executor, processes: list) -> None:
 def _cause(numbers: set[int]) -> str:
     """Return the likely cause of signals, and what to do."""
     if signal.SIGBUS in numbers:
-        return 'SIGBUS: was a memory-mapped file (LMDB) cut off, or is /dev/shm full? Copy or write the file again.'
+        return 'SIGBUS: is the memory of the machine or container full?'
     crashes = numbers & {signal.SIGSEGV, signal.SIGILL, signal.SIGFPE, signal.SIGABRT}
     if crashes:
         name = signal.Signals(min(crashes)).name

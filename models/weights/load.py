@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
@@ -21,6 +21,7 @@ from utils.text import NAME, printable
 from utils.weights import EMA_KEYS, METADATA, PUBLISHED, choose_state_dict, find_metadata, resolve_weights_path
 
 BOX_SIDES = 4  # numbers per class of a detector's box predictor
+MAX_LIST = 100  # entries of a list in the metadata; there are at most 5 anchor sizes
 
 
 class Weights(NamedTuple):
@@ -218,12 +219,19 @@ def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tens
 def _check_metadata(ours: Mapping, theirs: Mapping, source: str) -> None:
     for key in ours.keys() - {GRID}:
         value = theirs.get(key, ours[key])
-        if isinstance(value, np.ndarray) or value != ours[key]:
-            shown = printable(value, NAME)
+        if not _is_setting(value) or value != ours[key]:
+            shown = printable(value, NAME) if _is_setting(value) else f'a {type(value).__name__}'
             raise UserError(
                 f'{source} was trained with {key} {shown}, but the model has {ours[key]} (shapes do not show this); '
                 f'set {key} to {shown}.'
             )
+
+
+def _is_setting(value: Any, depth: int = 2) -> bool:
+    """Return True for a number, a short text, or a short list of them: other values of a file may take forever to print."""
+    if isinstance(value, (list, tuple)):
+        return depth > 0 and len(value) <= MAX_LIST and all(_is_setting(entry, depth - 1) for entry in value)
+    return isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= NAME)
 
 
 def _classifier(classes: int) -> str:

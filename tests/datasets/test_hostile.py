@@ -137,6 +137,9 @@ def test_cifar_of_every_kind(tmp_path, make_config):
         for value in [*VALUES[:-1], *arrays, np.zeros(3, 'c8'), np.full(3, 1e300), np.full(3, 2**63, 'u8')]:
             (folder / 'data_batch_1').write_bytes(pickle.dumps({**good, key: value}, 2))
             assert attempt(config, 'train'), (key, value)
+    for value in (['x' * 10**6] * 10**5, [['x' * 10**6] * 10**5]):  # one text, but numpy would repeat it
+        (folder / 'data_batch_1').write_bytes(pickle.dumps({**good, 'labels': value}, 2))
+        assert 'labels that are not whole numbers' in attempt(config, 'train')
     for value in VALUES:
         (folder / 'data_batch_1').write_bytes(pickle.dumps(value, 2))
         assert attempt(config, 'train'), value

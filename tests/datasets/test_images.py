@@ -7,6 +7,7 @@ import contextlib
 import io
 import struct
 import time
+import warnings
 import zlib
 
 import numpy as np
@@ -18,10 +19,11 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from config import get_config
 from datasets import build_dataloader, build_dataset
-from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, one_scan_frame, open_image
+from datasets.images import Jpeg, UnreadableImage, count_scans, decode_image, one_scan_frame, open_image, to_rgb
 from datasets.opencv import opencv
 from datasets.segmentation import read_values
 from datasets.transforms import build_transform, resize_smoothed, smoothing_kernel
+from tests.attacks import pictures
 from utils.errors import UserError
 
 
@@ -403,3 +405,33 @@ def test_other_data_behind_a_jpeg_are_no_scans():
     assert decode_image(comment).size == (400, 400)
     for cut in range(len(data)):
         assert count_scans(data[:cut], 100) <= 10
+
+
+def test_tiff_files_of_progressive_jpegs_have_few_scans():
+    """libtiff decodes each strip as a JPEG file; 1000 strips may be the same one."""
+    strip = pictures.progressive(1024, 64, 60)
+    start = time.process_time()
+    with pytest.raises(UnreadableImage):
+        decode_image(pictures.tiff(1024, 65472, strip, 1023, 64, compression=7))
+    assert time.process_time() - start < 2
+
+
+def test_forms_that_take_long_are_refused():
+    for data in (pictures.tiff(8, 65535, bytes(8), 300_000, 1), b'P3 3000 2222 255\n' + b'0 ' * 9_000_000):
+        with pytest.raises(UnreadableImage, match='take too long to read'):
+            decode_image(data)
+
+
+def test_damaged_tags_say_nothing(recwarn):
+    entries = [(tag, 7, 150_000, struct.pack('<I', 8)) for tag in range(1000, 1100)]
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', module=r'PIL\.')  # as datasets/images.py; pytest resets it
+        with contextlib.suppress(UnreadableImage):
+            decode_image(pictures.ifd(entries))
+    assert not recwarn
+
+
+def test_integers_are_converted_in_parts():
+    values = np.arange(600 * 300, dtype='i4').reshape(600, 300)
+    picture = to_rgb(Image.fromarray(values))
+    np.testing.assert_array_equal(np.asarray(picture)[..., 1], np.clip(values, 0, 65535) >> 8)

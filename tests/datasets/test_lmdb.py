@@ -17,6 +17,7 @@ import pytest
 from datasets import build_dataloader, build_dataset, resolve_num_classes
 from datasets.arrow import deserialize
 from datasets.lmdb import pack_record, unpack_record
+from datasets.lmdb_file import LmdbFile
 from tests.conftest import ROOT, golden
 from tools import make_lmdb
 from utils.errors import UserError
@@ -40,9 +41,9 @@ def upstream(tmp_path):
 
 
 @contextlib.contextmanager
-def writing(path):
+def writing(path, size=1 << 24):
     """A transaction that changes an LMDB file."""
-    environment = lmdb.open(str(path), subdir=False, map_size=1 << 24, lock=False)
+    environment = lmdb.open(str(path), subdir=False, map_size=size, lock=False)
     with environment, environment.begin(write=True) as transaction:
         yield transaction
 
@@ -323,3 +324,67 @@ def test_damaged_record(list_data, make_config, tmp_path):
         dataset.load(4)
     indices = [batch.indices.tolist() for batch in build_dataloader(config, dataset, training=False).epoch(0)]
     assert indices == [[0, 1, 3], [5]]
+
+
+# ---------------------------------------------------------------------------------------------------- the reader
+def test_reader_equals_the_library(tmp_path):
+    """A tree of several levels, with keys of any length and values in and beyond their pages, before and after deletions."""
+    rng = np.random.default_rng(0)
+    path, expected = tmp_path / 'x.lmdb', {}
+    for _ in range(1500):
+        key = rng.bytes(int(rng.integers(1, 200)))
+        expected[key] = rng.bytes(
+            int(rng.choice([0, 1, 50, 2000, 2040, 4080, 4096, 20000], p=[0.1, 0.2, 0.3, 0.2, 0.1, 0.04, 0.04, 0.02]))
+        )
+    with writing(path, 1 << 26) as transaction:
+        for key, value in expected.items():
+            transaction.put(key, value)
+    for start in range(3):  # some pages become free, others are used again
+        with writing(path, 1 << 26) as transaction:
+            for key in list(expected)[start::7]:
+                transaction.delete(key)
+                del expected[key]
+    file = LmdbFile(str(path))
+    assert file.entries == len(expected)
+    assert all(file.get(key) == value for key, value in expected.items())
+    others = {b'', b'\xff' * 300, *(key[:-1] for key in expected), *(key + b'\0' for key in expected)}
+    assert all(file.get(key) is None for key in others - expected.keys())
+
+
+def test_damage_is_a_value_error(tmp_path):
+    """The library would follow wrong offsets and end this process."""
+    path, rng = tmp_path / 'x.lmdb', np.random.default_rng(0)
+    with writing(path) as transaction:
+        for number in range(300):
+            transaction.put(str(number).encode(), rng.bytes(int(rng.choice([10, 500, 9000], p=[0.5, 0.4, 0.1]))))
+    data, failures = path.read_bytes(), 0
+    pages = len(data) // 4096
+    for _ in range(60):
+        damaged = bytearray(data)
+        for _ in range(rng.integers(1, 200)):
+            damaged[4096 * rng.integers(pages) + rng.choice([rng.integers(64), rng.integers(4096)])] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            file = LmdbFile(str(path))
+        except ValueError:
+            failures += 1
+            continue
+        for number in range(0, 300, 17):
+            try:
+                file.get(str(number).encode())
+            except ValueError:
+                failures += 1
+    assert failures > 50
+
+
+def test_other_kinds_of_trees_are_refused(tmp_path):
+    path = tmp_path / 'x.lmdb'
+    with writing(path) as transaction:
+        transaction.put(b'key', b'value')
+    data = bytearray(path.read_bytes())
+    assert LmdbFile(str(path)).get(b'key') == b'value'
+    for page in (0, 4096):
+        data[page + 16 + 24 + 48 + 4] = 0x04  # duplicate keys
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match='another kind'):
+        LmdbFile(str(path))

@@ -103,9 +103,9 @@ def test_a_damaged_part_is_refused_or_loaded(part, written_by, tmp_path, images,
 @pytest.mark.slow
 @pytest.mark.parametrize('part', ['epoch', 'step', 'sampler', 'progress', 'lr_scheduler', 'optimizer', 'rng'])
 def test_training_continues_from_what_is_loaded(part, checkpoint, tmp_path, images):
-    """Or ends with a sentence; about a minute."""
-    for place in places(checkpoint, part):
-        for value in VALUES:
+    """Or ends with a sentence; a third of the values at each place, others at the next one."""
+    for number, place in enumerate(places(checkpoint, part)):
+        for value in VALUES[number % 3 :: 3]:
             trainer = make_trainer(str(tmp_path / 'run'), images, **KEYS)
             try:
                 trainer.snapshot.load_state_dict(changed(checkpoint, place, value), 'x')

@@ -206,11 +206,12 @@ HOSTILE = {
     ),
     'a program that calls Python': (lambda text: text.replace('"1.fetch"', '"1.py_func"'), "operator '1.py_func'"),
     'a plugin': (lambda text: text.replace('"1.fetch"', '"7.fetch"'), "operator '7.fetch'"),
-    'no operator': (lambda text: text.replace('"ops":[', '"ops":[1,'), "operator 'x.custom'"),
+    'no operator': (lambda text: text.replace('"ops":[', '"ops":[1,'), "operator 'without a name'"),
     'another format': (lambda text: text.replace('"pir"', '"x"'), 'not in the JSON format of Paddle 3'),
     'no program': (lambda text: '[' * 100_000, 'not in the JSON format of Paddle 3'),
     'half a program': (lambda text: text[: len(text) // 2], 'not in the JSON format of Paddle 3'),
-    'an unknown operator': (lambda text: text.replace('"1.fetch"', '"1.fetsch"'), 'cannot load the exported teacher'),
+    'an unknown operator': (lambda text: text.replace('"1.fetch"', '"1.fetsch"'), "operator '1.fetsch'"),
+    'an endless loop': (lambda text: text.replace('"1.fetch"', '"1.while"'), "operator '1.while'"),
     'a large program': (lambda text: ' ' * (65 << 20), 'more than the 67108864 that are read'),
 }
 

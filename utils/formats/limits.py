@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-MAX_OPCODES = 1 << 21  # of a pickle: five seconds; the state of a large run has less than 1 % of it
+MAX_OPCODES = 1 << 20  # of a pickle: three seconds; the state of a large run has less than 2 % of it
 MAX_MEMO = 1 << 32  # what pickle's binary operations can count to
 MAX_BITS = 1024  # of an integer: random states have 128, PyTorch's magic number 80
 MAX_DIMS = 32  # of an array: what every numpy takes

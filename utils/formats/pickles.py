@@ -45,8 +45,10 @@ class DType:
     """`numpy.dtype` of numbers or booleans; a dtype that may hold Python objects is refused."""
 
     def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str) or len(code) > MAX_CODE or np.dtype(code).kind not in 'biufc':
-            raise RefusedError(f'it holds an array of {code!r:.40}, which are not numbers')
+        if not isinstance(code, str) or len(code) > MAX_CODE:  # other values may take forever to print
+            raise RefusedError('it holds an array whose type is no short text')
+        if np.dtype(code).kind not in 'biufc':
+            raise RefusedError(f"it holds an array of '{code}', which are not numbers")
         self.numpy = np.dtype(code)
 
     def set_state(self, state: tuple) -> None:

@@ -101,7 +101,10 @@ def test_position_embeddings_that_cannot_be_resized(shape):
         load_state(model, {**random_state(model), 'pos_embed': np.empty(shape, 'float32')})
 
 
-@pytest.mark.parametrize('value', [np.ones(3), np.zeros(0), [2], {'a': 1}, 'x' * 10**6, '\x1b[2J', None, 3])
+@pytest.mark.parametrize(
+    'value',
+    [np.ones(3), np.zeros(0), [2], {'a': 1}, 'x' * 10**6, '\x1b[2J', None, 3, [np.ones(2)], ['x' * 10**6] * 50_000],
+)
 def test_metadata_of_any_kind(tmp_path, value):
     model = VisionTransformer(**VIT)
     path = str(tmp_path / 'w.pdparams')

@@ -53,6 +53,22 @@ LEGACY = b''.join(pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1
 DEEP = b')' + b'\x85' * 200_000
 HUGE = b'\x8b' + struct.pack('<i', 1 << 20) + b'\xff' * ((1 << 20) - 1) + b'\x00'
 
+DOUBLED = b']' + PUT0 + (b'0](' + GET0 * 2 + b'e' + PUT0) * 50 + b'0'  # 2^50 entries; GET0 pushes it
+
+
+def shared_paths(depth: int, length: int) -> bytes:
+    """Dicts that hold the next one twice, under long keys: 2^depth paths to one array."""
+    value: object = np.zeros(1, 'f4')
+    for _ in range(depth):
+        value = {'a' * length: value, 'b' * length: value}
+    return pickle.dumps(value, 4)
+
+
+def checksummed(pickled: bytes, text: bytes = b'{"file": 1, "arrays": {}}') -> bytes:
+    """A pickle with wrong checksums."""
+    return pickled + text + struct.pack('<I', len(text)) + b'LeanViT-CRC-32-1'
+
+
 # (name, words of the sentence): content
 FILES = {
     ('lists', 'copies'): copies('builtins.list', TUPLE_OF_ITEMS),
@@ -64,6 +80,8 @@ FILES = {
     ('array contents', 'copies'): P + b'c_codecs\nencode\n' + ops(('x' * 40000, 'latin1')) + b'R' + PUT0
     + (ARRAY + b'(K\x01' + ops((10000,)) + F4 + b'\x89' + GET0 + b'tb') * 3000 + b'.',
     ('doubled lists', 'repeated too often'): P + b']' + PUT0 + (b'0](' + GET0 * 2 + b'e' + PUT0) * 60 + b'.',
+    ('type of doubled lists', 'no short text'): P + DOUBLED + b'cnumpy\ndtype\n' + GET0 + b'\x85R.',
+    ('long paths to one array', 'beside the arrays'): checksummed(shared_paths(18, 1000)),
     ('deep list', 'nested too deeply'): P + b']' * 100_000 + b'a' * 99_999 + b'.',
     ('colliding integers', 'int as a key'): P + b'}(' + b''.join(integer(i * (2**61 - 1)) + b'N' for i in range(1, 30000)) + b'u.',
     ('colliding memo', 'memo index'): b''.join(b'Np%d\n0' % (i * (2**61 - 1)) for i in range(30000)) + b'N.',
