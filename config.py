@@ -7,7 +7,8 @@ One YAML file describes a run. Later values override earlier ones:
 
 >>> config = get_config('./configs/gmlp_s16_224.yaml', opts=['MODEL.NUM_CLASSES', 10])
 
-`python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value.
+`python -m config -cfg FILE [flags]` prints the resolved configuration and the source of each value; with `-plot OUT.png` it
+draws learning rate, keep rate, λ, momentum and EMA decay over the run.
 
 Keys have PaddleViT's names where it has them. YAML files of its gMLP folder load unchanged, including old names; those of its
 DeiT, ViT and MAE folders are translated by `utils.paddlevit`.
@@ -21,6 +22,7 @@ if __name__ == '__main__':
     begin()
 
 import argparse
+import importlib
 import os
 from collections.abc import Collection
 
@@ -28,10 +30,12 @@ from yacs.config import CfgNode as CN
 
 from utils import paddlevit
 from utils.cli import run, unquoted
+from utils.environment import import_paddle
 from utils.errors import UserError
-from utils.flags import FLAGS, get_arguments
+from utils.flags import FLAGS, flag_parser, get_arguments
 from utils.run_paths import check_run_name, follow_latest
 from utils.schema import Key, Owners, Schema, Section, shown  # Key, Section: for `add_keys` too
+from utils.sizes import SizeKey
 
 # Owners of keys: a key has no effect for any other MODEL.TYPE (`models`, aliases included) or TRAIN.TASK (`tasks`).
 GMLP, VIT, MS_MLP, MAE, MOCOV3 = ('gmlp', 'gatedmlp'), ('vit', 'deit', 'evit'), ('ms_mlp',), ('mae',), ('mocov3',)
@@ -57,16 +61,16 @@ _C.DATA.DATASET = Key('imagenet2012')  # a registered data set; docs/data.md lis
 _C.DATA.DATA_PATH = Key('/dataset/imagenet/')  # folder of the data
 _C.DATA.BATCH_SIZE = Key(256, '[1, 65536]')  # training images per process and micro-batch
 _C.DATA.BATCH_SIZE_EVAL = Key(None, '[1, 65536]', int)  # evaluation images per process; None: BATCH_SIZE
-_C.DATA.IMAGE_SIZE = Key(224, '[1, 8192]')  # side of the square input, pixels
-_C.DATA.IMAGE_CHANNELS = Key(3, (1, 3))  # 3: RGB, 1: gray
+_C.DATA.IMAGE_SIZE = SizeKey(224, '[1, 8192]')  # side of the square input, or (height, width), pixels
+_C.DATA.IMAGE_CHANNELS = Key(3, '[1, 256]')  # 3: RGB, 1: gray, 2: gray and alpha, 4: RGB and alpha; others: arrays or TIFF pages
 _C.DATA.CROP_PCT = Key(0.875, '[0.01, 1]')  # evaluation: resize the shorter side to floor(IMAGE_SIZE / CROP_PCT), then crop the center
 _C.DATA.CROP = Key('auto', ('auto', 'resized', 'padded'))  # RandomResizedCrop, or pad by 4 px (CIFAR); auto: pad up to 32 px
 _C.DATA.EVAL_CROP = Key('center', ('center', 'squash'), aliases={'centre': 'center'})  # evaluation: center crop by CROP_PCT, or resize both sides
 _C.DATA.VIEWS = Key(None, (1, 2), int)  # augmented views of each training image; None: TRAIN.TASK decides
 _C.DATA.INTERPOLATION = Key('bicubic', ('bicubic', 'bilinear', 'random'))  # random: one of both for each training image
 _C.DATA.FAST_RESIZE = Key(True)  # training: resize and rotate with OpenCV; False: with Pillow, slower, with slightly different pixels
-_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', length=(1, 3), hint=SCALED)  # mean of images in [0, 1]; 1 channel: the first value
-_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', length=(1, 3), hint=SCALED)  # standard deviation of images in [0, 1]
+_C.DATA.IMAGENET_MEAN = Key([0.5, 0.5, 0.5], '[0, 1]', hint=SCALED)  # mean of images in [0, 1], per channel; 1 channel: the first value
+_C.DATA.IMAGENET_STD = Key([0.5, 0.5, 0.5], '[0.001, 1]', hint=SCALED)  # standard deviation of images in [0, 1], per channel
 _C.DATA.NUM_WORKERS = Key(4, '[0, 1024]')  # worker processes per training process; 0: load in the training process
 _C.DATA.PREFETCH = Key(2, '[1, 1024]')  # batches that each worker prefetches
 _C.DATA.TIMEOUT = Key(300.0, '[0, 604800]')  # seconds to wait for a batch before the run ends with an error; 0: no limit
@@ -304,6 +308,7 @@ _C.VALIDATE_ITERS = Key(None, '[1, 1e9]', int)  # optimizer steps between valida
 _C.PEER_TIMEOUT = Key(60.0, '[0, 604800]')  # seconds to wait for a process that is stopped or does not join; 0: no limit
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
+_C.SAVE_PREDICTIONS = Key(False)  # evaluations write predictions.csv and classes.csv to the run folder
 _C.THROUGHPUT = Key(False)  # measure images per second only
 _C.AMP = Key(False)  # mixed precision on GPU
 _C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # O1: mixed precision per operation; O2: half-precision weights with float32 master weights
@@ -416,7 +421,7 @@ def validate(config: CN) -> None:
     SCHEMA.check(config)
     for key in ('DATA.IMAGENET_MEAN', 'DATA.IMAGENET_STD'):
         channels, values = config.DATA.IMAGE_CHANNELS, SCHEMA.get(config, key)
-        if len(values) < channels:
+        if len(values) != channels and not (channels == 1 and len(values) == 3):
             source = f'{SCHEMA.where(config, key)}: '.removeprefix(': ')
             raise UserError(f'{source}{key} is {values}, but must have {channels} numbers (DATA.IMAGE_CHANNELS).')
     if config.TAG:
@@ -436,9 +441,14 @@ def _finish(config: CN) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- printing
+def described(config: CN) -> list[tuple[str, str, str]]:
+    """Return name, value and source of the value of each key."""
+    return [(key, _text(SCHEMA.get(config, key)), SCHEMA.where(config, key) or 'default') for key in SCHEMA.keys]
+
+
 def describe(config: CN) -> list[str]:
     """Return a line per key: name, value and source of the value."""
-    rows = [(key, _text(SCHEMA.get(config, key)), SCHEMA.where(config, key) or 'default') for key in SCHEMA.keys]
+    rows = described(config)
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f'{key:<{widths[0]}}  {value:<{widths[1]}}  {where}' for key, value, where in rows]
 
@@ -448,8 +458,17 @@ def _text(value) -> str:
 
 
 def main() -> None:
-    """Print the resolved configuration of a command line."""
-    print('\n'.join(describe(update_config(get_config(), get_arguments()))), flush=True)
+    """Print the resolved configuration of a command line; with `-plot FILE.png`, draw its schedules instead."""
+    parser = flag_parser('Print the resolved configuration and the source of each value.')
+    parser.add_argument(
+        '-plot', type=unquoted, metavar='FILE.png', help='draw learning rate and other schedules instead'
+    )
+    args = get_arguments(parser=parser)
+    if args.plot is None:
+        print('\n'.join(describe(update_config(get_config(), args))), flush=True)
+        return
+    import_paddle()
+    importlib.import_module('tools._schedules').plot(args)  # as a command; modules of other layers import this one
 
 
 if __name__ == '__main__':

@@ -100,14 +100,19 @@ def square_grid(patches: int) -> Tensor:
     """Return the positions (row, column) of the patches of a square image in row-major order, [patches, 2] float64."""
     side = math.isqrt(patches)
     if side**2 != patches:
-        raise UserError(f'{patches} patches form no square; attention distances need square images.')
-    rows, columns = np.divmod(np.arange(patches, dtype='float64'), side)
+        raise UserError(f'{patches} patches form no square; give their positions.')
+    return grid_positions((side, side))
+
+
+def grid_positions(grid: tuple[int, int]) -> Tensor:
+    """Return the positions (row, column) of a grid (rows, columns) of patches in row-major order, [patches, 2] float64."""
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1], dtype='float64'), grid[1])
     return paddle.to_tensor(np.stack([rows, columns], axis=-1))
 
 
-def mean_grid_distance(patches: int, patch_distance: float = PATCH_DISTANCE) -> float:
-    """Return the mean distance of uniform attention."""
-    return patch_distance * _pairwise(square_grid(patches)).mean().item()
+def mean_grid_distance(grid: tuple[int, int], patch_distance: float = PATCH_DISTANCE) -> float:
+    """Return the mean distance of uniform attention on a grid (rows, columns) of patches."""
+    return patch_distance * _pairwise(grid_positions(grid)).mean().item()
 
 
 def _pairwise(positions: Tensor) -> Tensor:
@@ -140,7 +145,7 @@ def measure_attention(
 
     Args:
         model: a Vision Transformer.
-        batches: normalized images [b, C, S, S].
+        batches: normalized images [b, C, H, W].
         patch_distance: see `AttentionStatistics`.
 
     Returns:
@@ -156,15 +161,15 @@ def measure_attention(
     return {'images': images, 'tokens': statistics.tokens, **statistics.result()}
 
 
-def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def _attention(model: VisionTransformer, images: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield the arguments of `AttentionStatistics.add` for each block with attention."""
-    source, prefix = None, model.num_prefix
+    source, prefix, grid = None, model.num_prefix, grid_positions(model.grid_of(images))
     for layer, results in enumerate(model.iter_intermediates(images, want=('attn_logits', 'source'))):
         if results.attn_logits is not None:
-            positions = None
+            positions = grid
             if source is not None:
                 source = source[:, prefix:, prefix:].astype('float64')
-                positions = paddle.matmul(source, square_grid(source.shape[2])) / source.sum(-1, keepdim=True)
+                positions = paddle.matmul(source, grid) / source.sum(-1, keepdim=True)
             yield layer, results.attn_logits, positions
         source = results.source
 

@@ -47,7 +47,7 @@ def build_dataset(config, split: str) -> Dataset:
     Raises:
         UserError: an unknown name, or missing or malformed data; the text names file and line.
     """
-    return DATASETS[config.DATA.DATASET](config, split)
+    return DATASETS[config.DATA.DATASET](config, split).with_channels(config.DATA.IMAGE_CHANNELS)
 
 
 def list_datasets() -> list[str]:

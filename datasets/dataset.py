@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from datasets.bands import PLAIN, Bands, decode_bands, with_alpha
 from datasets.images import MAX_FILE, Jpeg, UnreadableImage, decode_image, open_image
 from datasets.sample import Sample
 from utils.errors import UserError
@@ -56,9 +57,11 @@ class Images:
         source: file or folder of the list of images, for messages.
         notes: sentences about the data, logged once.
         columns: targets that are known without reading an image: name -> [N, ...].
+        channels: DATA.IMAGE_CHANNELS, see `with_channels`.
     """
 
     columns: Mapping[str, np.ndarray] = MappingProxyType({})
+    channels: int = 3
 
     def __init__(self, storage: Storage, source: str, notes: Sequence[str] = ()):
         self.storage = storage
@@ -91,8 +94,12 @@ class Images:
     def check_targets(self, index: int) -> None:
         """Check the targets of a readable image. Raises UserError."""
 
-    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
+    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg | Bands:
         """Return image `index` for a transform, which may decode it. Call it within `naming`."""
+        if self.channels not in PLAIN:
+            if isinstance(self.storage, EncodedStorage):
+                return decode_bands(self.storage.read(index), self.channels, exif_rotate)
+            return with_alpha(self.storage.open(index), self.channels)
         if isinstance(self.storage, EncodedStorage):
             return open_image(self.storage.read(index), exif_rotate)
         return self.storage.open(index)
@@ -112,6 +119,14 @@ class Images:
         """Return a copy of the data set with `change(storage)` in place of each storage."""
         other = copy.copy(self)
         other.storage = change(self.storage)
+        return other
+
+    def with_channels(self, channels: int) -> Images:
+        """Return a copy of the data set whose pictures have `channels` channels; 1 and 3 are read as RGB."""
+        if channels == self.channels:
+            return self
+        other = copy.copy(self)
+        other.channels = channels
         return other
 
     def describe(self, index: int) -> str:

@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from datasets.bands import Bands
 from datasets.images import UnreadableImage
 from datasets.opencv import opencv
 from datasets.sample import IMAGE_SIZE, VALID, LabelMap, Placement, Plane, Sample
 from datasets.transforms import MAX_ASPECT_RATIO, FastFlip, Geometric, Picture, Transform, size_of
 from utils.errors import UserError
+from utils.sizes import image_size
 
 TRIES = 10  # maximum number of redraws of a crop that one class dominates
 Size = tuple[int, int]
@@ -43,7 +45,8 @@ def dense_transform(config, training: bool, targets: Sequence[Plane] = ()) -> Tr
     if train.PHOTOMETRIC:
         if data.IMAGE_CHANNELS != 3:
             raise UserError(
-                'TRAIN.PHOTOMETRIC changes the colors of RGB images: set it to False for DATA.IMAGE_CHANNELS 1.'
+                'TRAIN.PHOTOMETRIC changes the colors of RGB images: set it to False for DATA.IMAGE_CHANNELS '
+                f'{data.IMAGE_CHANNELS}.'
             )
         steps.append(PhotometricDistortion())
     planes = [*targets, Plane(VALID, (2,), 'int32')]
@@ -52,14 +55,14 @@ def dense_transform(config, training: bool, targets: Sequence[Plane] = ()) -> Tr
 
 def crop_size(config) -> Size:
     """Return (height, width) of the training images."""
-    return tuple(config.DATA.CROP_SIZE or [config.DATA.IMAGE_SIZE] * 2)
+    return tuple(config.DATA.CROP_SIZE or image_size(config))
 
 
 def as_pixels(image: Picture | np.ndarray) -> np.ndarray:
-    """Convert an image to [H, W, 3] or [H, W] uint8."""
+    """Convert an image to [H, W, C] or [H, W] uint8."""
     if isinstance(image, np.ndarray):
         return image
-    return np.asarray(image if isinstance(image, Image.Image) else image.convert('RGB'))
+    return np.asarray(image if isinstance(image, (Image.Image, Bands)) else image.convert('RGB'))
 
 
 # ---------------------------------------------------------------------------------------------------- resizing

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from datasets.bands import image_extensions
 from datasets.dataset import Dataset, FileStorage, Storage
 from datasets.images import EXTENSIONS
 from datasets.registry import register_dataset
@@ -32,17 +33,19 @@ def build_folder(config, split: str) -> Dataset:
     # `val` may lack classes, so class numbers always come from the folder names of `train`.
     train = os.path.join(root, 'train')
     names = class_folders(train if os.path.isdir(train) else folder)
-    return image_folder(folder, names)
+    return image_folder(folder, names, image_extensions(config.DATA.IMAGE_CHANNELS))
 
 
-def image_folder(folder: str, names: list[str]) -> Dataset:
+def image_folder(folder: str, names: list[str], extensions: tuple[str, ...] = EXTENSIONS) -> Dataset:
     """Build a data set of the images below `folder/<name>` for each class name."""
-    paths, labels, left_out = listed_images(folder, names)
+    paths, labels, left_out = listed_images(folder, names, extensions)
     notes = [left_out] if left_out else []
     return Dataset(FileStorage(folder, paths), labels, source=f"'{folder}'", class_names=names, notes=notes)
 
 
-def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray, str]:
+def listed_images(
+    folder: str, names: list[str], extensions: tuple[str, ...] = EXTENSIONS
+) -> tuple[list[str], np.ndarray, str]:
     """List the images below the class folders of `folder`.
 
     Returns:
@@ -58,11 +61,11 @@ def listed_images(folder: str, names: list[str]) -> tuple[list[str], np.ndarray,
         raise UserError(f"class folder '{os.path.join(folder, unknown[0])}' has no counterpart in the training part.")
     paths, labels, left_out = [], [], Counter()
     for name in present:
-        found, others = images_below(folder, name)
+        found, others = images_below(folder, name, extensions)
         if not found:
             only = f', only other files ({describe_counts(others)})' if others else ''
             raise UserError(
-                f"class folder '{os.path.join(folder, name)}' holds no image ({' '.join(EXTENSIONS)}){only}; "
+                f"class folder '{os.path.join(folder, name)}' holds no image ({' '.join(extensions)}){only}; "
                 'remove it or fill it.'
             )
         paths += found

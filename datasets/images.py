@@ -12,6 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image, features
 
+from utils.sizes import Side, size_pair
 from utils.text import NAME, printable
 
 # Allowed raster formats, by Pillow's names. Pillow's other readers are disabled: some start programs (EPS), and most read
@@ -137,8 +138,8 @@ class Jpeg:
     def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
         return self.convert('RGB').resize(size, resample)
 
-    def reduced(self, box: tuple[int, int, int, int], side: int, single: bool = False) -> np.ndarray:
-        """Decode a box [h, w, 3] uint8 at 1/2, 3/8, 1/4 or 1/8 size if both sides stay at least `side`.
+    def reduced(self, box: tuple[int, int, int, int], size: Side, single: bool = False) -> np.ndarray:
+        """Decode a box [h, w, 3] uint8 at 1/2, 3/8, 1/4 or 1/8 size if it still covers a square of `size`, or (height, width).
 
         The box is then enlarged to whole decoded pixels.
 
@@ -147,7 +148,8 @@ class Jpeg:
         """
         left, top, right, bottom = self._orientation.stored_box(box, self.size)
         full_width, full_height = self._stored_size
-        least = [-(-side * whole // part) for whole, part in zip(self._stored_size, (right - left, bottom - top))]
+        parts, wanted = (right - left, bottom - top), self._orientation.size(size_pair(size)[::-1])
+        least = [-(-side * whole // part) for side, whole, part in zip(wanted, self._stored_size, parts)]
         if all(low <= -(-whole // 2) for low, whole in zip(least, self._stored_size)):
             pixels = self._pixels('RGB', min_width=least[0], min_height=least[1], min_factor=2)
         else:

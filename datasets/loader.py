@@ -204,8 +204,12 @@ class Loader:
         length = self._sampler.length(rank)
         return length - length % self.batch_size if self._drop_last else length
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_batch: int = 0, borrow: bool = False) -> Iterator[Batch]:
         """Return an iterator over the batches of an epoch from `start_batch` on. Ends the iterator of an earlier call.
+
+        Args:
+            borrow: images and targets of fixed shape are views of shared memory, which the next step of the iterator
+                overwrites; False: copies.
 
         Raises (while iterating):
             UserError: an image is unreadable, or a worker died or does not answer; the text names the current images.
@@ -216,12 +220,12 @@ class Loader:
         jobs = [Job(epoch, indices[piece], repeats[piece]) for piece in pieces]
         self._latest += 1
         if self._workers == 0:
-            return self._only_latest(map(self._make_here, jobs), self._latest)
+            return self._only_latest((self._make_here(job, borrow) for job in jobs), self._latest)
         if self._pool is None or self._pool.closed:
             memories = [self._new_memory() for _ in range(self._workers * self._prefetch)]
             self._pool = WorkerPool(self._maker, memories, self._workers, self._timeout, self.dataset.describe)
         finished = self._pool.run(jobs)
-        return self._only_latest((self._collect(filled, memory) for filled, memory in finished), self._latest)
+        return self._only_latest((self._collect(*done, borrow) for done in finished), self._latest)
 
     def _only_latest(self, batches: Iterator[Batch], number: int) -> Iterator[Batch]:
         while True:
@@ -237,11 +241,11 @@ class Loader:
         erasing = 0 if self._maker.erasing is None else math.prod(planes[0].shape)
         return BatchMemory(self.batch_size, planes, erasing)
 
-    def _make_here(self, job: Job) -> Batch:
+    def _make_here(self, job: Job, borrow: bool) -> Batch:
         if self._thread is None:
             self._thread = WorkerThread(self._maker, self._new_memory(), self._timeout, self.dataset.describe)
         try:
-            return self._collect(*self._thread.run(job))
+            return self._collect(*self._thread.run(job), borrow)
         except BaseException:  # after an interrupt or a timeout, the result of this job is still to come
             self._end_thread()
             raise
@@ -251,8 +255,8 @@ class Loader:
             self._thread.close()
             self._thread = None
 
-    def _collect(self, filled: Filled, memory: BatchMemory) -> Batch:
-        """Copy a batch out of the memory, which a worker will use again."""
+    def _collect(self, filled: Filled, memory: BatchMemory, borrow: bool) -> Batch:
+        """Return the batch in the memory, which a worker will use again; with `borrow` without a copy."""
         for message in sorted(set(filled.skipped) - self._reported):
             _LOG.warning('skipped: %s', message)
             self._reported.add(message)
@@ -262,7 +266,9 @@ class Loader:
         if count:
             starts = np.arange(len(indices), dtype=np.int64) * math.prod(self._maker.transform.planes[0].shape)
             erase = memory.positions[:count] + np.repeat(starts, filled.erased), memory.values[:count].copy()
-        arrays = {name: plane[: len(indices)].copy() for name, plane in memory.planes.items()}
+        arrays = {name: plane[: len(indices)] for name, plane in memory.planes.items()}
+        if not borrow:
+            arrays = {name: array.copy() for name, array in arrays.items()}
         ragged = filled.ragged[0] if filled.ragged else {}
         arrays.update({name: [arrays[name] for arrays in filled.ragged] for name in ragged})
         arrays.update({name: column[indices] for name, column in self.dataset.columns.items()})
@@ -326,6 +332,12 @@ def build_dataloader(
             'processes, and TRAIN.DROP_LAST drops incomplete batches; lower DATA.BATCH_SIZE.'
         )
     return loader
+
+
+def batches_per_epoch(config, size: int, world_size: int) -> int:
+    """Return the training batches of an epoch on each process; `size`: number of training images."""
+    length, batch_size = build_sampler(config, size, True, world_size).length(0), config.DATA.BATCH_SIZE
+    return length // batch_size if config.TRAIN.DROP_LAST else -(-length // batch_size)
 
 
 def build_sampler(config, size: int, training: bool, world_size: int) -> TrainSampler | EvalSampler:

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
-from datasets.device import upload
+from utils.device import upload
 from utils.errors import UserError
 
 

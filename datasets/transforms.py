@@ -19,12 +19,15 @@ import numpy as np
 from PIL import Image
 
 from datasets.augment import BICUBIC, BILINEAR, RESAMPLES, AutoAugment, ColorJitter, RandAugment, StyleSampler, choose
+from datasets.bands import PLAIN, Bands
 from datasets.images import Jpeg
 from datasets.opencv import opencv
 from datasets.sample import IMAGE, NOTHING, Placement, Plane, Sample
 from datasets.views import Views, check_views, view_steps
+from utils.errors import UserError
+from utils.sizes import Side, image_size, size_pair, size_value
 
-Picture = Union[Image.Image, Jpeg]
+Picture = Union[Image.Image, Jpeg, Bands]
 Step = Callable[[Picture, np.random.Generator], Image.Image]
 
 SMALL = 32  # DATA.CROP auto crops images up to this side with padding, as usual for CIFAR
@@ -35,7 +38,7 @@ MAX_SMOOTHED = 3  # reduction factor up to which `smoothing_kernel` has five val
 
 
 class Transform:
-    """Applies steps to an RGB image and its targets.
+    """Applies steps to an image, RGB or `Bands`, and its targets.
 
     Args:
         steps: steps in order.
@@ -98,15 +101,15 @@ def size_of(image: Picture | np.ndarray) -> tuple[int, int]:
 def build_transform(config, training: bool) -> Transform:
     """Build the transform of image classification that DATA and TRAIN describe."""
     data = config.DATA
-    padded = data.CROP == 'padded' or (data.CROP == 'auto' and data.IMAGE_SIZE <= SMALL)
+    size = data.IMAGE_SIZE
+    padded = data.CROP == 'padded' or (data.CROP == 'auto' and max(size_pair(size)) <= SMALL)
     if training:
         steps = _training_steps(config, padded)
     else:
         resample = BILINEAR if data.INTERPOLATION == 'bilinear' else BICUBIC
-        short = data.IMAGE_SIZE if padded else math.floor(data.IMAGE_SIZE / data.CROP_PCT)
-        squash = data.EVAL_CROP == 'squash'
-        resize = Squash(data.IMAGE_SIZE, resample) if squash else ResizeShort(short, resample)
-        steps = [resize, CenterCrop(data.IMAGE_SIZE)]
+        covered = size if padded else size_value([math.floor(side / data.CROP_PCT) for side in size_pair(size)])
+        resize = Squash(size, resample) if data.EVAL_CROP == 'squash' else ResizeShort(covered, resample)
+        steps = [resize, CenterCrop(size)]
     return Transform(steps, _shape(config))
 
 
@@ -119,7 +122,7 @@ def two_view_transform(config) -> Views:
 
 
 def _shape(config) -> tuple[int, int, int]:
-    return config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_CHANNELS
+    return *image_size(config), config.DATA.IMAGE_CHANNELS
 
 
 def _training_steps(config, padded: bool) -> list[Step]:
@@ -156,6 +159,9 @@ def _policy(config, fast: bool) -> Step | None:
         fast: OpenCV applies geometric operations.
     """
     data, train = config.DATA, config.TRAIN
+    if data.IMAGE_CHANNELS not in PLAIN:
+        _check_no_policy(config)
+        return None
     mean = tuple(min(255, round(255 * value)) for value in data.IMAGENET_MEAN)
     fill = mean[0] if data.IMAGE_CHANNELS == 1 else mean
     styles = StyleSampler(train.RAND_AUGMENT_SPACE, data.INTERPOLATION, fill, fast)
@@ -166,29 +172,44 @@ def _policy(config, fast: bool) -> Step | None:
     return ColorJitter(*[train.COLOR_JITTER] * 3) if train.COLOR_JITTER > 0 else None
 
 
+def _check_no_policy(config) -> None:
+    """Raise UserError if a policy is on: its operations are defined on the colors of RGB and gray images."""
+    train = config.TRAIN
+    keys = {'RAND_AUGMENT': False, 'AUTO_AUGMENT': False, 'COLOR_JITTER': 0}
+    wanted = [f'TRAIN.{key} {off}' for key, off in keys.items() if train[key]]
+    if wanted:
+        raise UserError(
+            f'color operations are for RGB and gray images, not for {config.DATA.IMAGE_CHANNELS} channels '
+            f'(DATA.IMAGE_CHANNELS): set {" and ".join(wanted)}.'
+        )
+
+
 # ---------------------------------------------------------------------------------------------------- evaluation
 class ResizeShort(Geometric):
     """Resizes the shorter side to `size` pixels, the longer one to int(size * long / short).
 
+    With `size` (height, width), the result is the smallest image of the same ratio that covers this size.
     Images with an aspect ratio above MAX_ASPECT_RATIO are cropped to it at the center, which bounds the memory.
     """
 
-    def __init__(self, size: int, resample: Image.Resampling):
+    def __init__(self, size: Side, resample: Image.Resampling):
         self.size = size
         self.resample = resample
 
     def draw(self, size, rng=None, targets=NOTHING) -> Placement:
         """See `Geometric`."""
         width, height = size
-        short = min(width, height)
-        resized = int(self.size * width / short), int(self.size * height / short)
-        axis = int(height > width)
+        covered = size_pair(self.size)[::-1]
+        tight = int(covered[1] * width >= covered[0] * height)  # the axis on which the result has the given length
+        resized = [max(int(covered[tight] * side / size[tight]), 1) for side in size]
+        axis = 1 - tight
+        resized[axis] = max(resized[axis], covered[axis])
         box, stored = [0, 0, width, height], size[axis]
-        margin, length = _crop_margin(resized[axis], MAX_ASPECT_RATIO * self.size), resized[axis]
+        margin, length = _crop_margin(resized[axis], MAX_ASPECT_RATIO * max(covered)), resized[axis]
         if margin:
             box[axis], box[axis + 2] = (edge * stored / length for edge in (margin, length - margin))
-            resized = tuple(side - 2 * margin * (number == axis) for number, side in enumerate(resized))
-        return Placement(tuple(box), resized)
+            resized[axis] -= 2 * margin
+        return Placement(tuple(box), tuple(resized))
 
     def apply(self, image: Picture, placement: Placement) -> Image.Image:
         """See `Geometric`."""
@@ -198,15 +219,15 @@ class ResizeShort(Geometric):
 
 
 class Squash(Geometric):
-    """Resizes both sides to `size` pixels, without keeping the aspect ratio."""
+    """Resizes both sides to `size` pixels, or to (height, width), without keeping the aspect ratio."""
 
-    def __init__(self, size: int, resample: Image.Resampling):
+    def __init__(self, size: Side, resample: Image.Resampling):
         self.size = size
         self.resample = resample
 
     def draw(self, size, rng=None, targets=NOTHING) -> Placement:
         """See `Geometric`."""
-        return Placement((0, 0, *size), (self.size, self.size))
+        return Placement((0, 0, *size), size_pair(self.size)[::-1])
 
     def apply(self, image: Picture, placement: Placement) -> Image.Image:
         """See `Geometric`."""
@@ -214,15 +235,16 @@ class Squash(Geometric):
 
 
 class CenterCrop(Geometric):
-    """Center crop to a square of `size` pixels; offsets are rounded half to even."""
+    """Center crop to a square of `size` pixels, or to (height, width); offsets are rounded half to even."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: Side):
         self.size = size
 
     def draw(self, size, rng=None, targets=NOTHING) -> Placement:
         """See `Geometric`."""
-        left, top = (round((side - self.size) / 2) for side in size)
-        return Placement((left, top, left + self.size, top + self.size), (self.size, self.size))
+        height, width = size_pair(self.size)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        return Placement((left, top, left + width, top + height), (width, height))
 
     def apply(self, image: Image.Image, placement: Placement) -> Image.Image:
         """See `Geometric`."""
@@ -254,12 +276,13 @@ def resize_box(image: Picture, placement: Placement, resample: Image.Resampling)
 class RandomResizedCrop(Geometric):
     """Random resized crop: the fraction of the area is uniform in `scale`, the log aspect ratio is uniform in log `ratio`.
 
-    If ten draws do not fit into the image, the largest center crop with a ratio in range is used.
+    If ten draws do not fit into the image, the largest center crop with a ratio in range is used. The ratio is that of the crop,
+    as in timm, also if the result, of `size` pixels or (height, width), has another one.
     """
 
     TRIES = 10
 
-    def __init__(self, size: int, scale: Sequence[float], ratio: Sequence[float], resamples: tuple):
+    def __init__(self, size: Side, scale: Sequence[float], ratio: Sequence[float], resamples: tuple):
         self.size = size
         self.scale = scale
         self.ratio = ratio
@@ -268,7 +291,7 @@ class RandomResizedCrop(Geometric):
     def draw(self, size, rng, targets=NOTHING) -> Placement:
         """See `Geometric`."""
         box = self.box(*size, rng)
-        return Placement(box, (self.size, self.size), resample=choose(self.resamples, rng))
+        return Placement(box, size_pair(self.size)[::-1], resample=choose(self.resamples, rng))
 
     def apply(self, image: Picture, placement: Placement) -> Image.Image:
         """See `Geometric`."""
@@ -291,16 +314,19 @@ class RandomResizedCrop(Geometric):
 
 
 class PaddedCrop(Geometric):
-    """Pads with black and takes a random square crop."""
+    """Pads with black and takes a random crop of `size` pixels, or of (height, width)."""
 
-    def __init__(self, size: int, padding: int):
+    def __init__(self, size: Side, padding: int):
         self.size = size
         self.padding = padding
 
     def draw(self, size, rng, targets=NOTHING) -> Placement:
         """See `Geometric`."""
-        left, top = (int(rng.integers(side + 2 * self.padding - self.size + 1)) - self.padding for side in size)
-        return Placement((left, top, left + self.size, top + self.size), (self.size, self.size))
+        crop = size_pair(self.size)[::-1]
+        left, top = (
+            int(rng.integers(side + 2 * self.padding - length + 1)) - self.padding for side, length in zip(size, crop)
+        )
+        return Placement((left, top, left + crop[0], top + crop[1]), crop)
 
     def apply(self, image: Image.Image, placement: Placement) -> Image.Image:
         """See `Geometric`."""
@@ -351,8 +377,8 @@ class FastResizedCrop(RandomResizedCrop):
         return resize_smoothed(pixels, self.size, placement.resample)
 
 
-def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -> np.ndarray:
-    """Resize [h, w, C] to [size, size, C], close to Pillow's antialiased filters and five times faster.
+def resize_smoothed(pixels: np.ndarray, size: Side, resample: Image.Resampling) -> np.ndarray:
+    """Resize [h, w, C] to [size, size, C], or to [*size, C] for a pair, close to Pillow's antialiased filters and five times faster.
 
     OpenCV's filters do not antialias, so `smoothing_kernel` smooths before them. Sides of more than MAX_SMOOTHED times
     `size` are first reduced to that by the area filter, which is slow. Up to MAX_UNSMOOTHED no smoothing is needed.
@@ -362,17 +388,18 @@ def resize_smoothed(pixels: np.ndarray, size: int, resample: Image.Resampling) -
     its area filter 0.9 in twice the time.
     """
     cv2 = opencv()
-    height, width = (min(side, MAX_SMOOTHED * size) for side in pixels.shape[:2])
+    target = size_pair(size)
+    height, width = (min(side, MAX_SMOOTHED * wanted) for side, wanted in zip(pixels.shape, target))
     if (height, width) != pixels.shape[:2]:
         pixels = cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     interpolation = cv2.INTER_LINEAR if resample == BILINEAR else cv2.INTER_CUBIC
-    shrinking = max(height, width) / size
+    shrinking = max(height / target[0], width / target[1])
     if 1 < shrinking <= MAX_UNSMOOTHED:
         interpolation = cv2.INTER_LINEAR
     elif shrinking > MAX_UNSMOOTHED:
-        across, down = (smoothing_kernel(side / size) for side in (width, height))
+        across, down = smoothing_kernel(width / target[1]), smoothing_kernel(height / target[0])
         pixels = cv2.sepFilter2D(pixels, -1, across, down, borderType=cv2.BORDER_REPLICATE)
-    return cv2.resize(pixels, (size, size), interpolation=interpolation)
+    return cv2.resize(pixels, target[::-1], interpolation=interpolation)
 
 
 def smoothing_kernel(shrinking: float) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.augment import ColorJitter, blur, grayscale, solarize
+from datasets.bands import PLAIN
 from datasets.sample import IMAGE, Plane, Sample
 from utils.errors import UserError
 
@@ -59,6 +60,11 @@ def view_steps(crop: list[Callable], flip: Callable) -> tuple[list[Callable], li
 def check_views(config) -> None:
     """Raise UserError if other keys set augmentation that the two views do not use."""
     train = config.TRAIN
+    if config.DATA.IMAGE_CHANNELS not in PLAIN:
+        raise UserError(
+            f'DATA.VIEWS 2 changes the colors of RGB and gray images, not of {config.DATA.IMAGE_CHANNELS} channels: set '
+            'DATA.IMAGE_CHANNELS to 1 or 3.'
+        )
     changes = {
         'TRAIN.RAND_AUGMENT False': train.RAND_AUGMENT,
         'TRAIN.AUTO_AUGMENT False': train.AUTO_AUGMENT,

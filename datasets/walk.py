@@ -21,10 +21,13 @@ def folders_in(folder: str) -> list[str]:
     return [entry.name for entry in _entries(folder) if _is_folder(entry, real)]
 
 
-def images_below(folder: str, name: str = '') -> tuple[list[str], Counter]:
+def images_below(folder: str, name: str = '', extensions: tuple[str, ...] = EXTENSIONS) -> tuple[list[str], Counter]:
     """Find the image files below `folder/name`, recursively.
 
     Each folder is read once, even if several symbolic links point to it. Links to a parent folder are not followed.
+
+    Args:
+        extensions: of image files, see `datasets.bands.image_extensions`.
 
     Returns:
         Paths relative to `folder` in the order of torchvision's ImageFolder, and the number of other files by extension.
@@ -36,7 +39,7 @@ def images_below(folder: str, name: str = '') -> tuple[list[str], Counter]:
     for directory, files in sorted(_folders(os.path.join(folder, name))):
         relative = os.path.relpath(directory, folder)
         for file in sorted(files):
-            if file.lower().endswith(EXTENSIONS):
+            if file.lower().endswith(extensions):
                 paths.append(os.path.join(relative, file))
             else:
                 left_out[os.path.splitext(file)[1].lower()] += 1

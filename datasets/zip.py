@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from datasets.bands import ARRAY
 from datasets.classes import ClassTable
 from datasets.dataset import EncodedStorage, Images, PackedStrings
 from datasets.folder import data_path, read_lines, read_listing
@@ -69,7 +70,7 @@ def _storage(
     """Build a storage of the members `names`. Raises UserError for a name that is missing, with file and line by `where`."""
     members = []
     for index, name in enumerate(names):
-        if not name.lower().endswith(EXTENSIONS):
+        if not name.lower().endswith((*EXTENSIONS, ARRAY)):
             raise UserError(f"{where(index)}: '{name}' is not an image by its name ({' '.join(EXTENSIONS)}).")
         if name.strip('/') not in known:
             raise UserError(f"{where(index)}: '{name}' is not in '{archive}'; do the two belong together?")

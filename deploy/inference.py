@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from datasets import build_dataloader
-from datasets.batch import to_device
+from datasets.batch import on_device
 from datasets.dataset import FileStorage, Images
 from datasets.images import UnreadableImage
 from models import build_model
@@ -79,13 +79,14 @@ def predict_files(
     config = config.clone()
     config.defrost()
     config.DATA.BAD_IMAGE, config.DATA.CACHE = 'skip', 'no'
-    files, transform = Images(FileStorage('', paths), source='the list of images'), task.transform(training=False)
+    files = Images(FileStorage('', paths), source='the list of images').with_channels(config.DATA.IMAGE_CHANNELS)
+    transform = task.transform(training=False)
     expected = 0  # the next image to report
     with build_dataloader(config, files, training=False, transform=transform) as loader:
-        for number, batch in enumerate(loader.epoch(0)):
+        batches = on_device(loader.epoch(0, borrow=True), config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        for number, batch in enumerate(batches):
             predictions: list[Prediction] = []
             if len(batch):
-                batch = to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
                 with paddle.no_grad():
                     predictions = task.predictions(task.infer(model, batch), options)
             readable = dict(zip(batch.indices.tolist(), predictions))

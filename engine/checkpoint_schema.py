@@ -77,7 +77,7 @@ class Checkpoint:
             return None
         average = rules_of(model).adopt(model, self.average)
         arrays = {name: array for name, array in average.items() if not name.endswith(REBUILT_SUFFIXES)}
-        return match_state(model, arrays, f'{self.source}: model_ema')
+        return match_state(model, arrays, f'{self.source}: model_ema', metadata=self.metadata)
 
     def check_optimizer(self, model: nn.Layer, kinds: Collection[str], name: str) -> None:
         """Raise UserError if the optimizer state, written by this suite, does not fit model and optimizer.

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import numpy as np
 import paddle
 
-from datasets.batch import to_device
-from datasets.device import upload
+from datasets.batch import on_device
 from engine.distributed import Context
 from tasks import Evaluator, Interrupted, Task
+from utils.device import upload
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
 
@@ -48,14 +48,14 @@ def evaluate(
     stopped = False
     try:
         evaluator.reset(model, context, should_stop)
-        with contextlib.closing(loader.epoch(0)) as batches:
+        with contextlib.closing(loader.epoch(0, borrow=True)) as arrays:
+            batches = on_device(arrays, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
             for index, batch in enumerate(progress(batches, loader.num_batches, 'validation', context.is_main)):
                 context.mark()
                 stopped = should_stop()
                 if stopped:
                     break
                 if len(batch):
-                    batch = to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
                     evaluator.process(batch, task.infer(model, batch))
                 images += len(batch)
                 skipped += batch.skipped

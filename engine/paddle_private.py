@@ -12,6 +12,11 @@ import paddle
 from paddle import Tensor
 from paddle.optimizer import Optimizer
 
+OPERATORS = paddle._C_ops
+# Operators that let the host wait for a GPU: their result has as many values as their arguments say; `roi_align` reads its
+# number of regions.
+WAITING = ('nonzero', 'masked_select', 'unique', 'unique_consecutive', 'bincount', 'nms', 'roi_align')
+
 
 def accumulators(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """Return the optimizer state by kind and by automatic parameter name; it is empty before the first step."""
@@ -99,6 +104,11 @@ _CHUNK = 32768  # values per block of a GPU
 def squared_norm(tensor: Tensor) -> Tensor:
     """Return the sum of squares as a tensor [1], by one operation."""
     return paddle._C_ops.squared_l2_norm(tensor)
+
+
+def divide_all(tensors: list[Tensor], divisor: Tensor) -> None:
+    """Divide tensors of one type by a 0-D tensor in place, by one operation (that of GradScaler)."""
+    paddle._C_ops.check_finite_and_unscale_(tensors, divisor.reshape([1]))
 
 
 class LossScaler(paddle.amp.GradScaler):

@@ -117,7 +117,10 @@ class MasterWeights:
             if parameter.grad is None:
                 continue
             gradient = parameter.grad.astype('float32')
-            copy.grad = gradient if copy.grad is None else copy.grad + gradient
+            if copy.grad is None:
+                copy.grad_ = gradient  # assigning to `grad` would copy it, and wait
+            else:
+                copy.grad.add_(gradient)
             parameter.clear_gradient(set_to_zero=False)
 
     def average_gradients(self, context: Context) -> None:

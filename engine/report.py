@@ -12,7 +12,9 @@ import paddle
 from PIL import Image
 
 from engine.distributed import Context
+from engine.estimate import describe_estimate, peak_memory
 from engine.learning_rate import lr_scale
+from engine.length import RunLength
 from engine.state import TrainState
 from engine.statistics import means
 from tasks import Task
@@ -27,12 +29,12 @@ class Reporter:
     Args:
         config: the resolved configuration.
         num_batches: micro-batches per epoch.
-        num_epochs: epochs of the run.
+        length: length of the run.
         folder: folder of the run.
     """
 
     def __init__(
-        self, config, task: Task, context: Context, log: RunLog, folder: str, num_batches: int, num_epochs: int
+        self, config, task: Task, context: Context, log: RunLog, folder: str, num_batches: int, length: RunLength
     ):
         self.config = config
         self.task = task
@@ -40,7 +42,9 @@ class Reporter:
         self.log = log
         self.folder = folder
         self.num_batches = num_batches
-        self.num_epochs = num_epochs
+        self.length = length
+        self.num_epochs = length.num_epochs
+        self._reports = 0
         self.metrics = MetricsFile(os.path.join(folder, 'metrics.jsonl')) if context.is_main else None
         self.writer = None
 
@@ -125,6 +129,17 @@ class Reporter:
         )
         scalars = {'loss': loss, 'lr': lr, 'grad_norm': norm.item(), 'images_per_second': speed, **settings, **parts}
         self._scalars('train', scalars, step)
+        self._reports += 1
+        if self._reports == 2:  # the first one includes compilation and the start of the workers
+            self._estimate(epoch, index, speed)
+
+    def _estimate(self, epoch: int, index: int, speed: float) -> None:
+        """Log what an epoch and the rest of the run take, from images per second after micro-batch `index`."""
+        accumulate, length = self.config.TRAIN.ACCUM_ITER, self.length
+        taken = (epoch - 1) * length.steps_per_epoch + index // accumulate + 1
+        per_step = self.config.DATA.BATCH_SIZE * accumulate * self.context.world_size
+        memory = peak_memory(self.context.on_gpu)
+        self.log.master(f'----- {describe_estimate(length, taken, speed / per_step, memory)}')
 
     def epoch(self, state: TrainState, lr: float, totals: Mapping[str, float], seconds: float) -> None:
         """Report a finished epoch, or the steps of an incomplete last epoch.

@@ -20,7 +20,7 @@ from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
 from models.weights.load import Weights, load_pretrained, read_weights, stored_classes
-from tasks import Task, build_task
+from tasks import Task, build_evaluator, build_task
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog
 
@@ -114,7 +114,7 @@ def _match_classes(config, model, weights: Weights, data: datasets.Images, unset
 def _evaluate(config, task: Task, model, weights: Weights, loader, context, log, folder: RunFolder) -> None:
     load_pretrained(model, weights, log=log.master, replace_head=False)
     task.attach(model, log.master, training=False)
-    evaluator = task.evaluator()
+    evaluator = build_evaluator(task, loader.dataset)
     open_folder(folder, config, context, log)
     result = evaluate(config, model, loader, context, log, task, evaluator)
     log.master(f'----- Validation: {describe_metrics(evaluator, result, "Validation")}, time: {result["seconds"]:.2f}')

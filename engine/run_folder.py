@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from config import get_config
 from engine.checkpoint import LAST
 from engine.distributed import Context
+from engine.run_info import write_run_info
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.locks import LockedError, file_lock
@@ -73,7 +74,7 @@ def open_folder(folder: RunFolder, config, context: Context, log: RunLog, keep_c
         log.open(folder.path)
         keep_config = keep_config or config.EVAL and folder.has_checkpoint  # a training run needs its own to resume
         if context.is_main and not keep_config:
-            _write_config(config, folder)
+            _write_config(config, folder, context)
     if context.is_main and not config.EVAL:
         try:
             point_latest(folder.root, folder.name)
@@ -147,11 +148,12 @@ def _name_below(root: str, path: str) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-def _write_config(config, folder: RunFolder) -> None:
+def _write_config(config, folder: RunFolder, context: Context) -> None:
     saved = config.clone()
     saved.defrost()
     saved.SAVE, saved.TAG, saved.EVAL, saved.MODEL.RESUME, saved.BASE = folder.root, '', False, None, ['']
     saved.TRAIN.LAST_EPOCH = 0
+    write_run_info(folder.path, config, saved, context)
     with atomic_write(os.path.join(folder.path, 'config.yaml'), 'w') as file:
         file.write(saved.dump())
 

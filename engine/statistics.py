@@ -12,8 +12,8 @@ import numpy as np
 import paddle
 
 from datasets.batch import Batch
-from datasets.device import upload
 from tasks import Losses, Task
+from utils.device import upload
 
 CONTROL = ('images', 'skipped', 'nonfinite', 'stop')
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import paddle
 
 from datasets.batch import to_device
-from datasets.loader import Batch
+from datasets.loader import Batch, Loader
 from engine import distributed
 from engine.distributed import Context
 from engine.precision import Precision
@@ -26,7 +27,7 @@ from models import build_model
 from models.exported import Predictor
 from tasks import Task, build_task
 from utils.errors import UserError
-from utils.processes import die_with_parent
+from utils.processes import die_with_parent, resident_memory
 
 Call = Callable[[], None]  # runs one pass; may return before the device has finished it
 
@@ -122,6 +123,16 @@ def predictor_call(predictor: Predictor, shape: list[int]) -> Call:
     return lambda: predictor(images)
 
 
+def loader_speed(loader: Loader, batches: int) -> float:
+    """Return the images per second of a training loader alone, over `batches` batches after the first one."""
+    with loader:
+        endless = itertools.chain.from_iterable(loader.epoch(epoch, borrow=True) for epoch in itertools.count())
+        next(endless)  # starts the workers
+        started = time.perf_counter()
+        images = sum(len(batch) for batch in itertools.islice(endless, batches))
+        return images / (time.perf_counter() - started)
+
+
 # ---------------------------------------------------------------------------------------------------- cases
 @dataclass(frozen=True)
 class BenchmarkCase:
@@ -192,7 +203,7 @@ def peak_memory(case: BenchmarkCase, batch_size: int, training: bool = False) ->
 
 def _peak_memory_here(case: BenchmarkCase, batch_size: int, training: bool) -> int | None:
     context = distributed.start()
-    before = _resident('VmRSS')
+    before = resident_memory('VmRSS')
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # resets the peak
     call = case.training_call(batch_size, context) if training else case.calls([batch_size], context)[0]
@@ -200,13 +211,4 @@ def _peak_memory_here(case: BenchmarkCase, batch_size: int, training: bool) -> i
     if context.on_gpu:
         context.synchronize()
         return paddle.device.cuda.max_memory_allocated()
-    return None if before is None else _resident('VmHWM') - before
-
-
-def _resident(field: str) -> int | None:
-    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes; None without /proc."""
-    try:
-        with open('/proc/self/status', encoding='ascii') as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':'))
-    except OSError:
-        return None
+    return None if before is None else resident_memory('VmHWM') - before

@@ -18,8 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 import paddle
 
-from datasets.batch import to_device
-from datasets.device import Download
+from datasets.batch import on_device
 from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
 from engine.evaluate import describe_metrics, evaluate
@@ -31,7 +30,8 @@ from engine.signals import StopSignal
 from engine.state import Snapshot, TrainState
 from engine.statistics import StepSums, names_of
 from engine.update import Updater
-from tasks import Interrupted, Task
+from tasks import Interrupted, Task, build_evaluator
+from utils.device import Download
 from utils.errors import UserError
 from utils.runlog import RunLog, progress
 
@@ -51,7 +51,7 @@ class Trainer:
         self.config = config
         self.model = model
         self.task = task
-        self.evaluator = task.evaluator()
+        self.evaluator = build_evaluator(task, val_loader.dataset)
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.context = context
@@ -61,14 +61,14 @@ class Trainer:
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
         self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
         self.length = RunLength.from_config(config, self.steps_per_epoch)
-        _check_schedules(config, task)
+        check_schedules(config, task)
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
         model.set_grad_checkpointing(config.TRAIN.RECOMPUTE)
         self.precision = Precision(config, context.on_gpu)
         self.updater = Updater(config, model, self.precision)
         self.weights, self.ema = self.updater.weights, self.updater.ema
         self.optimizer, self.scaler = self.updater.optimizer, self.updater.scaler
-        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length.num_epochs)
+        self.reporter = Reporter(config, task, context, log, folder, train_loader.num_batches, self.length)
         self.snapshot = Snapshot(
             config,
             task,
@@ -135,7 +135,9 @@ class Trainer:
         self.model.train()
         own, pending, started = paddle.zeros([len(totals)]), deque(), time.time() - self._elapsed
         self.reporter.restart_timer(self._named(totals))
-        with contextlib.closing(self.train_loader.epoch(epoch, start_batch=first * accumulate)) as batches:
+        data, loader = self.config.DATA, self.train_loader
+        with contextlib.closing(loader.epoch(epoch, first * accumulate, borrow=True)) as arrays:
+            batches = on_device(arrays, data.IMAGENET_MEAN, data.IMAGENET_STD)
             steps = range(first, end)
             for step in progress(steps, len(steps), f'epoch {epoch}', self.context.is_main):
                 window = range(step * accumulate, min((step + 1) * accumulate, num_batches))
@@ -177,9 +179,8 @@ class Trainer:
         for index in window:
             batch = next(batches)
             self.context.mark()
-            draws = np.random.SeedSequence([self.config.SEED, epoch, index, self.context.rank])
+            draws = step_draws(self.config, epoch, index, self.context.rank)
             paddle.seed(int(draws.generate_state(1)[0]))
-            batch = to_device(batch, self.config.DATA.IMAGENET_MEAN, self.config.DATA.IMAGENET_STD)
             waits = index != window[-1] and self.parallel is not self.model
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self.precision.autocast():
@@ -334,7 +335,12 @@ class Trainer:
         return f'best Validation {title}: {state.best:.4f} after epoch {state.best_epoch}, weights in {place}'
 
 
-def _check_schedules(config, task: Task) -> None:
+def step_draws(config, epoch: int, index: int, rank: int) -> np.random.SeedSequence:
+    """Return the seed of all random numbers of micro-batch `index` of an epoch, from 1, on a rank."""
+    return np.random.SeedSequence([config.SEED, epoch, index, rank])
+
+
+def check_schedules(config, task: Task) -> None:
     """Raise UserError if a schedule of the model follows TRAIN.NUM_EPOCHS while TRAIN.NUM_ITERS sets the length."""
     if config.TRAIN.NUM_ITERS and task.schedules:
         names = ', '.join(schedule.name for schedule in task.schedules)

@@ -10,6 +10,8 @@ from unittest import mock
 import paddle
 from paddle import Tensor
 
+from engine.paddle_private import OPERATORS, WAITING
+
 # Operations that copy values between host and device, and wait for all work that was queued before.
 READS = ('numpy', 'item', 'tolist', 'cpu', '__bool__', '__float__', '__int__', '__index__', '__array__')
 
@@ -45,7 +47,17 @@ def count_waits(waits: Callable[[Tensor], bool] = is_on_gpu) -> Iterator[list[st
         operations = [(Tensor, name, lambda tensor, *_, **__: waits(tensor)) for name in READS]
         operations.append((paddle, 'to_tensor', lambda *_, place=None, **__: place is None))
         operations.append((Tensor, 'set_value', lambda _, value: not isinstance(value, Tensor)))
+        operations.append((Tensor, '__getitem__', lambda _, index: _reads_index(index)))
+        operations += [(OPERATORS, name, lambda x, *_, **__: waits(x)) for name in WAITING]
         for owner, name, applies in operations:
             replaced = counted(name, getattr(owner, name), applies)
             stack.enter_context(mock.patch.object(owner, name, replaced))
+        assign = counted('grad', Tensor.grad.__set__, lambda *_: True)  # copies, and waits
+        stack.enter_context(mock.patch.object(Tensor, 'grad', property(Tensor.grad.__get__, assign)))
         yield found
+
+
+def _reads_index(index) -> bool:
+    """Return True if the shape of the result or its place depends on the values of a tensor: a mask, or a 0-D tensor."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return any(isinstance(part, Tensor) and (part.dtype == paddle.bool or not part.shape) for part in parts)

@@ -12,6 +12,7 @@ from models.registry import config_file
 from models.zoo import PUBLISHED, Published
 from utils.cli import run
 from utils.errors import UserError
+from utils.sizes import image_shape, size_text
 
 COLUMNS = '{:<44} {:>9} {:>8} {:>6} {:>6} {:>6}  {}'
 
@@ -29,8 +30,8 @@ def main(pattern: str = '*') -> None:
 def row(name: str) -> str:
     """Return the line of one configuration."""
     config = get_config(config_file(name))
-    size, published = config.DATA.IMAGE_SIZE, PUBLISHED.get(name, Published(name))
-    cost = profile(build_model(config), [1, config.DATA.IMAGE_CHANNELS, size, size])
+    size, published = size_text(config.DATA.IMAGE_SIZE), PUBLISHED.get(name, Published(name))
+    cost = profile(build_model(config), [1, *image_shape(config)])
     accuracies = ['-' if acc is None else f'{acc:.2f}' for acc in (published.acc1, published.acc5)]
     return COLUMNS.format(
         name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', size, *accuracies, published.url or '-'

@@ -31,6 +31,7 @@ from models.layers import (
 from models.registry import register_model
 from models.weights.rules import WeightRules
 from utils.errors import UserError
+from utils.sizes import size_text, size_value
 
 NORM_EPS = 1e-6
 GATE_NORM_EPS = 1e-5  # framework default, which only the gate norm of the published weights was trained with
@@ -153,6 +154,11 @@ class GMLP(Classifier):
         head_bias: float = 0.0,
     ):
         super().__init__()
+        if not isinstance(size_value(img_size), int):
+            raise UserError(
+                f'gMLP takes square images only, not {size_text(img_size)}: its gates have one weight per pair of patches of a '
+                'fixed square grid, which cannot be interpolated; set DATA.IMAGE_SIZE to one number.'
+            )
         self.embed_dim = embed_dim
         self.depth = depth
         self.head_bias = head_bias
@@ -198,7 +204,7 @@ class GMLP(Classifier):
         for i, block in enumerate(self.mixer_layers):
             x = run_block(block, x, checkpoint=self.grad_checkpointing)
             if i in want:
-                maps = tokens_to_maps(x, (self.patch_embed.grid_size,) * 2) if 'maps' in want[i] else None
+                maps = tokens_to_maps(x, self.patch_embed.grid_size) if 'maps' in want[i] else None
                 recorded[i] = BlockIntermediates(tokens=x if 'tokens' in want[i] else None, maps=maps)
         return Intermediates(self.norm(x), recorded)
 

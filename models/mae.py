@@ -34,6 +34,7 @@ from models.layers import (
 from models.options import pretraining_options
 from models.registry import register_model
 from models.vision_transformer import VisionTransformer
+from models.weights.rules import Grid
 from models.weights.transformer import ADAPTER_PARTS, DECODER_PARTS, TransformerWeights
 from utils.errors import UserError
 
@@ -73,7 +74,7 @@ class MaeWeights(TransformerWeights):
             metadata['MODEL.MAE.DECODER_NUM_HEADS'] = model.decoder_blocks[0].attn.num_heads
         return metadata
 
-    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+    def resize(self, model, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Compute position embeddings of another resolution instead of interpolating them."""
         fixed = {'pos_embed': model.pos_embed, 'decoder_pos_embed': getattr(model, 'decoder_pos_embed', None)}.get(name)
         return array if fixed is None else computed_table(fixed, array)
@@ -163,10 +164,7 @@ class MaskedAutoencoder(VisionTransformer):
         """
         grid = self.grid_of(x)
         noise = paddle.rand([x.shape[0], grid[0] * grid[1]]) if noise is None else noise
-        ids_shuffle = paddle.argsort(noise, axis=-1)
-        visible = num_visible(ids_shuffle.shape[1], self.mask_ratio)
-        ids_restore = paddle.argsort(ids_shuffle, axis=-1)
-        mask = (ids_restore >= visible).astype('float32')
+        ids_shuffle, ids_restore, visible, mask = random_masks(noise, self.mask_ratio)
         encoder = self.encode_intermediates(x, ids_shuffle[:, :visible], indices, want)
         pred = self.decode(encoder.features, ids_restore, grid)
         return Reconstruction(self.loss(x, pred, mask), pred, mask, ids_shuffle, visible, encoder)
@@ -197,8 +195,7 @@ class MaskedAutoencoder(VisionTransformer):
         prefix, body = x[:, : self.num_prefix], x[:, self.num_prefix :]
         masked = self.mask_token.expand([x.shape[0], ids_restore.shape[1] - body.shape[1], -1])
         body = take_tokens(paddle.concat([body, masked], axis=1), ids_restore)
-        old = (self.patch_embed.grid_size,) * 2
-        table = resize_position_table(self.decoder_pos_embed, old, grid, self.num_prefix)
+        table = resize_position_table(self.decoder_pos_embed, self.patch_embed.grid_size, grid, self.num_prefix)
         x = paddle.concat([prefix, body], axis=1) + table
         state = TokenState(self.num_prefix, body.shape[1])
         for block in self.decoder_blocks:
@@ -256,6 +253,19 @@ class MaskedAutoencoder(VisionTransformer):
     def no_weight_decay(self) -> set[str]:
         """Return no names: weight decay applies to the tokens, and the position embedding is not trained."""
         return set()
+
+
+def random_masks(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor, int, Tensor]:
+    """Choose the visible patches, those with the smallest values of `noise` [B, L].
+
+    Returns:
+        Patch indices sorted by noise [B, L] int64, of which the first are visible; the inverse permutation [B, L]; the
+        number of visible patches; and a mask [B, L] float32, 1 for masked patches.
+    """
+    ids_shuffle = paddle.argsort(noise, axis=-1)
+    visible = num_visible(ids_shuffle.shape[1], mask_ratio)
+    ids_restore = paddle.argsort(ids_shuffle, axis=-1)
+    return ids_shuffle, ids_restore, visible, (ids_restore >= visible).astype('float32')
 
 
 def num_visible(num_patches: int, mask_ratio: float) -> int:

@@ -21,7 +21,7 @@ from models.layers import Intermediates, SyncBatchNorm, computed_table, fix_, mo
 from models.options import pretraining_options
 from models.registry import register_model
 from models.vision_transformer import VisionTransformer
-from models.weights.rules import WeightRules
+from models.weights.rules import Grid, WeightRules
 from utils.errors import UserError
 
 
@@ -48,7 +48,7 @@ class MoCoWeights(WeightRules):
         """Return the number of heads."""
         return model.base_encoder.weight_rules.metadata(model.base_encoder)
 
-    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+    def resize(self, model, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Compute position embeddings of another resolution instead of interpolating them."""
         return computed_table(model.base_encoder.pos_embed, array) if name.endswith('encoder.pos_embed') else array
 
@@ -150,8 +150,7 @@ class MoCoV3(Classifier):
 def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
     """Build a Vision Transformer with the initialization of MoCo-v3 and the projector as head."""
     vit = VisionTransformer(num_classes=0, **{'drop_path_rate': 0.0, **options})
-    grid = (vit.patch_embed.grid_size,) * 2
-    fix_(vit.pos_embed, moco_position_table(vit.embed_dim, grid, vit.num_prefix))
+    fix_(vit.pos_embed, moco_position_table(vit.embed_dim, vit.patch_embed.grid_size, vit.num_prefix))
     initializer.Normal(std=1e-6)(vit.cls_token)
     for name, layer in vit.named_sublayers():
         if name.endswith('qkv'):  # three matrices in one parameter

@@ -32,6 +32,7 @@ from models.layers import (
 )
 from models.registry import register_model
 from utils.errors import UserError
+from utils.sizes import image_size
 
 NORM_EPS = 1e-6
 LAYER_SCALE = 1e-6  # initial LayerScale value: a block starts near the identity
@@ -346,5 +347,5 @@ def build_ms_mlp(config) -> MSMLP:
         drop_path_rate=config.MODEL.DROPPATH,
         drop_path_ramp=config.MODEL.DROPPATH_RAMP,
     )
-    model.check_size(config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
+    model.check_size(*image_size(config))
     return model

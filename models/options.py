@@ -72,7 +72,13 @@ def detector_options(config) -> dict:
     """
     options, det = dense_options(config), config.MODEL.DET
     del options['distilled']
-    for key, size in (('DATA.IMAGE_SIZE', config.DATA.IMAGE_SIZE), ('MODEL.DET.POSITION_SIZE', det.POSITION_SIZE)):
+    side = config.DATA.IMAGE_SIZE
+    if not isinstance(side, int):
+        raise UserError(
+            f'MODEL.TYPE {config.MODEL.TYPE} takes square images, to which all others are padded: set DATA.IMAGE_SIZE to one '
+            f'number, such as {max(side)}.'
+        )
+    for key, size in (('DATA.IMAGE_SIZE', side), ('MODEL.DET.POSITION_SIZE', det.POSITION_SIZE)):
         if size % options['patch_size']:
             raise UserError(f'{key} is {size}, but must be a multiple of the patch size {options["patch_size"]}.')
     return {**options, 'position_size': det.POSITION_SIZE}

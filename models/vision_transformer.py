@@ -50,6 +50,7 @@ from models.options import encoder_options, reducer_specs
 from models.registry import register_model
 from models.weights.transformer import TransformerWeights
 from utils.errors import UserError
+from utils.sizes import Side, size_text
 
 POSITIONS = ('absolute', 'shared_relative')
 PLAIN_ATTENTION, NO_REMOVAL = MixerSpec(), RemovalSpec()
@@ -60,7 +61,7 @@ class VisionTransformer(Classifier):
     """Vision Transformer image classifier.
 
     Args:
-        img_size: side of the image, pixels; for other sizes the position embedding is interpolated.
+        img_size: side of the image, or (height, width), pixels; for other sizes the position embedding is interpolated.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
         num_classes: K; 0: return features.
@@ -92,7 +93,7 @@ class VisionTransformer(Classifier):
 
     def __init__(
         self,
-        img_size: int = 224,
+        img_size: Side = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -126,7 +127,7 @@ class VisionTransformer(Classifier):
         self._add_tokens('absolute' in positions)
         self.pos_drop = nn.Dropout(drop_rate)
         self.removal = AttentionRemoval(removal, depth)
-        grid = (self.patch_embed.grid_size,) * 2
+        grid = self.patch_embed.grid_size
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared_relative' in positions else None
         options = {'mlp_ratio': mlp_ratio, 'layer_scale': layer_scale, 'hidden_dropout': hidden_dropout}
         self.blocks = self._build_blocks(mixer, reducers, drop_path_rate, drop_rate, **options)
@@ -158,7 +159,7 @@ class VisionTransformer(Classifier):
     def _build_mixer(self, layer: int, spec: MixerSpec, drop_rate: float) -> nn.Layer | None:
         if layer in self.removal.removed_layers:
             return None
-        return build_mixer(spec, self.embed_dim, self.num_heads, (self.patch_embed.grid_size,) * 2, drop_rate)
+        return build_mixer(spec, self.embed_dim, self.num_heads, self.patch_embed.grid_size, drop_rate)
 
     def _check_relative(self) -> None:
         """Set `relative`. Raise UserError if tokens are reduced, as relative positions need all patch tokens."""
@@ -397,15 +398,15 @@ class VisionTransformer(Classifier):
         x = self.patch_embed(x).astype(self.cls_token.dtype)
         prefix = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = [token.expand([x.shape[0], -1, -1]) for token in prefix]
-        if self.relative and grid != (self.patch_embed.grid_size,) * 2:
+        if self.relative and grid != self.patch_embed.grid_size:
             raise UserError(
-                f'the relative positions of this model need images of {self.patch_embed.img_size} pixels; set '
+                f'the relative positions of this model need images of {size_text(self.patch_embed.img_size)} pixels; set '
                 'DATA.IMAGE_SIZE to the size of the data, so that the model is built for it.'
             )
         x = paddle.concat([*prefix, x], axis=1)
         if self.pos_embed is None:
             return self.pos_drop(x)
-        table = resize_position_table(self.pos_embed, (self.patch_embed.grid_size,) * 2, grid, self.num_prefix)
+        table = resize_position_table(self.pos_embed, self.patch_embed.grid_size, grid, self.num_prefix)
         return self.pos_drop(x + table)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False):

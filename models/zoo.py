@@ -8,6 +8,7 @@ import os
 from typing import NamedTuple
 
 from models.registry import CONFIG_DIR
+from utils.errors import UserError
 
 
 class Published(NamedTuple):
@@ -32,12 +33,30 @@ class Published(NamedTuple):
     license: str = ''
 
 
-def _read(path: str) -> dict[str, Published]:
-    with open(path, encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file))
-    for row in rows:
-        row.update({key: float(row[key]) if row[key] else None for key in ('acc1', 'acc5')})
-    return {row['name']: Published(**row) for row in rows}
+def read_zoo(path: str) -> dict[str, Published]:
+    """Read a table in the format of configs/zoo.csv: a header with the fields of `Published`, of which only `name` must exist.
+
+    Raises:
+        UserError: the file cannot be read, or a row is malformed.
+    """
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            rows = [_row(row, f"'{path}', line {number}") for number, row in enumerate(csv.DictReader(file), 2)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the table '{path}': {getattr(error, 'strerror', None) or error}.") from None
+    return {row.name: row for row in rows}
 
 
-PUBLISHED = _read(os.path.join(CONFIG_DIR, 'zoo.csv'))
+def _row(row: dict[str, str], where: str) -> Published:
+    unknown = sorted(map(str, row.keys() - {*Published._fields}))
+    if unknown or not row.get('name'):
+        problem = f"an unknown column '{unknown[0]}'" if unknown else 'no name'
+        raise UserError(f'{where}: {problem}; the columns are {", ".join(Published._fields)}.')
+    try:
+        numbers = {key: float(row[key]) if row.get(key) else None for key in ('acc1', 'acc5')}
+    except ValueError:
+        raise UserError(f'{where}: acc1 and acc5 must be numbers in percent, or empty.') from None
+    return Published(**{**{key: value or '' for key, value in row.items()}, **numbers})
+
+
+PUBLISHED = read_zoo(os.path.join(CONFIG_DIR, 'zoo.csv'))

@@ -17,6 +17,7 @@ from tasks.base import (
     build_task,
     register_task,
 )
+from tasks.recording import build_evaluator
 
 __all__ = [
     'TASKS',
@@ -28,6 +29,7 @@ __all__ = [
     'Prediction',
     'PredictionOptions',
     'Task',
+    'build_evaluator',
     'build_task',
     'register_task',
 ]

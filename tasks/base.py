@@ -23,11 +23,13 @@ from PIL import Image
 
 import datasets
 from datasets.batch import Batch
-from datasets.device import upload
 from datasets.transforms import Squash, build_transform
 from tasks.model_schedules import ModelSchedule, build_model_schedules
+from tasks.pictures import Shown, rgb
+from utils.device import upload
 from utils.errors import UserError
 from utils.registry import Registry
+from utils.sizes import image_shape
 
 TASKS = Registry('task (TRAIN.TASK)')
 register_task = TASKS.register
@@ -69,20 +71,22 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """Options of `tools/predict.py`.
+    """Options of `tools/predict.py` and of evaluations that save predictions.
 
     Attributes:
         topk: number of classes per image, at most all classes of the model.
         class_names: one name per class.
+        pictures: False: `Prediction.pictures` is empty.
     """
 
     topk: int = 5
     class_names: Sequence[str] | None = None
+    pictures: bool = True
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Output of `tools/predict.py` for one image.
+    """Prediction for one image.
 
     Attributes:
         row: JSON object.
@@ -142,6 +146,14 @@ class Evaluator:
         """Texts by file name, of which the run's folder keeps those of the last evaluation. As `pictures`."""
         return {}
 
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the results of each class by name, for classes.csv; empty: there are none. As `pictures`.
+
+        Args:
+            rows: rows of predictions.csv, one per image that could be read, in the order of the data set.
+        """
+        return []
+
 
 class MeanEvaluator(Evaluator):
     """Means over the images, accumulated in float64 on the device.
@@ -200,15 +212,21 @@ class Task:
         parts: name of each part of the loss -> title in the log.
         counts: name of each count -> title in the log; the log shows counts divided by the number of images.
         schedules: schedules of model parameters such as the keep rate, see tasks/model_schedules.py.
+        target_columns: columns of predictions.csv for the targets of an image, see `targets`.
     """
 
     views: int = 1
     data_kind: type = datasets.Dataset
     parts: Mapping[str, str] = NOTHING
     counts: Mapping[str, str] = NOTHING
+    target_columns: tuple[str, ...] = ()
 
     def __init__(self, config):
         self.config = config
+        if config.SAVE_PREDICTIONS and not self.has_predictions():
+            raise UserError(
+                f'TRAIN.TASK {config.TRAIN.TASK} has no predictions: remove -save_predictions (SAVE_PREDICTIONS).'
+            )
         if config.DATA.VIEWS not in (None, self.views):
             raise UserError(
                 f'TRAIN.TASK {config.TRAIN.TASK} trains on {self.views} view(s) of each image: remove DATA.VIEWS or set '
@@ -281,10 +299,31 @@ class Task:
         """
         raise NotImplementedError
 
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: datasets.Images, count: int
+    ) -> list[Shown]:
+        """Return pictures of the first images of a training batch, as `loss` gets them, with their targets.
+
+        Args:
+            batch, rng: see `loss`.
+            dataset: data set of the batch.
+            count: number of images.
+        """
+        shown = [Shown(pictures, '') for pictures in self.pictures_of(batch.images[:count])]
+        labels = batch.targets.get('label')
+        if labels is None:
+            return shown
+        return [Shown(*one[:1], class_name(dataset, label)) for one, label in zip(shown, labels[:count].tolist())]
+
+    def pictures_of(self, images: Tensor) -> list[list[np.ndarray]]:
+        """Return the views of each image, [H, W, 3] uint8, of normalized images [B, ..., C, H, W]."""
+        data = self.config.DATA
+        views = images.unbind(1) if images.ndim > 4 else [images]
+        return [list(row) for row in zip(*(rgb(view, data.IMAGENET_MEAN, data.IMAGENET_STD) for view in views))]
+
     def image_shape(self) -> list[int]:
         """Return [C, H, W] of the training images."""
-        data = self.config.DATA
-        return [data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]
+        return image_shape(self.config)
 
     def example(self, batch_size: int) -> Batch:
         """Return a random training batch on the device, for benchmarks and tests."""
@@ -302,6 +341,15 @@ class Task:
         raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------ predictions
+    def targets(self, batch: Batch) -> list[tuple]:
+        """Return the values of `target_columns` for each image of a batch on the device."""
+        return [()] * len(batch)
+
+    @classmethod
+    def has_predictions(cls) -> bool:
+        """Return False if `prediction_columns` raises an error."""
+        return cls.prediction_columns is not Task.prediction_columns
+
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
         """Return the column names of `Prediction.cells`.
 
@@ -320,7 +368,7 @@ class Task:
             'resize_short': None if isinstance(resize, Squash) else resize.size,
             'interpolation': resize.resample.name.lower(),
             'image_size': crop.size,
-            'crop_pct': self.config.DATA.CROP_PCT if resize.size > crop.size else 1.0,
+            'crop_pct': self.config.DATA.CROP_PCT if resize.size != crop.size else 1.0,
         }
 
     def program_inputs(self, batch_size: int) -> dict[str, np.ndarray]:
@@ -342,6 +390,12 @@ class Task:
     def predictions(self, outputs: Any, options: PredictionOptions) -> list[Prediction]:
         """Return one prediction per image from the result of `infer`."""
         raise NotImplementedError
+
+
+def class_name(dataset: datasets.Images, label: int) -> str:
+    """Return the name of a class, or its number if the data set has no names."""
+    names = getattr(dataset, 'class_names', None)
+    return names[label] if names is not None and label < len(names) else str(label)
 
 
 def build_task(config) -> Task:

@@ -6,21 +6,25 @@ Label smoothing and soft targets follow timm; distillation follows DeiT (https:/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+import datasets
 from datasets.batch import Batch
 from datasets.mixing import Mixup
-from tasks.base import Losses, MeanEvaluator, Prediction, PredictionOptions, Task, register_task
+from tasks.base import Group, Losses, MeanEvaluator, Prediction, PredictionOptions, Task, class_name, register_task
 from tasks.distillation import build_teacher, distillation_loss
+from tasks.pictures import Shown
 from utils.errors import UserError
 
 # With K < 5 classes, acc5 is top-K accuracy.
 TITLES = {'loss': 'Loss', 'acc1': 'Acc@1', 'acc5': 'Acc@5'}
+_ROUNDING = 1e-5  # of targets
 
 
 @register_task('supervised')
@@ -32,6 +36,7 @@ class ClassificationTask(Task):
     """
 
     counts = {'acc1': 'Acc'}
+    target_columns = ('label',)
     teacher: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, config):
@@ -69,9 +74,25 @@ class ClassificationTask(Task):
             loss = (1.0 - self.alpha) * loss + self.alpha * distilled_loss
         return Losses(loss, counts={'acc1': (logits.detach().argmax(-1) == labels).astype('float32').sum()})
 
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: datasets.Images, count: int
+    ) -> list[Shown]:
+        """See `Task`; mixed images show all classes of their target, without the share of label smoothing."""
+        mixup = _mixup(self.config.TRAIN, self.config.MODEL.NUM_CLASSES)
+        if mixup is None:
+            return super().training_pictures(batch, rng, dataset, count)
+        images, targets = mixup(batch.images, batch.targets['label'], rng)
+        smoothed = self.smoothing / targets.shape[-1]
+        captions = [_mixed(target, smoothed, dataset) for target in targets[:count].numpy()]
+        return [Shown(*shown) for shown in zip(self.pictures_of(images[:count]), captions)]
+
     def evaluator(self) -> MeanEvaluator:
         """Return an evaluator of mean cross entropy, top-1 and top-5 accuracy as fractions of 1."""
-        return MeanEvaluator(TITLES, ('acc1', 'max'), classification_sums)
+        return ClassificationEvaluator(TITLES, ('acc1', 'max'), classification_sums)
+
+    def targets(self, batch: Batch) -> list[tuple]:
+        """Return the label of each image."""
+        return [(label,) for label in batch.targets['label'].tolist()]
 
     def prediction_columns(self, options: PredictionOptions) -> tuple[str, ...]:
         """Return columns for index, name (with class names) and probability of the top-k classes."""
@@ -89,6 +110,31 @@ class ClassificationTask(Task):
         return [_prediction(*row, options.class_names) for row in zip(indices.tolist(), values.tolist())]
 
 
+class ClassificationEvaluator(MeanEvaluator):
+    """Means over the images, and the accuracy of each class."""
+
+    def reset(self, model: nn.Layer, group: Group, should_stop: Callable[[], bool]) -> None:
+        """See `Evaluator`."""
+        super().reset(model, group, should_stop)
+        self._num_classes = model.num_classes
+
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """See `Evaluator`; `precision` is the share of correct ones among the images that are predicted as the class."""
+        labels, predicted = (np.array([row[name] for row in rows], 'int64') for name in ('label', 'class1'))
+        groups = labels, predicted, labels[labels == predicted]
+        counts = (np.bincount(values, minlength=self._num_classes) for values in groups)
+        return [
+            {
+                'acc1': correct / images if images else None,
+                'precision': correct / guesses if guesses else None,
+                'images': images,
+                'predicted': guesses,
+                'correct': correct,
+            }
+            for images, guesses, correct in zip(*(values.tolist() for values in counts))
+        ]
+
+
 def _prediction(classes: list[int], probabilities: list[float], names: Sequence[str] | None) -> Prediction:
     entries = [
         {'class': number, **({'name': names[number]} if names else {}), 'probability': probability}
@@ -96,6 +142,12 @@ def _prediction(classes: list[int], probabilities: list[float], names: Sequence[
     ]
     text = ', '.join(f'{names[k] if names else k} {p:.4f}' for k, p in zip(classes, probabilities))
     return Prediction({'predictions': entries}, tuple(cell for entry in entries for cell in entry.values()), text)
+
+
+def _mixed(target: np.ndarray, smoothed: float, dataset: datasets.Images) -> str:
+    """Describe a soft target [K], 'cat 0.62, dog 0.38'; classes with the value of label smoothing are left out."""
+    classes = [index for index in np.argsort(-target, kind='stable')[:2] if target[index] > smoothed + _ROUNDING]
+    return ', '.join(f'{class_name(dataset, int(index))} {target[index]:.2f}' for index in classes)
 
 
 def _mixup(train, num_classes: int) -> Mixup | None:

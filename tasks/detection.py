@@ -11,15 +11,17 @@ import paddle
 from paddle import Tensor, nn
 from PIL import Image
 
+from datasets.bands import PLAIN
 from datasets.batch import Batch
 from datasets.detection import BOXES, CLASSES, MASKS, DetectionDataset, known_categories
 from datasets.detection_transforms import detection_transform
 from datasets.polygons import coco_masks, decoded_rle
 from datasets.sample import IMAGE_SIZE, VALID
-from models.detection import Detections, ImageDetections, Targets, postprocess
+from models.detection import Detections, ImageDetections, Targets, postprocess, rasterize
 from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
 from tasks.detection_metrics import Detected, DetectionEvaluator, picture_of
 from tasks.detection_pictures import Drawn, colors_of, drawn
+from tasks.pictures import Shown, enlarged, enlargement
 from utils.errors import UserError
 
 COLUMNS = ('class', 'name', 'score', 'left', 'top', 'width', 'height')
@@ -41,6 +43,13 @@ class DetectionTask(Task):
                 'TRAIN.TASK detection knows no repeated augmentation and no random erasing: set TRAIN.REPEATED_AUG and '
                 'TRAIN.RANDOM_ERASE_PROB to 0.'
             )
+        if not isinstance(config.DATA.IMAGE_SIZE, int):
+            raise UserError(
+                'TRAIN.TASK detection pads every image to a square, as ViTDet does, so that images of any shape fit: set '
+                f'DATA.IMAGE_SIZE to one number, such as {max(config.DATA.IMAGE_SIZE)}.'
+            )
+        if config.DATA.IMAGE_CHANNELS not in PLAIN:
+            raise UserError('TRAIN.TASK detection reads RGB and gray images: set DATA.IMAGE_CHANNELS to 1 or 3.')
         self._validation: DetectionDataset | None = None
         self._names: list[str] | None = None
 
@@ -81,6 +90,22 @@ class DetectionTask(Task):
         losses = model(batch.images, batch.targets[VALID], targets=targets, rng=rng)
         parts = {name: losses[f'loss_{name}'].astype('float32') for name in self.parts}
         return Losses(sum(parts.values()), parts)
+
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: DetectionDataset, count: int
+    ) -> list[Shown]:
+        """See `Task`; boxes, masks and class names are drawn on the images."""
+        names, shown = self._class_names(), super().training_pictures(batch, rng, dataset, count)
+        colors, targets = colors_of(len(names)), (batch.targets[name] for name in (BOXES, CLASSES, MASKS))
+        result = []
+        for ([image], _), boxes, classes, outlines in zip(shown, *targets):
+            factor, image = enlargement(image.shape[:2]), enlarged(image)  # before the labels are drawn
+            polygons = [[factor * polygon for polygon in outline] for outline in outlines]
+            masks = list(rasterize(polygons, *image.shape[:2]).astype(bool))
+            objects = Drawn(factor * boxes, [names[label] for label in classes], colors[classes], masks)
+            picture = np.asarray(drawn(Image.fromarray(image), objects))
+            result.append(Shown([picture], f'{len(classes)} object{"s" * (len(classes) != 1)}'))
+        return result
 
     def example(self, batch_size: int) -> Batch:
         """See `Task`; each image has two objects."""
@@ -156,9 +181,9 @@ class DetectionTask(Task):
     def predictions(self, outputs: Sequence[Detected], options: PredictionOptions) -> list[Prediction]:
         """Return all objects with box and mask, and a picture of those with a score of at least VAL.SHOW_SCORE."""
         names = list(options.class_names or self._class_names())
-        return [self._prediction(output, names, options.topk) for output in outputs]
+        return [self._prediction(output, names, options.topk, options.pictures) for output in outputs]
 
-    def _prediction(self, found: Detected, names: list[str], topk: int) -> Prediction:
+    def _prediction(self, found: Detected, names: list[str], topk: int, draw: bool) -> Prediction:
         boxes = np.concatenate([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2]], axis=1).tolist()
         rows = zip(found.classes.tolist(), found.scores.tolist(), boxes, found.masks)
         objects = [
@@ -170,7 +195,8 @@ class DetectionTask(Task):
         cells += [''] * (len(COLUMNS) * topk - len(cells))
         texts = [f'{entry["name"]} {entry["score"]:.4f} at {_place(entry["bbox"])}' for entry in shown]
         row = {'height': found.size[0], 'width': found.size[1], 'objects': objects}
-        return Prediction(row, tuple(cells), ', '.join(texts) or 'nothing', {'objects': self._picture(found, names)})
+        pictures = {'objects': self._picture(found, names)} if draw else {}
+        return Prediction(row, tuple(cells), ', '.join(texts) or 'nothing', pictures)
 
     def _picture(self, found: Detected, names: list[str]) -> Image.Image:
         data, kept = self.config.DATA, np.flatnonzero(found.scores >= self.config.VAL.SHOW_SCORE)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from datasets.batch import Batch
 from datasets.detection import BOXES, CLASSES, DetectionDataset
 from tasks.base import Evaluator, Group
 from tasks.detection_pictures import Drawn, colors_of, drawn
-from tasks.pictures import image_grid, pixels
+from tasks.pictures import as_image, image_grid, pixels
 
 KINDS = {'box': 'bbox', 'mask': 'segm'}  # prefix of the metrics -> pycocotools' name
 METRICS = (
@@ -175,6 +175,11 @@ class DetectionEvaluator(Evaluator):
             for name, row in zip(self.names, classes)
         ]
 
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """See `Evaluator`."""
+        columns = self.names, *self._values[:, len(METRICS) :].tolist()
+        return [dict(zip(('name', *(f'{kind}_ap' for kind in KINDS)), row)) for row in zip(*columns)]
+
     def files(self) -> dict[str, str]:
         """Return COCO's results file, which pycocotools and COCO's server read."""
         return {RESULTS: json.dumps(self._results)}
@@ -198,7 +203,7 @@ class DetectionEvaluator(Evaluator):
 def picture_of(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """Normalized [C, h, w] -> RGB picture."""
     shown = pixels(image.unsqueeze(0), mean, std)[0]
-    return Image.fromarray(shown.squeeze(-1) if shown.shape[-1] == 1 else shown).convert('RGB')
+    return as_image(shown).convert('RGB')
 
 
 def _labeled(name: str, value: float) -> str:

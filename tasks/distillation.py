@@ -20,6 +20,7 @@ from models.registry import config_file
 from models.weights.load import load_frozen
 from utils.errors import UserError
 from utils.files import read_regular
+from utils.sizes import image_shape, image_size, size_argument, size_text
 
 LEGACY = '.pdmodel'  # suffix of programs of Paddle 2, which are refused
 MAX_PREPROCESS = 1 << 20  # bytes
@@ -60,8 +61,7 @@ def build_teacher(config, student: paddle.nn.Layer, log: Callable[[str], None]) 
     def teacher_logits(images: paddle.Tensor) -> paddle.Tensor:
         return teacher(adapt(images)).astype('float32')
 
-    data = config.DATA
-    classes = teacher_logits(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE])).shape[-1]
+    classes = teacher_logits(paddle.zeros([1, *image_shape(config)])).shape[-1]
     if classes != config.MODEL.NUM_CLASSES:
         raise UserError(
             f'the teacher has {classes} classes, but the student {config.MODEL.NUM_CLASSES}: set MODEL.NUM_CLASSES, or '
@@ -94,7 +94,8 @@ def teacher_images(config, settings, log: Callable[[str], None]) -> Callable[[pa
     """
     data, theirs = config.DATA, settings.DATA
     if theirs.IMAGE_SIZE != data.IMAGE_SIZE:
-        log(f"----- Teacher: built for the student's {data.IMAGE_SIZE} pixels instead of {theirs.IMAGE_SIZE}.")
+        ours, built = size_text(data.IMAGE_SIZE), size_text(theirs.IMAGE_SIZE)
+        log(f"----- Teacher: built for the student's {ours} pixels instead of {built}.")
     return _renormalized(data, theirs.IMAGE_CHANNELS, theirs.IMAGENET_MEAN, theirs.IMAGENET_STD)
 
 
@@ -140,13 +141,13 @@ def frozen_model(settings, weights: str, log: Callable[[str], None]) -> paddle.n
 def _exported(config) -> tuple[paddle.nn.Layer, Callable]:
     """Return an exported program, and its preprocessing from the JSON file next to it."""
     path = config.TRAIN.TEACHER_MODEL
-    prefix, data = _find_program(path), config.DATA
+    prefix = _find_program(path)
     adapt = _preprocessing(config, prefix)
     try:
         check_files(prefix)
         teacher = _load_program(prefix)
         with paddle.no_grad():
-            teacher(adapt(paddle.zeros([1, data.IMAGE_CHANNELS, data.IMAGE_SIZE, data.IMAGE_SIZE]))).astype('float32')
+            teacher(adapt(paddle.zeros([1, *image_shape(config)]))).astype('float32')
     except Exception as error:  # programs of others can raise any exception
         reason = getattr(error, 'strerror', None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -194,17 +195,19 @@ def _preprocessing(config, prefix: str) -> Callable[[paddle.Tensor], paddle.Tens
         content = json.loads(read_regular(path, MAX_PREPROCESS))
         channels = content['input']['shape'][1]
         size, mean, std = content['image_size'], content['mean'], content['std']
-        valid = all(_is_finite(value) for value in (size, channels, *mean, *std)) and 0 not in std
+        sides = size if isinstance(size, list) else [size, size]
+        valid = all(_is_finite(value) for value in (*sides, channels, *mean, *std)) and 0 not in std and len(sides) == 2
     except FileNotFoundError:
         return lambda images: images
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         valid = False
     if not valid or min(len(mean), len(std)) != channels:
         raise UserError(f"'{path}' does not describe the images of the teacher; export the teacher again.")
-    if size != data.IMAGE_SIZE:
+    if tuple(sides) != image_size(config):
         raise UserError(
-            f"the exported teacher '{prefix}' takes images of {size} pixels, but the student of {data.IMAGE_SIZE}; export "
-            f'it with -image_size {data.IMAGE_SIZE}, or set DATA.IMAGE_SIZE to {size}.'
+            f"the exported teacher '{prefix}' takes images of {size_text(sides)} pixels, but the student of "
+            f'{size_text(data.IMAGE_SIZE)}; export it with -image_size {size_argument(data.IMAGE_SIZE)}, or set '
+            f'DATA.IMAGE_SIZE to {size_argument(sides)}.'
         )
     return _renormalized(data, channels, mean, std)
 

@@ -14,10 +14,11 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 import datasets
-from datasets.batch import Batch, to_device
+from datasets.batch import Batch, on_device
 from datasets.subset import evenly_spaced
 from models.features import extract_features
 from tasks.base import Group, Interrupted, MeanEvaluator
+from utils.device import upload
 from utils.errors import UserError
 from utils.runlog import progress
 
@@ -69,14 +70,14 @@ class KNNEvaluator(MeanEvaluator):
             self.config, self._dataset, False, group.rank, group.world_size, self.transform
         )
         with loader:
-            for batch in progress(loader.epoch(0), loader.num_batches, 'training features', group.is_main):
+            batches = on_device(loader.epoch(0, borrow=True), data.IMAGENET_MEAN, data.IMAGENET_STD)
+            for batch in progress(batches, loader.num_batches, 'training features', group.is_main):
                 stopped = should_stop()
                 if stopped:
                     break
                 if len(batch):
-                    images = to_device(batch, data.IMAGENET_MEAN, data.IMAGENET_STD).images
-                    features.append(extract_features(model, images))
-                    indices.append(paddle.to_tensor(batch.indices))
+                    features.append(extract_features(model, batch.images))
+                    indices.append(upload(batch.indices))
         # The stop flag is all-reduced, so that all processes stop together.
         if group.sum(paddle.to_tensor([float(stopped)])).item():
             raise Interrupted

@@ -10,13 +10,14 @@ import paddle
 from paddle import Tensor, nn
 from PIL import Image
 
+import datasets
 from datasets.batch import Batch
-from datasets.device import upload
-from models.mae import MaskedAutoencoder, Reconstruction
+from models.mae import MaskedAutoencoder, Reconstruction, random_masks
 from tasks.base import Losses, MeanEvaluator, Task, register_task
 from tasks.mae_distillation import MaeDistillation, build_distillation
 from tasks.mae_pictures import reconstruct
-from tasks.pictures import image_grid
+from tasks.pictures import MASKED, Shown, image_grid
+from utils.device import upload
 from utils.errors import UserError
 
 SHOWN = 8  # validation images in the picture of an evaluation
@@ -51,6 +52,21 @@ class MAETask(Task):
             return Losses(output.loss, {name: paddle.zeros([]) for name in self.parts})
         parts = self.distillation.losses(batch.images, output)
         return Losses(output.loss + sum(self.alphas[name] * part for name, part in parts.items()), parts)
+
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: datasets.Images, count: int
+    ) -> list[Shown]:
+        """See `Task`; beside each image its visible patches, the masked ones in gray."""
+        noise = self._noise(batch.images, [rng] * len(batch))[:count]
+        masked = random_masks(noise, self.config.MODEL.MAE.MASK_RATIO)[-1].numpy()
+        shown = super().training_pictures(batch, rng, dataset, count)
+        return [Shown([image, self._visible(image, mask)], caption) for ([image], caption), mask in zip(shown, masked)]
+
+    def _visible(self, image: np.ndarray, masked: np.ndarray) -> np.ndarray:
+        """Return an image [H, W, 3] with its masked patches, 1 in `masked` [L], in gray."""
+        side = self.patch_size
+        cells = masked.reshape(image.shape[0] // side, image.shape[1] // side).repeat(side, 0).repeat(side, 1)
+        return np.where(cells[..., None] > 0, MASKED, image).astype('uint8')
 
     def infer(self, model: nn.Layer, batch: Batch) -> tuple[Tensor, Reconstruction]:
         """Return the noise [B, L] that selects the visible patches, and the reconstruction."""

@@ -15,6 +15,7 @@ class ModelSchedule(Protocol):
     """Schedule of one model parameter; `t` is the fractional number of epochs since the start of training."""
 
     name: str  # name in the log
+    title: str  # name in pictures
 
     def value(self, t: float) -> float:
         """Return the value at `t`."""
@@ -29,7 +30,7 @@ class ModelSchedule(Protocol):
 class KeepRateSchedule:
     """Keep rate of EViT (https://arxiv.org/abs/2202.07800), from MODEL.EVIT."""
 
-    name = 'keep_rate'
+    name, title = 'keep_rate', 'keep rate'
 
     def __init__(self, evit):
         self.final = evit.KEEP_RATE
@@ -53,7 +54,7 @@ class AttentionDecaySchedule:
         UserError: λ > 0 in the last epoch, so that attention cannot be removed after training.
     """
 
-    name = 'attn_lambda'
+    name, title = 'attn_lambda', 'attention weight λ'
 
     def __init__(self, removal, num_epochs: int):
         length = removal.DECAY_EPOCHS
@@ -81,7 +82,7 @@ class AttentionDecaySchedule:
 class MomentumSchedule:
     """Momentum of the momentum encoder of MoCo v3, which is updated once in the training pass after each `set`."""
 
-    name = 'momentum'
+    name, title = 'momentum', 'momentum of the momentum encoder'
 
     def __init__(self, base: float, num_epochs: int):
         self.schedule = {'base': base, 'total': num_epochs}

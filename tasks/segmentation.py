@@ -26,9 +26,10 @@ from models.layers.resize import resize_maps
 from models.segmentation.inference import slide_inference, whole_inference
 from models.segmentation.losses import segmentation_loss
 from tasks.base import Losses, Prediction, PredictionOptions, Task, register_task
-from tasks.pictures import pixels
+from tasks.pictures import BACKGROUND, Shown, as_image, pixels
 from tasks.segmentation_metrics import SegmentationEvaluator, colored
 from utils.errors import UserError
+from utils.sizes import size_pair
 
 
 class SegmentationOutput(NamedTuple):
@@ -87,9 +88,9 @@ class SegmentationTask(Task):
                 f'{self.config.MODEL.TYPE}.'
             )
         size = crop_size(self.config)
-        if getattr(model, 'fixed_size', False) and size != (model.image_size,) * 2:
+        if getattr(model, 'fixed_size', False) and size != (wanted := size_pair(model.image_size)):
             raise UserError(
-                f'the relative positions of this model need crops of {model.image_size} x {model.image_size} pixels: remove '
+                f'the relative positions of this model need crops of {wanted[0]} x {wanted[1]} pixels: remove '
                 'DATA.CROP_SIZE.'
             )
         if getattr(model, 'fixed_size', False) and not self.config.VAL.IS_SLIDE:
@@ -106,6 +107,24 @@ class SegmentationTask(Task):
         parts = {'decode': losses.decode, 'aux': losses.auxiliary} if self.parts else {}
         accuracy = pixel_accuracy(logits.detach(), labels, ignored)
         return Losses(losses.total, parts, {'acc': accuracy * len(batch)})
+
+    def training_pictures(
+        self, batch: Batch, rng: np.random.Generator, dataset: SegmentationDataset, count: int
+    ) -> list[Shown]:
+        """See `Task`; beside each image its label map in the colors of the classes, which the caption lists by
+        area.
+        """
+        maps, table = batch.targets[LABELS][:count].numpy().astype('int64'), self._class_table()
+        shown = super().training_pictures(batch, rng, dataset, count)
+        return [
+            Shown([image, self._painted(labels, table)], ', '.join(_classes_by_area(labels, table.names)))
+            for ([image], _), labels in zip(shown, maps)
+        ]
+
+    def _painted(self, labels: np.ndarray, table: ClassTable) -> np.ndarray:
+        """Return a label map [H, W] in colors, ignored pixels in white."""
+        ignored = labels[..., None] == self.config.DATA.IGNORE_INDEX
+        return np.where(ignored, BACKGROUND, colored(labels, table.palette)).astype('uint8')
 
     def image_shape(self) -> list[int]:
         """See `Task`."""
@@ -188,9 +207,11 @@ class SegmentationTask(Task):
         table = self._class_table()
         names = list(options.class_names or table.names)
         topk = min(options.topk, len(names))
-        return [self._prediction(output, names, table.palette, topk) for output in outputs]
+        return [self._prediction(output, names, table.palette, topk, options.pictures) for output in outputs]
 
-    def _prediction(self, output: SegmentationOutput, names: list[str], palette: np.ndarray, topk: int) -> Prediction:
+    def _prediction(
+        self, output: SegmentationOutput, names: list[str], palette: np.ndarray, topk: int, draw: bool
+    ) -> Prediction:
         classes = output.classes.numpy()
         shares = np.bincount(classes.reshape(-1), minlength=len(names)) / classes.size
         order = [int(index) for index in np.argsort(-shares, kind='stable') if shares[index] > 0]
@@ -198,15 +219,21 @@ class SegmentationTask(Task):
         cells = [value for entry in entries[:topk] for value in entry.values()]
         cells += [''] * (3 * topk - len(cells))
         text = ', '.join(f'{entry["name"]} {entry["share"]:.4f}' for entry in entries[:topk])
-        return Prediction({'classes': entries}, tuple(cells), text, self._pictures(classes, output.image, palette))
+        pictures = self._pictures(classes, output.image, palette) if draw else {}
+        return Prediction({'classes': entries}, tuple(cells), text, pictures)
 
     def _pictures(self, classes: np.ndarray, image: Tensor, palette: np.ndarray) -> dict[str, Image.Image]:
         data = self.config.DATA
         shown = pixels(image.unsqueeze(0), data.IMAGENET_MEAN, data.IMAGENET_STD)[0]
-        shown = Image.fromarray(shown.squeeze(-1) if shown.shape[-1] == 1 else shown).convert('RGB')
-        shown = shown.resize(classes.shape[::-1], Image.Resampling.BILINEAR)
+        shown = as_image(shown).convert('RGB').resize(classes.shape[::-1], Image.Resampling.BILINEAR)
         overlay = Image.blend(shown, Image.fromarray(colored(classes, palette)), 0.5)
         return {'classes': class_picture(classes, palette), 'overlay': overlay}
+
+
+def _classes_by_area(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """Return the names of the classes in a label map, the largest first."""
+    counts = np.bincount(labels[(labels >= 0) & (labels < len(names))], minlength=len(names))
+    return [names[index] for index in np.argsort(-counts, kind='stable') if counts[index]]
 
 
 def class_picture(classes: np.ndarray, palette: np.ndarray) -> Image.Image:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,13 @@ class SegmentationEvaluator(Evaluator):
         width = max(map(len, names))
         rows = zip(names, metrics['iou'], metrics['acc'])
         return [f'{name:<{width}}  IoU {_text(iou)}  Acc {_text(acc)}' for name, iou, acc in rows]
+
+    def class_results(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """See `Evaluator`."""
+        counts, names = self._counts.numpy(), self.classes.names
+        metrics = segmentation_metrics(counts)
+        columns = names, metrics['iou'].tolist(), metrics['acc'].tolist(), *counts.tolist()
+        return [dict(zip(('name', 'iou', 'acc', 'correct', 'predicted', 'labeled'), row)) for row in zip(*columns)]
 
     def pictures(self, model: nn.Layer) -> dict[str, Image.Image]:
         """Return a picture of some images with labels and predictions."""

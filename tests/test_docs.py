@@ -117,7 +117,7 @@ def test_scripts_of_the_pictures_run(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------- keys
 def key_rows() -> list[str]:
     """A line per key for docs/glossary.md, from the line that defines it in config.py."""
-    meanings = dict(re.findall(r'^_C\.([\w.]+) = Key\(.*\)  # (.+)$', read('config.py'), re.MULTILINE))
+    meanings = dict(re.findall(r'^_C\.([\w.]+) = (?:Size)?Key\(.*\)  # (.+)$', read('config.py'), re.MULTILINE))
     return [f'| `{name}` | `{key.default!r}` | {meanings[name]} |' for name, key in SCHEMA.keys.items()]
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 import sys
 from collections.abc import Iterator
 from typing import IO
@@ -33,15 +32,6 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
     return update_config(get_config(), args)
 
 
-def processor_name() -> str:
-    """Return the model name of the processor."""
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 @contextlib.contextmanager
 def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
     """Open `PREFIX.SUFFIX` for each suffix, png in binary mode; the files appear if the block succeeds.
@@ -55,7 +45,7 @@ def result_files(prefix: str, *suffixes: str) -> Iterator[dict[str, IO]]:
         }
 
 
-def find_images(names: list[str]) -> list[str]:
+def find_images(names: list[str], extensions: tuple[str, ...] = EXTENSIONS) -> list[str]:
     """Return the named files, with any suffix, and the images below the named folders, in sorted order.
 
     Prints the number of other files below the folders.
@@ -67,10 +57,10 @@ def find_images(names: list[str]) -> list[str]:
         if not os.path.isdir(name):
             paths.append(name)
             continue
-        found, others = images_below(name)
+        found, others = images_below(name, extensions=extensions)
         if not found:
             only = f', only other files ({describe_counts(others)})' if others else ''
-            raise UserError(f"there is no image ({' '.join(EXTENSIONS)}) below '{name}'{only}.")
+            raise UserError(f"there is no image ({' '.join(extensions)}) below '{name}'{only}.")
         if others:
             print(describe_left_out(others, name), file=sys.stderr)
         paths += [os.path.join(name, os.path.normpath(path)) for path in found]

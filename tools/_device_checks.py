@@ -32,6 +32,7 @@ from tasks import build_task
 from utils.environment import is_gpu_build
 from utils.formats import read_file
 from utils.runlog import RunLog
+from utils.sizes import image_shape, image_size
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -72,7 +73,7 @@ def check_models(context: Context, folder: str) -> Iterator[Finding]:
         return
     for name in FAMILIES:
         config = get_config(config_file(name))
-        shape = [2, config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+        shape = [2, *image_shape(config)]
         images = np.random.default_rng(0).standard_normal(shape, 'float32')
         with _on('cpu'):
             model = _randomized(build_model(config))
@@ -232,7 +233,7 @@ def _step(config, context: Context):
     task.attach(model, print, training=True)
     precision = Precision(config, context.on_gpu)
     updater = Updater(config, model, precision)
-    pixels = rng.integers(0, 256, (32, data.IMAGE_SIZE, data.IMAGE_SIZE, data.IMAGE_CHANNELS), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (32, *image_size(config), data.IMAGE_CHANNELS), dtype=np.uint8)
     batch = Batch(pixels, {'label': rng.integers(0, 10, 32)}, np.arange(32))
 
     def step() -> float:

@@ -39,6 +39,11 @@ def add_output_file(
     parser.add_argument(flag, dest=dest, metavar='FILE', type=kind, help=text, **options)
 
 
+def output_file(flag: str, path: str, *suffixes: str) -> str:
+    """Check a path as `add_output_file` does. Raises UserError."""
+    return _file(flag, suffixes, False, path)
+
+
 def add_output_prefix(parser: argparse.ArgumentParser, *suffixes: str) -> None:
     """Add `-output DIR/NAME`, the prefix of several files, as `target`."""
     text = f'files to write, without their suffixes {", ".join(suffixes)}'

@@ -12,8 +12,8 @@ from yacs.config import CfgNode
 
 from datasets import Batch
 from datasets.batch import to_device
-from datasets.dataset import FileStorage
-from datasets.images import UnreadableImage, open_image
+from datasets.dataset import FileStorage, Images
+from datasets.images import UnreadableImage
 from datasets.transforms import build_transform
 from utils.errors import UserError
 
@@ -26,10 +26,11 @@ def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.nd
     Raises:
         UserError: after the last image, if none could be read.
     """
-    transform, files, found = build_transform(config, training=False), FileStorage('', paths), 0
+    files = Images(FileStorage('', paths), source='the list of images').with_channels(config.DATA.IMAGE_CHANNELS)
+    transform, found = build_transform(config, training=False), 0
     for index, path in enumerate(paths):
         try:
-            picture = open_image(files.read(index), config.DATA.EXIF_ROTATE)
+            picture = files.picture(index, config.DATA.EXIF_ROTATE)
             pixels = transform.image(picture, np.random.default_rng(0))
         except UnreadableImage as error:
             print(f'{path}: {error}', file=sys.stderr)

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
             'split': args.split,
             'shuffled': args.shuffle,
             'patches': model.patch_embed.num_patches,
+            'grid': list(model.patch_embed.grid_size),
             'patch_distance': patch_distance,
             **measured,
         }
@@ -87,7 +88,7 @@ def draw(result: dict):
 
     figure = Figure(figsize=(12, 4.5), layout='constrained')
     left, right = figure.subplots(1, 2)
-    even = (math.log(result['patches']), mean_grid_distance(result['patches'], result['patch_distance']))
+    even = (math.log(result['patches']), mean_grid_distance(result['grid'], result['patch_distance']))
     labels = ('average entropy', 'average distance')
     for axes, name, limit, label in zip((left, right), ('entropy', 'distance'), even, labels):
         blocks = [block for block, heads in enumerate(result[name]) if heads is not None]

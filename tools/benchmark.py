@@ -5,6 +5,7 @@
     python tools/benchmark.py gmlp_ti16_224 gmlp_s16_224 -batch_size 8 -rounds 10 -json out.json
     python tools/benchmark.py gmlp_s16_224 -backend exported
     python tools/benchmark.py ms_mlp_tiny_patch4_shift5_224 -batch_size 4 -training
+    python tools/benchmark.py deit_small_patch16_224 -batch_size 128 -training -data_path /dataset/imagenet
 
 Each round runs every model once, so that other load slows all models alike. docs/benchmark.md explains the columns.
 """
@@ -31,22 +32,25 @@ import paddle
 from config import get_config, update_config
 from engine import distributed
 from engine.distributed import Context
-from engine.throughput import BenchmarkCase, peak_memory, time_interleaved
+from engine.run import build_loader
+from engine.throughput import BenchmarkCase, loader_speed, peak_memory, time_interleaved
 from models import build_model
 from models.exported import PRECISIONS, cpu_threads, emulates_bfloat16, save_program
 from models.profile import profile
 from models.registry import config_file
-from tools._common import processor_name
+from tasks import build_task
 from tools._output import add_output_file
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser
 from utils.temporary import temporary_folder
 
 WARMUP = 3
+LOADER_BATCHES = 4  # times the batches that workers prepare in advance, so that these matter little
 COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>11} {:>10} {:>6}'
-TRAINING_COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>9} {:>12} {:>12} {:>6} {:>7}'
+TRAINING_COLUMNS = '{:<32} {:>9} {:>8} {:>9} {:>9} {:>12} {:>12} {:>6} {:>7} {:>12} {:>8}'
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser(
-        'Compare the speed and size of models.', ('-batch_size', '-image_size', '-num_classes', '-amp')
+        'Compare the speed and size of models.',
+        ('-dataset', '-data_path', '-batch_size', '-image_size', '-num_classes', '-num_workers', '-amp'),
     )
     parser.add_argument('models', nargs='+', metavar='MODEL', help='names of configurations, or YAML files')
     parser.add_argument('-rounds', type=int, default=10, metavar='N', help='timed rounds; medians are reported')
@@ -79,6 +84,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError('-precision needs -backend exported; layers run in mixed precision with -amp, on a GPU.')
     if args.backend == 'exported' and args.training:
         raise UserError('-training needs -backend dygraph; exported programs only evaluate.')
+    if not args.training and ('dataset' in args or 'data_path' in args):
+        raise UserError('-dataset and -data_path need -training, which then measures the data loader, too.')
     if args.backend == 'exported' and 'amp' in args:
         raise UserError('-amp needs -backend dygraph; use -precision bf16 for the exported program.')
     return args
@@ -131,7 +138,21 @@ def measure_training(rows: list[dict], cases: list[BenchmarkCase], args: argpars
     calls = [case.training_call(args.batch_size, context) for _, _, case in steps]
     for (row, name, _), seconds in zip(steps, time_interleaved(calls, context, args.rounds, WARMUP)):
         row[name].update(step_ms=statistics.median(seconds) * 1000, step_seconds=seconds)
+    for row, case in zip(rows, cases):
+        row['loader'] = measure_loader(case, args, context) if 'dataset' in args or 'data_path' in args else None
+        if row['loader']:
+            step = args.batch_size / row['plain']['step_ms'] * 1000
+            row['loader']['headroom'] = row['loader']['images_per_second'] / step
     print_training_table(rows)
+
+
+def measure_loader(case: BenchmarkCase, args: argparse.Namespace, context: Context) -> dict:
+    """Return images per second and number of workers of the training loader of a case."""
+    task = build_task(case.config)
+    loader = build_loader(case.config, task, task.dataset('train'), 'train', context)
+    workers = case.config.DATA.NUM_WORKERS
+    batches = max(args.rounds, LOADER_BATCHES * workers * case.config.DATA.PREFETCH)
+    return {'images_per_second': loader_speed(loader, batches), 'workers': workers}
 
 
 def with_recompute(case: BenchmarkCase, value: bool) -> BenchmarkCase:
@@ -203,10 +224,10 @@ def print_table(rows: list[dict]) -> None:
 
 
 def print_training_table(rows: list[dict]) -> None:
-    titles = ('train ms', 'train MB', 'recompute ms', 'recompute MB', 'time', 'memory')
+    titles = ('train ms', 'train MB', 'recompute ms', 'recompute MB', 'time', 'memory', 'loader img/s', 'headroom')
     print(TRAINING_COLUMNS.format('name', 'params M', 'MACs G', *titles))
     for row in rows:
-        plain, again = row['plain'], row['recompute']
+        plain, again, loader = row['plain'], row['recompute'], row['loader']
         known = plain['memory_bytes'] is not None
         print(
             TRAINING_COLUMNS.format(
@@ -219,6 +240,8 @@ def print_training_table(rows: list[dict]) -> None:
                 megabytes(again['memory_bytes']),
                 f'{again["step_ms"] / plain["step_ms"]:.2f}',
                 f'{again["memory_bytes"] / plain["memory_bytes"]:.2f}' if known else '-',
+                f'{loader["images_per_second"]:.1f}' if loader else '-',
+                f'{loader["headroom"]:.2f}' if loader else '-',
             )
         )
 

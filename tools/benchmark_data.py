@@ -35,11 +35,12 @@ from datasets.batch import to_device
 from datasets.images import FORMATS
 from datasets.transforms import RandomResizedCrop
 from tools import make_lmdb, make_zip
-from tools._common import processor_name
 from tools._output import add_output_file
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
+from utils.sizes import Side, image_size_flag, size_pair
 from utils.temporary import temporary_folder
 
 SIZE = (500, 375)
@@ -89,12 +90,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add('-images', type=int, default=128, metavar='N', help='number of images (default: 128)')
     add('-rounds', type=int, default=5, metavar='N', help='timed rounds (default: 5)')
     add('-workers', type=int, nargs='+', default=[0, 1, 2], metavar='N', help='numbers of workers (default: 0 1 2)')
-    add('-image_size', type=int, default=224, metavar='N', help='side of the input in pixels (default: 224)')
+    add('-image_size', type=image_size_flag, default=224, metavar='N or H,W', help='size of the input (default: 224)')
     add('-batch_size', type=int, default=32, metavar='N', help='images per batch (default: 32)')
     add_output_file(parser, flag='-json', dest='json', what='also write the results to this file')
     args = parser.parse_args(argv)
     for name in ('images', 'rounds', 'image_size', 'batch_size'):
-        if getattr(args, name) < 1:
+        if min(size_pair(getattr(args, name))) < 1:
             raise UserError(f'-{name} is {getattr(args, name)}, but must be at least 1.')
     if min(args.workers) < 0:
         raise UserError(f'-workers is {min(args.workers)}, but must be at least 0.')
@@ -138,10 +139,10 @@ class Reference:
     It uses the same random numbers as LeanViT's loader, so both give the same images.
     """
 
-    def __init__(self, paths: list[str], side: int, randaugment: bool):
+    def __init__(self, paths: list[str], size: Side, randaugment: bool):
         self.paths = paths
-        self.side = side
-        self.box = RandomResizedCrop(side, (0.08, 1.0), (3 / 4, 4 / 3), (BICUBIC,)).box
+        self.size = size_pair(size)[::-1]
+        self.box = RandomResizedCrop(size, (0.08, 1.0), (3 / 4, 4 / 3), (BICUBIC,)).box
         styles = StyleSampler('timm', 'bicubic', tuple(round(255 * value) for value in MEAN))
         self.augment = RandAugment(2, 9, styles) if randaugment else None
 
@@ -149,7 +150,7 @@ class Reference:
         rng = np.random.default_rng([0, 0, index, 0])
         with open(self.paths[index], 'rb') as file:
             image = Image.open(file, formats=FORMATS).convert('RGB')
-        image = image.crop(self.box(*image.size, rng)).resize((self.side, self.side), BICUBIC)
+        image = image.crop(self.box(*image.size, rng)).resize(self.size, BICUBIC)
         if rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return self.augment(image, rng) if self.augment else image

@@ -29,10 +29,10 @@ import paddle
 
 from engine import distributed
 from engine.distributed import Context
-from tools._common import processor_name
 from tools._device_checks import CHECKS, Finding
 from tools._output import add_output_file
 from utils.cli import run
+from utils.environment import processor_name
 from utils.files import atomic_write, json_text
 
 

@@ -133,7 +133,7 @@ def describe(config, num_classes: int, task: Task | None = None) -> dict:
             for name, array in task.program_inputs(1).items()
         },
         'exif_rotate': data.EXIF_ROTATE,
-        'mode': 'L' if data.IMAGE_CHANNELS == 1 else 'RGB',
+        'mode': {1: 'L', 3: 'RGB'}.get(data.IMAGE_CHANNELS),
         **task.preprocessing(),
         'mean': list(data.IMAGENET_MEAN[: data.IMAGE_CHANNELS]),
         'std': list(data.IMAGENET_STD[: data.IMAGE_CHANNELS]),

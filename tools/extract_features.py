@@ -21,6 +21,7 @@ import sys
 
 import numpy as np
 
+from datasets.bands import image_extensions
 from deploy.features import FeatureExtractor, file_features, load_encoder
 from engine import distributed
 from tools._common import find_images, trained_config
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return 1 if an image could not be read, else 0."""
     args = parse(argv)
     config = trained_config(args)
-    paths = find_images(args.images)
+    paths = find_images(args.images, image_extensions(config.DATA.IMAGE_CHANNELS))
     distributed.start()
     extractor = FeatureExtractor(config, args.tokens, args.normalize)
     results = file_features(config, load_encoder(config), paths, extractor)

@@ -29,6 +29,7 @@ from typing import IO
 from tqdm import tqdm
 
 from datasets import Dataset, Images
+from datasets.bands import ARRAY
 from datasets.dataset import FileStorage
 from datasets.images import EXTENSIONS
 from datasets.packed_maps import describe_maps
@@ -79,7 +80,7 @@ def member_name(storage: FileStorage, index: int) -> str:
     name = os.path.relpath(path, storage.root).replace(os.sep, '/')
     if '\t' in name or len(name.splitlines()) != 1:
         raise UserError(f'{path!r} has a tab or a line break in its name; rename it.')
-    if not name.lower().endswith(EXTENSIONS):
+    if not name.lower().endswith((*EXTENSIONS, ARRAY)):
         raise UserError(f"'{path}' is not an image by its name ({' '.join(EXTENSIONS)}); rename or unlist it.")
     try:
         name.encode('utf-8')

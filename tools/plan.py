@@ -28,7 +28,7 @@ from yacs.config import CfgNode
 
 from config import config_file_of, get_config, merge_opts, update_config
 from datasets import Images, build_dataloader
-from datasets.batch import to_device
+from datasets.batch import on_device
 from engine import distributed
 from engine.distributed import Context
 from engine.throughput import Call, predictor_call, time_interleaved
@@ -38,10 +38,10 @@ from models.profile import Profile, profile
 from models.vision_transformer import VisionTransformer
 from models.weights.load import load_pretrained
 from tasks import build_task
-from tools._common import processor_name
 from tools._output import add_output_folder
 from tools._pareto import Point, draw, pareto_frontier
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser
@@ -387,10 +387,10 @@ def evaluate_all(config: CfgNode, candidates: Sequence[Candidate], dataset: Imag
         candidate.model.eval()
         evaluator.reset(candidate.model, context, lambda: False)
     with paddle.no_grad(), build_dataloader(config, dataset, training=False, transform=transform) as loader:
-        for batch in progress(loader.epoch(0), loader.num_batches, 'validation', shown=True):
+        batches = on_device(loader.epoch(0, borrow=True), config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
+        for batch in progress(batches, loader.num_batches, 'validation', shown=True):
             skipped += batch.skipped
             if len(batch):
-                batch = to_device(batch, config.DATA.IMAGENET_MEAN, config.DATA.IMAGENET_STD)
                 for candidate, evaluator in zip(candidates, evaluators):
                     evaluator.process(batch, task.infer(candidate.model, batch))
     if skipped == len(dataset):

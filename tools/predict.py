@@ -23,6 +23,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import IO
 
+from datasets.bands import image_extensions
 from deploy.inference import FilePrediction, load_trained, predict_files
 from engine import distributed
 from tasks import PredictionOptions
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return 1 if an image could not be read, else 0."""
     args = parse(argv)
     config = trained_config(args)
-    paths = find_images(args.images)
+    paths = find_images(args.images, image_extensions(config.DATA.IMAGE_CHANNELS))
     distributed.start()
     task, model = load_trained(config)
     names = read_class_names(args.class_names, model.num_classes) if args.class_names else None

@@ -32,6 +32,7 @@ from utils.cli import run
 from utils.errors import UserError
 from utils.flags import flag_parser
 from utils.formats import write_pdparams
+from utils.sizes import image_shape
 from utils.weights import METADATA, SUFFIX
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     paddle.set_device('cpu')  # the CPU computes in full float32
     trained = load_trained(config)
     small = without_attention(config, trained)
-    shape = [config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE]
+    shape = image_shape(config)
     difference = compare(trained, small, shape)
     write_pdparams({**small.state_dict(), METADATA: small.weight_rules.metadata(small)}, args.target)
     before, after = (profile(model, [1, *shape]) for model in (trained, small))

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from config import get_config, update_config
 from datasets import Dataset, Images, build_dataset, resolve_num_classes
+from datasets.bands import PLAIN
 from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
 from tools._output import add_output_file
@@ -179,7 +180,7 @@ def check_image(dataset: Images, index: int) -> tuple[int, bytes, str | None]:
     """Read and decode one image with the code of training."""
     storage = dataset.storage
     try:
-        picture = storage.open(index)
+        picture = storage.open(index) if dataset.channels in PLAIN else dataset.picture(index)
         content = storage.read(index) if isinstance(storage, EncodedStorage) else picture.tobytes()
         dataset.check_targets(index)
     except (UnreadableImage, UserError) as error:

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"-output '{args.target}' is one of the images; give another path.")
     distributed.start()
     model = load_autoencoder(config)
-    rows, patches = [], (config.DATA.IMAGE_SIZE // model.patch_size) ** 2
+    rows, patches = [], model.patch_embed.num_patches
     with atomic_write(args.target) as target:
         for index, image in readable(paths, config):
             noise = paddle.to_tensor(np.random.default_rng([args.seed, index]).random((1, patches), 'float32'))

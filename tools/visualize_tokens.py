@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
+from tasks.pictures import as_image
 from tools._common import find_images, trained_config
 from tools._output import add_output_file, add_output_folder
 from tools._pictures import readable, single_batch
@@ -153,11 +154,13 @@ class Reduction(NamedTuple):
         block: number of the block, from 0.
         owners: from `trace_tokens` or `merged_owners`.
         merged: True for `merged_owners`.
+        grid: (rows, columns) of patches; None: a square.
     """
 
     block: int
     owners: np.ndarray
     merged: bool = False
+    grid: tuple[int, int] | None = None
 
 
 def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Reduction]:
@@ -176,12 +179,13 @@ def reductions(model: VisionTransformer, config, image: np.ndarray) -> list[Redu
             f"no block of '{config.MODEL.NAME}' reduces its tokens; give the -cfg of an EViT, or end the command "
             'with -opts MODEL.EVIT.KEEP_RATE 0.7 or with -opts MODEL.TOME.R 8.'
         )
+    grid = model.patch_embed.grid_size
     sources = [block.source[0, model.num_prefix :, model.num_prefix :].numpy() for block in blocks.values()]
     if seen.state.size is not None:
-        return [Reduction(number, merged_owners(source), merged=True) for number, source in zip(blocks, sources)]
+        return [Reduction(number, merged_owners(source), True, grid) for number, source in zip(blocks, sources)]
     kept = [indices[0].numpy() for indices in seen.state.indices]
     stages = trace_tokens(kept, sources[0].shape[1], fuse=config.MODEL.EVIT.FUSE_TOKEN)
-    return [Reduction(number, stage.owners) for number, stage in zip(blocks, stages)]
+    return [Reduction(number, stage.owners, grid=grid) for number, stage in zip(blocks, stages)]
 
 
 # ---------------------------------------------------------------------------------------------------- drawing
@@ -201,19 +205,20 @@ DROPPED_SHARE, FUSED_SHARE, MERGED_SHARE = 0.86, 0.66, 1.0
 def draw_strip(path: str, image: np.ndarray, steps: Sequence[Reduction]) -> Image.Image:
     """Draw an image [H, W, C] uint8 and its tokens after each reduction, with captions."""
     num_patches = len(steps[0].owners)
-    scale = math.ceil(PANEL / len(image))
-    side = scale * len(image)
-    patch = len(image) // math.isqrt(num_patches)
+    grid = steps[0].grid or square(num_patches)
+    patch = len(image) // grid[0]
+    scale = math.ceil(PANEL / min(image.shape[:2]))
+    height, side = (scale * length for length in image.shape[:2])
     width = 2 * MARGIN + (side + GAP) * (1 + len(steps)) - GAP
-    strip = Image.new('RGB', (width, 2 * MARGIN + side + GAP + 2 * LINE), PAPER)
+    strip = Image.new('RGB', (width, 2 * MARGIN + height + GAP + 2 * LINE), PAPER)
     canvas = ImageDraw.Draw(strip)
-    left, below = MARGIN, MARGIN + side + GAP
-    strip.paste(draw_owners(image, np.arange(num_patches), scale), (left, MARGIN))
+    left, below = MARGIN, MARGIN + height + GAP
+    strip.paste(draw_owners(image, np.arange(num_patches), scale, grid=grid), (left, MARGIN))
     write(canvas, (left, below), shorten(path, side - CHIP), INK)
     write(canvas, (left, below + LINE), f'{num_patches} patches of {patch} px', FAINT)
-    for block, owners, merged in steps:
+    for block, owners, merged, _ in steps:
         left += side + GAP
-        strip.paste(draw_owners(image, owners, scale, merged), (left, MARGIN))
+        strip.paste(draw_owners(image, owners, scale, merged, grid), (left, MARGIN))
         tokens = len(np.unique(owners[owners != DROPPED]))
         write(canvas, (left, below), f'block {block}: {tokens} tokens', INK)
         if merged:
@@ -223,42 +228,54 @@ def draw_strip(path: str, image: np.ndarray, steps: Sequence[Reduction]) -> Imag
     return strip
 
 
-def draw_owners(image: np.ndarray, owners: np.ndarray, scale: int = 1, merged: bool = False) -> Image.Image:
+def square(patches: int) -> tuple[int, int]:
+    """Return the square grid of a number of patches."""
+    return (math.isqrt(patches),) * 2
+
+
+def draw_owners(
+    image: np.ndarray,
+    owners: np.ndarray,
+    scale: int = 1,
+    merged: bool = False,
+    grid: tuple[int, int] | None = None,
+) -> Image.Image:
     """Draw the token of each patch.
 
     Args:
-        image: [H, W, C] uint8, H = W, C 1 or 3.
+        image: [H, W, C] uint8, drawn as by `as_image`.
         owners: token of each patch, row by row, [n], as in `Stage`. A patch that is a token of its own is unchanged, and a
             DROPPED patch is pale. Patches of any other token have its color, and an outline at its border.
         scale: pixels of the drawing per pixel of the image.
         merged: fill tokens of several patches with their mean color, as in ToMe's figures, since there are too many for
             distinct fill colors.
+        grid: (rows, columns) of patches; None: a square.
     """
-    side = math.isqrt(len(owners))
-    cell = scale * (len(image) // side)
+    rows, columns = grid or square(len(owners))
+    cell = scale * (len(image) // rows)
 
     def spread(values: np.ndarray) -> np.ndarray:  # [n] or [n, 3] -> values of the pixels
-        return values.reshape(side, side, -1).repeat(cell, 0).repeat(cell, 1)
+        return values.reshape(rows, columns, -1).repeat(cell, 0).repeat(cell, 1)
 
-    pixels = np.broadcast_to(image, (*image.shape[:2], 3)).repeat(scale, 0).repeat(scale, 1)
+    pixels = np.asarray(as_image(image).convert('RGB')).repeat(scale, 0).repeat(scale, 1)
     gray = (pixels @ [0.299, 0.587, 0.114])[..., np.newaxis]
     colors = (token_colors(token, len(owners), merged) for token in owners)
     fills, outlines = (np.array(column, float) for column in zip(*colors))
     if merged:
-        patches = pixels.reshape(side, cell, side, cell, 3).mean((1, 3)).reshape(-1, 3)
+        patches = pixels.reshape(rows, cell, columns, cell, 3).mean((1, 3)).reshape(-1, 3)
         for token in np.unique(owners[owners != DROPPED]):
             fills[owners == token] = patches[owners == token].mean(0)
     share = spread(np.where(owners == DROPPED, DROPPED_SHARE, MERGED_SHARE if merged else FUSED_SHARE))
     painted = share * spread(fills) + (1 - share) * gray
-    drawn = np.where(borders(owners.reshape(side, side), cell), spread(outlines), painted)
+    drawn = np.where(borders(owners.reshape(rows, columns), cell), spread(outlines), painted)
     alone = spread(owners == np.arange(len(owners)))
     return Image.fromarray(np.where(alone, pixels, np.rint(drawn)).astype(np.uint8))
 
 
 def borders(grid: np.ndarray, cell: int) -> np.ndarray:
-    """Return a mask [side * cell, side * cell, 1] of the edges between different values in grid [side, side]."""
+    """Return a mask [rows * cell, columns * cell, 1] of the edges between different values in grid [rows, columns]."""
     width = max(1, cell // 12)
-    edge = np.zeros((len(grid), cell, len(grid), cell), bool)
+    edge = np.zeros((len(grid), cell, grid.shape[1], cell), bool)
     rows = (grid[1:] != grid[:-1])[:, np.newaxis, :, np.newaxis]
     edge[:-1, -width:] |= rows
     edge[1:, :width] |= rows

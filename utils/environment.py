@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import io
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -101,6 +102,15 @@ def _installed_builds() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
+
+
+def processor_name() -> str:
+    """Return the model name of the processor."""
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8') as file:
+            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def _check_builds() -> None:

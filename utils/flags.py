@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 
 from utils.cli import unquoted, whole_number
 from utils.foreign_flags import translate
+from utils.sizes import image_size_flag
 
 # The key that each flag sets; `cfg`, `ngpus` and `opts` set none.
 FLAGS = {
@@ -16,17 +17,20 @@ FLAGS = {
     'batch_size_eval': 'DATA.BATCH_SIZE_EVAL', 'image_size': 'DATA.IMAGE_SIZE', 'num_classes': 'MODEL.NUM_CLASSES',
     'accum_iter': 'TRAIN.ACCUM_ITER', 'num_workers': 'DATA.NUM_WORKERS', 'pretrained': 'MODEL.PRETRAINED',
     'resume': 'MODEL.RESUME', 'last_epoch': 'TRAIN.LAST_EPOCH', 'teacher_model_path': 'TRAIN.TEACHER_MODEL',
-    'eval': 'EVAL', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
+    'eval': 'EVAL', 'save_predictions': 'SAVE_PREDICTIONS', 'amp': 'AMP', 'throughput': 'THROUGHPUT',
 }  # fmt: skip
 
 
-def get_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def get_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser | None = None) -> argparse.Namespace:
     """Parse PaddleViT's command line: `-x value` or `-x=value`, with optional quotes around the value.
 
     Flags of the codes of the papers are translated, see `utils.foreign_flags`.
+
+    Args:
+        parser: `flag_parser` with more flags; None: the flags of the launchers.
     """
     words = translate(sys.argv[1:] if argv is None else argv)
-    return flag_parser('Train or evaluate an image classifier.').parse_args(words)
+    return (parser or flag_parser('Train or evaluate an image classifier.')).parse_args(words)
 
 
 def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
@@ -47,7 +51,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-tag', metavar='NAME', help='name of the run folder (default: train-/eval- and a time stamp)')
     add('-batch_size', whole_number, metavar='N', help='images per process, for training and evaluation')
     add('-batch_size_eval', whole_number, metavar='N', help='images per process in evaluation')
-    add('-image_size', whole_number, metavar='N', help='side of the input in pixels')
+    add('-image_size', image_size_flag, metavar='N or H,W', help='side of the input, or height and width, in pixels')
     add('-num_classes', whole_number, metavar='N', help='number of classes (default: taken from the data)')
     add('-accum_iter', whole_number, metavar='N', help='micro-batches per optimizer step')
     add('-num_workers', whole_number, metavar='N', help='image loading processes per training process')
@@ -57,6 +61,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-teacher_model_path', metavar='FILE', help='weights of the teacher for distillation')
     add('-ngpus', whole_number, metavar='N', help='processes (default: NPROC, or one per GPU; CPU: two)')
     add('-eval', action='store_true', help='evaluate only')
+    add('-save_predictions', action='store_true', help='evaluations write predictions.csv and classes.csv')
     add('-amp', action='store_true', help='mixed precision (GPU only)')
     add('-throughput', action='store_true', help='measure images per second and stop')
     parser.add_argument(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Child processes that end with their parent, and calls in a subprocess that may crash."""
+"""Child processes that end with their parent, calls in a subprocess that may crash, and memory of this process."""
 
 from __future__ import annotations
 
@@ -13,12 +13,15 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any
 
 from utils.cli import SIGNALS
+from utils.errors import UserError
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Limits of a function in a subprocess: bytes, a thousand times the largest MATLAB file of a data set, and processor time.
@@ -114,6 +117,15 @@ def process_state(process: int) -> str:
     return _stat_field(process, 0)
 
 
+def resident_memory(field: str) -> int | None:
+    """Return VmRSS (resident memory) or VmHWM (its peak) of this process in bytes; None without /proc."""
+    try:
+        with open('/proc/self/status', encoding='ascii') as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ':'))
+    except OSError:
+        return None
+
+
 def _start_time(process: int) -> str:
     """Start time of a process, which distinguishes it from a later one of the same number; '' if it has ended."""
     return '' if _stat_field(process, 0) in 'ZX' else _stat_field(process, 19)
@@ -163,3 +175,89 @@ def _address_space() -> int:
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:  # elsewhere than on Linux
         return 1 << 40
+
+
+class WorkerDied(Exception):
+    """A `Worker` ended during a call; the text says how."""
+
+
+class Worker:
+    """A subprocess that calls functions, one at a time. A new one follows a crash or an unexpected exception.
+
+    Unlike `run_in_subprocess` it is spawned, so that it may use a GPU and start processes of its own. It ends with this
+    process, and with the block of `with`.
+    """
+
+    def __init__(self):
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._pipe: Connection | None = None
+
+    def call(self, function: Callable, *args: Any) -> Any:
+        """Call a function that can be imported.
+
+        Raises:
+            UserError: of the function.
+            WorkerDied: any other exception of the function, whose traceback is printed, or the process crashed.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((function, args))
+            kind, value = self._pipe.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise WorkerDied(self._end()) from None
+        if kind == 'result':
+            return value
+        if kind == 'error':
+            raise UserError(value)
+        self._end()  # the device may be in a state that fails again
+        raise WorkerDied(value)
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context('spawn')
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,))
+        self._process.start()
+        theirs.close()
+
+    def _end(self) -> str:
+        """Kill the process if it runs, and return how it ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return ''
+        status = process.exitcode
+        process.kill()
+        process.join()
+        self._pipe.close()
+        if status == -signal.SIGKILL:
+            return 'the process was killed, as the system does when memory runs out'
+        return (
+            f'the process ended with signal {-status}' if status and status < 0 else f'the process exited with {status}'
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._end()
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer the calls of a `Worker`; signals of a terminal go to its owner, which ends this process."""
+    die_with_parent()
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            answer = 'result', function(*args)
+        except UserError as error:
+            answer = 'error', str(error)
+        except Exception as error:
+            traceback.print_exc()
+            answer = 'exception', f'{type(error).__name__}: {(str(error).strip().splitlines() or [""])[0]}'
+        pipe.send(answer)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Escaped and shortened text of untrusted files, for terminals and logs. Standard library only, syntax of Python 3.6."""
+"""Text for terminals and logs: escaped and shortened text of untrusted files, and durations. Standard library only, syntax of Python 3.6."""
 
 import unicodedata
 
@@ -41,3 +41,12 @@ def _escaped(character: str) -> str:
 def printable_lines(text: object, keep: str = '') -> str:
     """Apply `printable` to each line of a text; line ends and tabs stay."""
     return '\n'.join(printable(line, keep=f'\t{keep}') for line in str(text).split('\n'))
+
+
+def duration(seconds: float) -> str:
+    """Return a time as in '12 s', '3 min 05 s', '7 h 12 min' or '2 d 03 h'."""
+    left = round(seconds)
+    for size, unit, smaller, small in ((86400, 'd', 3600, 'h'), (3600, 'h', 60, 'min'), (60, 'min', 1, 's')):
+        if left >= size:
+            return f'{left // size} {unit} {left % size // smaller:02d} {small}'
+    return f'{left} s' if left else f'{seconds:.2g} s'

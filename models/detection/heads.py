@@ -17,12 +17,15 @@ from paddle.nn import initializer
 
 from models.detection.boxes import BoxCoder, pairwise_iou
 from models.detection.masks import Instance, mask_targets
-from models.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, subsample
+from models.detection.matching import IGNORED, POSITIVE, match, subsample
 from models.detection.pyramid import ConvNorm, double, kaiming_normal_
 from models.detection.roi_align import PyramidPooler
+from models.layers.constants import constant
+from utils.device import upload
 
 THRESHOLD = 0.5  # intersection over union from which on a region has the class of an object
 POSITIVE_SHARE = 0.25
+PADDING = -1  # class of a row that is no region
 BOX_SIDE, MASK_SIDE = 7, 14  # of pooled regions, cells; masks have twice the side
 
 
@@ -32,7 +35,7 @@ class Sample(NamedTuple):
     Attributes:
         boxes: [R, 4].
         images: number of the image, [R] int64.
-        classes: K for background, [R] int64.
+        classes: K for background, [R] int64; `ROIHeads.assign` returns rows of class `PADDING` at the end, too.
         targets: boxes that the regions with an object learn, [R, 4].
         objects: index of the object in its image; of background of no meaning, [R] int64.
     """
@@ -182,7 +185,7 @@ class ROIHeads(nn.Layer):
     def assign(
         self, boxes: Tensor, valid: Tensor, objects: Tensor, classes: Tensor, keys: Tensor, image: int
     ) -> Sample:
-        """Sample regions of an image.
+        """Sample regions of an image: those with an object in their order, then background, then padding.
 
         Args:
             boxes, valid: proposals of the image, see `Proposals`. The boxes of the objects are proposals too.
@@ -197,11 +200,13 @@ class ROIHeads(nn.Layer):
         index, labels = match(pairwise_iou(objects, boxes), THRESHOLD, THRESHOLD)
         labels = paddle.where(valid, labels, paddle.full_like(labels, IGNORED))
         labels = subsample(labels, keys, self.samples, POSITIVE_SHARE)
-        # Regions with an object come first, in their order; then background.
-        rows = paddle.concat([paddle.nonzero(labels == value).flatten() for value in (POSITIVE, NEGATIVE)])
-        index, boxes, positive = (paddle.gather(values, rows) for values in (index, boxes, labels == POSITIVE))
-        background = paddle.full_like(index, self.num_classes)
-        learnt = paddle.where(positive, paddle.gather(classes, index), background) if count else background
+        order = paddle.where(labels == IGNORED, paddle.full_like(labels, 2), 1 - labels)
+        rows = paddle.argsort(order, stable=True)[: self.samples]
+        index, boxes, labels = (paddle.gather(values, rows) for values in (index, boxes, labels))
+        learnt = paddle.full_like(index, self.num_classes)
+        if count:
+            learnt = paddle.where(labels == POSITIVE, paddle.gather(classes, index), learnt)
+        learnt = paddle.where(labels == IGNORED, paddle.full_like(learnt, PADDING), learnt)
         targets = paddle.gather(objects, index) if count else boxes
         return Sample(boxes, paddle.full_like(index, image), learnt, targets, index)
 
@@ -215,20 +220,38 @@ class ROIHeads(nn.Layer):
             samples: `assign` of each image.
             masks: objects of each image, as polygons or bitmaps in pixels of the network input.
         """
-        sample = Sample(*(paddle.concat(parts) for parts in zip(*samples)))
+        sample, values = _without_padding(Sample(*(paddle.concat(parts) for parts in zip(*samples))))
         logits, deltas = self.predict_boxes(maps, sample.boxes, sample.images)
         result = box_losses(logits, deltas, sample, self.coder)
-        rows = paddle.nonzero(sample.classes < self.num_classes).flatten()
-        if not rows.shape[0]:  # a region whose loss counts 0, so that all parameters have a gradient
-            boxes, zero = paddle.to_tensor([[0.0, 0.0, 1.0, 1.0]]), paddle.zeros([1], 'int64')
+        found = np.flatnonzero(values.classes < self.num_classes)
+        if not len(found):  # a region whose loss counts 0, so that all parameters have a gradient
+            boxes, zero = constant(_unit_box), paddle.zeros([1], 'int64')
             return {**result, 'loss_mask': self.predict_masks(maps, boxes, zero, zero).sum() * 0.0}
-        boxes, images, classes, objects = (
-            paddle.gather(values, rows) for values in (sample.boxes, sample.images, sample.classes, sample.objects)
-        )
-        owners = zip(images.tolist(), objects.tolist())
-        targets = mask_targets([masks[image][number] for image, number in owners], boxes.numpy(), 2 * MASK_SIDE)
-        given = self.predict_masks(maps, boxes, images, classes)
-        return {**result, 'loss_mask': mask_loss(given, paddle.to_tensor(np.asarray(targets, 'float32')))}
+        rows = upload(found)
+        regions = (paddle.gather(part, rows) for part in (sample.boxes, sample.images, sample.classes))
+        instances = [masks[image][number] for image, number in zip(values.images[found], values.objects[found])]
+        targets = mask_targets(instances, values.boxes[found], 2 * MASK_SIDE)
+        given = self.predict_masks(maps, *regions)
+        return {**result, 'loss_mask': mask_loss(given, upload(np.asarray(targets, 'float32')))}
+
+
+def _without_padding(sample: Sample) -> tuple[Sample, Sample]:
+    """Return the sample without rows of class `PADDING`, as tensors and as arrays: one read of the device."""
+    parts = [part.reshape([sample.classes.shape[0], -1]).astype('float64') for part in sample]
+    columns = np.split(paddle.concat(parts, axis=1).numpy(), np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+    boxes, images, classes, targets, objects = columns
+    kept = np.flatnonzero(classes[:, 0] != PADDING)
+    numbers = (column[kept, 0].astype('int64') for column in (images, classes, objects))
+    images, classes, objects = numbers
+    values = Sample(boxes[kept].astype('float32'), images, classes, targets[kept].astype('float32'), objects)
+    if len(kept) < len(boxes):
+        rows = upload(kept)
+        sample = Sample(*(paddle.gather(part, rows) for part in sample))
+    return sample, values
+
+
+def _unit_box() -> np.ndarray:
+    return np.array([[0.0, 0.0, 1.0, 1.0]], 'float32')
 
 
 # ---------------------------------------------------------------------------------------------------- losses
@@ -241,15 +264,15 @@ def box_losses(logits: Tensor, deltas: Tensor, sample: Sample, coder: BoxCoder) 
     """
     count, num_classes = logits.shape[0], logits.shape[1] - 1
     entropy = F.cross_entropy(logits, sample.classes) if count else logits.sum() * 0.0
-    rows = paddle.nonzero(sample.classes < num_classes).flatten()
-    loss = deltas.sum() * 0.0
-    if rows.shape[0]:
-        boxes, targets, classes = (
-            paddle.gather(values, rows) for values in (sample.boxes, sample.targets, sample.classes)
-        )
-        given = paddle.gather(deltas.reshape([-1, 4]), rows * num_classes + classes)
-        loss = (given - coder.encode(boxes, targets)).abs().sum()
-    return {'loss_cls': entropy, 'loss_box_reg': loss / max(count, 1)}
+    if not count:
+        return {'loss_cls': entropy, 'loss_box_reg': deltas.sum() * 0.0}
+    positive = sample.classes < num_classes
+    classes = paddle.where(positive, sample.classes, paddle.zeros_like(sample.classes))
+    given = paddle.gather(deltas.reshape([-1, 4]), paddle.arange(count, dtype='int64') * num_classes + classes)
+    positive, unit = positive.unsqueeze(-1), constant(_unit_box)
+    boxes, targets = (paddle.where(positive, values, unit) for values in (sample.boxes, sample.targets))
+    loss = ((given - coder.encode(boxes, targets)).abs() * positive.astype('float32')).sum()
+    return {'loss_cls': entropy, 'loss_box_reg': loss / count}
 
 
 def mask_loss(logits: Tensor, targets: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from models.layers import Intermediates
 from models.options import detector_options
 from models.registry import register_model
 from models.weights.detection import DetectorWeights
+from utils.device import upload
 from utils.errors import UserError
 
 ENCODER = 'backbone.net.'
@@ -97,7 +98,7 @@ class MaskRCNN(Classifier):
         self.num_classes = num_classes
         self.backbone = ViTDetBackbone(channels, **encoder)
         net, strides = self.backbone.net, self.backbone.strides
-        self.depth, self.embed_dim, self.image_size = net.depth, net.embed_dim, net.patch_embed.img_size
+        self.depth, self.embed_dim, self.image_size = net.depth, net.embed_dim, net.patch_embed.img_size[0]
         self.patch_size = net.patch_embed.patch_size
         self.proposal_generator = RPN(channels, strides, **(rpn or {}))
         self.roi_heads = ROIHeads(channels, strides[:4], num_classes, **(heads or {}))
@@ -179,19 +180,19 @@ class MaskRCNN(Classifier):
         """
         rng = np.random.default_rng(0) if rng is None else rng
         draws = [np.random.default_rng(seed) for seed in rng.integers(2**63, size=images.shape[0])]
-        boxes = [paddle.to_tensor(np.asarray(box, 'float32').reshape(-1, 4)) for box in boxes]
-        classes = [paddle.to_tensor(np.asarray(label, 'int64').reshape(-1)) for label in classes]
+        boxes = [upload(np.asarray(box, 'float32').reshape(-1, 4)) for box in boxes]
+        classes = [upload(np.asarray(label, 'int64').reshape(-1)) for label in classes]
         maps, sizes = self.forward_features(images), _sizes(images, sizes)
         rpn, heads = self.proposal_generator, self.roi_heads
         anchors, (logits, deltas) = rpn.anchors(maps), rpn.rpn_head(maps)
         proposals = rpn.select(anchors, logits, deltas, sizes)
         anchors, logits, deltas = paddle.concat(anchors), paddle.concat(logits, axis=1), paddle.concat(deltas, axis=1)
         with paddle.no_grad():
-            keys = [paddle.to_tensor(draw.random(anchors.shape[0])) for draw in draws]
+            keys = [upload(draw.random(anchors.shape[0])) for draw in draws]
             assigned = [rpn.assign(anchors, box, key) for box, key in zip(boxes, keys)]
             samples = []
             for image, (box, label, draw) in enumerate(zip(boxes, classes, draws)):
-                key = paddle.to_tensor(draw.random(proposals.boxes.shape[1] + box.shape[0]))
+                key = upload(draw.random(proposals.boxes.shape[1] + box.shape[0]))
                 samples.append(heads.assign(proposals.boxes[image], proposals.valid[image], box, label, key, image))
         return {
             **rpn.losses(anchors, logits, deltas, *(paddle.stack(parts) for parts in zip(*assigned))),

@@ -49,9 +49,16 @@ class Best(NamedTuple):
 
 
 def suppress(
-    boxes: Tensor, scores: Tensor, groups: Tensor, usable: Tensor, num_groups: int, threshold: float, limit: int
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    usable: Tensor,
+    num_groups: int,
+    threshold: float,
+    limit: int,
+    few: bool = False,
 ) -> Best:
-    """Non-maximum suppression within the groups of each image.
+    """Non-maximum suppression within the groups of each image. The host waits for a GPU once per image, with `few` twice.
 
     Args:
         boxes: [B, N, 4], finite.
@@ -60,6 +67,7 @@ def suppress(
         usable: the other boxes are dropped, [B, N] bool.
         threshold: see `grouped_nms`.
         limit: largest number of boxes per image.
+        few: only few boxes are usable; the others are left out before.
     """
     count, images = boxes.shape[1], numbers_of(boxes)
     groups = (groups + (images.unsqueeze(1) + 1) * num_groups).flatten()
@@ -67,19 +75,23 @@ def suppress(
     # A box of a group of its own comes last, so that a program need not suppress among no boxes.
     flat_boxes = paddle.concat([boxes.reshape([-1, 4]), paddle.zeros_like(boxes[0, :1])])
     flat_scores = paddle.concat([scores.flatten(), paddle.zeros_like(scores[0, :1])])
+    if not few:  # boxes that are not usable are of that group, too
+        groups = groups * usable.flatten().astype(groups.dtype)
     groups = paddle.concat([groups, paddle.zeros_like(groups[:1])])
     kept = paddle.zeros_like(groups)
-    if paddle.in_dynamic_mode():
-        parts = [paddle.nonzero(image).flatten() + number * count for number, image in enumerate(usable)]
-    else:  # a program has no loop over any number of images: the images are groups, too
+    if not paddle.in_dynamic_mode():  # a program has no loop over any number of images: the images are groups, too
         parts = [paddle.nonzero(usable.flatten()).flatten()]
+    elif few:
+        parts = [paddle.nonzero(image).flatten() + number * count for number, image in enumerate(usable)]
+    else:
+        parts = [paddle.arange(number * count, (number + 1) * count) for number in range(boxes.shape[0])]
     for part in parts:
         part = paddle.concat([part, total])
         rows = grouped_nms(*(paddle.gather(values, part) for values in (flat_boxes, flat_scores, groups)), threshold)
         rows = paddle.gather(part, rows)
         kept = paddle.scatter(kept, rows, paddle.ones_like(rows))
-    kept = kept[:-1]
-    return _best(boxes, scores, kept.reshape([-1, count]), min(limit, count))
+    kept = kept[:-1].reshape([-1, count]) * usable.astype(kept.dtype)
+    return _best(boxes, scores, kept, min(limit, count))
 
 
 def _best(boxes: Tensor, scores: Tensor, kept: Tensor, limit: int) -> Best:
@@ -128,4 +140,4 @@ def choose_detections(
     classes = paddle.ones_like(scores, dtype='int64') * paddle.arange(num_classes)
     boxes = clip_boxes(boxes.reshape([-1, regions * num_classes, 4]), sizes)
     scores, classes = scores.flatten(1), classes.flatten(1)
-    return suppress(boxes, scores, classes, scores > min_score, num_classes, threshold, limit)
+    return suppress(boxes, scores, classes, scores > min_score, num_classes, threshold, limit, few=True)

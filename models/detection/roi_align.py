@@ -11,19 +11,24 @@ import itertools
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.vision import ops
 
 from models.detection.boxes import area
 from models.detection.nms import numbers_of
+from models.layers.constants import constant
+from utils.device import upload
 
 CANONICAL_LEVEL = 4  # of regions of the canonical size: stride 16
 PIECE_GRID = 2.0**-15  # cells; float32 has this precision up to 512 cells
 
 
-def roi_align(x: Tensor, boxes: Tensor, images: Tensor, output: int, scale: float) -> Tensor:
-    """Pool regions of feature maps; gradients flow to the maps only.
+def roi_align(
+    x: Tensor, boxes: Tensor, images: Tensor, output: int, scale: float, kinds: np.ndarray | None = None
+) -> Tensor:
+    """Pool regions of feature maps; gradients flow to the maps only. Paddle's operator lets the host wait for a GPU.
 
     Args:
         x: [B, C, H, W].
@@ -31,6 +36,7 @@ def roi_align(x: Tensor, boxes: Tensor, images: Tensor, output: int, scale: floa
         images: number of the image of each, [R] int64.
         output: side of the result.
         scale: cells per pixel.
+        kinds: `kinds_of` the boxes, if the host has them already.
 
     Returns:
         [R, C, output, output]; 0 for regions without area.
@@ -39,7 +45,21 @@ def roi_align(x: Tensor, boxes: Tensor, images: Tensor, output: int, scale: floa
     if x.stop_gradient or not paddle.in_dynamic_mode():
         pooled = _pool(x, boxes, images, (output, output), scale)
         return paddle.where(_has_area(boxes).reshape([-1, 1, 1, 1]), pooled, paddle.zeros_like(pooled))
-    return _exact_gradients(x, boxes, images, output, scale)
+    kinds = kinds_of(boxes, scale).numpy() if kinds is None else kinds
+    return _exact_gradients(x, boxes, images, output, scale, kinds)
+
+
+def kinds_of(boxes: Tensor, scale: float | Tensor) -> Tensor:
+    """Return which axes of regions are narrower than a cell: 1 for x, 2 for y, their sum; -1: without area. [R] int64.
+
+    Args:
+        boxes: [R, 4], pixels.
+        scale: cells per pixel, a number or [R, 1].
+    """
+    sides = (boxes[:, 2:] - boxes[:, :2]) * scale  # (width, height) in cells
+    narrow = paddle.logical_and(sides > 0, sides < 1).astype('int64')
+    kinds = narrow[:, 0] + 2 * narrow[:, 1]
+    return paddle.where(_has_area(boxes), kinds, paddle.full_like(kinds, -1))
 
 
 def _has_area(boxes: Tensor) -> Tensor:
@@ -51,19 +71,17 @@ def _pool(x: Tensor, boxes: Tensor, images: Tensor, output: tuple[int, int], sca
     return ops.roi_align(x, boxes, counts.astype('int32'), output, scale, sampling_ratio=-1, aligned=True)
 
 
-def _exact_gradients(x: Tensor, boxes: Tensor, images: Tensor, output: int, scale: float) -> Tensor:
+def _exact_gradients(x: Tensor, boxes: Tensor, images: Tensor, output: int, scale: float, kinds: np.ndarray) -> Tensor:
     """`roi_align` with the gradients of detectron2.
 
     Paddle's backward pass widens regions to one cell at least, unlike its forward pass. So a region that is narrower along an
     axis, whose bins have a single sample there, is cut into a region of one cell around each sample.
     """
     result = paddle.zeros([boxes.shape[0], x.shape[1], output, output], x.dtype)
-    sides = (boxes[:, 2:] - boxes[:, :2]) * scale  # (width, height) in cells
-    narrow, pooled = paddle.logical_and(sides > 0, sides < 1), _has_area(boxes)
     for thin in itertools.product((False, True), repeat=2):
-        wanted = paddle.logical_and(pooled, (narrow == paddle.to_tensor(thin)).all(1))
-        rows = paddle.nonzero(wanted).flatten()
-        if rows.shape[0]:
+        rows = np.flatnonzero(kinds == thin[0] + 2 * thin[1])
+        if len(rows):
+            rows = upload(rows)
             part = _thin_pool(x, paddle.gather(boxes, rows), paddle.gather(images, rows), output, scale, thin)
             result = paddle.scatter(result, rows, part)
     return result
@@ -93,6 +111,11 @@ def _pieces(start: Tensor, end: Tensor, count: int) -> tuple[Tensor, Tensor]:
     middles = start.unsqueeze(1) + (end - start).unsqueeze(1) * ((paddle.arange(count, dtype='float32') + 0.5) / count)
     first = paddle.round((middles - 0.5) / PIECE_GRID) * PIECE_GRID
     return first, first + 1.0
+
+
+def _scales(strides: tuple[float, ...]) -> np.ndarray:
+    """Cells per pixel of each level, [levels, 1] float32."""
+    return 1 / np.array(strides, 'float32').reshape(-1, 1)
 
 
 class PyramidPooler(nn.Layer):
@@ -129,12 +152,15 @@ class PyramidPooler(nn.Layer):
         if not paddle.in_dynamic_mode():
             return self._all_levels(maps, boxes, images)
         levels = self.levels(boxes)
+        kinds = kinds_of(boxes, paddle.gather(constant(_scales, self.strides), levels))
+        levels, kinds = paddle.stack([levels, kinds]).numpy()
         result = paddle.zeros([boxes.shape[0], maps[0].shape[1], self.output, self.output], maps[0].dtype)
         for level, (x, stride) in enumerate(zip(maps, self.strides)):
-            rows = paddle.nonzero(levels == level).flatten()
-            if rows.shape[0]:
-                part = roi_align(x, paddle.gather(boxes, rows), paddle.gather(images, rows), self.output, 1 / stride)
-                result = paddle.scatter(result, rows, part)
+            found = np.flatnonzero(levels == level)
+            if len(found):
+                rows = upload(found)
+                regions = paddle.gather(boxes, rows), paddle.gather(images, rows)
+                result = paddle.scatter(result, rows, roi_align(x, *regions, self.output, 1 / stride, kinds[found]))
         return result
 
     def _all_levels(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
@@ -15,6 +16,7 @@ from models.detection.anchors import cell_anchors, grid_anchors
 from models.detection.boxes import BoxCoder, clip_boxes, is_nonempty, pairwise_iou
 from models.detection.matching import IGNORED, POSITIVE, match, subsample
 from models.detection.nms import suppress
+from models.layers.constants import constant
 
 LOW, HIGH = 0.3, 0.7  # thresholds of the intersection over union
 POSITIVE_SHARE = 0.5
@@ -63,6 +65,11 @@ class RPNHead(nn.Layer):
         return logits, deltas
 
 
+def _level(grid: tuple[int, int], stride: float, size: float, ratios: tuple[float, ...]) -> np.ndarray:
+    """Anchors of a level, [H * W * A, 4]."""
+    return grid_anchors(grid, stride, cell_anchors(size, ratios))
+
+
 class RPN(nn.Layer):
     """Proposes regions that may hold an object, and learns to.
 
@@ -92,14 +99,13 @@ class RPN(nn.Layer):
         self.rpn_head = RPNHead(channels, len(ratios))
         self.strides, self.samples, self.threshold = tuple(strides), samples, threshold
         self.sizes, self.ratios = tuple(map(float, sizes)), tuple(map(float, ratios))
-        self.cells = [cell_anchors(size, ratios) for size in sizes]
         self.candidates, self.proposals = tuple(candidates), tuple(proposals)
         self.coder = BoxCoder()
 
     def anchors(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Per level [H * W * A, 4]."""
-        levels = zip(maps, self.strides, self.cells)
-        return [paddle.to_tensor(grid_anchors(tuple(x.shape[2:]), stride, cell)) for x, stride, cell in levels]
+        levels = zip(maps, self.strides, self.sizes)
+        return [constant(_level, tuple(x.shape[2:]), stride, size, self.ratios) for x, stride, size in levels]
 
     def forward(self, maps: Sequence[Tensor], sizes: Tensor) -> Proposals:
         """Regions of images of `sizes` [B, 2] (height, width)."""
@@ -127,7 +133,7 @@ class RPN(nn.Layer):
         finite = paddle.logical_and(boxes.isfinite().all(-1), scores.isfinite())
         boxes = clip_boxes(paddle.where(finite.unsqueeze(-1), boxes, paddle.zeros_like(boxes)), sizes)
         usable = paddle.logical_and(finite, is_nonempty(boxes))
-        best = suppress(boxes, scores, groups, usable, len(self.cells), self.threshold, limit)
+        best = suppress(boxes, scores, groups, usable, len(self.sizes), self.threshold, limit)
         return Proposals(best.boxes, best.scores, best.valid)
 
     # ------------------------------------------------------------------------------------------------ training
@@ -162,12 +168,7 @@ class RPN(nn.Layer):
         normalizer = self.samples * labels.shape[0]
         positive, sampled = labels == POSITIVE, (labels != IGNORED).astype('float32')
         entropy = F.binary_cross_entropy_with_logits(logits, positive.astype('float32'), reduction='none')
-        rows = paddle.nonzero(positive.flatten()).flatten()
-        images, places = rows // labels.shape[1], rows % labels.shape[1]
-        loc = deltas.sum() * 0.0
-        if rows.shape[0]:
-            chosen = paddle.gather(targets.reshape([-1, 4]), rows)
-            wanted = self.coder.encode(paddle.gather(anchors, places), chosen)
-            given = paddle.gather_nd(deltas, paddle.stack([images, places], axis=1))
-            loc = (given - wanted).abs().sum()
+        positive = positive.unsqueeze(-1)
+        wanted = self.coder.encode(anchors, paddle.where(positive, targets, anchors))  # 0 where it does not count
+        loc = ((deltas - wanted).abs() * positive.astype('float32')).sum()
         return {'loss_rpn_cls': (entropy * sampled).sum() / normalizer, 'loss_rpn_loc': loc / normalizer}

@@ -11,6 +11,7 @@ from paddle import Tensor, nn
 
 from models.layers.relative_position import add_relative_positions, relative_bias
 
+MAX_CHANNELS = 192  # per head: with more, the backward pass of FlashAttention 2 needs an A100 or H100
 _EXTRA, _QUERY = 8, 8.0  # channels for a bias per key, and their value in the queries, exact in half precision
 
 
@@ -89,11 +90,11 @@ class Attention(nn.Layer):
             [B, N, C], and the requested maps.
         """
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
-        pair_biases = [bias for bias in (bias, self.own_bias(q, grid)) if bias is not None]
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
-        if not need_maps and not pair_biases and _fused_kernel(x):
-            x = self._fused(q, k, v, key_bias)
+        if not need_maps and bias is None and _fused_kernel(x) and self.fuses(grid, key_bias):
+            x = self._fused(q, k, v, key_bias, grid)
         else:
+            pair_biases = [bias for bias in (bias, self.own_bias(q, grid)) if bias is not None]
             q, k, v = (part.transpose([0, 2, 1, 3]) for part in (q, k, v))
             logits = paddle.matmul(q * self.scale, k, transpose_y=True)
             for bias in pair_biases if key_bias is None else [key_bias, *pair_biases]:
@@ -103,15 +104,26 @@ class Attention(nn.Layer):
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None) -> Tensor:
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """Compute attention of q, k, v [B, N, H, d] by the fused kernel, [B, N, H, d].
 
-        A bias per key becomes channels of queries and keys, since the kernel is slower with a mask.
+        A bias becomes channels of queries and keys: a mask of the kernel is slower and has no gradient.
         """
+        channels = self.own_channels(q, grid)
+        if channels is not None:
+            q, k, v = with_channels(q, k, v, *channels)
         if key_bias is not None:
             q, k, v = with_key_bias(q, k, v, key_bias)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
-        return x if key_bias is None else x[..., : self.head_dim]
+        return x[..., : self.head_dim]
+
+    def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
+        """Return whether the fused kernel can compute this layer; arguments as in `forward`."""
+        return True
+
+    def own_channels(self, q: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor] | None:
+        """Return channels whose products are `own_bias`, as arguments of `with_channels`; None: there is no bias."""
+        return None
 
     def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
         """Return the layer's own bias of the attention logits, [H, N, N] or [B, H, N, N]; None: no bias.
@@ -146,6 +158,38 @@ class RelativeAttention(Attention):
         """See `Attention`."""
         return relative_bias(self)
 
+    def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
+        """See `Attention`: False, since the bias of each pair of tokens is a number of its own."""
+        return False
+
+
+def with_channels(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Add channels to q, k, v [B, N, H, d], with which their scaled scores q k^T / sqrt(d') have the bias queries keys^T.
+
+    d' is d + E, rounded up to a multiple of 8. The new channels of v are 0.
+
+    Args:
+        queries: [B, N, H, E].
+        keys: [N, E].
+    """
+    batch, tokens, heads, dim = q.shape
+    wide, extra = wide_channels(dim, keys.shape[1]), keys.shape[1]
+    q = [
+        q * (wide / dim) ** 0.5,
+        queries.astype(q.dtype) * wide**0.5,
+    ]  # scores are divided by sqrt(d') instead of sqrt(d)
+    k = [k, keys.astype(k.dtype).reshape([1, tokens, 1, extra]).expand([batch, tokens, heads, extra])]
+    if wide > dim + extra:
+        padding = paddle.zeros([batch, tokens, heads, wide - dim - extra], v.dtype)
+        q, k = [*q, padding], [*k, padding]
+    v = [v, paddle.zeros([batch, tokens, heads, wide - dim], v.dtype)]
+    return tuple(paddle.concat(parts, axis=-1) for parts in (q, k, v))
+
+
+def wide_channels(dim: int, extra: int) -> int:
+    """Return the channels per head of `with_channels`; see `MAX_CHANNELS`."""
+    return -(-(dim + extra) // 8) * 8
+
 
 def with_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Add channels to q, k, v [B, N, H, d], with which their scaled scores q k^T / sqrt(d') have the bias [B, 1, 1, N].
@@ -168,8 +212,5 @@ def with_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Te
 
 
 def _fused_kernel(x: Tensor) -> bool:
-    """Return whether to use the fused attention kernel. Exports use separate operators, which run on all devices.
-
-    Biases per pair of tokens are excluded: the kernel gives no gradient for their table.
-    """
+    """Return whether to use the fused attention kernel. Exports use separate operators, which run on all devices."""
     return paddle.in_dynamic_mode() and x.place.is_gpu_place()

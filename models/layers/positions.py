@@ -3,30 +3,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
 from utils.errors import UserError
+from utils.sizes import Side, size_pair
 
 
-def sincos_position_table(dim: int, grid_size: int, num_prefix: int = 0) -> np.ndarray:
+def sincos_position_table(dim: int, grid: Side, num_prefix: int = 0) -> np.ndarray:
     """Return the 2-D sine-cosine position embedding of MAE (arXiv 2111.06377), with frequencies from 1 to 1/10000.
 
     The first half of the channels encodes the column of a patch, the second half its row; each is [sines, cosines].
 
     Args:
         dim: channels C, divisible by 4.
-        grid_size: G patches on each side.
+        grid: (rows, columns) of patches; one number for a square grid.
         num_prefix: rows of zeros in front, such as the class token's.
 
     Returns:
-        [1, num_prefix + G * G, C] float32, computed in float64.
+        [1, num_prefix + rows * columns, C] float32, computed in float64.
     """
-    angles = np.arange(grid_size)[:, None] * _frequencies(dim)
-    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [G, C / 2]
-    columns, rows = np.tile(waves, (grid_size, 1)), np.repeat(waves, grid_size, axis=0)
+    height, width = size_pair(grid)
+    angles = np.arange(max(height, width))[:, None] * _frequencies(dim)
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [positions, C / 2]
+    columns, rows = np.tile(waves[:width], (height, 1)), np.repeat(waves[:height], width, axis=0)
     patches = np.concatenate([columns, rows], axis=1)
     return np.concatenate([np.zeros([num_prefix, dim]), patches])[None].astype('float32')
 
@@ -81,5 +85,29 @@ def resize_position_table(
         return table
     prefix, patches = table[:, :num_prefix], table[:, num_prefix:]
     patches = patches.reshape([1, *old_grid, -1]).transpose([0, 3, 1, 2])
-    patches = F.interpolate(patches, size=list(new_grid), mode='bicubic', align_corners=False)
+    patches = resize_bicubic(patches, new_grid)
     return paddle.concat([prefix, patches.flatten(2).transpose([0, 2, 1])], axis=1)
+
+
+def resize_bicubic(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """[B, C, h, w] -> [B, C, *size]: bicubic, a = -0.75, half-pixel centers, no antialiasing.
+
+    Paddle 3.3 samples the start of an axis, not its middle, if the result has length 1: such an axis is reduced first.
+    """
+    for axis, length in zip((2, 3), size):
+        if length == 1:
+            maps = _middle(maps, axis)
+    if list(maps.shape[2:]) == list(size):
+        return maps
+    return F.interpolate(maps, size=list(size), mode='bicubic', align_corners=False)
+
+
+def _middle(maps: Tensor, axis: int) -> Tensor:
+    """Interpolate at the middle of an axis: between two places the cubic weights are -3/32, 19/32, 19/32, -3/32."""
+    length = maps.shape[axis]
+    half = length // 2
+    if length % 2:
+        return paddle.index_select(maps, paddle.to_tensor([half]), axis)
+    inner = paddle.index_select(maps, paddle.to_tensor([half - 1, half]), axis)
+    outer = paddle.index_select(maps, paddle.to_tensor([max(half - 2, 0), min(half + 1, length - 1)]), axis)
+    return inner.sum(axis, keepdim=True) * (19 / 32) - outer.sum(axis, keepdim=True) * (3 / 32)

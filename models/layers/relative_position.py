@@ -6,10 +6,14 @@ The table has a number per head for each displacement between two patches, and t
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
+
+from models.layers.positions import resize_bicubic
 
 EXTRA_ROWS = 3  # class token to patches, patches to class token, class token to itself
 
@@ -66,25 +70,35 @@ def relative_bias(layer: nn.Layer) -> Tensor:
 MIN_SPLINE = 5  # sides of the smallest table with the four places that a cubic spline needs on each axis
 
 
-def resize_relative_table(table: np.ndarray, grid: tuple[int, int], spline: bool = False) -> np.ndarray:
-    """Interpolate the table of a square grid bicubically to another grid; return any other array unchanged.
+def resize_relative_table(
+    table: np.ndarray, grid: tuple[int, int], old_grid: tuple[int, int] | None = None, spline: bool = False
+) -> np.ndarray:
+    """Interpolate a table bicubically to another grid; return any other array unchanged.
 
     Args:
         table: [T, H].
         grid: (rows, columns) of patches of the result.
+        old_grid: (rows, columns) of the table; None: square.
         spline: interpolate as BEiT does, see `_geometric_spline`.
     """
-    side = round(max(len(table) - EXTRA_ROWS, 0) ** 0.5)
-    if side**2 + EXTRA_ROWS != len(table) or (spline and (side % 2 == 0 or side < MIN_SPLINE)) or not side:
+    old, new = _sides(len(table) - EXTRA_ROWS, old_grid), [2 * length - 1 for length in grid]
+    if old is None or (spline and any(side % 2 == 0 or side < MIN_SPLINE for side in old)):
         return table
+    count = old[0] * old[1]
     if spline:
-        patches = _geometric_spline(table[: side**2].reshape([side, side, -1]), [2 * length - 1 for length in grid])
-        return np.concatenate([patches.reshape([-1, table.shape[1]]).astype(table.dtype), table[side**2 :]])
-    patches = paddle.to_tensor(table[: side**2].astype('float32'), place=paddle.CPUPlace())
-    patches = patches.reshape([1, side, side, -1]).transpose([0, 3, 1, 2])
-    size = [2 * grid[0] - 1, 2 * grid[1] - 1]
-    resized = nn.functional.interpolate(patches, size=size, mode='bicubic', align_corners=False)
-    return np.concatenate([resized.flatten(2)[0].transpose([1, 0]).numpy(), table[side**2 :]])
+        patches = _geometric_spline(table[:count].reshape([*old, -1]), new)
+        return np.concatenate([patches.reshape([-1, table.shape[1]]).astype(table.dtype), table[count:]])
+    patches = paddle.to_tensor(table[:count].astype('float32'), place=paddle.CPUPlace())
+    patches = patches.reshape([1, *old, -1]).transpose([0, 3, 1, 2])
+    resized = resize_bicubic(patches, new)
+    return np.concatenate([resized.flatten(2)[0].transpose([1, 0]).numpy(), table[count:]])
+
+
+def _sides(displacements: int, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+    """Return (vertical, horizontal) numbers of displacements of a table; None: they do not fit the grid, or form no square."""
+    side = math.isqrt(max(displacements, 0))
+    sides = (side, side) if grid is None else (2 * grid[0] - 1, 2 * grid[1] - 1)
+    return sides if side and sides[0] * sides[1] == displacements else None
 
 
 def _geometric_spline(table: np.ndarray, shape: list[int]) -> np.ndarray:

@@ -136,12 +136,11 @@ def match(metric: Tensor, r: int, class_token: bool = True, distill_token: bool 
     metric = _normalize(metric)
     scores = paddle.matmul(_strided(metric, 2, 0), _strided(metric, 2, 1 + 2 * first), transpose_y=True)
     best, choice = scores.max(-1), scores.argmax(-1) + first
-    if class_token:
-        best = best - 4.0 * (paddle.arange(best.shape[1]) == 0).astype(best.dtype)  # below any cosine: sorted last
-    order = paddle.argsort(best, axis=-1, descending=True, stable=True)
+    order = paddle.argsort(best[:, int(class_token) :], axis=-1, descending=True, stable=True)
     sources, stay = order[:, :r], order[:, r:]
-    if class_token:
-        stay = stay.sort(-1)
+    if class_token:  # it was left out of the order
+        sources = sources + 1
+        stay = paddle.concat([paddle.zeros_like(order[:, :1]), stay.sort(-1) + 1], axis=1)
     return Matching(2 * stay, 2 * sources, paddle.take_along_axis(choice, sources, axis=1), swapped=distill_token)
 
 

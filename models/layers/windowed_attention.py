@@ -13,7 +13,8 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.layers.attention import Attention, AttentionMaps
+from models.layers.attention import MAX_CHANNELS, Attention, AttentionMaps, wide_channels
+from models.layers.constants import constant
 from utils.errors import UserError
 
 
@@ -64,10 +65,15 @@ def relative_rows(table: Tensor, q_size: int, k_size: int) -> Tensor:
         [q, k, d]
     """
     table = resize_decomposed_table(table, 2 * max(q_size, k_size) - 1)
+    index = constant(_row_index, q_size, k_size)
+    return paddle.gather(table, index).reshape([q_size, k_size, table.shape[1]])
+
+
+def _row_index(q_size: int, k_size: int) -> np.ndarray:
+    """Row of the table for each query and key position, [q * k] int64."""
     q_scale, k_scale = max(k_size / q_size, 1.0), max(q_size / k_size, 1.0)
     differences = (np.arange(q_size) * q_scale)[:, None] - np.arange(k_size) * k_scale + (k_size - 1) * k_scale
-    index = paddle.to_tensor(differences.astype('int64').reshape(-1))
-    return paddle.gather(table, index).reshape([q_size, k_size, table.shape[1]])
+    return differences.astype('int64').reshape(-1)
 
 
 def resize_decomposed_table(table: Tensor, rows: int) -> Tensor:
@@ -90,18 +96,52 @@ def decomposed_bias(q: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     Returns:
         [B, heads, H * W, H * W]
     """
+    height, width, heads = rows.shape[0], columns.shape[0], q.shape[2]
+    vertical, horizontal = _axis_biases(q, rows, columns)
+    vertical, horizontal = vertical.transpose([1, 2, 0, 3, 4]), horizontal.transpose([1, 2, 3, 0, 4])
+    bias = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)  # [B, heads, H, W, H, W]
+    return bias.reshape([-1, heads, height * width, height * width])
+
+
+def _axis_biases(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The biases of both axes, arguments as in `decomposed_bias`.
+
+    Returns:
+        [H, B, heads, W, H] for each row of keys, [W, B, heads, H, W] for each column of keys.
+    """
     height, width, (heads, dim) = rows.shape[0], columns.shape[0], q.shape[2:]
     q = q.reshape([-1, height, width, heads, dim])
     vertical = paddle.matmul(
         q.transpose([1, 0, 3, 2, 4]).reshape([height, -1, dim]), rows.astype(q.dtype), transpose_y=True
     )
-    vertical = vertical.reshape([height, -1, heads, width, height]).transpose([1, 2, 0, 3, 4])
     horizontal = paddle.matmul(
         q.transpose([2, 0, 3, 1, 4]).reshape([width, -1, dim]), columns.astype(q.dtype), transpose_y=True
     )
-    horizontal = horizontal.reshape([width, -1, heads, height, width]).transpose([1, 2, 3, 0, 4])
-    bias = vertical.unsqueeze(-1) + horizontal.unsqueeze(-2)  # [B, heads, H, W, H, W]
-    return bias.reshape([-1, heads, height * width, height * width])
+    return (
+        vertical.reshape([height, -1, heads, width, height]),
+        horizontal.reshape([width, -1, heads, height, width]),
+    )
+
+
+def decomposed_channels(q: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels whose products are `decomposed_bias`: those of a key are 1 for its row and column, and else 0.
+
+    Args:
+        q, rows, columns: as in `decomposed_bias`.
+
+    Returns:
+        Of the queries [B, H * W, heads, H + W], and of the keys [H * W, H + W].
+    """
+    height, width, heads = rows.shape[0], columns.shape[0], q.shape[2]
+    vertical, horizontal = _axis_biases(q, rows, columns)
+    queries = paddle.concat([vertical.transpose([1, 0, 3, 2, 4]), horizontal.transpose([1, 3, 0, 2, 4])], axis=-1)
+    return queries.reshape([-1, height * width, heads, height + width]), constant(_cells, height, width)
+
+
+def _cells(height: int, width: int) -> np.ndarray:
+    """One-hot row and column of each cell of a grid, [H * W, H + W] float32."""
+    rows, columns = np.divmod(np.arange(height * width), width)
+    return np.concatenate([np.eye(height)[rows], np.eye(width)[columns]], axis=1).astype('float32')
 
 
 def add_decomposed_tables(layer: nn.Layer, grid: tuple[int, int], head_dim: int) -> None:
@@ -129,8 +169,26 @@ class DecomposedAttention(Attention):
     def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor:
         """See `Attention`."""
         check_grid(grid, q.shape[1])
-        tables = (self.rel_pos_h, self.rel_pos_w)
-        return decomposed_bias(q, *(relative_rows(table, length, length) for table, length in zip(tables, grid)))
+        return decomposed_bias(q, *_tables(self, grid))
+
+    def own_channels(self, q: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        """See `Attention`."""
+        check_grid(grid, q.shape[1])
+        return decomposed_channels(q, *_tables(self, grid))
+
+    def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
+        """See `Attention`."""
+        return grid is not None and _fits(self.head_dim, grid, key_bias)
+
+
+def _tables(layer: Attention, grid: tuple[int, int]) -> list[Tensor]:
+    """`relative_rows` of both tables of a layer, for a grid of patches."""
+    return [relative_rows(table, side, side) for table, side in zip((layer.rel_pos_h, layer.rel_pos_w), grid)]
+
+
+def _fits(dim: int, grid: tuple[int, int], key_bias: Tensor | None) -> bool:
+    """Return whether the fused kernel takes the channels of both axes."""
+    return key_bias is None and wide_channels(dim, sum(grid)) <= MAX_CHANNELS
 
 
 class WindowedAttention(Attention):
@@ -172,10 +230,15 @@ class WindowedAttention(Attention):
 
     def own_bias(self, q: Tensor, grid: tuple[int, int] | None) -> Tensor | None:
         """See `Attention`."""
-        if not self.relative:
-            return None
-        tables = (self.rel_pos_h, self.rel_pos_w)
-        return decomposed_bias(q, *(relative_rows(table, self.window, self.window) for table in tables))
+        return decomposed_bias(q, *_tables(self, grid)) if self.relative else None
+
+    def own_channels(self, q: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor] | None:
+        """See `Attention`."""
+        return decomposed_channels(q, *_tables(self, grid)) if self.relative else None
+
+    def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
+        """See `Attention`."""
+        return not self.relative or _fits(self.head_dim, grid, key_bias)
 
 
 def check_grid(grid: tuple[int, int] | None, tokens: int) -> None:

@@ -38,7 +38,7 @@ class Segmentor(Classifier):
 
     Attributes:
         patch_size: side of a patch, pixels; image sides must be multiples of it.
-        image_size: side of the images that the model is built for, pixels.
+        image_size: (height, width) of the images that the model is built for, pixels.
         fixed_size: True: accepts images of `image_size` only, due to relative positions.
         stride: output stride, pixels per logit.
     """

@@ -10,6 +10,7 @@ import paddle.nn.functional as F
 from paddle import Tensor
 
 from models.layers.resize import resize_maps
+from utils.sizes import Side, size_pair
 
 Model = Callable[[Tensor], Tensor]
 
@@ -26,7 +27,7 @@ def whole_inference(model: Model, images: Tensor) -> Tensor:
     return resize_maps(logits, padded.shape[2:])[:, :, :height, :width]
 
 
-def slide_inference(model: Model, images: Tensor, window: int | Sequence[int], stride: int | Sequence[int]) -> Tensor:
+def slide_inference(model: Model, images: Tensor, window: Side, stride: Side) -> Tensor:
     """Normalized images [B, C, H, W] -> logits [B, K, H, W]: the mean over all windows at a pixel.
 
     Args:
@@ -37,7 +38,8 @@ def slide_inference(model: Model, images: Tensor, window: int | Sequence[int], s
     """
     height, width = images.shape[2:]
     rows, columns = (
-        window_spans(length, *sizes) for length, sizes in zip((height, width), zip(_pair(window), _pair(stride)))
+        window_spans(length, *sizes)
+        for length, sizes in zip((height, width), zip(size_pair(window), size_pair(stride)))
     )
     total = None
     for top, bottom in rows:
@@ -62,13 +64,10 @@ def _coverage(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
     return paddle.to_tensor(counts, 'float32')
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def _padded_size(model: Model, height: int, width: int) -> tuple[int, int]:
     if getattr(model, 'fixed_size', False):
-        return max(height, model.image_size), max(width, model.image_size)
+        least = size_pair(model.image_size)
+        return max(height, least[0]), max(width, least[1])
     multiple = getattr(model, 'patch_size', 1)
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 

@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from models.layers import resize_decomposed_table, resize_position_table
-from models.weights.rules import Start, WeightRules
+from models.weights.rules import Grid, Start, WeightRules
 from models.weights.transformer import TransformerWeights, start_backbone
 
 BACKBONE = 'backbone.net.'
@@ -66,7 +66,7 @@ class DetectorWeights(WeightRules):
         inner = {name[len(BACKBONE) :]: array for name, array in arrays.items() if name.startswith(BACKBONE)}
         return {f'{BACKBONE}{name}': why for name, why in ENCODER.unused(model.backbone.net, inner, source).items()}
 
-    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+    def resize(self, model, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Interpolate the position embedding, which keeps one row before those of the patches, and relative tables."""
         if name.endswith(TABLES) and array.ndim == 2:
             rows = model.state_dict()[name].shape[0]
@@ -74,12 +74,13 @@ class DetectorWeights(WeightRules):
         if name != f'{BACKBONE}pos_embed' or array.ndim != 3 or array.shape[1] < 2:
             return array
         side = math.isqrt(array.shape[1])
-        prefix = array.shape[1] - side**2
-        if prefix > 2:
+        old = grid or (side, side)
+        prefix = array.shape[1] - old[0] * old[1]
+        if not 0 <= prefix <= 2:
             return array
         first = array[:, :1] if prefix else np.zeros_like(array[:, :1])
         table = _tensor(np.concatenate([first, array[:, prefix:]], axis=1))
-        return resize_position_table(table, (side, side), model.backbone.net.position_grid, 1).numpy()
+        return resize_position_table(table, old, model.backbone.net.position_grid, 1).numpy()
 
     def start(self, model, names: Collection[str]) -> Start:
         """Train from the weights of an encoder: a classifier, MAE or MoCo-v3."""

@@ -11,9 +11,10 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from models.weights.channels import adapt_channels
 from models.weights.convert import port_state_dict, rename_arrays
 from models.weights.match import LISTED, REBUILT_SUFFIXES, MatchResult, match_state
-from models.weights.rules import Start, rules_of
+from models.weights.rules import GRID, Start, rules_of
 from utils.errors import UserError
 from utils.formats import PADDLE, file_format, read_file
 from utils.text import NAME, printable
@@ -172,7 +173,8 @@ def load_state(
     """
     rules, targets = rules_of(model), model.state_dict()
     arrays = rules.adopt(model, arrays)
-    _check_metadata(rules.metadata(model), arrays.get(METADATA, {}), source)
+    metadata = arrays.get(METADATA, {})
+    _check_metadata(rules.metadata(model), metadata, source)
     arrays = {name: array for name, array in arrays.items() if not name.endswith((*REBUILT_SUFFIXES, METADATA))}
     ours, theirs = rules.count_classes(targets), rules.count_classes(arrays)
     replaced = ours != theirs and None not in (ours, theirs)
@@ -183,12 +185,13 @@ def load_state(
     arrays = {name: array for name, array in arrays.items() if not (replaced and rules.is_head(name))}
     start = rules.start(model, arrays) if replace_head else Start()
     arrays = {start.renamed.get(name, name): array for name, array in arrays.items() if name not in start.unused}
-    result = match_state(model, arrays, source, optional=[*head, *start.initial])
+    arrays, adapted = adapt_channels(rules, targets, arrays) if replace_head else (arrays, [])
+    result = match_state(model, arrays, source, optional=[*head, *start.initial], metadata=metadata)
     result.unused.update(start.unused)
     if ours != theirs:
         ending = ', which is re-initialized' if head else ''
         log(f'----- Pretrained: {source} has {_classifier(theirs)} and the model {_classifier(ours)}{ending}')
-    for line in _report(result, start, targets, source):
+    for line in (*adapted, *_report(result, start, targets, source)):
         log(f'----- Pretrained: {line}')
     values = {name: paddle.to_tensor(array).astype(targets[name].dtype) for name, array in result.state.items()}
     model.set_state_dict({**targets, **values})
@@ -213,7 +216,7 @@ def _report(result: MatchResult, start: Start, targets: Mapping[str, paddle.Tens
 
 
 def _check_metadata(ours: Mapping, theirs: Mapping, source: str) -> None:
-    for key in ours:
+    for key in ours.keys() - {GRID}:
         value = theirs.get(key, ours[key])
         if isinstance(value, np.ndarray) or value != ours[key]:
             shown = printable(value, NAME)

@@ -6,15 +6,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from paddle import Tensor, nn
 
-from models.weights.rules import STATISTICS_SUFFIXES, WeightRules, rules_of
+from models.weights.rules import STATISTICS_SUFFIXES, Grid, WeightRules, rules_of, stored_grid
 from utils.errors import UserError
 from utils.formats import bfloat16
 from utils.text import NAME, printable
 
+NO_METADATA: Mapping = MappingProxyType({})
 LISTED = 8  # most names per kind of error in a message
 
 # Index tables that a model builds from its sizes; those of files are dropped.
@@ -44,6 +46,7 @@ def match_state(
     source: str,
     optional: Iterable[str] = (),
     original_names: Mapping[str, str] | None = None,
+    metadata: Mapping = NO_METADATA,
 ) -> MatchResult:
     """Convert arrays to the model's shapes and types.
 
@@ -55,6 +58,7 @@ def match_state(
         source: name of the source in errors.
         optional: names that may be missing.
         original_names: name in the model -> name in the file, if they differ.
+        metadata: of the file; only its grid of patches is used, see `stored_grid`.
 
     Raises:
         UserError: lists unknown arrays, parameters without an array, differences in shape or type, and arrays with NaN
@@ -64,15 +68,16 @@ def match_state(
     parameters = {name for name, _ in model.named_parameters()}
     result, missing, different = MatchResult(), {}, []
     rules = rules_of(model)
+    old_grid, grid = stored_grid(metadata, source), stored_grid(rules.metadata(model), 'the model')
     result.unused = rules.unused(model, arrays, source)
     arrays = {name: array for name, array in arrays.items() if name not in result.unused}
     for name, target in targets.items():
         if name in arrays:
-            array = _fitted(model, name, arrays[name], target)
+            array = _fitted(model, name, arrays[name], target, old_grid, same_grid=old_grid == grid)
             if isinstance(array, str):
                 different.append(array)
                 continue
-            if array.shape != arrays[name].shape:
+            if array.shape != arrays[name].shape or not (old_grid == grid or np.array_equal(array, arrays[name])):
                 result.resized[name] = (arrays[name].shape, array.shape)
             result.state[name] = array
         elif name not in parameters and not name.endswith(STATISTICS_SUFFIXES):
@@ -92,16 +97,24 @@ def match_state(
     return result
 
 
-def _fitted(model: nn.Layer, name: str, array: np.ndarray, target: Tensor) -> np.ndarray | str:
-    """Return the array in the shape and type of its target, or how it differs. Shapes are compared before anything is copied."""
+def _fitted(
+    model: nn.Layer, name: str, array: np.ndarray, target: Tensor, grid: Grid | None, same_grid: bool
+) -> np.ndarray | str:
+    """Return the array in the shape and type of its target, or how it differs. Shapes are compared before anything is copied.
+
+    Args:
+        grid: of the file, see `WeightRules.resize`.
+        same_grid: the model has the same grid, so that arrays of the right shape fit.
+    """
     shape, wanted = array.shape, tuple(target.shape)
     if shape != wanted and not _may_be_resized(shape, wanted):
         return f'{name} {list(shape)} instead of {list(wanted)}'
     result = _cast(array, target)
     if result is None:
         return f'{name} {array.dtype} instead of {_type_name(target)}'
-    if shape != wanted:
-        result = rules_of(model).resize(model, name, result)
+    if shape != wanted or not same_grid:
+        known = () if grid is None else (grid,)  # rules without this argument know square grids only
+        result = rules_of(model).resize(model, name, result, *known)
     return result if result.shape == wanted else f'{name} {list(shape)} instead of {list(wanted)}'
 
 

@@ -17,7 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from config import get_config
 from models.registry import build_model, config_file
-from models.weights.convert import port_with_report
+from models.weights.convert import port_with_report, rename_arrays
+from models.weights.load import match_classes
 from models.zoo import PUBLISHED, Published
 from utils.errors import UserError
 from utils.formats import PADDLE, file_format, read_file, write_pdparams
@@ -54,7 +55,7 @@ def fetch(name: str, log: Callable[[str], None] = print) -> str:
         raise UserError(f"cannot write to the cache '{folder}' ({error.strerror}); set LEANVIT_CACHE.") from None
     with exclusive(os.path.join(folder, 'download.lock'), log):
         if not os.path.isfile(target):  # another process may have written it
-            _convert(name, _source(published, folder, log), target, log)
+            convert(name, _source(published, folder, log), target, log)
     return target
 
 
@@ -101,10 +102,18 @@ def _source(published: Published, folder: str, log: Callable[[str], None]) -> st
     return path
 
 
-def _convert(name: str, source: str, target: str, log: Callable[[str], None]) -> None:
+def convert(name: str, source: str, target: str, log: Callable[[str], None]) -> None:
+    """Convert a weight file of the model that a configuration describes to .pdparams, with the classes of the file.
+
+    Args:
+        name: name of the configuration, or its YAML file.
+        source: see `utils.formats.read_file`.
+    """
     _, arrays = choose_state_dict(read_file(source), prefer_ema=False, source=f"'{source}'")
     model = build_model(get_config(config_file(name)))
-    state, report = port_with_report(model, arrays, own_names=file_format(source) == PADDLE, source=f"'{source}'")
+    ours = file_format(source) == PADDLE
+    match_classes(model, arrays if ours else rename_arrays(model, arrays, source=f"'{source}'"))
+    state, report = port_with_report(model, arrays, own_names=ours, source=f"'{source}'")
     metadata = model.weight_rules.metadata(model)
     write_pdparams({**state, METADATA: metadata} if metadata else state, target)
     log(f'----- Converted to {target}: {len(report.used)} arrays')

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
@@ -10,6 +11,12 @@ from typing import NamedTuple
 import numpy as np
 from paddle import nn
 
+from utils.errors import UserError
+
+Grid = tuple[int, int]  # (rows, columns) of patches
+# Entry of the metadata of models that are built for a grid that is not square: [rows, columns]. Shapes show the product only.
+GRID = 'GRID'
+MAX_ROWS = 1 << 16  # rows or columns of a grid in a file
 # Buffers that must be loaded; a model builds all other buffers.
 STATISTICS_SUFFIXES = ('._mean', '._variance')
 
@@ -33,11 +40,13 @@ class WeightRules:
 
     Attributes:
         head: prefixes of the classifier's parameters, which depend on the number of classes.
+        input_weights: ends of the names of convolutions of the image, see `models.weights.channels`.
         optional_parts: parts that a configuration adds: (pattern of their names, key, value of the key if only the file
             has them, value if only the model has them).
     """
 
     head: tuple[str, ...] = ('head.',)
+    input_weights: tuple[str, ...] = ('patch_embed.proj.weight', 'patch_embed.patch_embed.weight')
     optional_parts: Sequence[tuple[str, str, str, str]] = ()
 
     def rename(self, name: str) -> str | None:
@@ -53,7 +62,10 @@ class WeightRules:
         return array
 
     def metadata(self, model: nn.Layer) -> dict:
-        """Return configuration keys and values that shapes do not show; files store them, and loading compares them."""
+        """Return configuration keys and values that shapes do not show; files store them, and loading compares them.
+
+        GRID is not compared: position embeddings are interpolated from it.
+        """
         return {}
 
     def unused(self, model: nn.Layer, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
@@ -64,8 +76,12 @@ class WeightRules:
         """
         return {}
 
-    def resize(self, model: nn.Layer, name: str, array: np.ndarray) -> np.ndarray:
-        """Interpolate a position embedding to the resolution of the model; return any other array unchanged."""
+    def resize(self, model: nn.Layer, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
+        """Interpolate a position embedding to the resolution of the model; return any other array unchanged.
+
+        Args:
+            grid: (rows, columns) of patches in the file; None: a square grid.
+        """
         return array
 
     def start(self, model: nn.Layer, names: Collection[str]) -> Start:
@@ -85,6 +101,37 @@ class WeightRules:
 
 
 DEFAULT_RULES = WeightRules()
+
+
+def grid_metadata(grid: Grid) -> dict:
+    """Return the metadata of a grid of patches; none for a square grid."""
+    return {} if grid[0] == grid[1] else {GRID: list(grid)}
+
+
+def stored_grid(metadata: Mapping, source: str) -> Grid | None:
+    """Return the grid that the metadata of a file names; None: no grid is named, so that it is square.
+
+    Raises:
+        UserError: it is no pair of whole numbers.
+    """
+    grid = metadata.get(GRID)
+    if grid is None:
+        return None
+    if not isinstance(grid, (list, tuple)) or len(grid) != 2 or not all(_is_side(side) for side in grid):
+        raise UserError(
+            f'{source} names a grid of patches that is no pair (rows, columns): the file is damaged, use another.'
+        )
+    return int(grid[0]), int(grid[1])
+
+
+def _is_side(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 < value < MAX_ROWS
+
+
+def square_side(patches: int) -> Grid | None:
+    """Return the square grid of a number of patches; None: they form no square."""
+    side = math.isqrt(max(patches, 0))
+    return (side, side) if side and side**2 == patches else None
 
 
 def rules_of(model: nn.Layer) -> WeightRules:

@@ -10,7 +10,7 @@ import numpy as np
 
 from models.layers import resize_relative_table
 from models.weights.paddlevit import from_paddlevit
-from models.weights.rules import Start, WeightRules
+from models.weights.rules import Grid, Start, WeightRules
 from models.weights.transformer import TransformerWeights, start_backbone
 
 BACKBONE = 'backbone.'
@@ -94,11 +94,11 @@ class SegmentorWeights(WeightRules):
         inner = {name[len(BACKBONE) :]: array for name, array in arrays.items() if name.startswith(BACKBONE)}
         return {f'{BACKBONE}{name}': why for name, why in ENCODER.unused(model.backbone, inner, source).items()}
 
-    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+    def resize(self, model, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Interpolate position embeddings; relative ones as in BEiT, unlike in classifiers."""
         if name.endswith('relative_position_bias_table') and array.ndim == 2:
-            return resize_relative_table(array, (model.backbone.patch_embed.grid_size,) * 2, spline=True)
-        return ENCODER.resize(model.backbone, name.removeprefix(BACKBONE), array)
+            return resize_relative_table(array, model.backbone.patch_embed.grid_size, grid, spline=True)
+        return ENCODER.resize(model.backbone, name.removeprefix(BACKBONE), array, grid)
 
     def start(self, model, names: Collection[str]) -> Start:
         """Initialize the backbone from an encoder: a classifier, MAE or MoCo-v3."""

@@ -12,7 +12,7 @@ from paddle import nn
 
 from models.layers import resize_position_table, resize_relative_table
 from models.weights.paddlevit import from_paddlevit
-from models.weights.rules import Start, WeightRules
+from models.weights.rules import Grid, Start, WeightRules, grid_metadata, square_side
 
 # Prefixes of the encoder in pre-training files: MAE-Lite, MoCo-v3. The head of MoCo-v3's encoder is its projector.
 MAE_ENCODER, MOCO_ENCODER = 'model.', 'base_encoder.'
@@ -67,25 +67,25 @@ class TransformerWeights(WeightRules):
         return from_paddlevit(arrays, model.global_pool)
 
     def metadata(self, model) -> dict:
-        """Return the number of heads: another number changes the outputs, but not the shapes."""
-        return {'MODEL.TRANS.NUM_HEADS': model.num_heads}
+        """Return the number of heads: another number changes the outputs, but not the shapes. Also the grid."""
+        return {'MODEL.TRANS.NUM_HEADS': model.num_heads, **grid_metadata(model.patch_embed.grid_size)}
 
     def unused(self, model, arrays: Mapping[str, np.ndarray], source: str) -> dict[str, str]:
         """See `AttentionRemoval`."""
         return model.removal.unused_weights(arrays, source)
 
-    def resize(self, model, name: str, array: np.ndarray) -> np.ndarray:
+    def resize(self, model, name: str, array: np.ndarray, grid: Grid | None = None) -> np.ndarray:
         """Interpolate absolute and relative position embeddings."""
-        grid = (model.patch_embed.grid_size,) * 2
         if name.endswith('relative_position_bias_table') and array.ndim == 2:
-            return resize_relative_table(array, grid)
+            return resize_relative_table(array, model.patch_embed.grid_size, grid)
         if name != 'pos_embed' or array.ndim != 3:
             return array
-        side = round(max(array.shape[1] - model.num_prefix, 0) ** 0.5)
-        if not side or side**2 + model.num_prefix != array.shape[1]:
+        patches = array.shape[1] - model.num_prefix
+        old = grid or square_side(patches)
+        if old is None or old[0] * old[1] != patches:
             return array
         table = paddle.to_tensor(array.astype('float32'), place=paddle.CPUPlace())
-        return resize_position_table(table, (side, side), grid, model.num_prefix).numpy()
+        return resize_position_table(table, old, model.patch_embed.grid_size, model.num_prefix).numpy()
 
     def start(self, model, names: Collection[str]) -> Start:
         """Fine-tune the base encoder of MAE or MoCo-v3, or a classifier with another pooling."""

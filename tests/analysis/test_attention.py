@@ -45,7 +45,7 @@ def test_entropy_and_distance_of_the_original():
     close(result['entropy'], ATTENTION['out/entropy'], 1e-5)
     close(result['distance'], ATTENTION['out/distance'], 1e-3)
     assert statistics.tokens == [25, 25]
-    assert mean_grid_distance(25) == pytest.approx(ATTENTION['out/dist_matrix'].mean(), abs=1e-4)
+    assert mean_grid_distance((5, 5)) == pytest.approx(ATTENTION['out/dist_matrix'].mean(), abs=1e-4)
 
 
 def test_even_attention():
@@ -55,8 +55,8 @@ def test_even_attention():
     result = statistics.result()
     close(result['entropy'], [[math.log(196)] * 3], 1e-3)
     close(result['distance'], [[101.93] * 3], 0.005)
-    assert mean_grid_distance(196) == pytest.approx(result['distance'][0][0], abs=1e-4)
-    assert mean_grid_distance(196, 16) == pytest.approx(mean_grid_distance(196) * 16 / 14)
+    assert mean_grid_distance((14, 14)) == pytest.approx(result['distance'][0][0], abs=1e-4)
+    assert mean_grid_distance((14, 14), 16) == pytest.approx(mean_grid_distance((14, 14)) * 16 / 14)
 
 
 def test_a_head_that_looks_at_itself_and_one_that_looks_at_the_first_patch():

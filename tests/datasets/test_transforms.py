@@ -14,6 +14,7 @@ from datasets.augment import BICUBIC, BILINEAR, AutoAugment, ColorJitter, RandAu
 from datasets.batch import to_device
 from datasets.erasing import RandomErasing
 from datasets.loader import Batch
+from datasets.sample import VALID
 from datasets.transforms import (
     CenterCrop,
     FastFlip,
@@ -335,11 +336,10 @@ def test_normalizing_on_cpu_and_device(channels, erased, padded):
     scale, shift = rng.uniform(0.01, 0.02, (2, channels, 1, 1)).astype('float32')
     labels = np.zeros(3, 'int64')
     valid = np.array([(5, 6), (9, 8), (1, 1)]) if padded else None
-    batch = Batch(images, {'label': labels}, labels, erase=erase)
-    one, other = (
-        prepare(batch.images, batch.erase, convert(scale), convert(shift), valid).numpy()
-        for prepare, convert in ((batching._on_this_cpu, np.asarray), (batching._on_the_gpu, paddle.to_tensor))
-    )
+    batch = Batch(images, {'label': labels, **({VALID: valid} if padded else {})}, labels, erase=erase)
+    one = batching._on_this_cpu(images, erase, scale, shift, valid).numpy()
+    tensors = {name: paddle.to_tensor(array) for name, array in batching._arrays(batch).items()}
+    other = batching._normalized(tensors, paddle.to_tensor(scale), paddle.to_tensor(shift)).numpy()
     assert one.shape == (3, channels, 9, 8)
     assert np.array_equal(one, other)
     if padded and not erased:

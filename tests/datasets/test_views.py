@@ -291,10 +291,9 @@ def test_to_device(lead, channels):
     scale, shift = rng.uniform(0.01, 0.02, (2, channels, 1, 1)).astype('float32')
     labels = np.zeros(len(images), 'int64')
     batch = Batch(images, {'label': labels}, labels)
-    one, other = (
-        prepare(batch.images, batch.erase, convert(scale), convert(shift)).numpy()
-        for prepare, convert in ((batching._on_this_cpu, np.asarray), (batching._on_the_gpu, paddle.to_tensor))
-    )
+    one = batching._on_this_cpu(images, None, scale, shift).numpy()
+    tensors = {name: paddle.to_tensor(array) for name, array in batching._arrays(batch).items()}
+    other = batching._normalized(tensors, paddle.to_tensor(scale), paddle.to_tensor(shift)).numpy()
     assert one.shape == (*lead, channels, 5, 4)
     assert np.array_equal(one, other)
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]

@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
+import weakref
+from collections import deque
 from types import SimpleNamespace
 
 import paddle
 import pytest
 from paddle import nn
 
-import datasets.batch
-import datasets.device
+import utils.device
 from engine.distributed import Context
 from tasks.classification import ClassificationTask
 
@@ -44,28 +46,95 @@ def gpu(monkeypatch) -> Context:
 
 def _force_copies(monkeypatch) -> None:
     """Let copies between host and device take the way through pinned memory, which is that of the CPU."""
-    for module in (datasets.device, datasets.batch):
-        monkeypatch.setattr(module, 'on_gpu', lambda: True)
-    monkeypatch.setattr(datasets.device, 'Event', Event)
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: True)
+    monkeypatch.setattr(utils.device, 'Event', Event)
+    monkeypatch.setattr(utils.device, 'Stream', Stream)
+    monkeypatch.setattr(utils.device, 'current_stream', lambda: Computation)
+    monkeypatch.setattr(utils.device, 'stream_guard', Stream.guard)
+    monkeypatch.setattr(utils.device, '_pinned', utils.device._Pinned())
+    monkeypatch.setattr(utils.device, '_copy_stream', functools.lru_cache(lambda device: Stream()))
+    monkeypatch.setattr(Stream, 'log', [])
     monkeypatch.setattr(paddle, 'CUDAPinnedPlace', paddle.CPUPlace)
+    monkeypatch.setattr(paddle.Tensor, 'copy_', Stream.copy)
     for name in ('cuda', 'pin_memory'):
         monkeypatch.setattr(paddle.Tensor, name, lambda tensor, blocking: tensor.clone())
 
 
 class Event:
-    """An event that has happened when two more were recorded, or when it was waited for."""
+    """An event. That of a stream has happened when its work has run, another one when two more were recorded or waited for."""
 
     recorded = 0
 
     def record(self) -> None:
         Event.recorded += 1
-        self.number = Event.recorded
+        self.number, self.stream = Event.recorded, Stream.current
+        Stream.log.append(f'record in {"copies" if self.stream else "computation"}')
+        if self.stream:
+            self.happened = False
+            self.stream.work.append(self._happen)
+
+    def _happen(self) -> None:
+        self.happened = True
 
     def query(self) -> bool:
-        return Event.recorded >= self.number + 2
+        return self.happened if self.stream else Event.recorded >= self.number + 2
 
     def synchronize(self) -> None:
+        if self.stream:
+            self.stream.run(self)
         self.number = -2
+
+
+class Stream:
+    """A stream whose work runs as late as it may: when another one waits for an event behind it."""
+
+    current: Stream | None = None
+    log: list[str] = []
+
+    def __init__(self):
+        self.work: deque = deque()
+
+    def wait_event(self, event: Event) -> None:
+        Stream.log.append('copies wait')
+
+    def run(self, event: Event) -> None:
+        while not event.happened:
+            self.work.popleft()()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def guard(stream: Stream):
+        Stream.current = stream
+        try:
+            yield
+        finally:
+            Stream.current = None
+
+    @staticmethod
+    def copy(target: paddle.Tensor, source: paddle.Tensor, blocking: bool) -> None:
+        """Replaces `Tensor.copy_`; neither side may be freed before the stream has copied."""
+        assert Stream.current is not None and not blocking
+        Stream.log.append('copy')
+        sides = weakref.ref(target), weakref.ref(source)
+
+        def copy() -> None:
+            target, source = (side() for side in sides)
+            assert target is not None and source is not None, 'memory was freed before it was copied'
+            _COPY(target, source, True)
+
+        Stream.current.work.append(copy)
+
+
+class Computation:
+    """The stream of the computation, which the CPU runs at once."""
+
+    @staticmethod
+    def wait_event(event: Event) -> None:
+        Stream.log.append('computation waits')
+        event.synchronize()
+
+
+_COPY = paddle.Tensor.copy_
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ import numpy as np
 import paddle
 
 from config import get_config
-from datasets.device import upload
 from engine import train
 from engine.run import run_config
 from tests.runs.conftest import recipe  # noqa: F401
+from utils.device import upload
 
 
 def test_an_upload_leaves_nothing_behind():

@@ -8,11 +8,18 @@ import paddle
 import pytest
 from paddle import nn
 
-import engine.ema
+import utils.device
 from config import get_config
 from engine.ema import ModelEma
 from engine.optim import build_optimizer, clip_gradients, parameter_groups
 from tests.conftest import assert_close, golden
+
+
+@pytest.fixture(params=[False, True], ids=['CPU', 'GPU'])
+def place(request, monkeypatch) -> bool:
+    """Whether the branches of a GPU are taken."""
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: request.param)
+    return request.param
 
 
 class Named(nn.Layer):
@@ -50,7 +57,7 @@ def settings(*opts):
     return get_config(opts=list(opts))
 
 
-def test_adamw_clipping_decay_groups_and_ema_follow_timm():
+def test_adamw_clipping_decay_groups_and_ema_follow_timm(place):
     reference = golden('evit-optim')
     hyper = reference.meta['hyper']
     model = Named(reference.group('sd'), exempt=('pos_embed', 'cls_token'))
@@ -144,7 +151,7 @@ def test_frozen_parameters_are_in_no_group():
     assert sum(len(group['params']) for group in parameter_groups(model, 0.1)) == 3
 
 
-def test_clipping_leaves_small_gradients_and_reports_the_norm():
+def test_clipping_leaves_small_gradients_and_reports_the_norm(place):
     parameter = Named({'w': np.zeros((2, 2), 'float32')}).parameters()[0]
     for limit, expected in ((None, 5.0), (0.0, 5.0), (10.0, 5.0), (1.0, 1.0)):
         parameter.grad = paddle.to_tensor([[3.0, 0.0], [0.0, 4.0]])
@@ -154,23 +161,61 @@ def test_clipping_leaves_small_gradients_and_reports_the_norm():
     assert math.isnan(clip_gradients([parameter], 1.0).item())
 
 
-def test_averages_on_a_gpu_are_those_of_a_cpu(monkeypatch):
-    """There an operation of its own updates them, whose last bits differ."""
-    rng, averages = np.random.default_rng(0), []
-    start, steps = rng.normal(size=(9, 8)), rng.normal(size=(5, 9, 8))
+def on_both(monkeypatch, compute) -> list:
+    """The results of both branches."""
+    results = []
     for on_gpu in (False, True):
-        monkeypatch.setattr(engine.ema, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
-        model = Named({'w': start.astype('float32')})
+        monkeypatch.setattr(utils.device, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
+        results.append(compute())
+    return results
+
+
+def test_averages_on_a_gpu_are_those_of_a_cpu(monkeypatch):
+    """There one operation updates all of them, and the last bits differ. Checkpoints move between both."""
+    rng = np.random.default_rng(0)
+    shapes = {'patch_embed.weight': (9, 8), 'scale': (), 'head.bias': (5,)}
+    steps = [{name: rng.normal(size=shape).astype('float32') for name, shape in shapes.items()} for _ in range(6)]
+
+    def averages():
+        model = Named(steps[0])
         ema = ModelEma(model, 0.9)
-        for step in steps:
-            model.parameters()[0].set_value(step.astype('float32'))
+        for step in steps[1:]:
+            for name, parameter in model.named_parameters():
+                parameter.set_value(step[name])
             ema.update()
-        averages.append(ema.state_dict()['w'].numpy())
-    np.testing.assert_allclose(*averages, rtol=1e-6, atol=1e-7)
-    assert not np.array_equal(*averages), 'both took the same path'
+        other = ModelEma(Named(steps[0]), 0.9)
+        other.set_state_dict({name: value.numpy() for name, value in ema.state_dict().items()})
+        found = [{name: value.numpy() for name, value in average.state_dict().items()} for average in (ema, other)]
+        assert list(found[0]) == list(shapes)
+        for name, value in found[0].items():
+            np.testing.assert_array_equal(found[1][name], value)
+        return found[0]
+
+    cpu, gpu = on_both(monkeypatch, averages)
+    for name, value in cpu.items():
+        np.testing.assert_allclose(gpu[name], value, rtol=2e-6, atol=1e-7)
+    assert any(not np.array_equal(cpu[name], gpu[name]) for name in cpu), 'both took the same path'
 
 
-def test_averages_are_applied_inside_the_block_only():
+@pytest.mark.parametrize('limit', [None, 2.0, 100.0])
+def test_clipping_on_a_gpu_is_that_of_a_cpu(monkeypatch, limit):
+    arrays = {f'w{number}': np.random.default_rng(number).normal(size=(7, number)) for number in (1, 2, 3)}
+
+    def clipped():
+        parameters = Named({name: array.astype('float32') for name, array in arrays.items()}).parameters()
+        for parameter in parameters:
+            parameter.grad = parameter * 1.5
+        norm = clip_gradients(parameters, limit).item()
+        return np.concatenate([[norm], *(parameter.grad.numpy().ravel() for parameter in parameters)])
+
+    cpu, gpu = on_both(monkeypatch, clipped)
+    np.testing.assert_allclose(gpu, cpu, rtol=1e-6)
+    gradients = np.concatenate([1.5 * array.ravel() for array in arrays.values()])
+    norm = np.linalg.norm(gradients)
+    np.testing.assert_allclose(gpu, [norm, *gradients * min(1.0, (limit or math.inf) / norm)], rtol=1e-5)
+
+
+def test_averages_are_applied_inside_the_block_only(place):
     model = Named({'w': np.ones((2, 2), 'float32')})
     ema = ModelEma(model, 0.5)
     model.parameters()[0].set_value(np.full((2, 2), 3.0, 'float32'))

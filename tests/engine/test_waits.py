@@ -9,14 +9,17 @@ import numpy as np
 import paddle
 import pytest
 
-import datasets.device
-from datasets.batch import to_device
-from datasets.device import Download, upload
+import utils.device
+from config import get_config
+from datasets.batch import on_device, to_device
+from datasets.loader import Batch
 from engine.waits import count_waits
 from tests.engine import curves
-from tests.engine.gpu import GPU, Event, gpu  # noqa: F401
+from tests.engine.gpu import GPU, Float32Passes, Stream, gpu  # noqa: F401
 from tests.engine.test_curves import GMLP, RECIPES
 from tests.tasks.helpers import build_trainer
+from tests.tasks.test_detection import TINY, squares  # noqa: F401
+from utils.device import Copies, Download, upload
 
 QUIET = {'REPORT_FREQ': 10**6, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0, 'MODEL.LAMBDA.DECAY_EPOCHS': None}
 
@@ -77,6 +80,29 @@ def test_a_step_in_float16_waits_once(waits, images, tmp_path):
     assert len(found) >= 2 and all(step == ['__bool__'] for step in found), found
 
 
+def test_a_step_with_half_weights_does_not_wait(waits, images, tmp_path):
+    """AMP_LEVEL O2: gradients are added to those of the float32 copies, over two micro-batches."""
+    options = {'AMP': True, 'AMP_LEVEL': 'O2', 'AMP_DTYPE': 'bfloat16', 'TRAIN.ACCUM_ITER': 2}
+    run = trainer_of(RECIPES['augmented'], images, str(tmp_path), **options)
+    run.task = Float32Passes(run.config)
+    found = waits_of_steps(run, waits)
+    assert run.weights.has_copies and len(found) >= 2 and not any(found), found
+
+
+def test_a_step_of_a_detector_reads_three_times(waits, squares, tmp_path):  # noqa: F811
+    """The sampled regions, and the levels of both poolers; beside it Paddle's operators wait, `nms` once per image."""
+    options = {
+        **TINY, 'DATA.DATA_PATH': squares, 'MODEL.NUM_CLASSES': 2, 'DATA.BATCH_SIZE': 1, 'REPORT_FREQ': 10**6,
+        'TRAIN.NUM_ITERS': 6, 'VALIDATE_ITERS': 6,
+    }  # fmt: skip
+    config = get_config(opts=[part for pair in options.items() for part in pair])
+    found = waits_of_steps(build_trainer(config, str(tmp_path / 'run'), context=GPU), waits)
+    assert len(found) >= 3
+    for step in found:
+        assert sorted(name for name in step if name != 'roi_align') == ['nms', 'numpy', 'numpy', 'numpy']
+        assert 2 <= step.count('roi_align') <= 8
+
+
 def test_waits_are_counted(waits):
     tensor = paddle.ones([2])
     for read in (
@@ -85,11 +111,17 @@ def test_waits_are_counted(waits):
         tensor.sum().item,
         lambda: bool(tensor.sum()),
         lambda: np.asarray(tensor),
+        lambda: paddle.nonzero(tensor),
+        lambda: tensor[tensor > 0],
+        lambda: paddle.to_tensor([1.0]),
+        lambda: tensor.set_value(np.zeros(2, 'float32')),
     ):
         read()
-    paddle.to_tensor([1.0])
-    tensor.set_value(np.zeros(2, 'float32'))
-    assert waits == ['numpy', 'tolist', 'item', '__bool__', '__array__', 'to_tensor', 'set_value']
+    tensor.grad = tensor
+    assert tensor.grad[:1].shape == [1]
+    assert waits == [
+        'numpy', 'tolist', 'item', '__bool__', '__array__', 'nonzero', '__getitem__', 'to_tensor', 'set_value', 'grad',
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------- copies
@@ -104,10 +136,59 @@ def test_arrays_and_tensors_may_change_after_their_copy_was_queued(gpu):  # noqa
 
 
 def test_pinned_memory_is_kept_until_the_device_has_read_it(gpu):  # noqa: F811
-    staging = datasets.device._Staging()
     for number in range(5):
-        staging.upload(np.full(2, number))
-        assert [pinned.tolist()[0] for _, pinned in staging._in_flight] == list(range(max(0, number - 2), number + 1))
+        upload(np.full(2, number))
+        kept = [pinned.tolist()[0] for _, (pinned,) in utils.device._pinned._in_flight]
+        assert kept == list(range(max(0, number - 2), number + 1))
+
+
+def test_copies_run_beside_the_computation(gpu):  # noqa: F811
+    """A batch is copied once memory for it was allocated and before the step of the batch before it; no step waits for more."""
+    batches = [Batch(np.full((2, 3, 3, 1), number, 'uint8'), {}, np.arange(2)) for number in range(3)]
+    statistics = [0.0], [1 / 255]
+    to_device(batches[0], *statistics)  # uploads the constants of the normalization
+    Stream.log.clear()
+    ahead = on_device(iter(batches), *statistics)
+    copied, used = ['record in computation', 'copies wait', 'copy', 'record in copies'], ['computation waits']
+    for number, expected in enumerate((copied + copied + used, copied + used, used)):
+        batch = next(ahead)
+        assert Stream.log == expected
+        assert (batch.images.numpy() == number).all()
+        Stream.log.clear()
+    assert next(ahead, None) is None
+
+
+def test_memory_of_a_dropped_batch_is_kept_until_it_was_copied(gpu):  # noqa: F811
+    copies = [Copies({'images': np.full(3, number)}) for number in range(3)]
+    del copies[1]
+    assert copies[1].tensors()['images'].tolist() == [2, 2, 2]  # runs the copy of the dropped one
+    assert copies[0].tensors()['images'].tolist() == [0, 0, 0]
+    upload(np.zeros(1))
+    assert len(utils.device._pinned._in_flight) == 1
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_ahead_are_equal(images, tmp_path, workers, request):
+    """Borrowed memory is read before a worker writes it again, and batches keep their order."""
+    run = build_trainer(
+        curves._config({
+            **curves.COMMON, **GMLP, 'DATA.DATA_PATH': images, 'TRAIN.RANDOM_ERASE_PROB': 0.5, 'DATA.NUM_WORKERS': workers,
+            'DATA.PREFETCH': 1,
+        }),
+        str(tmp_path),
+    )  # fmt: skip
+    statistics = run.config.DATA.IMAGENET_MEAN, run.config.DATA.IMAGENET_STD
+    with run.train_loader as loader:
+        expected = [to_device(batch, *statistics) for batch in loader.epoch(1)]
+        borrowed = list(on_device(loader.epoch(1, borrow=True), *statistics))
+        request.getfixturevalue('gpu')
+        ahead = list(on_device(loader.epoch(1, borrow=True), *statistics))
+    assert len(expected) == len(borrowed) == len(ahead) > 3
+    for other in (borrowed, ahead):
+        for one, two in zip(expected, other):
+            np.testing.assert_array_equal(one.images.numpy(), two.images.numpy())
+            np.testing.assert_array_equal(one.targets['label'].numpy(), two.targets['label'].numpy())
+            np.testing.assert_array_equal(one.indices, two.indices)
 
 
 @pytest.mark.parametrize('erased', [False, True])

@@ -7,7 +7,8 @@ import paddle.nn.functional as F
 import pytest
 
 from models.layers import attention
-from models.layers.attention import Attention, RelativeAttention, with_key_bias
+from models.layers.attention import Attention, RelativeAttention, with_channels, with_key_bias
+from models.layers.windowed_attention import DecomposedAttention, WindowedAttention
 from tests.models.test_vision_transformer import tiny
 
 
@@ -69,8 +70,49 @@ def test_dropout_acts_in_training_only(calls):
     assert [(call['dropout_p'], call['training']) for call in calls] == [(0.5, False)] * 2 + [(0.5, True)] * 2
 
 
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: DecomposedAttention(32, 4, (3, 2)),
+        lambda: DecomposedAttention(32, 4, (5, 4)),  # another grid: the tables are interpolated
+        lambda: WindowedAttention(32, 4, 2),
+        lambda: WindowedAttention(32, 4, 2, relative=False),
+    ],
+)
+def test_decomposed_positions_are_fused(calls, monkeypatch, make):
+    """Row and column of a key become channels, through which gradients reach the tables."""
+    paddle.seed(0)
+    layer, x = make(), paddle.randn([3, 6, 32])
+    tables = [parameter for name, parameter in layer.named_parameters() if name.startswith('rel_pos')]
+    for table in tables:
+        table.set_value(paddle.randn(table.shape))
+    results = list(both(monkeypatch, layer, x, grid=(3, 2)))
+    for expected, found in results:
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert len(calls) == 1 and all(np.abs(expected).max() > 1e-3 for expected, _ in results)
+
+
+def test_channels_beyond_the_limit_of_the_kernel_are_not_fused(calls):
+    """ViTDet's images of 1024 pixels need 192 channels per head."""
+    for side, fits in ((14, True), (64, True), (65, False)):
+        assert DecomposedAttention(64, 1, (2, 2)).fuses((side, side), None) is fits
+    assert not DecomposedAttention(64, 1, (2, 2)).fuses((2, 2), paddle.zeros([1, 1, 1, 4]))
+
+
+def test_decomposed_positions_survive_half_precision():
+    """A bias of bfloat16 is scaled by sqrt(d') once, which rounds it once more."""
+    paddle.seed(0)
+    queries, keys = paddle.randn([1, 6, 1, 5]), paddle.eye(5)[paddle.to_tensor([0, 1, 2, 3, 4, 0])]
+    q = k = v = paddle.zeros([1, 6, 1, 64], 'bfloat16')
+    q, k, v = with_channels(q, k, v, queries, keys)
+    assert {part.shape[-1] for part in (q, k, v)} == {72}
+    scores = (q.astype('float64')[0, :, 0] @ k.astype('float64')[0, :, 0].t()) / 72**0.5
+    np.testing.assert_allclose(scores.numpy(), (queries[0, :, 0] @ keys.t()).numpy(), rtol=2**-7)
+    assert not v.astype('float32').any()
+
+
 def test_biases_per_pair_of_tokens_are_not_fused(calls):
-    """The kernel has no gradient for them."""
+    """The kernel has no gradient for them, and they are no product of few channels."""
     RelativeAttention(32, 4, (2, 3))(paddle.randn([2, 7, 32]))
     Attention(32, 4)(paddle.randn([2, 7, 32]), bias=paddle.zeros([4, 7, 7]))
     assert not calls

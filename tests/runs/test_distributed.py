@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import psutil
 import pytest
 
 from tests.conftest import ROOT
 from tests.runs.conftest import environment, finish, learnt, metrics, run, start, state, wait_for
+from tests.tasks.helpers import read_csv
 
 
 @pytest.fixture(scope='module')
@@ -31,7 +33,7 @@ def trained(tmp_path_factory, images):
 def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_path):
     """13 images, whose number no other number of processes divides; top-5 of three classes."""
     recipe, folder = trained
-    results = []
+    results, predictions = [], []
     for processes in (1, 2, 3):
         name = f'eval{processes}'
         flags = (
@@ -41,14 +43,29 @@ def test_every_image_counts_once_on_one_two_and_three_processes(trained, tmp_pat
             f'-pretrained={folder}',
             f'-tag={name}',
             '-batch_size=4',
+            '-save_predictions',
         )
         out, _ = run('main_multi_gpu.py', *flags, NPROC=str(processes))
         assert 'Validation Acc@1: ' in out
         results.append(metrics(tmp_path / name)[-1])
+        predictions.append(read_csv(tmp_path / name, 'predictions.csv'))
     for result in results:
         assert (result['kind'], result['images'], result['acc5']) == ('eval', 13, 1.0)
         assert result['acc1'] == results[0]['acc1']
         assert result['loss'] == pytest.approx(results[0]['loss'], rel=1e-6)
+    for rows in predictions:
+        assert [row['index'] for row in rows] == [str(number) for number in range(13)]
+        for row, expected in zip(rows, predictions[0]):
+            assert (row['image'], row['label'], row['class1']) == (
+                expected['image'],
+                expected['label'],
+                expected['class1'],
+            )
+            assert float(row['probability1']) == pytest.approx(float(expected['probability1']), rel=1e-5)
+    assert np.mean([row['label'] == row['class1'] for row in predictions[0]]) == pytest.approx(results[0]['acc1'])
+    tables = [(tmp_path / f'eval{processes}' / 'classes.csv').read_text() for processes in (1, 2, 3)]
+    assert tables[0].splitlines()[0] == 'class,name,acc1,precision,images,predicted,correct'
+    assert tables[1] == tables[2] == tables[0]
 
 
 def test_evaluation_touches_the_validation_images_only(trained, images, tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 
@@ -43,6 +44,12 @@ def rows(trainer: Trainer, kind: str) -> list[dict]:
     """Rows of metrics.jsonl."""
     with open(os.path.join(trainer.folder, 'metrics.jsonl'), encoding='utf-8') as file:
         return [row for row in map(json.loads, file) if row['kind'] == kind]
+
+
+def read_csv(folder: str, name: str) -> list[dict]:
+    """Rows of predictions.csv or classes.csv of a run."""
+    with open(os.path.join(folder, name), newline='', encoding='utf-8') as file:
+        return list(csv.DictReader(file))
 
 
 def batch_of(images, labels=None) -> Batch:

@@ -25,7 +25,7 @@ from models.exported import Predictor, save_program
 from tasks import PredictionOptions, build_task, detection
 from tasks.detection import in_stored_image
 from tests.conftest import assert_close
-from tests.tasks.helpers import ALONE, attached, build_trainer, rows
+from tests.tasks.helpers import ALONE, attached, build_trainer, read_csv, rows
 from tools import export
 from utils.errors import UserError
 from utils.runlog import RunLog
@@ -176,7 +176,7 @@ def test_perfect_detections_have_ap_one(squares, tmp_path):
 def test_training_and_resume(tmp_path, squares):
     """Bit for bit, with accumulation, EMA and recomputation."""
     options = {'TRAIN__ACCUM_ITER': 2, 'TRAIN__MODEL_EMA': True, 'TRAIN__RECOMPUTE': True}
-    straight = build_trainer(settings(squares, **options), str(tmp_path / 'straight'))
+    straight = build_trainer(settings(squares, SAVE_PREDICTIONS=True, **options), str(tmp_path / 'straight'))
     straight.fit()
     found = rows(straight, 'val')
     assert [row['step'] for row in found] == [3, 5] and all(0 <= row['box_ap'] <= 1 for row in found)
@@ -187,6 +187,10 @@ def test_training_and_resume(tmp_path, squares):
     assert {'detections.json', 'ema_detections.json', 'detection_step0000003.png'} <= {
         *files
     } or 'detection_0002.png' in files
+    classes = read_csv(straight.folder, 'classes.csv')
+    assert [row['name'] for row in classes] == ['red', 'green'] and 'ema_classes.csv' in files
+    assert np.mean([float(row['box_ap']) for row in classes]) == pytest.approx(found[-1]['box_ap'])
+    assert [row['index'] for row in read_csv(straight.folder, 'predictions.csv')] == list('01234')
     with open(os.path.join(straight.folder, 'log.txt'), encoding='utf-8') as file:
         assert 'green  box AP' in file.read()
     cut = build_trainer(settings(squares, SAVE_STEPS=1, **options), str(tmp_path / 'cut'))

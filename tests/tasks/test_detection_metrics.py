@@ -83,6 +83,9 @@ def test_evaluator(vectors, tmp_path):
     lines = evaluator.details()
     assert lines[0].startswith('box   AP 0.2777  AP50 0.3826') and 'APl -' in lines[0] and lines[1].startswith('mask')
     assert len(lines) == 5 and lines[2].split()[1:3] == ['box', 'AP']
+    classes = evaluator.class_results(())
+    assert [list(row) for row in classes] == [['name', 'box_ap', 'mask_ap']] * 3
+    assert np.nanmean([row['box_ap'] for row in classes]) == pytest.approx(result['box_ap'])
     picture = evaluator.pictures(None)['detection']
     assert picture.size == (2 * 80 + 3 * 4, 4 * 60 + 5 * 4)
 

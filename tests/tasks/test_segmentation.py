@@ -23,7 +23,7 @@ from tasks import PredictionOptions, build_task
 from tasks.segmentation import SegmentationTask, class_picture, pixel_accuracy
 from tasks.segmentation_metrics import SegmentationEvaluator, count_pixels, segmentation_metrics
 from tests.conftest import assert_close, golden
-from tests.tasks.helpers import ALONE, build_trainer, rows
+from tests.tasks.helpers import ALONE, build_trainer, read_csv, rows
 from utils.errors import UserError
 
 TINY = {
@@ -97,6 +97,9 @@ def test_evaluator_over_two_processes():
     assert one.result()['miou'] == pytest.approx(float(g['out/mIoU']), rel=1e-12)
     assert one.best == ('miou', 'max')
     assert [line.split()[:3] for line in one.details()][2] == ['2', 'IoU', '-']
+    classes = one.class_results(())
+    assert np.nanmean([row['iou'] for row in classes]) == pytest.approx(one.result()['miou'])
+    assert classes[2]['name'] == '2' and (classes[2]['correct'], classes[2]['labeled']) == (0, 0)
     assert one.pictures(None)['segmentation'].mode == 'RGB'
 
 
@@ -188,13 +191,19 @@ def trainer_of(pairs, folder, **changes):
 
 
 def test_training_and_resume(tmp_path, pairs):
-    straight = trainer_of(pairs, tmp_path / 'straight')
+    straight = trainer_of(pairs, tmp_path / 'straight', SAVE_PREDICTIONS=True)
     straight.fit()
     found = rows(straight, 'val')
     assert [row['step'] for row in found] == [3, 6, 7] and all(0 <= row['miou'] <= row['aacc'] <= 1 for row in found)
     assert found[0]['images'] == 5
     with open(os.path.join(straight.folder, 'log.txt'), encoding='utf-8') as file:
         assert 'bright  IoU' in file.read()
+    tables = {name: read_csv(straight.folder, f'{name}.csv') for name in ('predictions', 'classes')}
+    assert [(row['index'], float(row['share1']) >= 0.5) for row in tables['predictions']] == [
+        (k, True) for k in '01234'
+    ]
+    assert [row['name'] for row in tables['classes']] == ['dark', 'bright']
+    assert np.mean([float(row['iou']) for row in tables['classes']]) == pytest.approx(found[-1]['miou'])
     assert os.path.exists(os.path.join(straight.folder, 'segmentation_0001.png'))
     assert os.path.exists(os.path.join(straight.folder, 'segmentation_step0000007.png'))
     cut = trainer_of(pairs, tmp_path / 'cut', SAVE_STEPS=1)

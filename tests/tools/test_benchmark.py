@@ -13,8 +13,9 @@ import paddle
 import pytest
 
 from config import get_config
+from engine import throughput
 from engine.distributed import Context
-from engine.throughput import BenchmarkCase, peak_memory, time_interleaved
+from engine.throughput import BenchmarkCase, loader_speed, peak_memory, time_interleaved
 from models import build_model
 from models.exported import Predictor, save_program
 from tests.models.helpers import small_config
@@ -67,7 +68,8 @@ def test_training_step(files, tmp_path, capsys):
     output = tmp_path / 'out.json'
     keys = {'PATCH_SIZE': 4, 'EMBED_DIM': 64, 'DEPTH': 8, 'MLP_RATIO': 8}
     options = [str(item) for key, value in keys.items() for item in (f'MODEL.MIXER.{key}', value)]
-    flags = ['-training', '-batch_size=32', '-rounds=2', '-num_classes=10', f'-json={output}']
+    flags = ['-training', '-batch_size=32', '-rounds=2', '-num_classes=10', '-dataset=digits', '-num_workers=0']
+    flags += [f'-json={output}']
     benchmark.main([files[0], *flags, '-opts', *options])
     out = capsys.readouterr().out
     (row,) = json.loads(output.read_text())['models']
@@ -80,6 +82,35 @@ def test_training_step(files, tmp_path, capsys):
         assert plain['memory_bytes'] - again['memory_bytes'] > activations / 2
         assert f'{again["memory_bytes"] / plain["memory_bytes"]:.2f}' in out
     assert f'{again["step_ms"] / plain["step_ms"]:.2f}' in out
+    loader = row['loader']
+    assert loader['workers'] == 0
+    assert loader['headroom'] == pytest.approx(loader['images_per_second'] * plain['step_ms'] / 32000)
+    assert out.splitlines()[-1].split()[-2:] == [f'{loader["images_per_second"]:.1f}', f'{loader["headroom"]:.2f}']
+
+
+class SlowLoader:
+    """Three batches of four images an epoch, two seconds each, a minute for the first one."""
+
+    def __init__(self):
+        self.clock = 0.0
+
+    def epoch(self, epoch: int, borrow: bool):
+        for _ in range(3):
+            self.clock += 2.0 if self.clock else 60.0
+            yield range(4)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.closed = True
+
+
+def test_speed_of_a_loader(monkeypatch):
+    """The first batch, for which workers start, is not counted; epochs follow one another."""
+    loader = SlowLoader()
+    monkeypatch.setattr(throughput.time, 'perf_counter', lambda: loader.clock)
+    assert loader_speed(loader, 7) == 2.0 and loader.closed and loader.clock == 74.0
 
 
 TRAINED = {
@@ -188,6 +219,7 @@ def test_mistakes(files, tmp_path):
         ([files[0], '-precision=bf16'], '-precision needs -backend exported'),
         ([files[0], '-amp', '-backend=exported'], '-amp needs -backend dygraph'),
         ([files[0], '-training', '-backend=exported'], '-training needs -backend dygraph'),
+        ([files[0], '-data_path=x'], '-dataset and -data_path need -training'),
         ([files[0], '-rounds=0'], '-rounds is 0'),
         ([files[0], '-batch_size=0'], 'DATA.BATCH_SIZE is 0'),
         ([files[0], '-json=/proc/out.json'], "cannot write '/proc/out.json'"),

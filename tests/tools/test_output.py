@@ -65,7 +65,7 @@ def test_a_suffix_may_be_added(tmp_path):
 
 
 OUTPUTS = {
-    'FILE': {'extract_features', 'port_weights', 'predict', 'prune', 'visualize_mae'},
+    'FILE': {'extract_features', 'port_weights', 'predict', 'prune', 'report', 'visualize_mae'},
     'DIR/NAME': {'analyze_attention', 'compare_layers', 'export', 'select_layers'},
     'DIR': {'make_lmdb', 'make_zip', 'plan', 'visualize_tokens'},
 }

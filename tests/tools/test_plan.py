@@ -21,8 +21,8 @@ from models.layers import ToMeReducer
 from models.profile import profile
 from tests.runs.conftest import run
 from tools import plan
-from tools._common import processor_name
 from tools._pareto import pareto_frontier
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.formats import write_pdparams
 

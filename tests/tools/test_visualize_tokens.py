@@ -150,8 +150,8 @@ def test_every_patch_is_where_its_set_is(case):
 def test_blocks_and_numbers_are_those_of_the_model(tmp_path, rate, fuse, expected, distilled):
     config = get_config(configuration(tmp_path, rate, fuse, distilled))
     found = reductions(random_model(config), config, pixels())
-    assert {block: len(set(owners.tolist()) - {DROPPED}) for block, owners, _ in found} == expected
-    assert any((owners == DROPPED).any() for _, owners, _ in found) != fuse
+    assert {block: len(set(owners.tolist()) - {DROPPED}) for block, owners, *_ in found} == expected
+    assert any((owners == DROPPED).any() for _, owners, *_ in found) != fuse
 
 
 @settings(deadline=None, derandomize=True)
@@ -185,11 +185,11 @@ def test_merged_groups_are_those_of_the_model(tmp_path, distilled):
     state = model.forward_tokens(input_of(config, image))[1]
     assert [step.block for step in found] == [0, 1, 2] and all(step.merged for step in found)
     assert [len(set(step.owners)) for step in found] == list(state.counts) == [13, 10, 7]
-    assert all((owners != DROPPED).all() for _, owners, _ in found)
+    assert all((owners != DROPPED).all() for _, owners, *_ in found)
     _, sizes = np.unique(found[-1].owners, return_counts=True)
     prefix = 1 + distilled
     assert sorted(sizes) == sorted(state.size[0, prefix:, 0].numpy()) and sizes.sum() == 16
-    for (_, before, _), (_, after, _) in zip(found, found[1:]):
+    for (_, before, *_), (_, after, *_) in zip(found, found[1:]):
         assert all(len(set(after[before == token])) == 1 for token in set(before))
 
 
@@ -211,8 +211,8 @@ def test_both_at_once(tmp_path, fuse):
     model, image = random_model(config), pixels(7)
     found = reductions(model, config, image)
     counts = model.forward_tokens(input_of(config, image))[1].counts
-    assert [len(set(owners) - {DROPPED}) for _, owners, _ in found] == list(counts)
-    assert all((owners == DROPPED).any() != fuse for _, owners, _ in found)
+    assert [len(set(owners) - {DROPPED}) for _, owners, *_ in found] == list(counts)
+    assert all((owners == DROPPED).any() != fuse for _, owners, *_ in found)
 
 
 def test_kept_are_the_patches_the_class_token_attends_to(tmp_path):

@@ -3,12 +3,15 @@
 
 import gc
 import os
+import signal
 
 import numpy as np
+import pytest
 
 from datasets.sample import Plane
 from datasets.workers import BatchMemory, Job, WorkerPool
-from utils.processes import run_in_subprocess
+from utils.errors import UserError
+from utils.processes import Worker, WorkerDied, run_in_subprocess
 
 
 class Held:
@@ -52,3 +55,38 @@ def hold_and_collect() -> bool:
 
 def test_a_child_frees_its_own_objects():
     assert run_in_subprocess(hold_and_collect)
+
+
+# ---------------------------------------------------------------------------------------------------- Worker
+def answer(kind: str) -> int:
+    """Return this process, or fail in a way."""
+    if kind == 'mistake':
+        raise UserError('a sentence.')
+    if kind == 'exception':
+        raise ValueError('first line\nsecond')
+    if kind == 'crash':
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == 'exit':
+        os._exit(3)
+    return os.getpid()
+
+
+def test_a_worker_outlives_the_failures_of_its_calls(capfd):
+    with Worker() as worker:
+        first = worker.call(answer, '')
+        assert first != os.getpid() == worker.call(os.getppid)
+        with pytest.raises(UserError, match='a sentence'):
+            worker.call(answer, 'mistake')
+        assert worker.call(answer, '') == first
+        for kind, message in (
+            ('exception', 'ValueError: first line$'),
+            ('crash', 'signal 11'),
+            ('exit', 'exited with 3'),
+        ):
+            with pytest.raises(WorkerDied, match=message):
+                worker.call(answer, kind)
+        last = worker.call(answer, '')
+        assert last != first
+    assert 'ValueError: first line\nsecond' in capfd.readouterr().err
+    with pytest.raises(ProcessLookupError):
+        os.kill(last, 0)

@@ -8,7 +8,7 @@ from paddle import to_tensor
 
 from models.detection.backbone import PatchEncoder, ViTDetBackbone
 from models.detection.pyramid import ChannelNorm
-from models.layers import MixerSpec, RemovalSpec
+from models.layers import MixerSpec, RemovalSpec, attention
 from models.layers.positions import resize_position_table
 from models.layers.windowed_attention import decomposed_bias, relative_rows, window_merge, window_partition
 from models.vision_transformer import VisionTransformer
@@ -59,8 +59,11 @@ def test_channel_norm():
 
 
 # ---------------------------------------------------------------------------------------------------- backbone
+@pytest.mark.parametrize('fused', [False, True], ids=['operators', 'fused'])
 @pytest.mark.parametrize('prefix', ['', 'rect_'])
-def test_backbone(prefix):
+def test_backbone(prefix, fused, monkeypatch):
+    """Also with the attention of a GPU."""
+    monkeypatch.setattr(attention, '_fused_kernel', lambda x: fused)
     g = golden('vitdet-backbone')
     sizes = g.meta['config']
     backbone = ViTDetBackbone(

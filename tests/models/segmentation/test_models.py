@@ -49,7 +49,7 @@ def test_upernet():
     g = golden('segmentation-model')
     model, image = tiny_mim(g), paddle.to_tensor(g['in/image'])
     labels = paddle.to_tensor(g['in/labels'])
-    assert (model.stride, model.fixed_size, model.image_size, model.patch_size) == (4, True, 64, 16)
+    assert (model.stride, model.fixed_size, model.image_size, model.patch_size) == (4, True, (64, 64), 16)
     model.eval()
     maps = model.forward_features(image)
     logits = model(image)
