@@ -229,6 +229,7 @@ _C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # layer-wise learning-rate decay: factor per layer, from the head down; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # gradient clipping: maximum global norm; None or 0: off
 _C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
+_C.TRAIN.ACCUM_MODE = Key('exact', ('exact', 'ms_mlp'))  # ms_mlp: clip after each micro-batch, and drop those at the end of an epoch that fill no step
 _C.TRAIN.OPTIMIZER = Section()
 _C.TRAIN.OPTIMIZER.NAME = Key('AdamW')  # AdamW, SGD, Lamb, LARS
 _C.TRAIN.OPTIMIZER.EPS = Key(1e-8, '(0, 1]')  # AdamW, Lamb
