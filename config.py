@@ -107,6 +107,7 @@ _C.MODEL.MIXER.STEM_NORM = Key(False)  # LayerNorm after the patch embedding
 
 _C.MODEL.TRANS = Section(models=TRANSFORMERS)  # Vision Transformer
 _C.MODEL.TRANS.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
+_C.MODEL.TRANS.CONV_STEM = Key(False, models=VIT + MOCOV3)  # embed patches by a stack of convolutions (arXiv 2106.14881)
 _C.MODEL.TRANS.EMBED_DIM = Key(768, '[1, 65536]')  # channels of a token
 _C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
 _C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # attention heads

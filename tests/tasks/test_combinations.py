@@ -31,7 +31,7 @@ MIXERS = {  # by registered mixer: its variants
     'attention': {
         'attention': {},
         'shared': {'MODEL.TRANS.REL_POS': ('shared',)},
-        'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True},
+        'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True, 'MODEL.TRANS.CONV_STEM': True},
         'fading': FADING,
     },
     'relative': {
@@ -96,7 +96,7 @@ IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype('float3
 
 
 def test_each_key_of_the_transformer_has_its_place():
-    """A new key of MODEL.TRANS is a size, or belongs to a mixer or a head that the combinations try."""
+    """A new key of MODEL.TRANS is a size, or belongs to a stem, a mixer or a head that the combinations try."""
     sizes = {'PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS', 'FROZEN_STAGES'}
     prefix = 'MODEL.TRANS.'
     tried = {key[len(prefix) :] for options in MIXER_VARIANTS.values() for key in options if key.startswith(prefix)}
