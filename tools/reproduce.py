@@ -35,11 +35,11 @@ from models.exported import cpu_threads
 from models.registry import config_file
 from models.zoo import PUBLISHED, Published, read_zoo
 from tasks import build_task
-from tools._common import processor_name
 from tools._output import add_output_folder
 from tools._reproduction import Request, reproduce_row
 from tools._zoo_table import cells_of, draw, write_tables
 from utils.cli import run
+from utils.environment import processor_name
 from utils.errors import UserError
 from utils.files import atomic_write, json_text, read_regular
 from utils.flags import flag_parser
