@@ -107,6 +107,7 @@ _C.MODEL.MIXER.STEM_NORM = Key(False)  # LayerNorm after the patch embedding
 
 _C.MODEL.TRANS = Section(models=TRANSFORMERS)  # Vision Transformer
 _C.MODEL.TRANS.PATCH_SIZE = Key(16, '[1, 1024]')  # side of a patch, pixels
+_C.MODEL.TRANS.CONV_STEM = Key(False, models=VIT + MOCOV3)  # embed patches by a stack of convolutions (arXiv 2106.14881)
 _C.MODEL.TRANS.EMBED_DIM = Key(768, '[1, 65536]')  # channels of a token
 _C.MODEL.TRANS.DEPTH = Key(12, '[1, 1000]')  # number of blocks
 _C.MODEL.TRANS.NUM_HEADS = Key(12, '[1, 1024]')  # attention heads
@@ -229,6 +230,7 @@ _C.TRAIN.LR_SCHEDULER.POWER = Key(1.0, '(0, 100]')  # NAME poly: exponent
 _C.TRAIN.LAYER_DECAY = Key(1.0, '[0.01, 1]')  # layer-wise learning-rate decay: factor per layer, from the head down; 1: off
 _C.TRAIN.GRAD_CLIP = Key(None, '[0, 1e6]', float)  # gradient clipping: maximum global norm; None or 0: off
 _C.TRAIN.ACCUM_ITER = Key(1, '[1, 65536]')  # gradient accumulation: micro-batches per optimizer step
+_C.TRAIN.ACCUM_MODE = Key('exact', ('exact', 'ms_mlp'))  # ms_mlp: clip after each micro-batch, and drop those at the end of an epoch that fill no step
 _C.TRAIN.OPTIMIZER = Section()
 _C.TRAIN.OPTIMIZER.NAME = Key('AdamW')  # AdamW, SGD, Lamb, LARS
 _C.TRAIN.OPTIMIZER.EPS = Key(1e-8, '(0, 1]')  # AdamW, Lamb

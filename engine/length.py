@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from utils.errors import UserError
+
 
 @dataclass(frozen=True)
 class RunLength:
@@ -43,3 +45,15 @@ class RunLength:
     def validation_due(self, step: int) -> bool:
         """Return True if a validation follows step `step`."""
         return step % self.validate_every == 0 or step >= self.num_steps
+
+
+def count_steps(num_batches: int, train) -> int:
+    """Return the optimizer steps of an epoch. Raises UserError if there are none (TRAIN.ACCUM_MODE ms_mlp)."""
+    if train.ACCUM_MODE != 'ms_mlp':
+        return math.ceil(num_batches / train.ACCUM_ITER)
+    if num_batches < train.ACCUM_ITER:
+        raise UserError(
+            f'TRAIN.ACCUM_ITER is {train.ACCUM_ITER}, but an epoch has {num_batches} micro-batches, and TRAIN.ACCUM_MODE '
+            'ms_mlp drops those that fill no step: lower TRAIN.ACCUM_ITER.'
+        )
+    return num_batches // train.ACCUM_ITER

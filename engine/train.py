@@ -2,14 +2,14 @@
 """The training loop.
 
 One optimizer step accumulates the gradients of ACCUM_ITER micro-batches, its window. Its gradient is that of the mean loss
-over all images of the window on all ranks, also for incomplete windows and uneven batches. Every random draw is a function
+over all images of the window on all ranks, also for incomplete windows and uneven batches. ACCUM_MODE ms_mlp is the other
+accumulation, that of MS-MLP's code: gradients are clipped after each micro-batch, and there are no incomplete windows. Every random draw is a function
 of (SEED, epoch, micro-batch, rank), so weights, optimizer state and `TrainState` define a run completely.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections import deque
@@ -23,7 +23,7 @@ from engine.checkpoint import BEST, save_best, save_epoch, save_last
 from engine.distributed import Context
 from engine.evaluate import describe_metrics, evaluate
 from engine.learning_rate import lr_schedule
-from engine.length import RunLength
+from engine.length import RunLength, count_steps
 from engine.precision import Precision
 from engine.report import Reporter
 from engine.signals import StopSignal
@@ -59,7 +59,8 @@ class Trainer:
         self.folder = folder
         self.state = TrainState()
         self.global_batch = config.DATA.BATCH_SIZE * config.TRAIN.ACCUM_ITER * context.world_size
-        self.steps_per_epoch = math.ceil(train_loader.num_batches / config.TRAIN.ACCUM_ITER)
+        self.clips_sums = config.TRAIN.ACCUM_MODE == 'ms_mlp' and bool(config.TRAIN.GRAD_CLIP)
+        self.steps_per_epoch = count_steps(train_loader.num_batches, config.TRAIN)
         self.length = RunLength.from_config(config, self.steps_per_epoch)
         check_schedules(config, task)
         self.lr = lr_schedule(config, self.global_batch, self.steps_per_epoch)
@@ -181,7 +182,8 @@ class Trainer:
             self.context.mark()
             draws = step_draws(self.config, epoch, index, self.context.rank)
             paddle.seed(int(draws.generate_state(1)[0]))
-            waits = index != window[-1] and self.parallel is not self.model
+            inner = index != window[-1]
+            waits = inner and not self.clips_sums and self.parallel is not self.model
             with self.parallel.no_sync() if waits else contextlib.nullcontext():
                 with self.precision.autocast():
                     losses = self.task.loss(self.parallel, batch, np.random.default_rng(draws))
@@ -189,6 +191,8 @@ class Trainer:
                 # Gradients are summed over the window and averaged over the ranks.
                 share = len(batch) * self.context.world_size / total
                 self.updater.backward(losses.total * share)
+            if inner and self.clips_sums:
+                self.updater.clip_sum(self.context)
             sums.add(losses, batch)
         norm = self.updater.clip(self.context)
         finite = paddle.isfinite(sums.loss)

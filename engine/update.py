@@ -35,6 +35,15 @@ class Updater:
         self.scaler.scale(loss).backward()
         self.weights.collect_gradients()
 
+    def clip_sum(self, context: Context) -> Tensor:
+        """Clip the gradients accumulated so far, before further micro-batches add to them (TRAIN.ACCUM_MODE ms_mlp).
+
+        Returns their norm before clipping, with the loss scaling.
+        """
+        self.weights.average_gradients(context)
+        scale = self.scaler.state_dict()['scale'].item() if self.scaler.is_enable() else 1.0  # gradients have it
+        return clip_gradients(self.weights.parameters.values(), self.max_norm and self.max_norm * scale)
+
     def clip(self, context: Context) -> Tensor:
         """Finish the gradients: average over the ranks, undo the loss scaling and clip. Return their norm before clipping."""
         self.weights.average_gradients(context)

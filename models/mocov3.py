@@ -78,6 +78,10 @@ class MoCoV3(Classifier):
         for average, parameter in self._pairs():
             average.set_value(parameter)
             average.stop_gradient = True
+        if freeze_patch and encoder.get('conv_stem'):
+            raise UserError(
+                'MODEL.MOCO.FREEZE_PATCH is for a linear patch embedding: remove it, or MODEL.TRANS.CONV_STEM.'
+            )
         if freeze_patch:
             for parameter in self.base_encoder.patch_embed.parameters():
                 parameter.stop_gradient = True
@@ -157,9 +161,10 @@ def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
             initializer.XavierUniform(fan_in=vit.embed_dim, fan_out=vit.embed_dim)(layer.weight)
         elif isinstance(layer, nn.Linear):
             xavier_uniform_(layer)
-    conv = vit.patch_embed.conv
-    initializer.XavierUniform(fan_in=conv.weight[0].size, fan_out=vit.embed_dim)(conv.weight)
-    initializer.Constant(0.0)(conv.bias)
+    if not options.get('conv_stem'):
+        conv = vit.patch_embed.conv
+        initializer.XavierUniform(fan_in=conv.weight[0].size, fan_out=vit.embed_dim)(conv.weight)
+        initializer.Constant(0.0)(conv.bias)
     vit.head = _projection_mlp(3, vit.embed_dim, mlp_dim, dim)
     return vit
 

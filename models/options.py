@@ -9,7 +9,7 @@ from models.layers.tokens import REDUCERS
 from utils.errors import UserError
 
 # Keys of MODEL.TRANS that define plain blocks.
-_PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS')
+_PLAIN = ('PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS', 'CONV_STEM')
 
 
 def plain_options(config) -> dict:
@@ -19,6 +19,7 @@ def plain_options(config) -> dict:
         'img_size': config.DATA.IMAGE_SIZE,
         'in_chans': config.DATA.IMAGE_CHANNELS,
         'patch_size': trans.PATCH_SIZE,
+        'conv_stem': trans.CONV_STEM,
         'embed_dim': trans.EMBED_DIM,
         'depth': trans.DEPTH,
         'num_heads': trans.NUM_HEADS,

@@ -21,6 +21,7 @@ from models.layers import (
     AttentionRemoval,
     Block,
     BlockIntermediates,
+    ConvStem,
     EViTSpec,
     Intermediates,
     MixerSpec,
@@ -64,6 +65,7 @@ class VisionTransformer(Classifier):
         img_size: side of the image, or (height, width), pixels; for other sizes the position embedding is interpolated.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
+        conv_stem: embed patches by a stack of convolutions, see `ConvStem`.
         num_classes: K; 0: return features.
         embed_dim: channels C of a token.
         depth: number of blocks.
@@ -96,6 +98,7 @@ class VisionTransformer(Classifier):
         img_size: Side = 224,
         patch_size: int = 16,
         in_chans: int = 3,
+        conv_stem: bool = False,
         num_classes: int = 1000,
         embed_dim: int = 768,
         depth: int = 12,
@@ -122,8 +125,10 @@ class VisionTransformer(Classifier):
         self.distilled, self.global_pool, self.rescaled_init = distilled, global_pool, rescaled_init
         self.keep_rate: float | None = None
         self.frozen: list[nn.Layer] = []
-        self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim, any_size=True)
-        torch_conv_(self.patch_embed.conv)
+        stem = ConvStem if conv_stem else PatchEmbed
+        self.patch_embed = stem(img_size, patch_size, in_chans, embed_dim, any_size=True)
+        for conv in self.patch_embed.convs:
+            torch_conv_(conv)
         self._add_tokens('absolute' in positions)
         self.pos_drop = nn.Dropout(drop_rate)
         self.removal = AttentionRemoval(removal, depth)
@@ -221,7 +226,8 @@ class VisionTransformer(Classifier):
         self.head_norm = SyncBatchNorm(self.num_features, affine=False, epsilon=NORM_EPS) if normalized else None
 
     def _rescale(self) -> None:
-        trunc_normal_(self.patch_embed.conv.weight)
+        for conv in self.patch_embed.convs:
+            trunc_normal_(conv.weight)
         initializer.Constant(0.0)(self.patch_embed.conv.bias)
         rescale_branches(self.blocks)
         for head in (self.head, self.head_dist) if self.distilled else (self.head,):

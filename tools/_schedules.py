@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from typing import IO
 
@@ -14,6 +13,7 @@ from yacs.config import CfgNode
 
 from config import get_config, update_config
 from datasets.loader import batches_per_epoch
+from engine.length import count_steps
 from engine.run_curves import Curve, run_curves
 from engine.train import check_schedules
 from tasks import Task, build_task
@@ -48,7 +48,7 @@ def steps_per_epoch(config: CfgNode, task: Task, processes: int) -> int | None:
     if config.TRAIN.NUM_ITERS is None and config.TRAIN.WARMUP_ITERS is None:
         return None
     batches = batches_per_epoch(config, len(task.dataset('train')), processes)
-    return max(math.ceil(batches / config.TRAIN.ACCUM_ITER), 1)
+    return max(count_steps(batches, config.TRAIN), 1)
 
 
 def caption(config: CfgNode, processes: int, steps: int | None) -> str:

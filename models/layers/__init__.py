@@ -11,7 +11,7 @@ from models.layers.init import fix_, init_linear_, lecun_normal_, scale_, torch_
 from models.layers.intermediates import BlockIntermediates, Intermediates, requested, tokens_to_maps
 from models.layers.mixers import MixerSpec, build_mixer, register_mixer
 from models.layers.mlp import Mlp, hidden_channels
-from models.layers.patch_embed import PatchEmbed
+from models.layers.patch_embed import ConvStem, PatchEmbed
 from models.layers.positions import computed_table, moco_position_table, resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
 from models.layers.relative_position import RelativePositionBias, relative_position_index, resize_relative_table
@@ -36,6 +36,7 @@ __all__ = [
     'AttentionRemoval',
     'Block',
     'BlockIntermediates',
+    'ConvStem',
     'DecomposedAttention',
     'DropPath',
     'EViTReducer',

@@ -28,8 +28,8 @@ def lecun_normal_(conv: nn.Conv2D) -> None:
 def torch_conv_(conv: nn.Conv2D) -> None:
     """Initialize weight and bias uniformly in +-sqrt(1 / fan_in), PyTorch's default, which DeiT keeps."""
     bound = math.sqrt(1.0 / _fan_in(conv))
-    initializer.Uniform(-bound, bound)(conv.weight)
-    initializer.Uniform(-bound, bound)(conv.bias)
+    for parameter in filter(lambda values: values is not None, (conv.weight, conv.bias)):
+        initializer.Uniform(-bound, bound)(parameter)
 
 
 def xavier_uniform_(linear: nn.Linear, bias_std: float = 0.0) -> None:

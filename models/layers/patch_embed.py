@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch embedding."""
+"""Patch embeddings: a linear projection, or a stack of convolutions."""
 
 from __future__ import annotations
 
 from paddle import Tensor, nn
 
+from models.layers.batch_norm import SyncBatchNorm
 from utils.errors import UserError
 from utils.sizes import Side, size_pair, size_text
 
@@ -49,13 +50,23 @@ class PatchEmbed(nn.Layer):
         self.grid_size = self.img_size[0] // patch_size, self.img_size[1] // patch_size
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self._proj = proj
-        setattr(self, proj, nn.Conv2D(in_chans, embed_dim, patch_size, patch_size))
+        setattr(self, proj, self._projection(in_chans, embed_dim))
         self.norm = nn.LayerNorm(embed_dim, epsilon=norm_eps) if norm_eps is not None else None
+
+    def _projection(self, in_chans: int, embed_dim: int) -> nn.Layer:
+        return nn.Conv2D(in_chans, embed_dim, self.patch_size, self.patch_size)
 
     @property
     def conv(self) -> nn.Conv2D:
-        """Return the convolution."""
-        return getattr(self, self._proj)
+        """Return the last convolution."""
+        return self.convs[-1]
+
+    @property
+    def convs(self) -> list[nn.Conv2D]:
+        """Return all convolutions; a linear projection is one."""
+        return [
+            layer for layer in getattr(self, self._proj).sublayers(include_self=True) if isinstance(layer, nn.Conv2D)
+        ]
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_chans, H, W] -> [B, N, C], rows of patches from top to bottom.
@@ -63,9 +74,9 @@ class PatchEmbed(nn.Layer):
         The type is that of the weights, so that the residual stream of a model is in float32 under autocast (AMP_LEVEL O1).
         """
         self._check(x.shape[2], x.shape[3])
-        x = self.conv(x).flatten(2).transpose([0, 2, 1])
-        if x.dtype != self.conv.weight.dtype:
-            x = x.astype(self.conv.weight.dtype)
+        x = getattr(self, self._proj)(x).flatten(2).transpose([0, 2, 1])
+        dtype = self.conv.weight.dtype
+        x = x if x.dtype == dtype else x.astype(dtype)
         return x if self.norm is None else self.norm(x)
 
     def _check(self, height: int, width: int) -> None:
@@ -80,3 +91,26 @@ class PatchEmbed(nn.Layer):
                 f'the model takes images of {self.img_size[0]}x{self.img_size[1]} pixels, not {height}x{width}; '
                 'set DATA.IMAGE_SIZE to the size of the data (the model is then built for it).'
             )
+
+
+class ConvStem(PatchEmbed):
+    """Patch embedding by convolutions: "Early Convolutions Help Transformers See Better", https://arxiv.org/abs/2106.14881.
+
+    3 x 3 convolutions of stride 2 with batch normalization and ReLU halve the image until a pixel is a patch. They double the
+    channels, up to C; a 1 x 1 convolution follows. Patch size 16: C/8, C/4, C/2 and C channels, as in MoCo v3's code.
+    Arguments as in `PatchEmbed`; the patch size is a power of 2.
+    """
+
+    def _projection(self, in_chans: int, embed_dim: int) -> nn.Layer:
+        halvings = self.patch_size.bit_length() - 1
+        if self.patch_size != 2**halvings or halvings < 1 or embed_dim % 2 ** (halvings - 1):
+            raise UserError(
+                f'MODEL.TRANS.CONV_STEM needs a PATCH_SIZE that is a power of 2, not {self.patch_size}, and an EMBED_DIM '
+                f'that is a multiple of PATCH_SIZE / 2, not {embed_dim}.'
+            )
+        layers, channels = [], in_chans
+        for halving in range(halvings):
+            out = embed_dim // 2 ** (halvings - 1 - halving)
+            layers += [nn.Conv2D(channels, out, 3, 2, 1, bias_attr=False), SyncBatchNorm(out), nn.ReLU()]
+            channels = out
+        return nn.Sequential(*layers, nn.Conv2D(embed_dim, embed_dim, 1))

@@ -46,7 +46,11 @@ class WeightRules:
     """
 
     head: tuple[str, ...] = ('head.',)
-    input_weights: tuple[str, ...] = ('patch_embed.proj.weight', 'patch_embed.patch_embed.weight')
+    input_weights: tuple[str, ...] = (
+        'patch_embed.proj.weight',
+        'patch_embed.patch_embed.weight',
+        'patch_embed.proj.0.weight',
+    )
     optional_parts: Sequence[tuple[str, str, str, str]] = ()
 
     def rename(self, name: str) -> str | None:

@@ -47,6 +47,7 @@ class TransformerWeights(WeightRules):
         (r'dist_token|dist_norm\..*|head_dist\..*', 'MODEL.TRANS.DISTILLED', 'True', 'False'),
         (r'pre_logits\..*', 'MODEL.TRANS.REPRESENTATION_SIZE', 'their size', 'None'),
         (r'fc_norm\..*', 'MODEL.TRANS.GLOBAL_POOL', 'True', 'False'),
+        (r'patch_embed\.proj\.\d+\..*', 'MODEL.TRANS.CONV_STEM', 'True', 'False'),
         (r'head_norm\..*', 'MODEL.TRANS.HEAD_NORM', 'True', 'False'),
         (r'blocks\.\d+\.gamma_[12]', 'MODEL.TRANS.LAYER_SCALE', 'a number', 'None'),
         (r'blocks\..*relative_position_bias_table', 'MODEL.TRANS.REL_POS', "('block',)", '()'),

@@ -16,6 +16,7 @@ from config import get_config
 from datasets.batch import to_device
 from engine.checkpoint import to_arrays
 from engine.evaluate import evaluate
+from engine.optim import clip_gradients
 from models import build_model
 from tasks.classification import ClassificationTask
 from tests.conftest import assert_close
@@ -74,6 +75,28 @@ def test_accumulation_equals_the_large_batch(trainer, clip):
         assert_close(weights(small)[name], value, 1e-6)
     assert rows(small, 'train')[0]['images'] == 75
     assert rows(small, 'train')[0]['loss'] == pytest.approx(rows(large, 'train')[0]['loss'], rel=1e-5)
+
+
+def test_accumulation_of_ms_mlp(trainer):
+    """Its loop by hand: the sum of gradients is clipped after each micro-batch; the tenth one fills no step."""
+    changes = {'TRAIN__ACCUM_ITER': 3, 'TRAIN__GRAD_CLIP': 0.1, 'TRAIN__OPTIMIZER__NAME': 'SGD'}
+    run, hand, exact = trainer(TRAIN__ACCUM_MODE='ms_mlp', **changes), trainer(**changes), trainer(**changes)
+    run.fit()
+    exact.fit()
+    hand.model.train()
+    hand.optimizer.set_lr(0.01)
+    for index, batch in enumerate(hand.train_loader.epoch(1), 1):
+        (hand.task.loss(hand.model, to_device(batch, [0.5] * 3, [0.5] * 3), None).total / 3).backward()
+        clip_gradients(hand.model.parameters(), 0.1)
+        if index % 3 == 0:
+            hand.optimizer.step()
+            hand.optimizer.clear_grad()
+    assert (index, run.state.step, rows(run, 'train')[0]['images']) == (10, 3, 72)
+    for name, value in weights(hand).items():
+        assert_close(weights(run)[name], value, 1e-6)
+    assert max(np.abs(weights(exact)[name] - value).max() for name, value in weights(hand).items()) > 1e-4
+    with pytest.raises(UserError, match='ACCUM_ITER is 11, but an epoch has 10 micro-batches'):
+        trainer(TRAIN__ACCUM_MODE='ms_mlp', TRAIN__ACCUM_ITER=11)
 
 
 def test_the_epochs_loss_is_the_mean_over_images(trainer):

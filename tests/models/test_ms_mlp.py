@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import get_config
-from engine.ema import ModelEma
 from engine.learning_rate import lr_scale, lr_schedule
-from engine.optim import build_optimizer, clip_gradients, parameter_groups
+from engine.optim import parameter_groups
+from engine.precision import Precision
+from engine.update import Updater
 from models import build_model, create_model
 from models.ms_mlp import MSMLP, MixShiftBlock, shifted_conv, shifted_conv_as_products, split_channels
 from models.profile import profile
@@ -19,6 +20,7 @@ from models.registry import config_file
 from models.weights.convert import port_with_report
 from tests.conftest import assert_close, golden
 from tests.models.helpers import check_recompute, load, to_ours
+from tests.tasks.helpers import ALONE
 from utils.errors import UserError
 from utils.weights import find_state_dict
 
@@ -276,11 +278,19 @@ def test_training_runs(run):
             *('TRAIN.NUM_EPOCHS', case['epochs'], 'TRAIN.WARMUP_EPOCHS', case['warmup_epochs']),
             *('TRAIN.OPTIMIZER.NAME', case['opt'], 'TRAIN.OPTIMIZER.NESTEROV', g.meta['nesterov']),
             *('TRAIN.OPTIMIZER.EPS', case['eps'], 'TRAIN.WEIGHT_DECAY', case['weight_decay']),
+            *(
+                'TRAIN.GRAD_CLIP',
+                case['clip_grad'],
+                'TRAIN.MODEL_EMA',
+                True,
+                'TRAIN.MODEL_EMA_DECAY',
+                case['ema_decay'],
+            ),
         ]
     )
     model = load(build(g.meta['kwargs']), g.group('sd'))
     model.train()
-    optimizer, ema = build_optimizer(config, model), ModelEma(model, case['ema_decay'])
+    updater = Updater(config, model, Precision(config, on_gpu=False))
     rate, accumulate = lr_schedule(config, 1), max(case['accumulation_steps'], 1)
     if case['targets'] == 'soft':
         targets = paddle.to_tensor(g['in/y_soft'])
@@ -290,18 +300,17 @@ def test_training_runs(run):
     losses, norms, rates = [], [], []
     lr = rate(1, 0.0)
     for epoch in range(1, case['epochs'] + 1):
-        optimizer.clear_grad()
+        updater.clear_gradients()
         for i in range(n_iter):
             loss = F.cross_entropy(model(paddle.to_tensor(g['in/x'][i])), targets[i], soft_label=True)
-            (loss / accumulate).backward()
+            updater.backward(loss / accumulate)
             losses.append(loss.item())
-            norms.append(clip_gradients(model.parameters(), case['clip_grad']).item())
-            if (i + 1) % accumulate == 0:
+            last = (i + 1) % accumulate == 0
+            norms.append((updater.clip if last else updater.clip_sum)(ALONE).item())
+            if last:
                 rates.append(lr)
-                optimizer.set_lr(lr)
-                optimizer.step()
-                optimizer.clear_grad()
-                ema.update()
+                updater.step(lr)
+                updater.clear_gradients()
                 lr = rate(epoch, i / n_iter)
     np.testing.assert_allclose(losses, g[f'out/{run}_loss'], 1e-5)
     np.testing.assert_allclose(norms, g[f'out/{run}_grad_norm'], 2e-5)
@@ -310,7 +319,7 @@ def test_training_runs(run):
     for name, expected in to_ours(model, g.group(f'out/{run}_final')).items():
         np.testing.assert_allclose(state[name], expected, 0, 5e-6, err_msg=name)
     for name, expected in to_ours(model, g.group(f'out/{run}_ema')).items():
-        np.testing.assert_allclose(ema.average[name], expected, 0, 5e-6, err_msg=name)
+        np.testing.assert_allclose(updater.ema.average[name], expected, 0, 5e-6, err_msg=name)
 
 
 # Keys of the published program and what they are here.

@@ -31,14 +31,14 @@ MIXERS = {  # by registered mixer: its variants
     'attention': {
         'attention': {},
         'shared': {'MODEL.TRANS.REL_POS': ('shared',)},
-        'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True},
+        'removed': {**FADING, 'MODEL.LAMBDA.REMOVED': True, 'MODEL.TRANS.CONV_STEM': True},
         'fading': FADING,
     },
     'relative': {
         'block': {'MODEL.TRANS.REL_POS': ('block',)},
         'beit': {
             'MODEL.TRANS.REL_POS': ('block', 'shared'), 'MODEL.TRANS.KEY_BIAS': False, 'MODEL.TRANS.LAYER_SCALE': 0.1,
-            'MODEL.TRANS.RESCALED_INIT': True, 'MODEL.TRANS.ABS_POS': False,
+            'MODEL.TRANS.RESCALED_INIT': True, 'MODEL.TRANS.ABS_POS': False, 'MODEL.TRANS.HIDDEN_DROPOUT': False,
         },
     },
     'windowed': {'windowed': {'MODEL.TRANS.MIXER': ('windowed',), 'MODEL.WINDOWED.SIZE': 2}},
@@ -64,7 +64,7 @@ TASK_OPTIONS = {  # by registered task: the smallest model that it trains
     },
 }  # fmt: skip
 HEAD_SWITCHES = {'DISTILLED': 'distilled', 'GLOBAL_POOL': 'pool'}  # all combinations of these keys of MODEL.TRANS
-HEAD_SIZES = {'REPRESENTATION_SIZE': ('hidden', 8)}
+HEAD_VALUES = {'REPRESENTATION_SIZE': ('hidden', 8), 'HEAD_NORM': ('batch_norm', True)}
 OBJECTIVES = SCHEMA.keys['TRAIN.DISTILLATION_TYPE'].allowed
 MIXER_VARIANTS = {name: options for kind in sorted(mixers.MIXERS) for name, options in MIXERS[kind].items()}
 
@@ -80,14 +80,14 @@ def reducer_variants() -> dict:
 
 
 def head_variants() -> dict:
-    """Each combination of the switches, and each size."""
+    """Each combination of the switches, and each other key alone."""
     found = {}
     for values in itertools.product((False, True), repeat=len(HEAD_SWITCHES)):
         chosen = [key for key, value in zip(HEAD_SWITCHES, values) if value]
         found['_'.join(HEAD_SWITCHES[key] for key in chosen) or 'token'] = {
             f'MODEL.TRANS.{key}': True for key in chosen
         }
-    return found | {name: {f'MODEL.TRANS.{key}': size} for key, (name, size) in HEAD_SIZES.items()}
+    return found | {name: {f'MODEL.TRANS.{key}': size} for key, (name, size) in HEAD_VALUES.items()}
 
 
 REDUCER_VARIANTS = reducer_variants()
@@ -96,12 +96,12 @@ IMAGES = np.random.default_rng(0).standard_normal((4, 3, 16, 16)).astype('float3
 
 
 def test_each_key_of_the_transformer_has_its_place():
-    """A new key of MODEL.TRANS is a size, or belongs to a mixer or a head that the combinations try."""
+    """A new key of MODEL.TRANS is a size, or belongs to a stem, a mixer or a head that the combinations try."""
     sizes = {'PATCH_SIZE', 'EMBED_DIM', 'DEPTH', 'NUM_HEADS', 'MLP_RATIO', 'QKV_BIAS', 'FROZEN_STAGES'}
     prefix = 'MODEL.TRANS.'
     tried = {key[len(prefix) :] for options in MIXER_VARIANTS.values() for key in options if key.startswith(prefix)}
     found = {key[len(prefix) :] for key in SCHEMA.keys if key.startswith(prefix)}
-    assert found == sizes | tried | set(HEAD_SWITCHES) | set(HEAD_SIZES)
+    assert found == sizes | tried | set(HEAD_SWITCHES) | set(HEAD_VALUES)
 
 
 def conflict(mixer: str, reducer: str, head: str, objective: str) -> str | None:
