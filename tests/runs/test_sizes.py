@@ -14,7 +14,16 @@ from deploy.inference import load_trained
 from engine.run import run_config
 from models.exported import Predictor
 from tests.runs.conftest import metrics, run, write_recipe
-from tools import analyze_attention, export, extract_features, predict, verify_data, visualize_mae, visualize_tokens
+from tools import (
+    analyze_attention,
+    browse_data,
+    export,
+    extract_features,
+    predict,
+    verify_data,
+    visualize_mae,
+    visualize_tokens,
+)
 from tools._pictures import readable, single_batch
 from utils.errors import UserError
 
@@ -110,6 +119,13 @@ def test_attention_distances_are_those_of_the_grid(trained, images, tmp_path):
     assert np.mean(found['distance']) == pytest.approx(even, rel=0.15), (
         'a new model attends to all patches nearly equally'
     )
+
+
+def test_training_images_are_drawn_in_their_shape(trained, images, tmp_path):
+    target = tmp_path / 'batch.png'
+    browse_data.main([f'-cfg={trained / "config.yaml"}', f'-output={target}', '-images=2', '-columns=2'])
+    factor = 7  # 16 rows are enlarged to 112
+    assert Image.open(target).width == 2 * (28 * factor + 8) + 3 * 4
 
 
 def test_a_square_model_continues_from_these_weights(trained, tmp_path, capsys):
