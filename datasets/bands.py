@@ -79,8 +79,9 @@ def decode_bands(data: bytes, channels: int, exif_rotate: bool = False) -> Bands
     if data.startswith(_MAGIC):
         return Bands.of(_array(data, channels))
     with loaded(data) as image:
-        if image.format == 'TIFF' and getattr(image, 'n_frames', 1) > 1:
-            return _pages(image, channels)
+        count = _count_pages(image, channels) if image.format == 'TIFF' else 1
+        if count > 1:
+            return _pages(image, count, channels)
         return with_alpha(ImageOps.exif_transpose(image) if exif_rotate else image, channels)
 
 
@@ -96,10 +97,23 @@ def with_alpha(image: Image.Image, channels: int) -> Bands:
     return Bands(image.convert(ALPHA[channels]).split())
 
 
-def _pages(image: Image.Image, channels: int) -> Bands:
-    """Return the pages of an open TIFF file as channels."""
-    if image.n_frames != channels:
-        raise UnreadableImage(f'a TIFF file of {image.n_frames} pages, not of {channels} (DATA.IMAGE_CHANNELS)')
+def _count_pages(image: Image.Image, most: int) -> int:
+    """Return the number of pages of an open TIFF file, at most `most` + 1: a file may hold millions."""
+    for number in range(1, most + 1):
+        try:
+            image.seek(number)
+        except EOFError:
+            image.seek(0)
+            return number
+    image.seek(0)
+    return most + 1
+
+
+def _pages(image: Image.Image, count: int, channels: int) -> Bands:
+    """Return the pages of an open TIFF file as channels; `count`: result of `_count_pages`."""
+    if count != channels:
+        more = ' or more' if count > channels else ''
+        raise UnreadableImage(f'a TIFF file of {count}{more} pages, not of {channels} (DATA.IMAGE_CHANNELS)')
     _check_pixels(image.width * image.height * channels)
     pages = []
     for number in range(channels):
