@@ -17,6 +17,7 @@ from datasets.batch import to_device
 from datasets.dense import dense_transform
 from datasets.images import UnreadableImage
 from datasets.sample import LabelMap, Sample
+from datasets.subset import first_images
 from datasets.transforms import build_transform, two_view_transform
 from tasks import build_task
 from tasks.pictures import as_image, image_grid
@@ -217,6 +218,7 @@ def test_a_folder_to_the_model(tmp_path, channels):
         config = config_of(channels, *options, 'DATA.DATASET', name, 'TRAIN.RANDOM_ERASE_PROB', 1.0)
         data = build_dataset(config, 'train')
         assert len(data) == count
+        np.testing.assert_array_equal(np.asarray(first_images(data, 1).picture(0)), arrays[0])
         with build_dataloader(config, data, training=True) as loader:
             batch = next(loader.epoch(0))
         assert batch.images.shape == (count, 12, 16, channels)
