@@ -48,6 +48,11 @@ class Bands:
     def transpose(self, method: Image.Transpose) -> Bands:
         return Bands([channel.transpose(method) for channel in self.channels])
 
+    def convert(self, mode: str) -> Image.Image:
+        """Return a picture to look at: of one or two channels the first, in gray, else the first three as RGB."""
+        shown = self.channels[:3] if len(self.channels) > 2 else self.channels[:1] * 3
+        return Image.merge('RGB', shown).convert(mode)
+
     def tobytes(self) -> bytes:
         return b''.join(channel.tobytes() for channel in self.channels)
 

@@ -219,6 +219,7 @@ def test_a_folder_to_the_model(tmp_path, channels):
         data = build_dataset(config, 'train')
         assert len(data) == count
         np.testing.assert_array_equal(np.asarray(first_images(data, 1).picture(0)), arrays[0])
+        assert data.load(0).mode == 'RGB'
         with build_dataloader(config, data, training=True) as loader:
             batch = next(loader.epoch(0))
         assert batch.images.shape == (count, 12, 16, channels)
@@ -264,3 +265,4 @@ def test_pictures_show_the_first_channels(channels):
     shown = np.asarray(as_image(array))
     np.testing.assert_array_equal(shown, array[..., 0] if channels < 3 else array[..., :3])
     assert image_grid([(array, array)]).mode == 'RGB'
+    np.testing.assert_array_equal(Bands.of(array).convert('RGB'), as_image(array).convert('RGB'))
