@@ -48,6 +48,11 @@ class Bands:
     def transpose(self, method: Image.Transpose) -> Bands:
         return Bands([channel.transpose(method) for channel in self.channels])
 
+    def convert(self, mode: str) -> Image.Image:
+        """Return a picture to look at: of one or two channels the first, in gray, else the first three as RGB."""
+        shown = self.channels[:3] if len(self.channels) > 2 else self.channels[:1] * 3
+        return Image.merge('RGB', shown).convert(mode)
+
     def tobytes(self) -> bytes:
         return b''.join(channel.tobytes() for channel in self.channels)
 
@@ -79,8 +84,9 @@ def decode_bands(data: bytes, channels: int, exif_rotate: bool = False) -> Bands
     if data.startswith(_MAGIC):
         return Bands.of(_array(data, channels))
     with loaded(data) as image:
-        if image.format == 'TIFF' and getattr(image, 'n_frames', 1) > 1:
-            return _pages(image, channels)
+        count = _count_pages(image, channels) if image.format == 'TIFF' else 1
+        if count > 1:
+            return _pages(image, count, channels)
         return with_alpha(ImageOps.exif_transpose(image) if exif_rotate else image, channels)
 
 
@@ -96,10 +102,23 @@ def with_alpha(image: Image.Image, channels: int) -> Bands:
     return Bands(image.convert(ALPHA[channels]).split())
 
 
-def _pages(image: Image.Image, channels: int) -> Bands:
-    """Return the pages of an open TIFF file as channels."""
-    if image.n_frames != channels:
-        raise UnreadableImage(f'a TIFF file of {image.n_frames} pages, not of {channels} (DATA.IMAGE_CHANNELS)')
+def _count_pages(image: Image.Image, most: int) -> int:
+    """Return the number of pages of an open TIFF file, at most `most` + 1: a file may hold millions."""
+    for number in range(1, most + 1):
+        try:
+            image.seek(number)
+        except EOFError:
+            image.seek(0)
+            return number
+    image.seek(0)
+    return most + 1
+
+
+def _pages(image: Image.Image, count: int, channels: int) -> Bands:
+    """Return the pages of an open TIFF file as channels; `count`: result of `_count_pages`."""
+    if count != channels:
+        more = ' or more' if count > channels else ''
+        raise UnreadableImage(f'a TIFF file of {count}{more} pages, not of {channels} (DATA.IMAGE_CHANNELS)')
     _check_pixels(image.width * image.height * channels)
     pages = []
     for number in range(channels):

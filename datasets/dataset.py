@@ -79,9 +79,9 @@ class Images:
         return (self.storage,)
 
     def load(self, index: int) -> Image.Image:
-        """Return image `index` as an RGB image. Raises BadImageError."""
+        """Return image `index` as an RGB image, see `Bands.convert`. Raises BadImageError."""
         with self.naming(index):
-            return self.storage.open(index)
+            return self.storage.open(index) if self.channels in PLAIN else self.picture(index).convert('RGB')
 
     def sample(self, index: int, exif_rotate: bool = False) -> Sample:
         """Return image `index` with the targets that are not in `columns`, for a transform. Call it within `naming`.

@@ -30,7 +30,8 @@ def _subset(dataset: Dataset, indices: np.ndarray) -> Dataset:
         return dataset
     encoded = isinstance(dataset.storage, EncodedStorage)
     storage = (EncodedSubset if encoded else SubsetStorage)(dataset.storage, indices)
-    return Dataset(storage, dataset.labels[indices], dataset.source, dataset.class_names)
+    subset = Dataset(storage, dataset.labels[indices], dataset.source, dataset.class_names)
+    return subset.with_channels(dataset.channels)
 
 
 class SubsetStorage(Storage):

@@ -21,6 +21,7 @@ import os
 import numpy as np
 import paddle
 
+from datasets.bands import image_extensions
 from engine import distributed
 from models import build_model
 from models.mae import MaskedAutoencoder
@@ -39,7 +40,7 @@ from utils.flags import flag_parser
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
-    paths = find_images(args.images)
+    paths = find_images(args.images, image_extensions(config.DATA.IMAGE_CHANNELS))
     if os.path.realpath(args.target) in map(os.path.realpath, paths):
         raise UserError(f"-output '{args.target}' is one of the images; give another path.")
     distributed.start()

@@ -30,6 +30,7 @@ import numpy as np
 import paddle
 from PIL import Image, ImageDraw, ImageFont
 
+from datasets.bands import image_extensions
 from deploy.inference import load_classifier
 from engine import distributed
 from models.vision_transformer import VisionTransformer
@@ -46,7 +47,7 @@ from utils.flags import flag_parser
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     config = trained_config(args)
-    paths = find_images(args.images)
+    paths = find_images(args.images, image_extensions(config.DATA.IMAGE_CHANNELS))
     targets = strip_paths(paths, args.folder)
     if args.grid and os.path.realpath(args.grid) in map(os.path.realpath, [*paths, *targets]):
         raise UserError(f"-grid '{args.grid}' is the path of another picture of this run; give another path.")

@@ -17,9 +17,11 @@ from datasets.batch import to_device
 from datasets.dense import dense_transform
 from datasets.images import UnreadableImage
 from datasets.sample import LabelMap, Sample
+from datasets.subset import first_images
 from datasets.transforms import build_transform, two_view_transform
 from tasks import build_task
 from tasks.pictures import as_image, image_grid
+from tools import make_lmdb, make_zip
 from utils.errors import UserError
 
 PLAIN_TRAINING = ('TRAIN.RAND_AUGMENT', False, 'TRAIN.COLOR_JITTER', 0)
@@ -78,8 +80,12 @@ def test_pages_of_tiff_files():
     pages = [Image.fromarray(channel) for channel in np.moveaxis(array, -1, 0)]
     data = saved(pages[0], 'TIFF', save_all=True, append_images=pages[1:])
     np.testing.assert_array_equal(np.asarray(decode_bands(data, 5)), array)
-    with pytest.raises(UnreadableImage, match='a TIFF file of 5 pages, not of 4'):
+    with pytest.raises(UnreadableImage, match='a TIFF file of 5 or more pages, not of 4'):
         decode_bands(data, 4)
+    with pytest.raises(UnreadableImage, match='a TIFF file of 5 pages, not of 9'):
+        decode_bands(data, 9)
+    whole = saved(Image.fromarray(pixels(7, 9, 4)), 'TIFF')  # one page of RGB and alpha
+    np.testing.assert_array_equal(np.asarray(decode_bands(whole, 4)), pixels(7, 9, 4))
     uneven = saved(pages[0], 'TIFF', save_all=True, append_images=[pages[1].resize((3, 3))])
     with pytest.raises(UnreadableImage, match='page 1 of the TIFF file has another size'):
         decode_bands(uneven, 2)
@@ -212,6 +218,8 @@ def test_a_folder_to_the_model(tmp_path, channels):
         config = config_of(channels, *options, 'DATA.DATASET', name, 'TRAIN.RANDOM_ERASE_PROB', 1.0)
         data = build_dataset(config, 'train')
         assert len(data) == count
+        np.testing.assert_array_equal(np.asarray(first_images(data, 1).picture(0)), arrays[0])
+        assert data.load(0).mode == 'RGB'
         with build_dataloader(config, data, training=True) as loader:
             batch = next(loader.epoch(0))
         assert batch.images.shape == (count, 12, 16, channels)
@@ -219,6 +227,19 @@ def test_a_folder_to_the_model(tmp_path, channels):
         assert images.shape == [count, channels, 12, 16]
         erased = images.numpy() != (batch.images.transpose(0, 3, 1, 2) / 255 - 0.4) / 0.2
         assert erased.any((2, 3)).all()
+
+
+@pytest.mark.parametrize('kind', ['lmdb', 'zip'])
+def test_packed_arrays(tmp_path, kind, capsys):
+    """Arrays of a list, packed by the tools, are read like files."""
+    for number in range(2):
+        np.save(tmp_path / f'{number}.npy', pixels(9, 8, 5, number))
+    (tmp_path / 'train_list.txt').write_text('0.npy 0\n1.npy 1\n')
+    tool = {'lmdb': make_lmdb, 'zip': make_zip}[kind]
+    tool.main(['-data_path', str(tmp_path), '-dataset', 'list', '-split', 'train'])
+    data = build_dataset(config_of(5, 'DATA.DATASET', kind, 'DATA.DATA_PATH', str(tmp_path)), 'train')
+    for number in range(2):
+        np.testing.assert_array_equal(np.asarray(data.picture(number)), pixels(9, 8, 5, number))
 
 
 def test_arrays_are_no_images_of_one_or_three_channels(tmp_path):
@@ -244,3 +265,4 @@ def test_pictures_show_the_first_channels(channels):
     shown = np.asarray(as_image(array))
     np.testing.assert_array_equal(shown, array[..., 0] if channels < 3 else array[..., :3])
     assert image_grid([(array, array)]).mode == 'RGB'
+    np.testing.assert_array_equal(Bands.of(array).convert('RGB'), as_image(array).convert('RGB'))

@@ -11,9 +11,19 @@ from PIL import Image
 
 from config import get_config
 from deploy.inference import load_trained
+from engine.run import run_config
 from models.exported import Predictor
 from tests.runs.conftest import metrics, run, write_recipe
-from tools import analyze_attention, export, extract_features, predict, verify_data, visualize_mae, visualize_tokens
+from tools import (
+    analyze_attention,
+    browse_data,
+    export,
+    extract_features,
+    predict,
+    verify_data,
+    visualize_mae,
+    visualize_tokens,
+)
 from tools._pictures import readable, single_batch
 from utils.errors import UserError
 
@@ -36,6 +46,13 @@ MODEL:
   MAE: {DECODER_EMBED_DIM: 8, DECODER_DEPTH: 1, DECODER_NUM_HEADS: 2}
 TRAIN: {TASK: mae, NUM_EPOCHS: 1, RAND_AUGMENT: false, COLOR_JITTER: 0.0, RANDOM_ERASE_PROB: 0.0}
 """
+
+
+def run_here(path, *options):
+    """Run a recipe in this process."""
+    config = get_config(str(path), list(options))
+    config.defrost()
+    run_config(config)
 
 
 @pytest.fixture(scope='module')
@@ -104,6 +121,13 @@ def test_attention_distances_are_those_of_the_grid(trained, images, tmp_path):
     )
 
 
+def test_training_images_are_drawn_in_their_shape(trained, images, tmp_path):
+    target = tmp_path / 'batch.png'
+    browse_data.main([f'-cfg={trained / "config.yaml"}', f'-output={target}', '-images=2', '-columns=2'])
+    factor = 7  # 16 rows are enlarged to 112
+    assert Image.open(target).width == 2 * (28 * factor + 8) + 3 * 4
+
+
 def test_a_square_model_continues_from_these_weights(trained, tmp_path, capsys):
     options = ['MODEL.PRETRAINED', str(trained), 'MODEL.NUM_CLASSES', 3, 'DATA.IMAGE_SIZE', 24]
     config = get_config(str(trained / 'config.yaml'), options)
@@ -114,7 +138,7 @@ def test_a_square_model_continues_from_these_weights(trained, tmp_path, capsys):
 
 
 def test_masked_autoencoder_and_its_pictures(images, photo, tmp_path):
-    run('main_single_gpu.py', f'-cfg={write_recipe(tmp_path, images, MAE)}', '-tag=run')
+    run_here(write_recipe(tmp_path, images, MAE), 'TAG', 'run')
     assert np.isfinite(metrics(tmp_path / 'run')[-1]['loss'])
     assert Image.open(tmp_path / 'run' / 'reconstruction_0001.png').width == 3 * 28 + 4 * 4
     visualize_mae.main([f'-pretrained={tmp_path / "run"}', f'-output={tmp_path / "mae.png"}', photo])
@@ -146,8 +170,9 @@ TRAIN: {NUM_EPOCHS: 1, RAND_AUGMENT: false, COLOR_JITTER: 0.0}
 def test_five_channels_from_rgb_weights(trained, spectra, photo, tmp_path, capsys):
     """The log states how the patch embedding is adapted; predictions take arrays, and refuse photographs with the reason."""
     (tmp_path / 'start.yaml').write_text(f'BASE: {trained / "config.yaml"}' + CHANNELS)
-    flags = [f'-data_path={spectra}', f'-pretrained={trained}', f'-output={tmp_path}', '-tag=five', '-num_classes=2']
-    out, _ = run('main_single_gpu.py', f'-cfg={tmp_path / "start.yaml"}', *flags)
+    options = ['DATA.DATA_PATH', str(spectra), 'MODEL.PRETRAINED', str(trained), 'MODEL.NUM_CLASSES', 2]
+    run_here(tmp_path / 'start.yaml', *options, 'SAVE', str(tmp_path), 'TAG', 'five')
+    out = capsys.readouterr().out
     assert 'adapted from 3 to 5 image channels (DATA.IMAGE_CHANNELS): repeated in turn, times 3/5' in out
     assert metrics(tmp_path / 'five')[-1]['images'] == 6
     assert predict.main([f'-pretrained={tmp_path / "five"}', str(spectra / 'val'), photo]) == 1
@@ -162,12 +187,7 @@ def test_five_channels_from_rgb_weights(trained, spectra, photo, tmp_path, capsy
 
 def test_color_operations_end_the_run_at_its_start(trained, spectra, tmp_path):
     (tmp_path / 'start.yaml').write_text(f'BASE: {trained / "config.yaml"}' + CHANNELS.replace('false', 'true'))
-    from engine.run import run_config  # in this process: the error is of the first seconds
-
-    config = get_config(
-        str(tmp_path / 'start.yaml'), ['DATA.DATA_PATH', str(spectra), 'SAVE', str(tmp_path), 'TAG', 'no']
-    )
-    config.defrost()
+    options = ['DATA.DATA_PATH', str(spectra), 'MODEL.NUM_CLASSES', 2, 'SAVE', str(tmp_path), 'TAG', 'no']
     with pytest.raises(UserError, match='not for 5 channels .*set TRAIN.RAND_AUGMENT False'):
-        run_config(config)
+        run_here(tmp_path / 'start.yaml', *options)
     assert not os.path.exists(tmp_path / 'no' / 'last.pdparams')

@@ -181,6 +181,9 @@ def test_an_exported_teacher_is_found_beside_its_preprocessing(exported, name):
     ('change', 'words'),
     [
         ({'image_size': 32}, 'takes images of 32 pixels, but the student of 16; export it with -image_size 16'),
+        ({'image_size': [16, 28]}, 'images of 16x28 pixels, but the student of 16; .* or set DATA.IMAGE_SIZE to 16,28'),
+        ({'image_size': [16]}, 'does not describe the images of the teacher'),
+        ({'image_size': [16, 'x']}, 'does not describe the images of the teacher'),
         (
             {'input': {'shape': [None, 1, 16, 16]}, 'mean': [0], 'std': [1]},
             'images of 1 channels, but the student of 3',
