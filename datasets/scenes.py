@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.classes import default_palette, read_classes
+from datasets.dataset import Dataset, FileStorage
 from datasets.embedded import load_digits, written_once
 from datasets.polygons import mask_polygons
 from datasets.registry import register_dataset
@@ -45,6 +46,14 @@ def build_scenes(config, split: str) -> SegmentationDataset:
     """Embedded scenes of digits; ignores DATA_PATH."""
     root = scenes_folder()
     return segmentation_folder(config, root, split, read_classes(os.path.join(root, CLASSES)))
+
+
+@register_dataset('scene_images')
+def build_images(config, split: str) -> Dataset:
+    """Embedded scenes as images of a single class, for pre-training without labels; ignores DATA_PATH."""
+    folder = os.path.join(scenes_folder(), 'images', split)
+    names = sorted(os.listdir(folder))
+    return Dataset(FileStorage(folder, names), np.zeros(len(names), np.int64), f"'{folder}'", class_names=['scene'])
 
 
 def scenes_folder() -> str:

@@ -330,6 +330,9 @@ def test_scenes(tmp_path, monkeypatch):
     folder = os.path.join(tmp_path, 'digit_scenes-3')
     same = build(folder, 'val')
     np.testing.assert_array_equal(same.objects(1).boxes(), dataset.objects(1).boxes())
+    images = build_dataset(get_config(opts=['DATA.DATASET', 'scene_images']), 'val')
+    assert (len(images), images.class_names, images.labels.tolist()) == (3, ['scene'], [0, 0, 0])
+    np.testing.assert_array_equal(images.load(2), dataset.load(2))
     assert known_categories(settings('unused', 'digit_objects')) == dataset.categories
     assert known_categories(settings(folder)) == dataset.categories and known_categories(settings('none')) is None
 
