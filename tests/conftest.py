@@ -13,12 +13,17 @@ os.environ.setdefault('NVIDIA_TF32_OVERRIDE', '0')
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 from PIL import Image
 
 from utils.environment import is_gpu_build
 
 # Commands that tests start take their signals, also where the tests themselves run under nohup.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# The same examples in each run, on machines of any speed.
+settings.register_profile('suite', derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile('suite')
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
