@@ -116,7 +116,7 @@ class MaskedAutoencoder(VisionTransformer):
         decoder_pred_dim: int | None = None,
         **encoder,
     ):
-        if encoder.get('conv_stem'):
+        if 'conv_stem' in encoder.get('variants', ()):
             raise UserError('a masked autoencoder has no convolutional stem: it would mix masked and visible patches.')
         super().__init__(num_classes=0, **{'drop_path_rate': 0.0, **encoder})
         self.patch_size, self.in_chans = self.patch_embed.patch_size, encoder.get('in_chans', 3)

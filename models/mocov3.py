@@ -78,7 +78,7 @@ class MoCoV3(Classifier):
         for average, parameter in self._pairs():
             average.set_value(parameter)
             average.stop_gradient = True
-        if freeze_patch and encoder.get('conv_stem'):
+        if freeze_patch and 'conv_stem' in encoder.get('variants', ()):
             raise UserError(
                 'MODEL.MOCO.FREEZE_PATCH is for a linear patch embedding: remove it, or MODEL.TRANS.CONV_STEM.'
             )
@@ -161,7 +161,7 @@ def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
             initializer.XavierUniform(fan_in=vit.embed_dim, fan_out=vit.embed_dim)(layer.weight)
         elif isinstance(layer, nn.Linear):
             xavier_uniform_(layer)
-    if not options.get('conv_stem'):
+    if 'conv_stem' not in options.get('variants', ()):
         conv = vit.patch_embed.conv
         initializer.XavierUniform(fan_in=conv.weight[0].size, fan_out=vit.embed_dim)(conv.weight)
         initializer.Constant(0.0)(conv.bias)

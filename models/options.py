@@ -19,12 +19,12 @@ def plain_options(config) -> dict:
         'img_size': config.DATA.IMAGE_SIZE,
         'in_chans': config.DATA.IMAGE_CHANNELS,
         'patch_size': trans.PATCH_SIZE,
-        'conv_stem': trans.CONV_STEM,
         'embed_dim': trans.EMBED_DIM,
         'depth': trans.DEPTH,
         'num_heads': trans.NUM_HEADS,
         'mlp_ratio': trans.MLP_RATIO,
         'mixer': MixerSpec(qkv_bias=trans.QKV_BIAS),
+        'variants': ['conv_stem'] if trans.CONV_STEM else [],
     }
 
 

@@ -54,6 +54,7 @@ from utils.errors import UserError
 from utils.sizes import Side, size_text
 
 POSITIONS = ('absolute', 'shared_relative')
+VARIANTS = ('conv_stem', 'head_norm', 'output_dropout', 'rescaled_init')
 PLAIN_ATTENTION, NO_REMOVAL = MixerSpec(), RemovalSpec()
 ALL_TOKENS = (EViTSpec(),)  # reduces tokens only if a forward pass sets `tokens`
 
@@ -65,7 +66,6 @@ class VisionTransformer(Classifier):
         img_size: side of the image, or (height, width), pixels; for other sizes the position embedding is interpolated.
         patch_size: side of a patch, pixels.
         in_chans: channels of the image.
-        conv_stem: embed patches by a stack of convolutions, see `ConvStem`.
         num_classes: K; 0: return features.
         embed_dim: channels C of a token.
         depth: number of blocks.
@@ -82,12 +82,13 @@ class VisionTransformer(Classifier):
         distilled: add a distillation classifier, on the distillation token (DeiT), or with `global_pool` on the class
             token (MAE-Lite). Training returns both logits, evaluation their mean.
         global_pool: classify the mean of the patch tokens, normalized after pooling, instead of the class token.
-        head_norm: batch normalization without affine parameters before the classifier (linear probe of MAE).
         representation_size: channels of a linear layer with tanh before the classifier; None: no such layer.
         layer_scale: initial LayerScale value of each residual branch (CaiT); None: no LayerScale.
-        hidden_dropout: dropout inside the MLPs, too; False: after their last layer only (BEiT).
-        rescaled_init: initialization of BEiT: divide the last layer of each branch in block i (from 1) by sqrt(2 i), and
-            multiply the classifiers by 0.001.
+        variants: parts that differ from DeiT's. 'conv_stem': patches are embedded by a stack of convolutions, see `ConvStem`.
+            'head_norm': batch normalization without affine parameters before the classifier (linear probe of MAE).
+            'output_dropout': dropout after the last layer of the MLPs only, not inside (BEiT). 'rescaled_init':
+            initialization of BEiT: divide the last layer of each branch in block i (from 1) by sqrt(2 i), and multiply the
+            classifiers by 0.001.
     """
 
     stem_names = ('cls_token', 'dist_token', 'pos_embed', 'patch_embed')
@@ -98,7 +99,6 @@ class VisionTransformer(Classifier):
         img_size: Side = 224,
         patch_size: int = 16,
         in_chans: int = 3,
-        conv_stem: bool = False,
         num_classes: int = 1000,
         embed_dim: int = 768,
         depth: int = 12,
@@ -113,19 +113,17 @@ class VisionTransformer(Classifier):
         drop_path_rate: float | Sequence[float] = 0.1,
         distilled: bool = False,
         global_pool: bool = False,
-        head_norm: bool = False,
         representation_size: int | None = None,
         layer_scale: float | None = None,
-        hidden_dropout: bool = True,
-        rescaled_init: bool = False,
+        variants: Collection[str] = (),
     ):
         super().__init__()
-        _check(embed_dim, num_heads, positions)
+        _check(embed_dim, num_heads, positions, variants)
         self.embed_dim, self.depth, self.num_heads = embed_dim, depth, num_heads
-        self.distilled, self.global_pool, self.rescaled_init = distilled, global_pool, rescaled_init
+        self.distilled, self.global_pool, self.rescaled_init = distilled, global_pool, 'rescaled_init' in variants
         self.keep_rate: float | None = None
         self.frozen: list[nn.Layer] = []
-        stem = ConvStem if conv_stem else PatchEmbed
+        stem = ConvStem if 'conv_stem' in variants else PatchEmbed
         self.patch_embed = stem(img_size, patch_size, in_chans, embed_dim, any_size=True)
         for conv in self.patch_embed.convs:
             torch_conv_(conv)
@@ -134,14 +132,18 @@ class VisionTransformer(Classifier):
         self.removal = AttentionRemoval(removal, depth)
         grid = self.patch_embed.grid_size
         self.rel_pos_bias = RelativePositionBias(grid, num_heads) if 'shared_relative' in positions else None
-        options = {'mlp_ratio': mlp_ratio, 'layer_scale': layer_scale, 'hidden_dropout': hidden_dropout}
+        options = {
+            'mlp_ratio': mlp_ratio,
+            'layer_scale': layer_scale,
+            'hidden_dropout': 'output_dropout' not in variants,
+        }
         self.blocks = self._build_blocks(mixer, reducers, drop_path_rate, drop_rate, **options)
         self._check_relative()
         self.removal.attach(self)
-        self._add_head(num_classes, representation_size, head_norm)
+        self._add_head(num_classes, representation_size, 'head_norm' in variants)
         self.head_drop = nn.Dropout(head_drop_rate)
         self.apply(init_linear_)
-        if rescaled_init:
+        if self.rescaled_init:
             self._rescale()
 
     def _build_blocks(self, mixer, reducers, drop_path_rate, drop_rate: float, **options) -> nn.LayerList:
@@ -445,14 +447,15 @@ class VisionTransformer(Classifier):
         return {'cls_token', 'dist_token', 'pos_embed'}
 
 
-def _check(embed_dim: int, num_heads: int, positions: Collection[str]) -> None:
+def _check(embed_dim: int, num_heads: int, positions: Collection[str], variants: Collection[str]) -> None:
     if embed_dim % num_heads:
         raise UserError(
             f'{embed_dim} channels (EMBED_DIM) do not divide into {num_heads} heads (NUM_HEADS): change one.'
         )
-    unknown = sorted(set(positions) - set(POSITIONS))
-    if unknown:
-        raise UserError(f"there are no positions '{unknown[0]}'; choose from {', '.join(POSITIONS)}.")
+    for kind, given, known in (('positions', positions, POSITIONS), ('variants', variants, VARIANTS)):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise UserError(f"there are no {kind} '{unknown[0]}'; choose from {', '.join(known)}.")
 
 
 def _traces(want: Mapping[int, Collection[str]]) -> bool:
@@ -464,16 +467,21 @@ def _traces(want: Mapping[int, Collection[str]]) -> bool:
 def build_vit(config) -> VisionTransformer:
     """Build a Vision Transformer from a configuration."""
     model, trans = config.MODEL, config.MODEL.TRANS
+    encoder = encoder_options(config)
+    chosen = {
+        'head_norm': trans.HEAD_NORM,
+        'output_dropout': not trans.HIDDEN_DROPOUT,
+        'rescaled_init': trans.RESCALED_INIT,
+    }
+    variants = [*encoder.pop('variants'), *(name for name, used in chosen.items() if used)]
     vit = VisionTransformer(
-        **encoder_options(config),
+        **encoder,
         num_classes=model.NUM_CLASSES,
         reducers=reducer_specs(model),
         head_drop_rate=model.HEAD_DROPOUT,
         global_pool=trans.GLOBAL_POOL,
-        head_norm=trans.HEAD_NORM,
         representation_size=trans.REPRESENTATION_SIZE,
-        hidden_dropout=trans.HIDDEN_DROPOUT,
-        rescaled_init=trans.RESCALED_INIT,
+        variants=variants,
     )
     vit.freeze_stages(trans.FROZEN_STAGES)
     return vit

@@ -20,6 +20,7 @@ from models.profile import profile
 from models.weights.published import cache_folder, convert, fetch
 from models.zoo import PUBLISHED, Published
 from utils.errors import UserError
+from utils.files import open_regular
 from utils.weights import OTHER_SUFFIXES, SUFFIX
 
 
@@ -85,7 +86,7 @@ def run_name(name: str) -> str:
 
 def evaluation(folder: str) -> dict:
     """Return the last evaluation in metrics.jsonl of a run folder."""
-    with open(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as file:
+    with open_regular(os.path.join(folder, 'metrics.jsonl'), encoding='utf-8') as file:
         return [row for row in map(json.loads, file) if row['kind'] == 'eval'][-1]
 
 

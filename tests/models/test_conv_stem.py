@@ -64,7 +64,7 @@ def test_sizes():
     [
         (lambda: ConvStem(36, 12, 3, 24), 'PATCH_SIZE that is a power of 2, not 12'),
         (lambda: ConvStem(32, 16, 3, 20), 'EMBED_DIM that is a multiple of PATCH_SIZE / 2, not 20'),
-        (lambda: MaskedAutoencoder(conv_stem=True), 'would mix masked and visible patches'),
+        (lambda: MaskedAutoencoder(variants=['conv_stem']), 'would mix masked and visible patches'),
         (lambda: get_config(opts=['MODEL.TYPE', 'mae', 'MODEL.TRANS.CONV_STEM', True]), 'CONV_STEM'),
         (
             lambda: build_model(small_config('mocov3_conv_small_patch16_224', 'MODEL.MOCO.FREEZE_PATCH', True)),
@@ -92,7 +92,7 @@ def test_contrastive_pre_training_and_its_fine_tuning():
         assert_close(encoder.proj[1]._mean, 0.09 * first + 0.1 * second, 1e-4)
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     options = {'img_size': 32, 'patch_size': 8, 'embed_dim': 24, 'depth': 2, 'num_heads': 3, 'num_classes': 5}
-    classifier = VisionTransformer(**options, conv_stem=True)
+    classifier = VisionTransformer(**options, variants=['conv_stem'])
     load_state(classifier, state)
     np.testing.assert_array_equal(classifier.patch_embed.proj[1]._variance, stem.proj[1]._variance)
     np.testing.assert_array_equal(classifier.patch_embed.convs[-1].bias, stem.convs[-1].bias)
@@ -102,9 +102,9 @@ def test_contrastive_pre_training_and_its_fine_tuning():
 
 def test_the_other_parts_take_it():
     """Frozen stages, BEiT's initialization, one channel from weights for three, other image sizes."""
-    model = VisionTransformer(**TINY, conv_stem=True, rescaled_init=True, in_chans=1)
+    model = VisionTransformer(**TINY, variants=['conv_stem', 'rescaled_init'], in_chans=1)
     assert model.patch_embed.convs[0].weight.std().item() == pytest.approx(0.02, rel=0.5)
-    colors = VisionTransformer(**TINY, conv_stem=True)
+    colors = VisionTransformer(**TINY, variants=['conv_stem'])
     load_state(model, {name: value.numpy() for name, value in colors.state_dict().items()})
     expected = colors.patch_embed.convs[0].weight.sum(1, keepdim=True)
     assert_close(model.patch_embed.convs[0].weight, expected, 1e-6)

@@ -16,7 +16,7 @@ from tests.models.helpers import load, vision_transformer
 from tests.models.weights.test_fine_tuning import DECODER, TINY, arrays, begin, named
 from utils.errors import UserError
 
-BEIT = {'key_bias': False, 'layer_scale': 0.1, 'rescaled_init': True}
+BEIT = {'key_bias': False, 'layer_scale': 0.1, 'variants': ['rescaled_init']}
 
 
 def build(ctor: dict, **changes) -> VisionTransformer:
@@ -30,7 +30,7 @@ def build(ctor: dict, **changes) -> VisionTransformer:
         layer_scale=ctor.pop('init_values'),
         global_pool=ctor.pop('use_mean_pooling', True),
         key_bias=False,
-        rescaled_init=True,
+        variants=['rescaled_init'],
         **{**ctor, **changes},
     )
 

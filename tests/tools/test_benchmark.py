@@ -16,7 +16,7 @@ from config import get_config
 from engine import throughput
 from engine.distributed import Context
 from engine.throughput import BenchmarkCase, loader_speed, peak_memory, time_interleaved
-from models import build_model
+from models import build_model, engines
 from models.exported import Predictor, save_program
 from tests.models.helpers import small_config
 from tests.runs.conftest import run
@@ -208,7 +208,7 @@ def test_bfloat16_of_programs_that_shift_and_merge(tmp_path, name):
 
 
 def test_bfloat16_needs_instructions_for_it(files, monkeypatch):
-    monkeypatch.setattr(benchmark, 'emulates_bfloat16', lambda: True)
+    monkeypatch.setattr(engines, 'emulates_bfloat16', lambda: True)
     with pytest.raises(UserError, match='no instructions for bfloat16'):
         benchmark.main([files[0], '-backend=exported', '-precision=bf16'])
 

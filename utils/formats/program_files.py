@@ -41,7 +41,7 @@ _OPERATORS = {
         conv2d conv2d_bias conv2d_transpose conv2d_transpose_bias conv3d conv3d_transpose depthwise_conv2d
         depthwise_conv2d_transpose deformable_conv pool2d pool3d lp_pool2d max_pool2d_with_index unpool fold unfold pad pad3d
         affine_channel affine_grid bicubic_interp bilinear_interp linear_interp nearest_interp trilinear_interp pixel_shuffle
-        pixel_unshuffle channel_shuffle shuffle_channel temporal_shift roi_align roi_pool
+        pixel_unshuffle channel_shuffle shuffle_channel temporal_shift roi_align roi_pool nms
         fused_attention flash_attn flash_attn_unpadded memory_efficient_attention
         broadcast_tensors concat crop diag diag_embed diagonal expand expand_as expand_v2 flatten flatten_ flip gather gather_nd
         index_add index_fill index_put index_sample index_select index_select_strided masked_fill masked_select meshgrid

@@ -125,8 +125,11 @@ CASES = {
     'distilled': ({'kind': 'distilled'}, {'distilled': True}),
     'fine-tuned MAE, pooled': ({'kind': 'mae', 'pooled': True}, {'global_pool': True}),
     'fine-tuned MAE, class token': ({'kind': 'mae'}, {}),
-    'probed MAE': ({'kind': 'mae', 'probed': True}, {'head_norm': True}),
-    'probed MAE, pooled': ({'kind': 'mae', 'pooled': True, 'probed': True}, {'global_pool': True, 'head_norm': True}),
+    'probed MAE': ({'kind': 'mae', 'probed': True}, {'variants': ['head_norm']}),
+    'probed MAE, pooled': (
+        {'kind': 'mae', 'pooled': True, 'probed': True},
+        {'global_pool': True, 'variants': ['head_norm']},
+    ),
 }
 
 
