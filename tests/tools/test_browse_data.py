@@ -132,7 +132,7 @@ def test_objects():
     shown = task.training_pictures(batch, np.random.default_rng(0), dataset, 8)
     for example, boxes, image in zip(shown, batch.targets['boxes'], task.pictures_of(batch.images)):
         assert example.caption == f'{len(boxes)} object{"s" * (len(boxes) > 1)}'
-        (picture,), factor = example.pictures, enlargement((64, 64))
+        (picture,), factor = example.pictures, enlargement(image[0].shape[:2])
         changed = (picture != image[0].repeat(factor, 0).repeat(factor, 1)).any(-1)
         left, top, right, bottom = (factor * np.concatenate([boxes[:, :2].min(0), boxes[:, 2:].max(0)])).astype(int)
         inside = np.zeros_like(changed)
