@@ -16,10 +16,16 @@ from utils.text import NAME, printable
 
 ONNX = '.onnx'
 OPSET = 17  # version of the ONNX operators
+# paddle2onnx may end its process, and with it what is in the buffer of C's stdout: 2 is _IONBF. Polygraphy, its optimizer, fails
+# on some models, and would install packages; engines optimize the graph themselves.
 _CONVERT = """
-import sys, paddle2onnx
+import contextlib, ctypes, sys
+with contextlib.suppress(ValueError):
+    libc = ctypes.CDLL(None)
+    libc.setvbuf(ctypes.c_void_p.in_dll(libc, 'stdout'), None, 2, 0)
+import paddle2onnx
 program, weights, target, opset = sys.argv[1:]
-paddle2onnx.export(program, weights, target, opset_version=int(opset))
+paddle2onnx.export(program, weights, target, opset_version=int(opset), optimize_tool='None')
 """
 
 
@@ -42,17 +48,25 @@ def convert_program(prefix: str) -> str:
     optional_package('onnx')
     check_files(prefix)
     target = prefix + ONNX
-    command = [sys.executable, '-c', _CONVERT, prefix + PROGRAM, prefix + WEIGHTS, target, str(OPSET)]
+    command = [sys.executable, '-W', 'ignore', '-c', _CONVERT, prefix + PROGRAM, prefix + WEIGHTS, target, str(OPSET)]
     done = subprocess.run(
         command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors='replace', check=False
     )
     if done.returncode:
         if "No module named 'paddle2onnx'" in done.stderr:
             raise UserError('paddle2onnx is not installed: pip install -r requirements-deploy.txt.')
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        reason = printable(lines[-1].strip(), NAME) if lines else f'it ended with status {done.returncode}'
-        raise UserError(f'paddle2onnx cannot convert this model to ONNX: {reason}')
+        raise UserError(f'paddle2onnx cannot convert this model to ONNX: {_reason(done)}')
     return target
+
+
+def _reason(done: subprocess.CompletedProcess) -> str:
+    """Return why a conversion failed: the first error that it printed, else its last line, else its exit status."""
+    lines = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith('[ERROR]')]
+    if not lines:
+        return f'it ended with status {done.returncode}.'
+    text = (errors or lines[-1:])[0].replace('[ERROR]', '').replace('[Paddle2ONNX]', '')
+    return printable(text.strip(), NAME)
 
 
 class OnnxRuntime:
@@ -60,14 +74,20 @@ class OnnxRuntime:
 
     Args:
         path: the ONNX file.
+
+    Raises:
+        UserError: ONNX Runtime is not installed, or refuses the file.
     """
 
     def __init__(self, path: str):
         runtime = optional_package('onnxruntime')
         options = runtime.SessionOptions()
         options.intra_op_num_threads = cpu_threads()
-        options.log_severity_level = 3  # errors only
-        self._session = runtime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        options.log_severity_level = 4  # errors are raised
+        try:
+            self._session = runtime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+        except Exception as error:  # its exceptions have no common class
+            raise UserError(f'ONNX Runtime does not run the converted model: {printable(error, NAME)}') from None
 
     def __call__(self, images: np.ndarray, **more: np.ndarray) -> Outputs:
         """See `models.exported.Predictor`."""

@@ -128,9 +128,10 @@ def test_precisions(monkeypatch):
     ('code', 'reason'),
     [
         (
-            'print("[ERROR] no mapper for pd_op.x"); raise SystemExit(1)',
-            'this model to ONNX: [ERROR] no mapper for pd_op.x',
+            'print("[ERROR][Paddle2ONNX] no pd_op.x\\nmore"); raise SystemExit(1)',
+            'this model to ONNX: no pd_op.x',
         ),
+        ('print("last words"); raise SystemExit(1)', 'this model to ONNX: last words'),
         ('import os; os.abort()', 'this model to ONNX: it ended with status -6'),
         (
             'raise ModuleNotFoundError("No module named \'paddle2onnx\'")',
@@ -144,6 +145,12 @@ def test_a_failed_conversion_is_a_sentence(monkeypatch, tmp_path, code, reason):
     with pytest.raises(UserError, match=re.escape(reason)):
         convert_program(str(tmp_path / 'net'))
     assert not os.path.exists(tmp_path / 'net.onnx')
+
+
+def test_a_file_that_onnx_runtime_refuses_is_a_sentence(tmp_path):
+    (tmp_path / 'net.onnx').write_bytes(b'no ONNX file')
+    with pytest.raises(UserError, match='ONNX Runtime does not run the converted model: .*Load model from'):
+        onnx_files.OnnxRuntime(str(tmp_path / 'net.onnx'))
 
 
 def test_a_missing_package_is_a_sentence():
