@@ -3,8 +3,10 @@
 
 One optimizer step accumulates the gradients of ACCUM_ITER micro-batches, its window. Its gradient is that of the mean loss
 over all images of the window on all ranks, also for incomplete windows and uneven batches. ACCUM_MODE ms_mlp is the other
-accumulation, that of MS-MLP's code: gradients are clipped after each micro-batch, and there are no incomplete windows. Every random draw is a function
-of (SEED, epoch, micro-batch, rank), so weights, optimizer state and `TrainState` define a run completely.
+accumulation, that of MS-MLP's code: gradients are clipped after each micro-batch, and there are no incomplete windows.
+
+Every random draw is a function of (SEED, epoch, micro-batch, rank), so weights, optimizer state and `TrainState` define a run
+completely.
 """
 
 from __future__ import annotations

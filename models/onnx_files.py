@@ -101,6 +101,9 @@ class OpenVino:
     Args:
         path: the ONNX file.
         precision: 'fp32', or 'bf16': bfloat16 for the operators that have bfloat16 kernels.
+
+    Raises:
+        UserError: OpenVINO is not installed, or refuses the file.
     """
 
     def __init__(self, path: str, precision: str = 'fp32'):
@@ -109,7 +112,11 @@ class OpenVino:
             'INFERENCE_NUM_THREADS': cpu_threads(),
             'PERFORMANCE_HINT': 'LATENCY',
         }
-        self._compiled = optional_package('openvino').Core().compile_model(path, 'CPU', settings)
+        openvino = optional_package('openvino')
+        try:
+            self._compiled = openvino.Core().compile_model(path, 'CPU', settings)
+        except RuntimeError as error:
+            raise UserError(f'OpenVINO does not run the converted model: {printable(error, NAME)}') from None
         self._request = self._compiled.create_infer_request()
 
     def __call__(self, images: np.ndarray, **more: np.ndarray) -> Outputs:

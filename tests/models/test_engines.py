@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 import pytest
 
-from config import get_config
+from config import SCHEMA, get_config
 from models import build_model, engines, onnx_files
 from models.engines import ENGINES, LAYERS, EngineModel, check_engine, open_engine, write_engine_file
 from models.exported import save_program
@@ -147,10 +147,16 @@ def test_a_failed_conversion_is_a_sentence(monkeypatch, tmp_path, code, reason):
     assert not os.path.exists(tmp_path / 'net.onnx')
 
 
-def test_a_file_that_onnx_runtime_refuses_is_a_sentence(tmp_path):
+def test_a_refused_file_is_a_sentence(tmp_path):
     (tmp_path / 'net.onnx').write_bytes(b'no ONNX file')
     with pytest.raises(UserError, match='ONNX Runtime does not run the converted model: .*Load model from'):
         onnx_files.OnnxRuntime(str(tmp_path / 'net.onnx'))
+    with pytest.raises(UserError, match='OpenVINO does not run the converted model: '):
+        onnx_files.OpenVino(str(tmp_path / 'net.onnx'))
+
+
+def test_the_configuration_has_all_engines():
+    assert SCHEMA.keys['ENGINE'].allowed == ENGINES
 
 
 def test_a_missing_package_is_a_sentence():
