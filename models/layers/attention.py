@@ -12,6 +12,7 @@ from paddle import Tensor, nn
 from models.layers.relative_position import add_relative_positions, relative_bias
 
 MAX_CHANNELS = 192  # per head: with more, the backward pass of FlashAttention 2 needs an A100 or H100
+CLASS_ROW = 'class'  # value of `need_maps`
 _EXTRA, _QUERY = 8, 8.0  # channels for a bias per key, and their value in the queries, exact in half precision
 
 
@@ -20,7 +21,7 @@ class AttentionMaps(NamedTuple):
 
     Attributes:
         logits: scaled scores before the softmax, [B, H, N, N].
-        weights: after softmax and dropout, [B, H, N, N].
+        weights: after softmax and dropout, [B, H, N, N]; [B, H, 1, N] for the first token alone, the class token.
         keys: mean over the heads, [B, N, C / H].
     """
 
@@ -70,7 +71,7 @@ class Attention(nn.Layer):
     def forward(
         self,
         x: Tensor,
-        need_maps: bool = False,
+        need_maps: bool | str = False,
         need_keys: bool = False,
         key_bias: Tensor | None = None,
         bias: Tensor | None = None,
@@ -80,7 +81,8 @@ class Attention(nn.Layer):
 
         Args:
             x: [B, N, C].
-            need_maps: return logits and weights, which a fused kernel does not compute.
+            need_maps: return logits and weights, which a fused kernel does not compute; `CLASS_ROW`: at least the
+                weights of the first token.
             need_keys: return the keys.
             key_bias: added to the logits, [B, 1, 1, N].
             bias: added to the logits, [H, N, N].
@@ -91,8 +93,9 @@ class Attention(nn.Layer):
         """
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
-        if not need_maps and bias is None and _fused_kernel(x) and self.fuses(grid, key_bias):
+        if bias is None and _fused_kernel(x) and self.fuses(grid, key_bias) and self._fuses_maps(need_maps):
             x = self._fused(q, k, v, key_bias, grid)
+            maps = maps._replace(weights=self._class_row(q, k, key_bias) if need_maps else None)
         else:
             pair_biases = [bias for bias in (bias, self.own_bias(q, grid)) if bias is not None]
             q, k, v = (part.transpose([0, 2, 1, 3]) for part in (q, k, v))
@@ -116,6 +119,18 @@ class Attention(nn.Layer):
             q, k, v = with_key_bias(q, k, v, key_bias)
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
         return x[..., : self.head_dim]
+
+    def _class_row(self, q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:
+        """Return the attention weights of the first token, [B, H, 1, N], by the operators of the unfused path."""
+        q, k = (part.transpose([0, 2, 1, 3]) for part in (q[:, :1], k))
+        logits = paddle.matmul(q * self.scale, k, transpose_y=True)
+        return F.softmax(logits if key_bias is None else logits + key_bias, axis=-1)
+
+    def _fuses_maps(self, need_maps: bool | str) -> bool:
+        """Return whether the fused path returns these maps: the class row, if neither biases nor dropout change it."""
+        if need_maps != CLASS_ROW:
+            return not need_maps
+        return type(self).own_bias is Attention.own_bias and not (self.training and self.attn_drop.p)
 
     def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
         """Return whether the fused kernel can compute this layer; arguments as in `forward`."""

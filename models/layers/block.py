@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.layers.attention import AttentionMaps
+from models.layers.attention import CLASS_ROW, AttentionMaps
 from models.layers.drop_path import DropPath
 from models.layers.init import scale_
 from models.layers.intermediates import Recorder, tokens_to_maps
@@ -100,7 +100,7 @@ class Block(nn.Layer):
         selects = any(reducer.needs_class_attention(state) for reducer in self.reducers)
         mixed, maps = self.attn(
             record.keep('inputs', self.norm1(x)),
-            need_maps=selects or record.wants('attn_logits', 'attn'),
+            need_maps=record.wants('attn_logits', 'attn') or (CLASS_ROW if selects else False),
             need_keys=any('keys' in reducer.needs for reducer in self.reducers),
             key_bias=self._key_bias(state),
             bias=state.bias,

@@ -85,7 +85,7 @@ class TokenReducer(nn.Layer):
         raise NotImplementedError
 
     def needs_class_attention(self, state: TokenState) -> bool:
-        """Return whether this pass needs the attention weights, which a fused kernel does not return."""
+        """Return whether this pass needs the attention weights of the class token."""
         return False
 
     def key_bias(self, state: TokenState) -> Tensor | None:

@@ -215,7 +215,7 @@ class WindowedAttention(Attention):
     def forward(
         self,
         x: Tensor,
-        need_maps: bool = False,
+        need_maps: bool | str = False,
         need_keys: bool = False,
         key_bias: Tensor | None = None,
         bias: Tensor | None = None,

@@ -7,7 +7,7 @@ import paddle.nn.functional as F
 import pytest
 
 from models.layers import attention
-from models.layers.attention import Attention, RelativeAttention, with_channels, with_key_bias
+from models.layers.attention import CLASS_ROW, Attention, RelativeAttention, with_channels, with_key_bias
 from models.layers.windowed_attention import DecomposedAttention, WindowedAttention
 from tests.models.test_vision_transformer import tiny
 
@@ -116,6 +116,58 @@ def test_biases_per_pair_of_tokens_are_not_fused(calls):
     RelativeAttention(32, 4, (2, 3))(paddle.randn([2, 7, 32]))
     Attention(32, 4)(paddle.randn([2, 7, 32]), bias=paddle.zeros([4, 7, 7]))
     assert not calls
+
+
+@pytest.mark.parametrize('biased', [False, True])
+def test_the_class_row_needs_no_attention_matrix(calls, monkeypatch, biased):
+    """Output and weights of the class token, and their gradients, equal those of the unfused path; so do its bits."""
+    paddle.seed(0)
+    layer, x = Attention(32, 4), paddle.randn([3, 7, 32])
+    bias = paddle.log(paddle.randint(1, 50, [3, 1, 1, 7]).astype('float32')) if biased else None
+    rows = []
+
+    def with_row(x):
+        y, maps = layer(x, need_maps=CLASS_ROW, key_bias=bias)
+        assert maps.logits is None or not attention._fused_kernel(x)
+        rows.append(maps.weights[:, :, 0])
+        return y + (rows[-1].mean(1) * paddle.arange(7.0).sin()).sum(-1).reshape([3, 1, 1]), maps
+
+    with_row.clear_gradients, with_row.parameters = layer.clear_gradients, layer.parameters
+    for expected, found in both(monkeypatch, with_row, x):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert [row.shape for row in rows] == [[3, 4, 7]] * 2 and len(calls) == 1
+    np.testing.assert_allclose(rows[1], rows[0], 1e-6)
+    monkeypatch.setattr(attention, '_fused_kernel', lambda x: True)
+    assert layer(x, need_maps=CLASS_ROW, key_bias=bias)[1].weights.shape == [3, 4, 1, 7]
+
+
+@pytest.mark.parametrize('merged', [0, 2])
+def test_evit_is_fused_in_all_blocks(calls, monkeypatch, merged):
+    """Also with ToMe's token sizes; the weights of the fused token carry gradients to queries and keys."""
+    paddle.seed(0)
+    model = tiny(keep_rate=[1, 0.5, 0.5], fuse_token=True)
+    model.merge_tokens(merged)
+    images, results = paddle.randn([2, 3, 32, 32]), []
+    for fused in (True, False):
+        monkeypatch.setattr(attention, '_fused_kernel', lambda x, fused=fused: fused)
+        model.clear_gradients()
+        tokens, state = model.forward_tokens(images)
+        (tokens * paddle.arange(tokens.size, dtype='float32').reshape(tokens.shape).sin()).sum().backward()
+        results.append([tokens, *state.scores, *(parameter.grad.clone() for parameter in model.blocks.parameters())])
+        assert len(calls) == 3
+    for found, expected in zip(*results):
+        np.testing.assert_allclose(found, expected, 1e-4, 1e-4)
+    assert len(state.scores) == 2
+
+
+def test_the_class_row_of_dropped_or_biased_weights_is_not_fused(calls):
+    """The kernel draws dropout of its own; a bias per pair of tokens is no part of the class row."""
+    layer, x = Attention(32, 4, attn_drop_rate=0.5), paddle.randn([3, 6, 32])
+    assert layer(x, need_maps=CLASS_ROW)[1].weights.shape == [3, 4, 6, 6] and not calls
+    layer.eval()
+    assert layer(x, need_maps=CLASS_ROW)[1].weights.shape == [3, 4, 1, 6] and len(calls) == 1
+    weights = DecomposedAttention(32, 4, (3, 2))(x, need_maps=CLASS_ROW, grid=(3, 2))[1].weights
+    assert weights.shape == [3, 4, 6, 6] and len(calls) == 1
 
 
 def test_tome_and_removed_attention_are_fused(calls, monkeypatch):
