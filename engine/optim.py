@@ -120,14 +120,21 @@ def build_optimizer(
 
 
 @paddle.no_grad()
-def clip_gradients(parameters: Iterable[paddle.Tensor], max_norm: float | None) -> paddle.Tensor:
+def clip_gradients(
+    parameters: Iterable[paddle.Tensor], max_norm: float | None, loss_scale: paddle.Tensor | None = None
+) -> paddle.Tensor:
     """Clip the gradients in place to a global L2 norm of `max_norm`; None or 0: no clipping (PaddleViT).
 
+    Args:
+        loss_scale: 0-D factor that the gradients contain; None: 1.
+
     Returns:
-        The norm before clipping, a 0-D tensor. Does not wait for the device.
+        The norm before clipping, a 0-D tensor, with the factor. Does not wait for the device.
     """
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     clips = bool(max_norm) and math.isfinite(max_norm)
+    if clips and loss_scale is not None:
+        max_norm = max_norm * loss_scale
     if device.on_gpu():  # a few operations instead of two per tensor; the last bits differ
         norm = paddle.sqrt(squared_norm(paddle.concat([gradient.flatten() for gradient in gradients]))).squeeze(0)
         if clips:

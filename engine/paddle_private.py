@@ -117,6 +117,11 @@ class LossScaler(paddle.amp.GradScaler):
     Paddle's update prints on every rank, and converts a tensor of shape [1] by `float`, which numpy 2.4 refuses.
     """
 
+    @property
+    def factor(self) -> Tensor | None:
+        """The factor of the loss, a 0-D tensor that need not be read; None: no loss scaling."""
+        return self._scale.squeeze(0) if self.is_enable() else None
+
     def _update(self):
         overflow = bool(self._cache_found_inf)
         self._decr_count = self._decr_count + 1 if overflow else 0

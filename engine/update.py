@@ -41,8 +41,7 @@ class Updater:
         Returns their norm before clipping, with the loss scaling.
         """
         self.weights.average_gradients(context)
-        scale = self.scaler.state_dict()['scale'].item() if self.scaler.is_enable() else 1.0  # gradients have it
-        return clip_gradients(self.weights.parameters.values(), self.max_norm and self.max_norm * scale)
+        return clip_gradients(self.weights.parameters.values(), self.max_norm, self.scaler.factor)
 
     def clip(self, context: Context) -> Tensor:
         """Finish the gradients: average over the ranks, undo the loss scaling and clip. Return their norm before clipping."""

@@ -85,6 +85,23 @@ def test_a_scaled_run_has_the_numbers_of_float32(trainer):
         np.testing.assert_array_equal(weights(scaled)[name], value)
 
 
+@pytest.mark.parametrize('limit', [0.05, None])
+def test_clipped_sums_with_loss_scaling_have_the_numbers_of_float32(trainer, limit):
+    """TRAIN.ACCUM_MODE ms_mlp: the sums are clipped to the limit times the loss scale."""
+    options = {'TRAIN__ACCUM_MODE': 'ms_mlp', 'TRAIN__ACCUM_ITER': 2, 'TRAIN__GRAD_CLIP': limit}
+    scaled, plain, unclipped = (
+        trainer(AMP=True, **options),
+        trainer(context=ALONE, **options),
+        trainer(context=ALONE, TRAIN__ACCUM_MODE='ms_mlp', TRAIN__ACCUM_ITER=2, TRAIN__GRAD_CLIP=None),
+    )
+    for run in (scaled, plain, unclipped):
+        run.fit()
+    for name, value in weights(plain).items():
+        np.testing.assert_allclose(weights(scaled)[name], value, 1e-4, 1e-6)
+    same = all(np.array_equal(value, weights(unclipped)[name]) for name, value in weights(plain).items())
+    assert same is (limit is None)
+
+
 def test_an_unsupported_type_is_refused(trainer, monkeypatch):
     for kind, remedy in (('bfloat16', '8.0 .* AMP_DTYPE to float16'), ('float16', '7.0 .* AMP to False')):
         monkeypatch.setattr(paddle.amp, f'is_{kind}_supported', lambda: False)

@@ -80,6 +80,18 @@ def test_a_step_in_float16_waits_once(waits, images, tmp_path):
     assert len(found) >= 2 and all(step == ['__bool__'] for step in found), found
 
 
+@pytest.mark.parametrize('level', ['O1', 'O2'])
+def test_clipped_sums_in_float16_read_nothing_more(waits, images, tmp_path, level):
+    """TRAIN.ACCUM_MODE ms_mlp clips after each of three micro-batches, whose gradients contain the loss scaling."""
+    options = {'AMP': True, 'AMP_LEVEL': level, 'TRAIN.ACCUM_MODE': 'ms_mlp', 'TRAIN.GRAD_CLIP': 1e-3}
+    run = trainer_of(RECIPES['augmented'], images, str(tmp_path), **options)
+    run.task = Float32Passes(run.config)
+    sums, clip = [], run.updater.clip_sum
+    run.updater.clip_sum = lambda *args: sums.append(clip(*args))
+    found = waits_of_steps(run, waits)
+    assert len(sums) >= 2 * len(found) >= 4 and all(step == ['__bool__'] for step in found), found
+
+
 def test_a_step_with_half_weights_does_not_wait(waits, images, tmp_path):
     """AMP_LEVEL O2: gradients are added to those of the float32 copies, over two micro-batches."""
     options = {'AMP': True, 'AMP_LEVEL': 'O2', 'AMP_DTYPE': 'bfloat16', 'TRAIN.ACCUM_ITER': 2}
