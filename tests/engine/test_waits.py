@@ -19,6 +19,8 @@ from tests.engine.gpu import GPU, Float32Passes, Stream, gpu  # noqa: F401
 from tests.engine.test_curves import GMLP, RECIPES
 from tests.tasks.helpers import build_trainer
 from tests.tasks.test_detection import TINY, squares  # noqa: F401
+from tests.tasks.test_segmentation import TINY as SEGMENTATION
+from tests.tasks.test_segmentation import pairs  # noqa: F401
 from utils.device import Copies, Download, upload
 
 QUIET = {'REPORT_FREQ': 10**6, 'TRAIN.NUM_EPOCHS': 1, 'TRAIN.WARMUP_EPOCHS': 0, 'MODEL.LAMBDA.DECAY_EPOCHS': None}
@@ -99,6 +101,26 @@ def test_a_step_with_half_weights_does_not_wait(waits, images, tmp_path):
     run.task = Float32Passes(run.config)
     found = waits_of_steps(run, waits)
     assert run.weights.has_copies and len(found) >= 2 and not any(found), found
+
+
+UPERNET = {'MODEL.TYPE': 'upernet', 'MODEL.UPERNET.OUT_INDICES': (0, 1, 2, 3), 'MODEL.UPERNET.CHANNELS': 8}
+
+
+@pytest.mark.parametrize(
+    'model',
+    [{}, {'MODEL.SEGMENTER.DECODER': 'mask'}, {**UPERNET, 'MODEL.TRANS.DEPTH': 4}],
+    ids=['linear', 'mask', 'upernet'],
+)
+def test_no_step_of_a_segmentation_waits(waits, pairs, tmp_path, model):  # noqa: F811
+    options = {
+        **SEGMENTATION, 'DATA.DATA_PATH': pairs, 'DATA.DATASET': 'segmentation', 'MODEL.NUM_CLASSES': 2,
+        'DATA.BATCH_SIZE': 2, 'REPORT_FREQ': 10**6, 'TRAIN.NUM_ITERS': 6, 'VALIDATE_ITERS': 6, **model,
+    }  # fmt: skip
+    if options['MODEL.TYPE'] != 'segmenter':
+        del options['MODEL.SEGMENTER.DECODER']
+    config = get_config(opts=[part for pair in options.items() for part in pair])
+    found = waits_of_steps(build_trainer(config, str(tmp_path / 'run'), context=GPU), waits)
+    assert len(found) >= 3 and not any(found), found
 
 
 def test_a_step_of_a_detector_reads_three_times(waits, squares, tmp_path):  # noqa: F811
