@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 
+from utils.environment import user_cache
 from utils.errors import UserError
 
 
@@ -17,7 +18,7 @@ def written_once(name: str, write: Callable[[str], None]) -> str:
     Raises:
         UserError: the cache cannot be written.
     """
-    cache = os.environ.get('LEANVIT_CACHE') or os.path.join(os.path.expanduser('~'), '.cache', 'leanvit')
+    cache = user_cache()
     folder = os.path.join(cache, name)
     if os.path.isdir(folder):
         return folder

@@ -15,6 +15,7 @@ import paddle
 from paddle import inference, nn
 from paddle.static import InputSpec
 
+from utils.environment import cpu_flags, has_bfloat16
 from utils.formats.program_files import check_parameters, check_program
 
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
@@ -109,11 +110,4 @@ def emulates_bfloat16() -> bool:
 
     Only x86 processors under Linux are checked; for all others the result is False.
     """
-    if paddle.device.get_device() != 'cpu':
-        return False
-    try:
-        with open('/proc/cpuinfo', encoding='utf-8') as file:
-            flags = next((line.split() for line in file if line.startswith('flags')), None)
-    except OSError:
-        return False
-    return flags is not None and not {'avx512_bf16', 'amx_bf16'} & set(flags)
+    return paddle.device.get_device() == 'cpu' and bool(cpu_flags()) and not has_bfloat16()

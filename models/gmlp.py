@@ -14,11 +14,14 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
+import ops
 from models.base import Classifier
 from models.layers import (
     BlockIntermediates,
     DropPath,
     Intermediates,
+    LayerNorm,
+    Linear,
     PatchEmbed,
     drop_path_rates,
     hidden_channels,
@@ -47,8 +50,8 @@ class SpatialGatingUnit(nn.Layer):
 
     def __init__(self, dim: int, num_tokens: int):
         super().__init__()
-        self.norm = nn.LayerNorm(dim // 2, epsilon=GATE_NORM_EPS)
-        self.proj = nn.Linear(num_tokens, num_tokens)
+        self.norm = LayerNorm(dim // 2, epsilon=GATE_NORM_EPS)
+        self.proj = Linear(num_tokens, num_tokens)
         # Near 0 and 1: the initial unit returns its first half, so that the block starts as an MLP (section 2.1).
         initializer.Normal(std=1e-6)(self.proj.weight)
         initializer.Constant(1.0)(self.proj.bias)
@@ -72,18 +75,24 @@ class GatedMlp(nn.Layer):
                 'the spatial gating unit splits the hidden channels in halves, but int(MLP_RATIO * EMBED_DIM) = '
                 f'{hidden_dim} is odd; change MLP_RATIO or EMBED_DIM.'
             )
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
         self.gate = SpatialGatingUnit(hidden_dim, num_tokens)
-        self.fc2 = nn.Linear(hidden_dim // 2, dim)
+        self.fc2 = Linear(hidden_dim // 2, dim)
         self.drop = nn.Dropout(drop_rate)
         xavier_uniform_(self.fc1, bias_std=1e-6)
         xavier_uniform_(self.fc2, bias_std=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
+        if ops.usable(x) and not (self.training and self.drop.p):
+            return ops.gated_mlp(x, *self._weights(), epsilon=self.gate.norm._epsilon)
         x = self.gate(self.drop(self.act(self.fc1(x))))
         return self.drop(self.fc2(x))
+
+    def _weights(self) -> list[Tensor]:
+        layers = (self.fc1, self.gate.norm, self.gate.proj, self.fc2)
+        return [parameter for layer in layers for parameter in (layer.weight, layer.bias)]
 
 
 class SpatialGatingBlock(nn.Layer):
@@ -91,7 +100,7 @@ class SpatialGatingBlock(nn.Layer):
 
     def __init__(self, dim: int, hidden_dim: int, num_tokens: int, drop_rate: float, drop_path_rate: float):
         super().__init__()
-        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.norm = LayerNorm(dim, epsilon=NORM_EPS)
         self.mlp_channels = GatedMlp(dim, hidden_dim, num_tokens, drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
@@ -171,14 +180,14 @@ class GMLP(Classifier):
             SpatialGatingBlock(embed_dim, hidden_dim, num_tokens, proj_drop_rate, rate)
             for rate in drop_path_rates(drop_path_rate, depth, drop_path_ramp)
         )
-        self.norm = nn.LayerNorm(embed_dim, epsilon=NORM_EPS)
+        self.norm = LayerNorm(embed_dim, epsilon=NORM_EPS)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
         """See `Classifier`; the initial logits are all equal."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
         if num_classes:
             initializer.Constant(0.0)(self.head.weight)
             initializer.Constant(self.head_bias)(self.head.bias)

@@ -21,6 +21,8 @@ from models.layers import (
     Attention,
     Block,
     Intermediates,
+    LayerNorm,
+    Linear,
     TokenState,
     computed_table,
     fix_,
@@ -143,15 +145,15 @@ class MaskedAutoencoder(VisionTransformer):
                 '(MODEL.MAE.DECODER_NUM_HEADS): change one of them.'
             )
         table = sincos_position_table(dim, self.patch_embed.grid_size, self.num_prefix)
-        self.decoder_embed = nn.Linear(self.embed_dim, dim)
+        self.decoder_embed = Linear(self.embed_dim, dim)
         self.mask_token = self.create_parameter([1, 1, dim], default_initializer=initializer.Normal(std=0.02))
         self.decoder_pos_embed = self.create_parameter(table.shape)
         fix_(self.decoder_pos_embed, table)
         self.decoder_blocks = nn.LayerList(
             Block(dim, Attention(dim, num_heads), mlp_ratio=mlp_ratio) for _ in range(self.decoder_depth)
         )
-        self.decoder_norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
-        self.decoder_pred = nn.Linear(dim, pred_dim or self.patch_size**2 * self.in_chans)
+        self.decoder_norm = LayerNorm(dim, epsilon=NORM_EPS)
+        self.decoder_pred = Linear(dim, pred_dim or self.patch_size**2 * self.in_chans)
 
     # ------------------------------------------------------------------------------------------------ forward
     def forward(

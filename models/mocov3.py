@@ -17,7 +17,15 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.base import Classifier
-from models.layers import Intermediates, SyncBatchNorm, computed_table, fix_, moco_position_table, xavier_uniform_
+from models.layers import (
+    Intermediates,
+    Linear,
+    SyncBatchNorm,
+    computed_table,
+    fix_,
+    moco_position_table,
+    xavier_uniform_,
+)
 from models.options import pretraining_options
 from models.registry import register_model
 from models.vision_transformer import VisionTransformer
@@ -175,7 +183,7 @@ def _projection_mlp(depth: int, channels: int, hidden: int, out: int) -> nn.Sequ
     layers: list[nn.Layer] = []
     for number, (before, after) in enumerate(zip(sizes, sizes[1:]), 1):
         uniform = initializer.Uniform(-(before**-0.5), before**-0.5)
-        layers.append(nn.Linear(before, after, weight_attr=paddle.ParamAttr(initializer=uniform), bias_attr=False))
+        layers.append(Linear(before, after, weight_attr=paddle.ParamAttr(initializer=uniform), bias_attr=False))
         last = number == depth
         layers += [SyncBatchNorm(after, affine=not last)] + [nn.ReLU()] * (not last)
     return nn.Sequential(*layers)

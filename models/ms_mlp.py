@@ -23,6 +23,8 @@ from models.layers import (
     BlockIntermediates,
     DropPath,
     Intermediates,
+    LayerNorm,
+    Linear,
     drop_path_rates,
     hidden_channels,
     init_linear_,
@@ -118,11 +120,11 @@ class MixShiftBlock(nn.Layer):
         self.gamma = self.create_parameter([dim], default_initializer=initializer.Constant(LAYER_SCALE))
         self.dwconv_lr = _depthwise_convs(self.group_dims, mix_size)
         self.dwconv_td = _depthwise_convs(self.group_dims, mix_size)
-        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS)
+        self.norm = LayerNorm(dim, epsilon=NORM_EPS)
         hidden_dim = hidden_channels(dim, mlp_ratio)
-        self.pwconv1 = nn.Linear(dim, hidden_dim)
+        self.pwconv1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(hidden_dim, dim)
+        self.pwconv2 = Linear(hidden_dim, dim)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +172,7 @@ class PatchProjection(nn.Layer):
         super().__init__()
         self.proj = nn.Conv2D(in_dim, dim, patch_size, patch_size)
         torch_conv_(self.proj)
-        self.norm = nn.LayerNorm(dim, epsilon=NORM_EPS) if norm else None
+        self.norm = LayerNorm(dim, epsilon=NORM_EPS) if norm else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_dim, H, W] -> [B, H // patch_size, W // patch_size, C]."""
@@ -248,14 +250,14 @@ class MSMLP(Classifier):
             dim = embed_dim * 2**i
             blocks = [MixShiftBlock(dim, shift_dist, mix_size[i], mlp_ratio, next(rates)) for _ in range(depth)]
             self.layers.append(Stage(dim, blocks, last=i + 1 == len(depths)))
-        self.norm = nn.LayerNorm(self.num_features, epsilon=NORM_EPS)
+        self.norm = LayerNorm(self.num_features, epsilon=NORM_EPS)
         self.reset_classifier(num_classes)
         self.apply(init_linear_)
 
     def reset_classifier(self, num_classes: int) -> None:
         """See `Classifier`."""
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         init_linear_(self.head)
 
     def check_size(self, height: int, width: int) -> None:

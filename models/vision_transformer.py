@@ -24,6 +24,8 @@ from models.layers import (
     ConvStem,
     EViTSpec,
     Intermediates,
+    LayerNorm,
+    Linear,
     MixerSpec,
     PatchEmbed,
     ReducerSpec,
@@ -208,10 +210,10 @@ class VisionTransformer(Classifier):
         self.has_head_norm = head_norm
         norms = ['fc_norm', 'dist_norm'][: 1 + self.distilled] if self.global_pool else ['norm']
         for name in norms:
-            setattr(self, name, nn.LayerNorm(dim, epsilon=NORM_EPS))
+            setattr(self, name, LayerNorm(dim, epsilon=NORM_EPS))
         self.pre_logits = None
         if representation_size and not self.distilled:
-            self.pre_logits = nn.Sequential(('fc', nn.Linear(dim, representation_size)), ('act', nn.Tanh()))
+            self.pre_logits = nn.Sequential(('fc', Linear(dim, representation_size)), ('act', nn.Tanh()))
         self.num_features = representation_size if self.pre_logits is not None else dim
         self.reset_classifier(num_classes)
 
@@ -219,7 +221,7 @@ class VisionTransformer(Classifier):
         """See `Classifier`."""
         self.num_classes = num_classes
         for name in ['head', 'head_dist'][: 1 + self.distilled]:
-            head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+            head = Linear(self.num_features, num_classes) if num_classes else nn.Identity()
             setattr(self, name, head)
             init_linear_(head)
             if self.rescaled_init and num_classes:

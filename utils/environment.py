@@ -7,8 +7,10 @@ Variables that the user set stay as they are, except a HOME that is not writable
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.metadata
+import importlib.util
 import io
 import os
 import platform
@@ -90,6 +92,11 @@ def expand_user(path: str) -> str:
     return os.path.expanduser(path)
 
 
+def user_cache() -> str:
+    """Return LEANVIT_CACHE, by default ~/.cache/leanvit."""
+    return os.environ.get('LEANVIT_CACHE') or os.path.join(os.path.expanduser('~'), '.cache', 'leanvit')
+
+
 def is_gpu_build() -> bool:
     """Return True if the installed Paddle was built for GPUs."""
     return _GPU_BUILD in _installed_builds()
@@ -106,11 +113,25 @@ def _installed_builds() -> dict[str, str]:
 
 def processor_name() -> str:
     """Return the model name of the processor."""
+    return _cpu_info('model name') or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """Return the names of the instruction sets of an x86 processor under Linux; elsewhere an empty set."""
+    return frozenset(_cpu_info('flags').split())
+
+
+def has_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16 (x86 under Linux)."""
+    return bool({'avx512_bf16', 'amx_bf16'} & cpu_flags())
+
+
+def _cpu_info(field: str) -> str:
     try:
         with open('/proc/cpuinfo', encoding='utf-8') as file:
-            return next(line.partition(':')[2].strip() for line in file if line.startswith('model name'))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+            return next((line.partition(':')[2].strip() for line in file if line.startswith(field)), '')
+    except OSError:
+        return ''
 
 
 def _check_builds() -> None:
@@ -232,6 +253,18 @@ def command_line() -> list[str]:
     return [sys.executable, *subprocess._args_from_interpreter_flags(), *script, *_ARGV[1:]]
 
 
+def _load_openmp() -> None:
+    """Load Intel's OpenMP runtime of the Paddle package before any other, so that all its libraries share one thread pool.
+
+    MKL needs this runtime, and oneDNN GNU's, whose functions Intel's offers, too. The waiting threads of two pools take
+    each other's cores: a training step is up to twice as slow.
+    """
+    spec = importlib.util.find_spec('paddle')
+    for folder in (spec and spec.submodule_search_locations) or ():
+        with contextlib.suppress(OSError):
+            ctypes.CDLL(os.path.join(folder, 'libs', 'libiomp5.so'), mode=ctypes.RTLD_GLOBAL)
+
+
 def import_paddle() -> None:
     """Import Paddle without its warnings on threads and compilers, and without its signal handlers.
 
@@ -243,6 +276,8 @@ def import_paddle() -> None:
     for message in _IGNORED_WARNINGS:
         warnings.filterwarnings('ignore', message=message)
     os.environ.setdefault('GLOG_minloglevel', '2')  # Paddle's C++ code logs errors only
+    if not is_gpu_build():
+        _load_openmp()
     output = io.StringIO()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     handler = signal.getsignal(signal.SIGTERM)

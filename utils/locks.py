@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 try:
     import fcntl
@@ -36,6 +37,25 @@ def file_lock(path: str) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.unlink(path)  # while the lock is held, so that no other process owns the file
         os.close(handle)
+
+
+@contextlib.contextmanager
+def exclusive(path: str, log: Callable[[str], None], pause: float = 0.5) -> Iterator[None]:
+    """Hold the lock file `path`; wait while another process, here or on another machine, holds it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    said = False
+    while True:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(file_lock(path))
+            except LockedError as error:
+                if not said:
+                    log(f'----- Waiting for {error}, which holds {path!r}.')
+                said = True
+            else:
+                yield
+                return
+        time.sleep(pause)
 
 
 def _open_locked(path: str) -> int:

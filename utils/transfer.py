@@ -11,12 +11,10 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 from utils.errors import UserError
 from utils.files import cannot_write
-from utils.locks import LockedError, file_lock
 
 TIMEOUT = 30.0  # seconds without data
 ATTEMPTS = 3  # of a transfer that breaks off; each continues the file
@@ -159,22 +157,3 @@ def _checksum(responses) -> str:
         if re.fullmatch(r'[0-9a-f]{64}', tag):
             return tag
     return ''
-
-
-@contextlib.contextmanager
-def exclusive(path: str, log: Callable[[str], None], pause: float = 0.5) -> Iterator[None]:
-    """Hold the lock file `path`; wait while another process, here or on another machine, holds it."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    said = False
-    while True:
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(file_lock(path))
-            except LockedError as error:
-                if not said:
-                    log(f'----- Waiting for {error}, which holds {path!r}.')
-                said = True
-            else:
-                yield
-                return
-        time.sleep(pause)

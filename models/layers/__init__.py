@@ -3,6 +3,7 @@
 
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
+from models.layers.basic import LayerNorm, Linear
 from models.layers.batch_norm import SyncBatchNorm
 from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
@@ -42,6 +43,8 @@ __all__ = [
     'EViTReducer',
     'EViTSpec',
     'Intermediates',
+    'LayerNorm',
+    'Linear',
     'MixerSpec',
     'Mlp',
     'PatchEmbed',

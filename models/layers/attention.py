@@ -9,6 +9,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import Tensor, nn
 
+import ops
+from models.layers.basic import Linear
 from models.layers.relative_position import add_relative_positions, relative_bias
 
 MAX_CHANNELS = 192  # per head: with more, the backward pass of FlashAttention 2 needs an A100 or H100
@@ -60,12 +62,12 @@ class Attention(nn.Layer):
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5
-        self.qkv = nn.Linear(dim, 3 * dim, bias_attr=None if qkv_bias and key_bias else False)
+        self.qkv = Linear(dim, 3 * dim, bias_attr=None if qkv_bias and key_bias else False)
         self.q_bias = self.v_bias = None
         if qkv_bias and not key_bias:
             self.q_bias, self.v_bias = (self.create_parameter([dim], is_bias=True) for _ in range(2))
         self.attn_drop = nn.Dropout(attn_drop_rate)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop_rate)
 
     def forward(
@@ -91,6 +93,8 @@ class Attention(nn.Layer):
         Returns:
             [B, N, C], and the requested maps.
         """
+        if bias is None and ops.usable(x) and self._operator_computes(need_maps, key_bias):
+            return self._by_operators(x, need_maps, need_keys, key_bias)
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
         if bias is None and _fused_kernel(x) and self.fuses(grid, key_bias) and self._fuses_maps(need_maps):
@@ -106,6 +110,24 @@ class Attention(nn.Layer):
             x = paddle.matmul(weights, v).transpose([0, 2, 1, 3])
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
+
+    def _operator_computes(self, need_maps: bool | str, key_bias: Tensor | None) -> bool:
+        """Return whether `ops.attention` computes this pass."""
+        plain = type(self).own_bias is Attention.own_bias and not (self.training and self.attn_drop.p)
+        return plain and need_maps in (False, CLASS_ROW) and (key_bias is None or key_bias.stop_gradient)
+
+    def _by_operators(
+        self, x: Tensor, need_maps: bool | str, need_keys: bool, key_bias: Tensor | None
+    ) -> tuple[Tensor, AttentionMaps]:
+        """Compute `forward` by the operators for the CPU."""
+        maps = AttentionMaps()
+        qkv = ops.linear(x, self.qkv.weight, self._qkv_bias(), half_output=not (need_maps or need_keys))
+        if need_maps or need_keys:
+            q, k, _ = qkv.reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
+            weights = self._class_row(q, k, key_bias) if need_maps else None
+            maps = AttentionMaps(weights=weights, keys=k.mean(2) if need_keys else None)
+        key_bias = None if key_bias is None else key_bias.flatten(1)
+        return self.proj_drop(self.proj(ops.attention(qkv, self.num_heads, self.scale, key_bias))), maps
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """Compute attention of q, k, v [B, N, H, d] by the fused kernel, [B, N, H, d].
@@ -152,9 +174,13 @@ class Attention(nn.Layer):
     def _project(self, x: Tensor) -> Tensor:
         """[B, N, C] -> concatenated queries, keys and values, [B, N, 3 * C]."""
         x = self.qkv(x)
+        return x if self.q_bias is None else x + self._qkv_bias().astype(x.dtype)
+
+    def _qkv_bias(self) -> Tensor | None:
+        """Return the biases of queries, keys and values, [3 * C]; None: they have none."""
         if self.q_bias is None:
-            return x
-        return x + paddle.concat([self.q_bias, paddle.zeros_like(self.q_bias), self.v_bias]).astype(x.dtype)
+            return self.qkv.bias
+        return paddle.concat([self.q_bias, paddle.zeros_like(self.q_bias), self.v_bias])
 
 
 class RelativeAttention(Attention):

@@ -9,6 +9,7 @@ from paddle import Tensor, nn
 from paddle.nn import initializer
 
 from models.layers.attention import CLASS_ROW, AttentionMaps
+from models.layers.basic import LayerNorm
 from models.layers.drop_path import DropPath
 from models.layers.init import scale_
 from models.layers.intermediates import Recorder, tokens_to_maps
@@ -53,9 +54,9 @@ class Block(nn.Layer):
         check_reducers(mixer, reducers)
         self.norm1 = self.attn = self.gamma_1 = self.gamma_2 = None
         if mixer is not None:
-            self.norm1 = nn.LayerNorm(dim, epsilon=norm_eps)
+            self.norm1 = LayerNorm(dim, epsilon=norm_eps)
             self.attn = mixer
-        self.norm2 = nn.LayerNorm(dim, epsilon=norm_eps)
+        self.norm2 = LayerNorm(dim, epsilon=norm_eps)
         self.mlp = Mlp(dim, hidden_channels(dim, mlp_ratio), drop_rate, hidden_dropout)
         self.drop_path = DropPath(drop_path_rate)
         if layer_scale is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from paddle import Tensor, nn
 
+import ops
+from models.layers.basic import Linear
 from utils.errors import UserError
 
 
@@ -28,12 +30,20 @@ class Mlp(nn.Layer):
 
     def __init__(self, dim: int, hidden_dim: int, drop_rate: float = 0.0, hidden_dropout: bool = True):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop_rate)
         self.hidden_drop = self.drop if hidden_dropout else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))
+        if self._plain_hidden() and ops.usable(x):
+            x = ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        else:
+            x = self.fc2(self.hidden_drop(self.act(self.fc1(x))))
+        return self.drop(x)
+
+    def _plain_hidden(self) -> bool:
+        """Return whether the hidden activations have no dropout in this pass."""
+        return not (self.training and isinstance(self.hidden_drop, nn.Dropout) and self.hidden_drop.p)

@@ -7,7 +7,7 @@ import paddle
 from paddle import Tensor, nn
 from paddle.nn import initializer
 
-from models.layers import Attention, Block, TokenState, init_linear_, tokens_to_maps, trunc_normal_
+from models.layers import Attention, Block, LayerNorm, Linear, TokenState, init_linear_, tokens_to_maps, trunc_normal_
 
 NORM_EPS = 1e-5
 
@@ -27,7 +27,7 @@ class LinearDecoder(nn.Layer):
 
     def reset_classifier(self, num_classes: int) -> None:
         """See `Classifier`."""
-        self.head = nn.Linear(self.embed_dim, num_classes)
+        self.head = Linear(self.embed_dim, num_classes)
         trunc_normal_(self.head.weight)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -58,7 +58,7 @@ class MaskTransformer(nn.Layer):
     ):
         super().__init__()
         projection = initializer.Normal(std=embed_dim**-0.5)
-        self.proj_dec = nn.Linear(embed_dim, embed_dim)
+        self.proj_dec = Linear(embed_dim, embed_dim)
         self.proj_patch = self.create_parameter([embed_dim, embed_dim], default_initializer=projection)
         self.proj_classes = self.create_parameter([embed_dim, embed_dim], default_initializer=projection)
         self.blocks = nn.LayerList(
@@ -71,7 +71,7 @@ class MaskTransformer(nn.Layer):
             )
             for _ in range(depth)
         )
-        self.decoder_norm = nn.LayerNorm(embed_dim, epsilon=NORM_EPS)
+        self.decoder_norm = LayerNorm(embed_dim, epsilon=NORM_EPS)
         self.embed_dim = embed_dim
         self.reset_classifier(num_classes)
         self.apply(init_linear_)
@@ -80,7 +80,7 @@ class MaskTransformer(nn.Layer):
         """See `Classifier`; replaces the class tokens and the LayerNorm of the masks."""
         tokens = initializer.TruncatedNormal(std=0.02)
         self.cls_emb = self.create_parameter([1, num_classes, self.embed_dim], default_initializer=tokens)
-        self.mask_norm = nn.LayerNorm(num_classes, epsilon=NORM_EPS)
+        self.mask_norm = LayerNorm(num_classes, epsilon=NORM_EPS)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens [B, N, C] -> logits [B, K, *grid]."""

@@ -20,6 +20,7 @@ from models.registry import build_model, config_file
 from models.weights.convert import port_with_report, rename_arrays
 from models.weights.load import match_classes
 from models.zoo import PUBLISHED, Published
+from utils.environment import user_cache
 from utils.errors import UserError
 from utils.formats import PADDLE, file_format, read_file, write_pdparams
 from utils.transfer import check_file, download, exclusive
@@ -32,8 +33,7 @@ _HIDDEN = ('.part', '.etag', '.lock')
 
 def cache_folder(name: str) -> str:
     """Return the folder of the cache for the weights of a configuration."""
-    cache = os.environ.get('LEANVIT_CACHE') or os.path.join(os.path.expanduser('~'), '.cache', 'leanvit')
-    return os.path.join(cache, 'weights', name)
+    return os.path.join(user_cache(), 'weights', name)
 
 
 def fetch(name: str, log: Callable[[str], None] = print) -> str:

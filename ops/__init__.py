@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operators in C++ for float32 tensors on the CPU: faster forward and backward passes of the layers of Transformers and gMLP.
+
+They compute what the layers of Paddle compute, to rounding. Matrix products are oneDNN's, from the library in the Paddle
+package. Within `bfloat16()` they multiply in bfloat16 with sums in float32, and keep wide intermediate results in bfloat16.
+Layers call them where `usable(x)` is true, and Paddle's operators otherwise: on GPUs, in exported programs, without a compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import paddle
+from paddle import Tensor, _C_ops
+
+from ops.library import load
+
+_half = False
+_TYPES = (paddle.float32, paddle.bfloat16)
+
+
+def usable(x: Tensor) -> bool:
+    """Return whether the operators can take a tensor: in dygraph on the CPU, and the library is there (see `load`)."""
+    return paddle.in_dynamic_mode() and x.dtype in _TYPES and x.place.is_cpu_place() and load()
+
+
+@contextlib.contextmanager
+def bfloat16(enabled: bool = True) -> Iterator[None]:
+    """Compute in bfloat16 in this block, and in the backward pass of what it computes."""
+    global _half
+    before, _half = _half, enabled
+    try:
+        yield
+    finally:
+        _half = before
+
+
+def in_bfloat16() -> bool:
+    """Return whether this code runs within `bfloat16()`."""
+    return _half
+
+
+def keep_type(function: Callable) -> Callable:
+    """Return a function that computes in the type of this call wherever it runs, as the recomputation of a block does."""
+    half = _half
+
+    @functools.wraps(function)
+    def run(*inputs):
+        with bfloat16(half):
+            return function(*inputs)
+
+    return run
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """Normalize over the last dimension (https://arxiv.org/abs/1607.06450), in float32. [..., C] -> [..., C]."""
+    return _run('layer_norm', x, weight, bias, epsilon)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, half_output: bool = False) -> Tensor:
+    """[..., C] -> [..., D], with weights [C, D].
+
+    Args:
+        half_output: within `bfloat16()`, return bfloat16 instead of float32.
+    """
+    bias = _zeros(weight.shape[1]) if bias is None else bias
+    return _run('linear', x, weight, bias, _half, _half and half_output, not x.stop_gradient)
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """Linear, exact GELU, Linear: [..., C] -> [..., D]."""
+    return _run('mlp', x, weight1, bias1, weight2, bias2, _half)
+
+
+def gated_mlp(x: Tensor, *weights: Tensor, epsilon: float) -> Tensor:
+    """Linear, exact GELU, spatial gating unit, Linear (gMLP, https://arxiv.org/abs/2105.08050): [B, N, C] -> [B, N, C].
+
+    Args:
+        weights: weight and bias of the first linear layer, of the LayerNorm of the gate, of the map over the tokens [N, N],
+            and of the last linear layer.
+        epsilon: of that LayerNorm.
+    """
+    return _run('gated_mlp', x, *weights, epsilon, _half)
+
+
+def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None = None) -> Tensor:
+    """softmax(scale q k^T + bias) v: packed queries, keys and values [B, N, 3 C] -> [B, N, C].
+
+    Args:
+        key_bias: added to the logits of each key, [B, N]; it gets no gradient.
+    """
+    return _run('attention', qkv, _zeros(0) if key_bias is None else key_bias, num_heads, scale, _half)
+
+
+def _run(name: str, x: Tensor, *arguments) -> Tensor:
+    """Call an operator; its first output is the result, and the rest is kept for the backward pass."""
+    x = x if x.is_contiguous() else x.contiguous()  # Paddle's stride kernels make views
+    return _C_ops._run_custom_op(f'leanvit_{name}', x, *arguments)[0]
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(size: int) -> Tensor:
+    return paddle.zeros([size])

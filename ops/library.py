@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the operators of `ops/csrc` for this processor, and load them.
+
+The library is compiled once and kept in `ops/build`, or below LEANVIT_CACHE if that folder is not writable. The name of its
+folder depends on the sources, on Paddle and on the processor, so that another version or machine compiles its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+
+import paddle
+
+from utils.environment import cpu_flags, user_cache
+from utils.errors import UserError
+from utils.locks import exclusive
+
+SWITCH = 'LEANVIT_OPS'  # environment variable; 0: plain layers
+OPERATORS = ('leanvit_attention', 'leanvit_gated_mlp', 'leanvit_layer_norm', 'leanvit_linear', 'leanvit_mlp')
+_NAME = 'leanvit_ops.so'
+_SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'csrc')
+# Without -ffast-math, which would also flush denormal numbers in the whole process.
+_FLAGS = [
+    '-std=c++17',
+    '-O3',
+    '-march=native',
+    '-fopenmp',
+    '-fPIC',
+    '-fno-math-errno',
+    '-fno-trapping-math',
+    '-D_GLIBCXX_USE_CXX11_ABI=1',
+]
+
+
+@functools.cache
+def load() -> bool:
+    """Load the operators into Paddle, and compile them before if needed. Return whether they can be used.
+
+    They are for Paddle's CPU build. Without a compiler, a line on stderr explains it, and False is returned.
+    """
+    if paddle.is_compiled_with_cuda() or os.environ.get(SWITCH) == '0':
+        return False
+    try:
+        path = build()
+        from paddle.utils.cpp_extension import extension_utils
+
+        extension_utils.load_op_meta_info_and_register_op(path)
+    except (UserError, OSError, RuntimeError) as error:
+        if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
+            _note(f'training on the CPU without the operators in C++, which is slower: {error}')
+        return False
+    return True
+
+
+def build() -> str:
+    """Compile the operators, unless it was done before, and return the path of the library.
+
+    Raises:
+        UserError: there is no compiler, it fails, or no folder can be written.
+    """
+    folders = [os.path.join(folder, _key()) for folder in _folders()]
+    paths = [os.path.join(folder, _NAME) for folder in folders]
+    for path in filter(os.path.isfile, paths):
+        return path
+    for folder, path in zip(folders, paths):
+        if not _can_write(folder):
+            continue
+        with exclusive(folder + '.lock', _note):  # ranks that start together
+            if not os.path.isfile(path):
+                _compile(path)
+        return path
+    raise UserError(f"cannot write to '{folders[0]}' or '{folders[1]}'; make one of them writable.")
+
+
+def _note(text: str) -> None:
+    print(f'note: {text}', file=sys.stderr)
+
+
+def _folders() -> Iterator[str]:
+    yield os.path.join(os.path.dirname(_SOURCES), 'build')
+    yield os.path.join(user_cache(), 'ops')
+
+
+def _can_write(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _key() -> str:
+    digest = hashlib.sha256()
+    for name in sorted(os.listdir(_SOURCES)):
+        with open(os.path.join(_SOURCES, name), 'rb') as file:
+            digest.update(file.read())
+    versions = (paddle.__version__, paddle.version.commit, platform.machine(), *sorted(cpu_flags()), *_FLAGS)
+    digest.update(' '.join(versions).encode())
+    return digest.hexdigest()[:16]
+
+
+def _compile(path: str) -> None:
+    compiler = os.environ.get('CXX') or shutil.which('g++') or shutil.which('c++')
+    if not compiler:
+        raise UserError('there is no C++ compiler: install g++, or set CXX to the command of one.')
+    _note(f"compiling the operators for the CPU, once, to '{path}'.")
+    with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
+        objects = _compile_objects(compiler, folder)
+        library = os.path.join(folder, _NAME)
+        _finish(_start([compiler, '-shared', '-fopenmp', *objects, '-o', library, *_link_flags()]))
+        os.replace(library, path)
+
+
+def _compile_objects(compiler: str, folder: str) -> list[str]:
+    include = paddle.sysconfig.get_include()
+    flags = [*_FLAGS, f'-I{include}', f'-I{include}/third_party']
+    sources = sorted(name for name in os.listdir(_SOURCES) if name.endswith('.cc'))
+    objects = [os.path.join(folder, name.replace('.cc', '.o')) for name in sources]
+    processes = [
+        _start([compiler, *flags, '-c', os.path.join(_SOURCES, name), '-o', target])
+        for name, target in zip(sources, objects)
+    ]
+    for process in processes:
+        _finish(process)
+    return objects
+
+
+def _link_flags() -> list[str]:
+    libraries = paddle.sysconfig.get_lib()
+    base = os.path.join(os.path.dirname(libraries), 'base')
+    flags = [f'-L{libraries}', '-l:libdnnl.so.3', f'-L{base}', '-l:libpaddle.so']
+    return [*flags, f'-Wl,-rpath,{libraries}', f'-Wl,-rpath,{base}']
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+    except OSError as error:
+        raise UserError(f"the C++ compiler '{command[0]}' does not start: {error.strerror}.") from None
+
+
+def _finish(process: subprocess.Popen) -> None:
+    output, _ = process.communicate()
+    if process.returncode:
+        lines = output.splitlines()
+        cause = next((line for line in lines if 'error' in line), lines[-1] if lines else 'no message')
+        raise UserError(f"the C++ compiler '{process.args[0]}' failed: {cause.strip()}")
