@@ -8,12 +8,15 @@ CUDA ?= $(shell $(PYTHON) tools/_cuda.py)
 INSTALL_GPU = $(PIP) $$(sed -e '/^\#/d' -e 's,/cu[0-9]*/,/cu$(CUDA)/,' requirements-gpu.txt)
 INSTALL = $(if $(CUDA),$(INSTALL_GPU),$(PIP) -r requirements.txt)
 
-.PHONY: train install gpu test check-device lint format clean
+.PHONY: train install ops gpu test check-device lint format clean
 
 train: install
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" sh run_train_multi.sh
 
 install: $(VENV)/.installed
+
+ops: install
+	$(VENV)/bin/python tools/build_ops.py
 
 gpu: | $(VENV)/bin/python
 	@test -n "$(CUDA)" || { echo "error: nvidia-smi names no CUDA version: give it, as in 'make gpu CUDA=126'." >&2; exit 2; }

@@ -313,9 +313,9 @@ _C.EVAL = Key(False)  # evaluate only
 _C.ENGINE = Key('dygraph', ('dygraph', 'paddle', 'onnxruntime', 'openvino'))  # EVAL: the layers, an exported program, or an ONNX file
 _C.SAVE_PREDICTIONS = Key(False)  # evaluations write predictions.csv and classes.csv to the run folder
 _C.THROUGHPUT = Key(False)  # measure images per second only
-_C.AMP = Key(False)  # mixed precision on GPU
-_C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # O1: mixed precision per operation; O2: half-precision weights with float32 master weights
-_C.AMP_DTYPE = Key('float16', ('float16', 'bfloat16'))  # float16 with loss scaling, or bfloat16
+_C.AMP = Key(False)  # mixed precision; on a CPU bfloat16 products in training, if the processor has instructions for them
+_C.AMP_LEVEL = Key('O1', ('O1', 'O2'))  # on GPU; O1: mixed precision per operation; O2: half-precision weights with float32 master weights
+_C.AMP_DTYPE = Key('float16', ('float16', 'bfloat16'))  # on GPU; float16 with loss scaling, or bfloat16
 # fmt: on
 
 # Old names, mostly PaddleViT's, and the new names; None: accepted without effect.

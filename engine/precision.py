@@ -10,18 +10,24 @@ import numpy as np
 import paddle
 from paddle import Tensor, nn
 
+import ops
 from engine.distributed import Context
 from engine.paddle_private import LossScaler
 from models.layers.batch_norm import SyncBatchNorm
+from utils.environment import has_bfloat16
 from utils.errors import UserError
 
 
 class Precision:
-    """Precision of forward and backward passes: float32, or mixed precision on a GPU (AMP, AMP_LEVEL, AMP_DTYPE).
+    """Precision of forward and backward passes: float32, or mixed precision (AMP).
+
+    On a GPU AMP_LEVEL and AMP_DTYPE apply. On a CPU with bfloat16 instructions, the operators of `ops` compute in bfloat16 in
+    training; weights, gradients and the residual stream are in float32.
 
     Attributes:
-        enabled: True in mixed precision.
-        scaler: loss scaling; off unless AMP_DTYPE is float16.
+        enabled: True in mixed precision on a GPU.
+        half_operators: True in mixed precision on a CPU.
+        scaler: loss scaling; off unless AMP_DTYPE is float16, on a GPU.
 
     Raises:
         UserError: the GPU does not support AMP_DTYPE.
@@ -29,6 +35,7 @@ class Precision:
 
     def __init__(self, config, on_gpu: bool):
         self.enabled = config.AMP and on_gpu
+        self.half_operators = config.AMP and not on_gpu and cpu_obstacle() is None
         self.options = {'level': config.AMP_LEVEL, 'dtype': config.AMP_DTYPE}
         if self.enabled:
             _check_support(config.AMP_DTYPE)
@@ -41,7 +48,7 @@ class Precision:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """Return the context of a training pass."""
-        return paddle.amp.auto_cast(**self.options) if self.enabled else contextlib.nullcontext()
+        return paddle.amp.auto_cast(**self.options) if self.enabled else ops.bfloat16(self.half_operators)
 
     def evaluation(self) -> contextlib.AbstractContextManager:
         """Return the context of an evaluation: float32, unless the weights are in half precision."""
@@ -56,6 +63,19 @@ class Precision:
         """Raise UserError if float16 overflows at every step."""
         if self.scaler.is_enable() and self.scaler.state_dict()['scale'].item() < 1.0:
             raise UserError('the loss scale fell below 1: float16 overflows at every step. Use AMP_DTYPE bfloat16.')
+
+
+def cpu_obstacle() -> str | None:
+    """Return why there is no mixed precision on this CPU; None: there is."""
+    if not has_bfloat16():
+        return 'this processor has no instructions for bfloat16 (avx512_bf16, amx_bf16)'
+    return None if ops.load() else 'the operators in C++ are not there (see docs/install.md)'
+
+
+def describe_cpu_precision() -> str:
+    """Return what AMP does on this CPU."""
+    obstacle = cpu_obstacle()
+    return f'float32, since {obstacle}' if obstacle else 'bfloat16 products and float32 weights'
 
 
 def _check_support(dtype: str) -> None:

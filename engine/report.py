@@ -15,6 +15,7 @@ from engine.distributed import Context
 from engine.estimate import describe_estimate, peak_memory
 from engine.learning_rate import lr_scale
 from engine.length import RunLength
+from engine.precision import describe_cpu_precision
 from engine.state import TrainState
 from engine.statistics import means
 from tasks import Task
@@ -77,7 +78,7 @@ class Reporter:
             f'{train.WARMUP_START_LR * ends}, end lr is scaled to: {train.END_LR * ends}'
         )
         if self.config.AMP and not self.context.on_gpu:
-            self.log.master('AMP is set, but mixed precision needs a GPU: training in float32.')
+            self.log.master(f'AMP on the CPU: training with {describe_cpu_precision()}.')
         self.log.master(f'----- Start training from epoch {epoch}.')
 
     def restart_timer(self, totals: Mapping[str, float]) -> None:

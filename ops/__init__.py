@@ -17,10 +17,24 @@ from paddle import Tensor, _C_ops
 
 from ops.library import load
 
+__all__ = [
+    'attention',
+    'bfloat16',
+    'gated_mlp',
+    'in_bfloat16',
+    'keep_type',
+    'layer_norm',
+    'linear',
+    'load',
+    'mlp',
+    'usable',
+]
+
 _half = False
 _TYPES = (paddle.float32, paddle.bfloat16)
 
 
+@paddle.jit.not_to_static
 def usable(x: Tensor) -> bool:
     """Return whether the operators can take a tensor: in dygraph on the CPU, and the library is there (see `load`)."""
     return paddle.in_dynamic_mode() and x.dtype in _TYPES and x.place.is_cpu_place() and load()

@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 LAYERS = {
     'utils': 0,
     'config': 1,
+    'ops': 1,
     'models': 2,
     'datasets': 2,
     'tasks': 3,

@@ -32,6 +32,7 @@ import paddle
 from config import get_config, update_config
 from engine import distributed
 from engine.distributed import Context
+from engine.precision import cpu_obstacle, describe_cpu_precision
 from engine.run import build_loader
 from engine.throughput import BenchmarkCase, exported, loader_speed, peak_memory, time_interleaved
 from models import build_model
@@ -81,7 +82,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.rounds < 1:
         raise UserError(f'-rounds is {args.rounds}, but must be at least 1.')
     if args.engine == LAYERS and args.precision != 'fp32':
-        raise UserError('-precision needs another -engine; layers run in mixed precision with -amp, on a GPU.')
+        raise UserError('-precision needs another -engine; layers run in mixed precision with -amp.')
     if args.engine != LAYERS and args.training:
         raise UserError(f'-training needs -engine {LAYERS}; the other engines only evaluate.')
     if not args.training and ('dataset' in args or 'data_path' in args):
@@ -96,7 +97,7 @@ def benchmark(args: argparse.Namespace) -> dict:
     context = distributed.start()
     check_engine(args.engine, args.precision)
     if 'amp' in args and not context.on_gpu:
-        print('-amp is set, but mixed precision needs a GPU: measuring in float32.')
+        print(f'-amp on the CPU: measuring with {describe_cpu_precision()}.')
     cases = find_cases(args)
     info = environment(args, context)
     print(', '.join(f'{key} {value}' for key, value in info.items()))
@@ -180,7 +181,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
         'device': device,
         'threads': cpu_threads(),
         'engine': args.engine,
-        'precision': args.precision if 'amp' not in args or not context.on_gpu else 'amp',
+        'precision': 'amp' if 'amp' in args and (context.on_gpu or cpu_obstacle() is None) else args.precision,
         'batch_size': args.batch_size,
         'rounds': args.rounds,
         'memory': 'allocated on the GPU' if context.on_gpu else 'growth of the resident memory',

@@ -93,11 +93,12 @@ class Attention(nn.Layer):
         Returns:
             [B, N, C], and the requested maps.
         """
-        if bias is None and ops.usable(x) and self._operator_computes(need_maps, key_bias):
+        fused = bias is None and _fused_kernel(x) and self.fuses(grid, key_bias) and self._fuses_maps(need_maps)
+        if not fused and bias is None and ops.usable(x) and self._operator_computes(need_maps, key_bias):
             return self._by_operators(x, need_maps, need_keys, key_bias)
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
-        if bias is None and _fused_kernel(x) and self.fuses(grid, key_bias) and self._fuses_maps(need_maps):
+        if fused:
             x = self._fused(q, k, v, key_bias, grid)
             maps = maps._replace(weights=self._class_row(q, k, key_bias) if need_maps else None)
         else:

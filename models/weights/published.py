@@ -23,7 +23,8 @@ from models.zoo import PUBLISHED, Published
 from utils.environment import user_cache
 from utils.errors import UserError
 from utils.formats import PADDLE, file_format, read_file, write_pdparams
-from utils.transfer import check_file, download, exclusive
+from utils.locks import exclusive
+from utils.transfer import check_file, download
 from utils.weights import METADATA, choose_state_dict
 
 _FILE = re.compile(r'\.(pth|pt|tar|bin|safetensors|npz|pdparams)$')

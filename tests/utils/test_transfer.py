@@ -14,8 +14,8 @@ import pytest
 
 from utils import transfer
 from utils.errors import UserError
-from utils.locks import file_lock
-from utils.transfer import download, exclusive
+from utils.locks import exclusive, file_lock
+from utils.transfer import download
 
 CONTENT = np.random.default_rng(0).integers(0, 256, 300_000, dtype='uint8').tobytes()
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
