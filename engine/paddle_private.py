@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All uses of Paddle's private API (attributes with a leading underscore).
+"""All uses of Paddle's private API (attributes with a leading underscore), but for those of utils/paddle_private.py.
 
 Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_paddle_private.py on it first.
 """
@@ -14,7 +14,7 @@ from paddle.optimizer import Optimizer
 
 OPERATORS = paddle._C_ops
 # Operators that let the host wait for a GPU: their result has as many values as their arguments say; `roi_align` reads its
-# number of regions.
+# numbers of regions, if they are a tensor.
 WAITING = ('nonzero', 'masked_select', 'unique', 'unique_consecutive', 'bincount', 'nms', 'roi_align')
 
 
