@@ -6,9 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import paddle
 
-from engine.paddle_private import FusedAdamW, ScaledMomentum, divide_all, squared_norm
+from engine.flat import Layout
+from engine.paddle_private import FusedAdamW, FusedMomentum, divide_all, squared_norm
+from models.layers.constants import constant
 from utils import device
 from utils.registry import Registry
 
@@ -59,7 +62,7 @@ def _adamw(groups: list[dict], options) -> paddle.optimizer.Optimizer:
 def _sgd(groups: list[dict], options) -> paddle.optimizer.Optimizer:
     for group in groups:  # L2 regularization, as weight decay of SGD in PyTorch
         group['weight_decay'] = paddle.regularizer.L2Decay(group['weight_decay']) if group['weight_decay'] else None
-    return paddle.optimizer.Momentum(
+    return FusedMomentum(
         learning_rate=0.0,
         parameters=groups,
         momentum=options.MOMENTUM,
@@ -80,7 +83,7 @@ def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
     )
 
 
-class LARS(ScaledMomentum):
+class LARS(FusedMomentum):
     """LARS: layer-wise adaptive rate scaling (https://arxiv.org/abs/1708.03888), as in MoCo v3.
 
     For a tensor w of two or more dimensions, g <- g + decay * w, then g <- g * trust * |w| / |g| if both norms are positive.
@@ -90,14 +93,31 @@ class LARS(ScaledMomentum):
     trust_coefficient = 0.001
 
     def scaled(self, weight: paddle.Tensor, gradient: paddle.Tensor, group: dict) -> paddle.Tensor:
-        """See `ScaledMomentum`."""
+        """See `FusedMomentum`."""
         if weight.ndim < 2:
             return gradient
         step = gradient + group['lars_weight_decay'] * weight
-        size, length = (paddle.sqrt(paddle.square(tensor).sum()) for tensor in (weight, step))
-        both = paddle.logical_and(size > 0, length > 0)
-        factor = paddle.where(both, self.trust_coefficient * size / length, paddle.ones([]))
-        return step * factor
+        return step * self._trust(*(paddle.sqrt(paddle.square(tensor).sum()) for tensor in (weight, step)))
+
+    def all_scaled(
+        self, layout: Layout, weights: paddle.Tensor, gradients: paddle.Tensor, group: dict
+    ) -> paddle.Tensor:
+        """See `FusedMomentum`."""
+        scales = constant(_are_scaled, tuple(len(shape) for shape in layout.shapes))
+        steps = gradients + layout.spread(scales * group['lars_weight_decay']) * weights
+        trust = paddle.where(
+            scales > 0, self._trust(layout.norms(weights), layout.norms(steps)), paddle.ones_like(scales)
+        )
+        return steps * layout.spread(trust)
+
+    def _trust(self, sizes: paddle.Tensor, lengths: paddle.Tensor) -> paddle.Tensor:
+        """Return the factors of gradients with norms `lengths`, of weights with norms `sizes`."""
+        both = paddle.logical_and(sizes > 0, lengths > 0)
+        return paddle.where(both, self.trust_coefficient * sizes / lengths, paddle.ones_like(sizes))
+
+
+def _are_scaled(dimensions: tuple[int, ...]) -> np.ndarray:
+    return (np.array(dimensions) >= 2).astype('float32')
 
 
 @OPTIMIZERS.register('LARS')

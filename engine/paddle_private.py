@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All uses of Paddle's private API (attributes with a leading underscore).
+"""All uses of Paddle's private API (attributes with a leading underscore), but for those of utils/paddle_private.py.
 
 Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_paddle_private.py on it first.
 """
@@ -12,9 +12,12 @@ import paddle
 from paddle import Tensor
 from paddle.optimizer import Optimizer
 
+from engine.flat import Layout
+from utils import device
+
 OPERATORS = paddle._C_ops
 # Operators that let the host wait for a GPU: their result has as many values as their arguments say; `roi_align` reads its
-# number of regions.
+# numbers of regions, if they are a tensor.
 WAITING = ('nonzero', 'masked_select', 'unique', 'unique_consecutive', 'bincount', 'nms', 'roi_align')
 
 
@@ -36,8 +39,34 @@ def create_accumulators(optimizer: Optimizer, wanted: Callable[[Tensor], bool]) 
         optimizer._create_accumulators(block, {**group, 'params': parameters})
 
 
-class ScaledMomentum(paddle.optimizer.Momentum):
-    """SGD with momentum on gradients that a subclass rescales."""
+class _Fused:
+    """Part of optimizers that update all parameters of a group together."""
+
+    def _ready(self, group: dict) -> bool:
+        """Create the state of the parameters; return False if there is nothing to update, as after an overflow."""
+        overflow = bool(self._get_auxiliary_var('found_inf'))
+        self._set_auxiliary_var('found_inf', overflow)  # GradScaler reads it; the other groups need not read the device
+        if overflow or not group['params']:
+            return False
+        self._create_global_learning_rate()
+        block = paddle.static.default_main_program().global_block()
+        self._create_accumulators(block, {**group, 'params': [parameter for parameter, _ in group['params']]})
+        return True
+
+    def _state(self, kind: str, parameter: Tensor) -> Tensor:
+        return self._accumulators[kind][parameter.name]
+
+
+class FusedMomentum(_Fused, paddle.optimizer.Momentum):
+    """SGD with momentum on gradients that a subclass may rescale.
+
+    On a GPU about twenty operations update all parameters of a group, and the last bits differ from those of a CPU. There
+    Paddle's operator updates one parameter after the other.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._layouts: dict[tuple[str, ...], Layout] = {}
 
     def scaled(self, weight: Tensor, gradient: Tensor, group: dict) -> Tensor:
         """Return the rescaled gradient.
@@ -46,15 +75,54 @@ class ScaledMomentum(paddle.optimizer.Momentum):
             weight: the parameter.
             group: settings of the parameter group.
         """
-        raise NotImplementedError
+        return gradient
+
+    def all_scaled(self, layout: Layout, weights: Tensor, gradients: Tensor, group: dict) -> Tensor:
+        """Return all rescaled gradients of a group; weights, gradients and result are matrices of the layout."""
+        return gradients
 
     def _append_optimize_op(self, block, param_and_grad):
         parameter, gradient = param_and_grad['params']
         gradient = self.scaled(parameter, gradient, param_and_grad)
         return super()._append_optimize_op(block, {**param_and_grad, 'params': (parameter, gradient)})
 
+    def _create_optimization_pass(self, group, param_group_idx=0):
+        if not device.on_gpu():
+            return super()._create_optimization_pass(group, param_group_idx)
+        if self._ready(group):
+            self._update(*map(list, zip(*group['params'])), group)
+        return []
 
-class FusedAdamW(paddle.optimizer.AdamW):
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict) -> None:
+        names = tuple(parameter.name for parameter in parameters)
+        if names not in self._layouts:  # parameters may have no gradient in some steps
+            self._layouts[names] = Layout(parameters)
+        layout = self._layouts[names]
+        weights, joined = layout.join(parameters), layout.join(gradients)
+        if group['regularization_method'] == 'l2_decay':
+            joined = joined + group['regularization_coeff'] * weights
+        joined = self.all_scaled(layout, weights, joined, group)
+        velocities = [self._state('velocity', parameter) for parameter in parameters]
+        rate = self._create_param_lr((parameters[0], gradients[0]))
+        if not self._use_nesterov:
+            _momentum(parameters, layout.split(joined), velocities, rate, self._momentum)
+            return
+        _momentum(parameters, layout.split(joined), velocities, paddle.zeros_like(rate), self._momentum)
+        joined = joined + self._momentum * layout.join(velocities)
+        _momentum(parameters, layout.split(joined), layout.split(paddle.zeros_like(joined)), rate, 0.0)
+
+
+def _momentum(
+    parameters: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], rate: Tensor, momentum: float
+) -> None:
+    """Set v to momentum * v + g and w to w - rate * v, for all w of `parameters`; 110 of them per launch."""
+    no_master_weights, nesterov, no_decay, half = None, False, [], False
+    paddle._C_ops.merged_momentum_(
+        parameters, gradients, velocities, [rate], no_master_weights, momentum, nesterov, no_decay, no_decay, half, 1.0
+    )
+
+
+class FusedAdamW(_Fused, paddle.optimizer.AdamW):
     """AdamW that updates all parameters of a group by one operation; on the CPU with the bits of Paddle's AdamW.
 
     The operation has one bias correction, so parameters with different numbers of steps are updated separately. They occur
@@ -66,13 +134,8 @@ class FusedAdamW(paddle.optimizer.AdamW):
         self._ages: dict[str, tuple[float, int]] = {}  # (beta1^t at the first step in this process, steps since)
 
     def _create_optimization_pass(self, group, param_group_idx=0):
-        overflow = bool(self._get_auxiliary_var('found_inf'))
-        self._set_auxiliary_var('found_inf', overflow)  # GradScaler reads it; the other groups need not read the device
-        if overflow or not group['params']:
+        if not self._ready(group):
             return []
-        self._create_global_learning_rate()
-        block = paddle.static.default_main_program().global_block()
-        self._create_accumulators(block, {**group, 'params': [parameter for parameter, _ in group['params']]})
         cohorts: dict[tuple[float, int], list] = {}
         for parameter, gradient in group['params']:
             start, steps = self._ages.get(parameter.name) or (self._state('beta1_pow_acc', parameter).item(), 0)
@@ -81,9 +144,6 @@ class FusedAdamW(paddle.optimizer.AdamW):
         for pairs in cohorts.values():
             self._update(pairs)
         return []
-
-    def _state(self, kind: str, parameter: Tensor) -> Tensor:
-        return self._accumulators[kind][parameter.name]
 
     def _update(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         parameters, gradients = map(list, zip(*pairs))

@@ -48,7 +48,9 @@ def count_waits(waits: Callable[[Tensor], bool] = is_on_gpu) -> Iterator[list[st
         operations.append((paddle, 'to_tensor', lambda *_, place=None, **__: place is None))
         operations.append((Tensor, 'set_value', lambda _, value: not isinstance(value, Tensor)))
         operations.append((Tensor, '__getitem__', lambda _, index: _reads_index(index)))
-        operations += [(OPERATORS, name, lambda x, *_, **__: waits(x)) for name in WAITING]
+        operations += [
+            (OPERATORS, name, lambda x, *others, **_: waits(x) and None not in others[1:2]) for name in WAITING
+        ]
         for owner, name, applies in operations:
             replaced = counted(name, getattr(owner, name), applies)
             stack.enter_context(mock.patch.object(owner, name, replaced))

@@ -19,7 +19,7 @@ from models.detection.boxes import BoxCoder, pairwise_iou
 from models.detection.masks import Instance, mask_targets
 from models.detection.matching import IGNORED, POSITIVE, match, subsample
 from models.detection.pyramid import ConvNorm, double, kaiming_normal_
-from models.detection.roi_align import PyramidPooler
+from models.detection.roi_align import Places, PyramidPooler
 from models.layers.constants import constant
 from utils.device import upload
 
@@ -45,6 +45,20 @@ class Sample(NamedTuple):
     classes: Tensor
     targets: Tensor
     objects: Tensor
+
+
+class Regions(NamedTuple):
+    """Sampled regions without padding, on both sides.
+
+    Attributes:
+        sample: as tensors.
+        values: the same as arrays.
+        places: see `Places`.
+    """
+
+    sample: Sample
+    values: Sample
+    places: Places
 
 
 # ---------------------------------------------------------------------------------------------------- layers
@@ -172,13 +186,17 @@ class ROIHeads(nn.Layer):
         self.box_predictor.reset_classifier(num_classes)
         self.mask_head.reset_classifier(num_classes)
 
-    def predict_boxes(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Regions [R, 4] of `images` [R], sorted by image -> results of `BoxPredictor`."""
-        return self.box_predictor(self.box_head(self.box_pooler(maps[:4], boxes, images)))
+    def predict_boxes(
+        self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, places: Places | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Regions [R, 4] of `images` [R], sorted by image -> results of `BoxPredictor`; `places` as in `PyramidPooler`."""
+        return self.box_predictor(self.box_head(self.box_pooler(maps[:4], boxes, images, places)))
 
-    def predict_masks(self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, classes: Tensor) -> Tensor:
+    def predict_masks(
+        self, maps: Sequence[Tensor], boxes: Tensor, images: Tensor, classes: Tensor, places: Places | None = None
+    ) -> Tensor:
         """Logits of the masks of regions [R, 4] of `images` [R], for `classes` [R] -> [R, 28, 28] float32."""
-        logits = self.mask_head(self.mask_pooler(maps[:4], boxes, images)).astype('float32')
+        logits = self.mask_head(self.mask_pooler(maps[:4], boxes, images, places)).astype('float32')
         return paddle.take_along_axis(logits, classes.reshape([-1, 1, 1, 1]), axis=1).squeeze(1)
 
     # ------------------------------------------------------------------------------------------------ training
@@ -210,44 +228,56 @@ class ROIHeads(nn.Layer):
         targets = paddle.gather(objects, index) if count else boxes
         return Sample(boxes, paddle.full_like(index, image), learnt, targets, index)
 
+    def read(self, samples: Sequence[Sample], settled: Tensor | None = None) -> Regions | None:
+        """Return the samples of all images without padding, by the one read of the device in a training step.
+
+        Args:
+            samples: `assign` of each image.
+            settled: 0-D bool; if it is False, the result is None.
+        """
+        sample = Sample(*(paddle.concat(parts) for parts in zip(*samples)))
+        # Both poolers have the same levels.
+        parts = [*sample, self.box_pooler.places(sample.boxes, sample.images).t()]
+        parts = [part.reshape([sample.classes.shape[0], -1]).astype('float64') for part in parts]
+        if settled is not None:
+            parts.append(settled.astype('float64').expand([sample.classes.shape[0], 1]))
+        columns = np.split(
+            paddle.concat(parts, axis=1).numpy(), np.cumsum([part.shape[1] for part in parts])[:-1], axis=1
+        )
+        if settled is not None and not columns.pop().all():
+            return None
+        kept = np.flatnonzero(columns[Sample._fields.index('classes')][:, 0] != PADDING)
+        if len(kept) < len(columns[0]):
+            rows = upload(kept)
+            sample = Sample(*(paddle.gather(part, rows) for part in sample))
+        boxes, images, classes, targets, objects, places = (column[kept] for column in columns)
+        images, classes, objects = (column[:, 0].astype('int64') for column in (images, classes, objects))
+        values = Sample(boxes.astype('float32'), images, classes, targets.astype('float32'), objects)
+        return Regions(sample, values, Places(*places.T.astype('int64')))
+
     def losses(
-        self, maps: Sequence[Tensor], samples: Sequence[Sample], masks: Sequence[Sequence[Instance]]
+        self, maps: Sequence[Tensor], regions: Regions, masks: Sequence[Sequence[Instance]]
     ) -> dict[str, Tensor]:
-        """Losses of the heads.
+        """Losses of the heads; the host does not wait for a GPU.
 
         Args:
             maps: levels of the pyramid.
-            samples: `assign` of each image.
+            regions: see `read`.
             masks: objects of each image, as polygons or bitmaps in pixels of the network input.
         """
-        sample, values = _without_padding(Sample(*(paddle.concat(parts) for parts in zip(*samples))))
-        logits, deltas = self.predict_boxes(maps, sample.boxes, sample.images)
+        sample, values, places = regions
+        logits, deltas = self.predict_boxes(maps, sample.boxes, sample.images, places)
         result = box_losses(logits, deltas, sample, self.coder)
         found = np.flatnonzero(values.classes < self.num_classes)
         if not len(found):  # a region whose loss counts 0, so that all parameters have a gradient
-            boxes, zero = constant(_unit_box), paddle.zeros([1], 'int64')
-            return {**result, 'loss_mask': self.predict_masks(maps, boxes, zero, zero).sum() * 0.0}
+            boxes, zero, first = constant(_unit_box), paddle.zeros([1], 'int64'), np.zeros([3, 1], 'int64')
+            return {**result, 'loss_mask': self.predict_masks(maps, boxes, zero, zero, Places(*first)).sum() * 0.0}
         rows = upload(found)
-        regions = (paddle.gather(part, rows) for part in (sample.boxes, sample.images, sample.classes))
+        chosen = (paddle.gather(part, rows) for part in (sample.boxes, sample.images, sample.classes))
         instances = [masks[image][number] for image, number in zip(values.images[found], values.objects[found])]
         targets = mask_targets(instances, values.boxes[found], 2 * MASK_SIDE)
-        given = self.predict_masks(maps, *regions)
+        given = self.predict_masks(maps, *chosen, places[found])
         return {**result, 'loss_mask': mask_loss(given, upload(np.asarray(targets, 'float32')))}
-
-
-def _without_padding(sample: Sample) -> tuple[Sample, Sample]:
-    """Return the sample without rows of class `PADDING`, as tensors and as arrays: one read of the device."""
-    parts = [part.reshape([sample.classes.shape[0], -1]).astype('float64') for part in sample]
-    columns = np.split(paddle.concat(parts, axis=1).numpy(), np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
-    boxes, images, classes, targets, objects = columns
-    kept = np.flatnonzero(classes[:, 0] != PADDING)
-    numbers = (column[kept, 0].astype('int64') for column in (images, classes, objects))
-    images, classes, objects = numbers
-    values = Sample(boxes[kept].astype('float32'), images, classes, targets[kept].astype('float32'), objects)
-    if len(kept) < len(boxes):
-        rows = upload(kept)
-        sample = Sample(*(paddle.gather(part, rows) for part in sample))
-    return sample, values
 
 
 def _unit_box() -> np.ndarray:

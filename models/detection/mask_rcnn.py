@@ -16,7 +16,7 @@ from paddle import Tensor, nn
 
 from models.base import Classifier
 from models.detection.backbone import ViTDetBackbone
-from models.detection.heads import MASK_SIDE, ROIHeads
+from models.detection.heads import MASK_SIDE, Regions, ROIHeads
 from models.detection.masks import ImageDetections, Instance
 from models.detection.nms import choose_detections, numbers_of
 from models.detection.rpn import RPN, Proposals
@@ -24,6 +24,7 @@ from models.layers import Intermediates
 from models.options import detector_options
 from models.registry import register_model
 from models.weights.detection import DetectorWeights
+from utils import device
 from utils.device import upload
 from utils.errors import UserError
 
@@ -184,20 +185,29 @@ class MaskRCNN(Classifier):
         classes = [upload(np.asarray(label, 'int64').reshape(-1)) for label in classes]
         maps, sizes = self.forward_features(images), _sizes(images, sizes)
         rpn, heads = self.proposal_generator, self.roi_heads
-        anchors, (logits, deltas) = rpn.anchors(maps), rpn.rpn_head(maps)
-        proposals = rpn.select(anchors, logits, deltas, sizes)
-        anchors, logits, deltas = paddle.concat(anchors), paddle.concat(logits, axis=1), paddle.concat(deltas, axis=1)
+        outputs = rpn.anchors(maps), *rpn.rpn_head(maps)
+        proposals = rpn.select(*outputs, sizes, waits=not device.on_gpu())
+        anchors, logits, deltas = paddle.concat(outputs[0]), *(paddle.concat(parts, axis=1) for parts in outputs[1:])
         with paddle.no_grad():
             keys = [upload(draw.random(anchors.shape[0])) for draw in draws]
             assigned = [rpn.assign(anchors, box, key) for box, key in zip(boxes, keys)]
-            samples = []
-            for image, (box, label, draw) in enumerate(zip(boxes, classes, draws)):
-                key = upload(draw.random(proposals.boxes.shape[1] + box.shape[0]))
-                samples.append(heads.assign(proposals.boxes[image], proposals.valid[image], box, label, key, image))
+            room = proposals.boxes.shape[1]
+            keys = [upload(draw.random(room + box.shape[0])) for draw, box in zip(draws, boxes)]
+            regions = self._sampled(proposals, boxes, classes, keys)
+            if regions is None:  # rarely
+                regions = self._sampled(rpn.select(*outputs, sizes), boxes, classes, keys)
         return {
             **rpn.losses(anchors, logits, deltas, *(paddle.stack(parts) for parts in zip(*assigned))),
-            **heads.losses(maps, samples, masks),
+            **heads.losses(maps, regions, masks),
         }
+
+    def _sampled(
+        self, proposals: Proposals, boxes: Sequence[Tensor], classes: Sequence[Tensor], keys: Sequence[Tensor]
+    ) -> Regions | None:
+        """Return the regions that the heads learn from; None: the proposals are not settled."""
+        images = zip(proposals.boxes, proposals.valid, boxes, classes, keys)
+        samples = [self.roi_heads.assign(*image, number) for number, image in enumerate(images)]
+        return self.roi_heads.read(samples, proposals.settled)
 
     # ------------------------------------------------------------------------------------------------ detection
     def detect(self, images: Tensor, sizes: Tensor | None = None) -> list[ImageDetections]:

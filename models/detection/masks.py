@@ -86,9 +86,8 @@ def _bitmap_targets(instances: Sequence[np.ndarray], boxes: np.ndarray, side: in
         bitmap[0, : instance.shape[0], : instance.shape[1]] = instance
     with paddle.no_grad():
         place = paddle.CPUPlace()
-        rows = paddle.arange(len(instances)).to('cpu')
         maps, boxes = paddle.to_tensor(maps, place=place), paddle.to_tensor(boxes.astype('float32'), place=place)
-        return roi_align(maps, boxes, rows, side, 1.0).squeeze(1).numpy() >= 0.5
+        return roi_align(maps, boxes, np.arange(len(instances)), side, 1.0).squeeze(1).numpy() >= 0.5
 
 
 # ---------------------------------------------------------------------------------------------------- predictions

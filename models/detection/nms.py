@@ -10,7 +10,7 @@ import paddle
 from paddle import Tensor
 from paddle.vision.ops import nms
 
-from models.detection.boxes import clip_boxes
+from models.detection.boxes import area, clip_boxes
 
 
 def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float) -> Tensor:
@@ -30,6 +30,46 @@ def grouped_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float)
     # `unsqueeze` stands first: oneDNN's passes of Paddle 3.3 lose one that follows a multiplication in float64.
     boxes = boxes + groups.astype('float64').unsqueeze(1) * (boxes.max() - boxes.min() + 1.0)
     return paddle.gather(order, nms(paddle.gather(boxes, order), threshold))
+
+
+ROUNDS = 16  # of `greedy_on_device`; clusters of 2000 boxes need about 12
+_PAIRS = 1 << 23  # pairs of boxes whose overlap is computed at a time
+
+
+@paddle.no_grad()
+def greedy_on_device(boxes: Tensor, usable: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression of sorted boxes; the host does not wait for a GPU, unlike with `grouped_nms`.
+
+    A box is kept if no better box that is kept overlaps it too much. Each round applies this rule to the boxes that the round
+    before kept. A round without a change has the result of the greedy algorithm.
+
+    Args:
+        boxes: [B, N, 4] by descending score, finite.
+        usable: the other boxes are dropped, [B, N] bool.
+        threshold: see `grouped_nms`.
+
+    Returns:
+        Whether a box is kept, [B, N] bool, and whether this is the result of the greedy algorithm, 0-D bool.
+    """
+    with paddle.amp.auto_cast(enable=False):
+        boxes, images = boxes.astype('float64'), boxes.shape[0]
+        step = max(_PAIRS // max(boxes.shape[1] ** 2, 1), 1)
+        over = paddle.concat([_suppresses(boxes[i : i + step], threshold) for i in range(0, images, step)])
+        usable = usable.astype('float32').unsqueeze(1)
+        kept = before = usable
+        for _ in range(ROUNDS):
+            before, kept = kept, usable * (paddle.matmul(kept, over) == 0).astype('float32')
+        return kept.squeeze(1) > 0, (kept == before).all()
+
+
+def _suppresses(boxes: Tensor, threshold: float) -> Tensor:
+    """Boxes [B, N, 4] -> 1 where a box suppresses a later one, as Paddle's operator computes it, [B, N, N] float32."""
+    first, second = boxes.unsqueeze(2), boxes.unsqueeze(1)
+    sides = paddle.minimum(first[..., 2:], second[..., 2:]) - paddle.maximum(first[..., :2], second[..., :2])
+    sides = sides.clip(min=0.0)
+    shared = sides[..., 0] * sides[..., 1]
+    iou = shared / (area(first) + area(second) - shared)
+    return paddle.triu((iou > float(np.float32(threshold))).astype('float32'), 1)
 
 
 class Best(NamedTuple):
@@ -91,10 +131,17 @@ def suppress(
         rows = paddle.gather(part, rows)
         kept = paddle.scatter(kept, rows, paddle.ones_like(rows))
     kept = kept[:-1].reshape([-1, count]) * usable.astype(kept.dtype)
-    return _best(boxes, scores, kept, min(limit, count))
+    return best_of(boxes, scores, kept, limit)
 
 
-def _best(boxes: Tensor, scores: Tensor, kept: Tensor, limit: int) -> Best:
+def best_of(boxes: Tensor, scores: Tensor, kept: Tensor, limit: int) -> Best:
+    """Return the best boxes of each image.
+
+    Args:
+        boxes, scores, limit: see `suppress`.
+        kept: 1 for boxes that may be chosen, else 0, [B, N] int64.
+    """
+    limit = min(limit, boxes.shape[1])
     lowest = paddle.full_like(scores, np.finfo('float32').min)
     scores, index = paddle.where(kept > 0, scores, lowest).topk(limit, axis=1)
     valid = paddle.take_along_axis(kept, index, axis=1) > 0

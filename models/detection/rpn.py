@@ -15,7 +15,7 @@ from paddle.nn import initializer
 from models.detection.anchors import cell_anchors, grid_anchors
 from models.detection.boxes import BoxCoder, clip_boxes, is_nonempty, pairwise_iou
 from models.detection.matching import IGNORED, POSITIVE, match, subsample
-from models.detection.nms import suppress
+from models.detection.nms import best_of, greedy_on_device, suppress
 from models.layers.constants import constant
 
 LOW, HIGH = 0.3, 0.7  # thresholds of the intersection over union
@@ -29,11 +29,13 @@ class Proposals(NamedTuple):
         boxes: [B, P, 4] float32, without gradients.
         logits: [B, P] float32; 0 behind the last one.
         valid: [B, P] bool.
+        settled: 0-D bool, False if they are not the result of non-maximum suppression yet, see `RPN.select`; None: True.
     """
 
     boxes: Tensor
     logits: Tensor
     valid: Tensor
+    settled: Tensor | None = None
 
 
 class RPNHead(nn.Layer):
@@ -114,11 +116,22 @@ class RPN(nn.Layer):
     # ------------------------------------------------------------------------------------------------ proposals
     @paddle.no_grad()
     def select(
-        self, anchors: Sequence[Tensor], logits: Sequence[Tensor], deltas: Sequence[Tensor], sizes: Tensor
+        self,
+        anchors: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        deltas: Sequence[Tensor],
+        sizes: Tensor,
+        waits: bool = True,
     ) -> Proposals:
         """The best regions: the best anchors of each level, without those that a better one of the level overlaps.
 
         Regions with numbers that are not finite are left out; the loss of training is then not finite either.
+
+        Args:
+            anchors: see `anchors`.
+            logits, deltas: results of `RPNHead`.
+            sizes: (height, width) of the images, [B, 2].
+            waits: False: the host does not wait for a GPU, and `Proposals.settled` has to be checked.
         """
         candidates, limit = (setting[not self.training] for setting in (self.candidates, self.proposals))
         boxes, scores, groups = [], [], []
@@ -129,12 +142,18 @@ class RPN(nn.Layer):
             boxes.append(box)
             scores.append(best)
             groups.append(paddle.full_like(index, level))
+        counts = [box.shape[1] for box in boxes]
         boxes, scores, groups = (paddle.concat(parts, axis=1) for parts in (boxes, scores, groups))
         finite = paddle.logical_and(boxes.isfinite().all(-1), scores.isfinite())
         boxes = clip_boxes(paddle.where(finite.unsqueeze(-1), boxes, paddle.zeros_like(boxes)), sizes)
         usable = paddle.logical_and(finite, is_nonempty(boxes))
-        best = suppress(boxes, scores, groups, usable, len(self.sizes), self.threshold, limit)
-        return Proposals(best.boxes, best.scores, best.valid)
+        if waits:
+            best = suppress(boxes, scores, groups, usable, len(self.sizes), self.threshold, limit)
+            return Proposals(best.boxes, best.scores, best.valid)
+        levels = zip(*(values.split(counts, axis=1) for values in (boxes, usable)))
+        kept, settled = zip(*(greedy_on_device(*level, self.threshold) for level in levels))
+        best = best_of(boxes, scores, paddle.concat(kept, axis=1).astype('int64'), limit)
+        return Proposals(best.boxes, best.scores, best.valid, paddle.stack(settled).all())
 
     # ------------------------------------------------------------------------------------------------ training
     def assign(self, anchors: Tensor, objects: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -45,10 +45,12 @@ def launches(depth: int, optimizer: str) -> Counter:
     return Counter({name: count for name, count in found.items() if name not in VIEWS})
 
 
-@pytest.mark.parametrize(('optimizer', 'updates'), [('AdamW', 2), ('SGD', None), ('Lamb', None)])
-def test_launches_do_not_grow_with_the_model(gpu, optimizer, updates):  # noqa: F811
-    """AdamW has an operator for each of two groups. SGD and Lamb have one for each tensor."""
+@pytest.mark.parametrize(
+    ('optimizer', 'kind', 'updates', 'others'),
+    [('AdamW', 'fused_adam', 2, 10), ('SGD', 'merged_momentum', 2, 16), ('LARS', 'merged_momentum', 2, 80), ('Lamb', 'lamb', None, 10)],
+)  # fmt: skip
+def test_launches_do_not_grow_with_the_model(gpu, optimizer, kind, updates, others):  # noqa: F811
+    """AdamW, SGD and LARS have an operator for each of two groups. Lamb has one for each tensor."""
     small, large = (launches(depth, optimizer) for depth in (2, 4))
-    kind = {'AdamW': 'fused_adam', 'SGD': 'momentum', 'Lamb': 'lamb'}[optimizer]
     assert small.pop(kind) == (updates or 32) and large.pop(kind) == (updates or 56)
-    assert small == large and sum(large.values()) == 10
+    assert small == large and sum(large.values()) == others

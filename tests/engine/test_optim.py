@@ -110,7 +110,7 @@ def train(name, *opts, steps=3):
 
 
 @pytest.mark.parametrize('nesterov', [False, True])
-def test_sgd_is_pytorchs(nesterov):
+def test_sgd_is_pytorchs(place, nesterov):
     """v <- m v + g, w <- w - lr (g + m v) with Nesterov, else w - lr v; g includes the L2 term of decayed tensors."""
     start, gradients, end = train('SGD', 'TRAIN.OPTIMIZER.NESTEROV', nesterov, 'TRAIN.WEIGHT_DECAY', 0.01)
     for key, weight in start.items():
@@ -225,7 +225,7 @@ def test_averages_are_applied_inside_the_block_only(place):
     assert (model.parameters()[0].numpy() == 3.0).all()
 
 
-def test_lars_is_mocos():
+def test_lars_is_mocos(place):
     """Three steps, with a weight of zero and a gradient of zero, as MAE-Lite's code takes them."""
     g = golden('mocov3-lars')
     model = Named(g.group('in/p'))

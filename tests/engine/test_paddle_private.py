@@ -5,10 +5,12 @@ import numpy as np
 import paddle
 import pytest
 
+import utils.device
 from engine.checkpoint import optimizer_state, set_optimizer_state, to_arrays
+from engine.optim import LARS
 from engine.paddle_private import (
     FusedAdamW,
-    ScaledMomentum,
+    FusedMomentum,
     accumulator_names,
     accumulators,
     create_accumulators,
@@ -48,7 +50,7 @@ def test_created_state_is_that_of_a_first_step(kind, expected):
 
 
 def test_a_scaled_momentum_steps_with_the_gradient_that_it_is_given():
-    class Doubled(ScaledMomentum):
+    class Doubled(FusedMomentum):
         def scaled(self, weight, gradient, group):
             assert group['factor'] == 2
             np.testing.assert_array_equal(weight.numpy(), 2.0)
@@ -59,6 +61,63 @@ def test_a_scaled_momentum_steps_with_the_gradient_that_it_is_given():
     model(paddle.ones([1, 2])).sum().backward()
     optimizer.step()
     np.testing.assert_allclose(model.weight.numpy(), 2.0 - 0.1 * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize('nesterov', [False, True])
+@pytest.mark.parametrize('kind', [FusedMomentum, LARS])
+def test_fused_momentum_has_the_numbers_of_paddles(monkeypatch, kind, nesterov):
+    """Also for parameters without a gradient in some steps, and after its state was loaded into another optimizer."""
+    results, updates, update = [], [], FusedMomentum._update
+    monkeypatch.setattr(
+        FusedMomentum, '_update', lambda self, own, *args: (updates.append(len(own)), update(self, own, *args))
+    )
+    for on_gpu in (False, True):
+        monkeypatch.setattr(utils.device, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
+        model, again = three_layers(), three_layers()
+        optimizer, other = momentum_of(model, kind, nesterov), momentum_of(again, kind, nesterov)
+        take_steps(model, optimizer, range(3))
+        set_optimizer_state(other, again, to_arrays(optimizer_state(optimizer, model)))
+        again.set_state_dict(model.state_dict())
+        for each in ((model, optimizer), (again, other)):
+            take_steps(*each, range(3, 6))
+        state = [*model.state_dict().values(), *optimizer_state(optimizer, model)['velocity'].values()]
+        results.append([value.numpy() for value in state])
+        for name, value in model.state_dict().items():
+            np.testing.assert_array_equal(again.state_dict()[name], value)
+    assert len(results[0]) == 12 and updates == [3, 3, 2, 2, 3, 3, *2 * [2, 2, 3, 3, 2, 2]]
+    for expected, found in zip(*results):
+        np.testing.assert_allclose(found, expected, 1e-5, 1e-7)
+
+
+def momentum_of(model, kind, nesterov):
+    groups = [
+        {
+            'params': [layer.weight for layer in model],
+            'weight_decay': paddle.regularizer.L2Decay(0.05),
+            'learning_rate': 0.5,
+        },
+        {'params': [layer.bias for layer in model], 'weight_decay': None},
+    ]
+    if kind is LARS:
+        groups = [
+            {**group, 'weight_decay': None, 'lars_weight_decay': 0.05 * (not i)} for i, group in enumerate(groups)
+        ]
+    return kind(learning_rate=0.0, parameters=groups, momentum=0.9, use_nesterov=nesterov)
+
+
+def test_fused_momentum_skips_a_step_with_overflow(monkeypatch):
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: True)
+    model = three_layers()
+    optimizer, before = (
+        momentum_of(model, FusedMomentum, False),
+        [parameter.numpy() for parameter in model.parameters()],
+    )
+    for overflow in (True, False):
+        optimizer._set_auxiliary_var('found_inf', paddle.to_tensor([overflow]))
+        take_steps(model, optimizer, [0])
+        assert optimizer._get_auxiliary_var('found_inf') is overflow
+        same = [np.array_equal(old, new.numpy()) for old, new in zip(before, model.parameters())]
+        assert all(same) if overflow else not any(same)
 
 
 def three_layers():
@@ -74,7 +133,7 @@ def adamw_of(model, kind):
     return kind(learning_rate=0.0, parameters=groups, beta1=0.9, beta2=0.99, epsilon=1e-6)
 
 
-def adamw_steps(model, optimizer, steps) -> None:
+def take_steps(model, optimizer, steps) -> None:
     """Gradients are functions of the step; the second layer has none in odd steps."""
     for step in steps:
         rng = np.random.default_rng(step)
@@ -91,21 +150,21 @@ def adamw_steps(model, optimizer, steps) -> None:
 def test_fused_adamw_has_the_bits_of_paddles(monkeypatch):
     """Also for parameters without a gradient in some steps, and after its state was loaded into another optimizer."""
     plain, fused = three_layers(), three_layers()
-    adamw_steps(plain, adamw_of(plain, paddle.optimizer.AdamW), range(9))
+    take_steps(plain, adamw_of(plain, paddle.optimizer.AdamW), range(9))
     updates, update = [], FusedAdamW._update
     monkeypatch.setattr(FusedAdamW, '_update', lambda self, pairs: (updates.append(len(pairs)), update(self, pairs)))
     optimizer = adamw_of(fused, FusedAdamW)
-    adamw_steps(fused, optimizer, range(5))
+    take_steps(fused, optimizer, range(5))
     assert updates == [3, 3, 2, 2, *[2, 1, 2, 1], 2, 2, *[2, 1, 2, 1]]
     state = to_arrays(optimizer_state(optimizer, fused))
-    adamw_steps(fused, optimizer, range(5, 9))
+    take_steps(fused, optimizer, range(5, 9))
     again = three_layers()
     optimizer = adamw_of(again, FusedAdamW)
     set_optimizer_state(optimizer, again, state)
     middle = three_layers()
-    adamw_steps(middle, adamw_of(middle, FusedAdamW), range(5))
+    take_steps(middle, adamw_of(middle, FusedAdamW), range(5))
     again.set_state_dict(middle.state_dict())
-    adamw_steps(again, optimizer, range(5, 9))
+    take_steps(again, optimizer, range(5, 9))
     for name, value in plain.state_dict().items():
         np.testing.assert_array_equal(fused.state_dict()[name], value)
         np.testing.assert_array_equal(again.state_dict()[name], value)
@@ -115,11 +174,11 @@ def test_fused_adamw_skips_a_step_with_overflow():
     model = three_layers()
     optimizer, before = adamw_of(model, FusedAdamW), [parameter.numpy() for parameter in model.parameters()]
     optimizer._set_auxiliary_var('found_inf', paddle.to_tensor([True]))
-    adamw_steps(model, optimizer, [0])
+    take_steps(model, optimizer, [0])
     assert optimizer._get_auxiliary_var('found_inf') is True
     assert all(np.array_equal(old, new.numpy()) for old, new in zip(before, model.parameters()))
     optimizer._set_auxiliary_var('found_inf', paddle.to_tensor([False]))
-    adamw_steps(model, optimizer, [0])
+    take_steps(model, optimizer, [0])
     assert optimizer._get_auxiliary_var('found_inf') is False
     assert not any(np.array_equal(old, new.numpy()) for old, new in zip(before, model.parameters()))
 

@@ -6,11 +6,12 @@ import paddle
 import pytest
 from paddle import to_tensor
 
+import utils.device
 from config import get_config
 from engine.learning_rate import lr_schedule
 from engine.optim import parameter_groups
 from models import build_model, create_model
-from models.detection import Targets, postprocess
+from models.detection import Targets, nms, postprocess
 from models.detection.boxes import BoxCoder
 from models.detection.heads import MASK_SIDE, Sample, box_losses, mask_loss
 from models.detection.mask_rcnn import ENCODER
@@ -20,6 +21,7 @@ from models.exported import Predictor, save_program
 from models.profile import profile
 from models.registry import config_file
 from tests.conftest import assert_close, golden
+from tests.engine.gpu import gpu  # noqa: F401
 from tests.models.detection.helpers import padded, polygons, tiny_detector
 from tests.models.helpers import linear_weights, port
 from utils.errors import UserError
@@ -186,6 +188,25 @@ def test_sampling_depends_on_the_generator_and_the_image_alone(training):
         rpn.samples, heads.samples = exhaustive
     first, again, other = ({name: loss.item() for name, loss in run.items()} for run in runs)
     assert first == again != other
+
+
+@pytest.mark.parametrize('rounds', [16, 1])
+def test_a_gpu_suppresses_without_waiting(training, gpu, monkeypatch, rounds):  # noqa: F811
+    """The losses are those of the CPU. With too few rounds the proposals are selected again, by Paddle's operator."""
+    _, model, (x, sizes), targets = training
+    model.train()
+    monkeypatch.setattr(nms, 'ROUNDS', rounds)
+    selected, select = [], model.proposal_generator.select
+    monkeypatch.setattr(
+        model.proposal_generator,
+        'select',
+        lambda *args, **options: (selected.append(options), select(*args, **options))[1],
+    )
+    found = {name: loss.item() for name, loss in model(x, sizes, targets=targets).items()}
+    assert selected == ([{'waits': False}] if rounds > 1 else [{'waits': False}, {}])
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: False)
+    assert found == {name: loss.item() for name, loss in model(x, sizes, targets=targets).items()}
+    assert selected[-1] == {'waits': True}
 
 
 def test_images_without_objects_give_every_parameter_a_gradient(training):

@@ -6,11 +6,12 @@ import paddle
 import pytest
 from paddle import to_tensor
 
+from models.detection import nms
 from models.detection.anchors import cell_anchors, grid_anchors
 from models.detection.boxes import BoxCoder, pairwise_iou
 from models.detection.masks import ImageDetections, mask_targets, paste, postprocess, rasterize
 from models.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, subsample
-from models.detection.nms import choose_detections, grouped_nms
+from models.detection.nms import choose_detections, greedy_on_device, grouped_nms
 from models.detection.roi_align import PyramidPooler, roi_align
 from tests.conftest import assert_close, golden
 from tests.models.detection.helpers import polygons
@@ -113,6 +114,44 @@ def test_final_detections():
     assert not (best.index[1] // 4 == int(finite[g['out/final_roi'][0]])).any().item()
     nothing = choose_detections(boxes, scores, to_tensor(valid), sizes, 1.0, 0.5, 30)
     assert not nothing.valid.any().item() and not nothing.boxes.any().item() and not nothing.scores.any().item()
+
+
+def clusters(seed: int, images: int, count: int) -> np.ndarray:
+    """Boxes around a few centers, so that many overlap."""
+    rng = np.random.default_rng(seed)
+    centers, sizes = rng.uniform(0, 200, (images, 8, 2)), rng.uniform(10, 80, (images, 8, 2))
+    chosen = rng.integers(0, 8, (images, count, 1))
+    centers, sizes = (np.take_along_axis(values, chosen, 1) for values in (centers, sizes))
+    centers, sizes = centers + rng.normal(0, 0.15, centers.shape) * sizes, sizes * rng.uniform(0.8, 1.2, sizes.shape)
+    return np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=2).astype('float32')
+
+
+@pytest.mark.parametrize('pairs', [1, 2**23])
+def test_suppression_without_waiting_is_the_greedy_one(monkeypatch, pairs):
+    monkeypatch.setattr(nms, '_PAIRS', pairs)
+    boxes, usable = clusters(0, 3, 150), np.random.default_rng(1).random((3, 150)) < 0.9
+    boxes[0, 1] = boxes[0, 0]  # of equal boxes the first one
+    boxes[1, 5:7, 2] = boxes[1, 5:7, 0]  # without area
+    for threshold in (0.3, 0.5, 0.7):
+        kept, settled = greedy_on_device(to_tensor(boxes), to_tensor(usable), threshold)
+        assert settled.item() and kept.shape == [3, 150]
+        for image in range(3):
+            rows = np.flatnonzero(usable[image])
+            scores = to_tensor(-np.arange(len(rows), dtype='float32'))
+            expected = grouped_nms(to_tensor(boxes[image, rows]), scores, paddle.zeros_like(scores, 'int64'), threshold)
+            found = np.flatnonzero(kept[image])
+            np.testing.assert_array_equal(found, rows[expected.numpy()])
+            assert 10 < len(found) < len(rows) / 2 or threshold > 0.5
+
+
+def test_a_chain_of_boxes_that_needs_more_rounds_is_not_settled():
+    """Each box overlaps its neighbors alone, so that the greedy algorithm keeps every second one."""
+    starts = np.arange(40, dtype='float32')
+    chain = to_tensor(np.stack([starts, 0 * starts, starts + 4, 0 * starts + 1], axis=1)[None])
+    usable = paddle.ones([1, 40], 'bool')
+    assert not greedy_on_device(chain, usable, 0.5)[1].item()
+    kept, settled = greedy_on_device(chain[:, : nms.ROUNDS - 1], usable[:, : nms.ROUNDS - 1], 0.5)
+    assert settled.item() and kept[0].tolist() == [place % 2 == 0 for place in range(nms.ROUNDS - 1)]
 
 
 # ---------------------------------------------------------------------------------------------------- regions

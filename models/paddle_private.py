@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private operators of Paddle, with which the host does not wait for a GPU as with its public API.
+
+Checked on Paddle 3.3.1. A later version may rename them: run tests/utils/test_paddle_private.py on it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import paddle
+from paddle import Tensor
+
+
+def roi_align(x: Tensor, boxes: Tensor, counts: Sequence[int], output: tuple[int, int], scale: float) -> Tensor:
+    """ROIAlign with adaptive sampling and half-pixel shift; neither pass lets the host wait for a GPU.
+
+    `paddle.vision.ops.roi_align` takes the counts as a tensor, which both passes read. Here they are the level of detail of
+    the boxes, which is on the host.
+
+    Args:
+        x: [B, C, H, W].
+        boxes: [R, 4], sorted by image.
+        counts: number of boxes of each image, B numbers.
+        output: (rows, columns) of the result.
+        scale: cells per unit of the boxes.
+    """
+    ends = [0]
+    for count in counts:
+        ends.append(ends[-1] + int(count))
+    boxes = boxes.clone()  # the caller's tensor gets no level of detail
+    boxes.value().get_tensor().set_lod([ends])
+    return paddle._C_ops.roi_align(x, boxes, None, *output, scale, -1, True)
