@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -218,8 +218,8 @@ class Loader:
         """
         indices, repeats = self._sampler.epoch(epoch, self._rank)
         begins = range(start_batch * self.batch_size, self._length(self._rank), self.batch_size)
-        pieces = [slice(begin, begin + self.batch_size) for begin in begins]
-        jobs = [Job(epoch, indices[piece], repeats[piece]) for piece in pieces]
+        pieces = (slice(begin, begin + self.batch_size) for begin in begins)
+        jobs = (Job(epoch, indices[piece], repeats[piece]) for piece in pieces)
         self._latest += 1
         if self._workers == 0:
             return self._only_latest(self._made_here(jobs, borrow), self._latest)
@@ -243,7 +243,7 @@ class Loader:
         erasing = 0 if self._maker.erasing is None else math.prod(planes[0].shape)
         return BatchMemory(self.batch_size, planes, erasing)
 
-    def _made_here(self, jobs: list[Job], borrow: bool) -> Iterator[Batch]:
+    def _made_here(self, jobs: Iterable[Job], borrow: bool) -> Iterator[Batch]:
         """Yield the batches of the jobs; a thread prepares the next one meanwhile."""
         if self._thread is None:
             memories = [self._new_memory() for _ in range(_MEMORIES_HERE)]
