@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Overhead of the training loop over a bare loop of forward pass, backward pass and optimizer step.
 
-    python -m benchmarks.loop_overhead gmlp_digits
-    python -m benchmarks.loop_overhead deit_small_patch16_224 -batch_size 16 -steps 3 -rounds 3
+    python benchmarks/loop_overhead.py gmlp_digits
+    python benchmarks/loop_overhead.py deit_small_patch16_224 -batch_size 16 -steps 3 -rounds 3
 
 bare     cross entropy of a fixed batch that lies on the device, backward pass, optimizer step
 recipe   a step of the configuration on a fixed batch in host memory: its loss, gradient clipping, EMA
@@ -14,7 +14,11 @@ Each round runs every loop once, so that other load slows all alike. docs/benchm
 
 from __future__ import annotations
 
+import os
+import sys
+
 if __name__ == '__main__':
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     from utils.cli import begin
     from utils.environment import start_paddle
 
@@ -23,7 +27,6 @@ if __name__ == '__main__':
 
 import argparse
 import contextlib
-import os
 import resource
 import statistics
 import time
