@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -191,13 +192,13 @@ def _whole_numbers(labels: Sequence[int], source: str) -> np.ndarray:
     """Return labels as [N] int64. Raises UserError if they are no list of 64-bit integers."""
     try:
         # Many references to one long text would become an array of many times their size.
-        array = np.asarray(labels) if _are_numbers(labels) else np.empty(1, object)
+        values = np.asarray(labels) if _are_numbers(labels) else np.empty(1, object)
     except (ValueError, TypeError, OverflowError):  # such as lists of different lengths
-        array = np.empty(1, object)
-    whole = array.ndim == 1 and array.dtype.kind in 'iu'
-    if array.size and not (whole and array.max() <= np.iinfo(np.int64).max):
+        values = np.empty(1, object)
+    whole = values.ndim == 1 and values.dtype.kind in 'iu'
+    if values.size and not (whole and values.max() <= np.iinfo(np.int64).max):
         raise UserError(f'{source} has labels that are not whole numbers of at most 64 bits.')
-    return array.reshape(-1).astype(np.int64)
+    return values.reshape(-1).astype(np.int64, copy=False)
 
 
 def _are_numbers(labels: Sequence[Any]) -> bool:
@@ -209,7 +210,7 @@ class FileStorage(EncodedStorage):
 
     def __init__(self, root: str, paths: Iterable[str]):
         self.root = root
-        self._paths = PackedStrings(paths)
+        self._paths = packed(paths)
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -232,9 +233,12 @@ class PackedStrings:
     """
 
     def __init__(self, strings: Iterable[str]):
-        encoded = [_encoded(string) for string in strings]
-        self._ends = np.cumsum([len(item) for item in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b''.join(encoded), dtype=np.uint8)
+        content, ends = bytearray(), array('q')
+        for string in strings:
+            content += _encoded(string)
+            ends.append(len(content))
+        self._ends = np.frombuffer(ends or np.empty(0, np.int64), dtype=np.int64)
+        self._bytes = np.frombuffer(content, dtype=np.uint8)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -242,6 +246,20 @@ class PackedStrings:
     def __getitem__(self, index: int) -> str:
         begin = self._ends[index - 1] if index else 0
         return os.fsdecode(self._bytes[begin : self._ends[index]].tobytes())
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self.__getitem__, range(len(self)))
+
+    def starting_with(self, character: str) -> list[int]:
+        """Return the indices of the strings that start with an ASCII character."""
+        begins = np.concatenate([np.zeros(1, np.int64), self._ends[:-1]])[: len(self)]
+        filled = np.flatnonzero(begins < self._ends)
+        return filled[self._bytes[begins[filled]] == ord(character)].tolist()
+
+
+def packed(strings: Iterable[str]) -> PackedStrings:
+    """Return `PackedStrings`, without a copy if the strings are packed already."""
+    return strings if isinstance(strings, PackedStrings) else PackedStrings(strings)
 
 
 def _encoded(name: str) -> bytes:

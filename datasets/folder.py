@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from datasets.bands import image_extensions
-from datasets.dataset import Dataset, FileStorage, Storage
+from datasets.dataset import Dataset, FileStorage, PackedStrings, Storage
 from datasets.images import EXTENSIONS
 from datasets.registry import register_dataset
 from datasets.walk import describe_counts, describe_left_out, folders_in, images_below
@@ -116,15 +117,16 @@ def read_list(path: str, num_classes: int | None = None) -> tuple[list[str], np.
         UserError: a line is not 'path label', or a label is not below `num_classes`; the text names file and line.
     """
     listing = _read_image_list(path, num_classes)
-    return listing.names, listing.labels
+    return list(listing.names), listing.labels
 
 
 def _read_image_list(path: str, num_classes: int | None) -> Listing:
     root = os.path.dirname(path)
     hint = f'`python tools/make_lists.py -data_path {root}` writes it from a folder tree'
     listing = read_listing(path, _path_and_label, "'relative/path label'", hint, num_classes)
-    for index, name in enumerate(listing.names):
-        if name.startswith('#') and not os.path.exists(os.path.join(root, name)):
+    for index in listing.names.starting_with('#'):
+        name = listing.names[index]
+        if not os.path.exists(os.path.join(root, name)):
             raise UserError(f"{listing.where(index)}: there is no file '{name}'; remove the line if it is a comment.")
     return listing
 
@@ -135,18 +137,20 @@ def _path_and_label(line: str) -> list[str]:
 
 @dataclasses.dataclass
 class Listing:
-    """Content of a list file.
+    """Content of a list file. Nothing in it is a Python object per line, so that long lists fit into memory.
 
     Attributes:
         path: path of the list file.
         numbers: [N] line numbers of the items, from 1.
         names: names of the items.
+        hashes: [N] int64, hash values of the names.
         labels: [N] int64.
     """
 
     path: str
-    numbers: np.ndarray
-    names: list[str]
+    numbers: Sequence[int]
+    names: PackedStrings
+    hashes: np.ndarray
     labels: np.ndarray
 
     def where(self, index: int) -> str:
@@ -160,16 +164,22 @@ class Listing:
 
     def _contradictions(self) -> list[str]:
         """Return a sentence about names with several different labels, or an empty list."""
-        if len(set(self.names)) == len(self.names):
-            return []
         first: dict[str, int] = {}
-        pairs = [(first.setdefault(name, index), index) for index, name in enumerate(self.names)]
+        names = ((self.names[index], index) for index in repeated(self.hashes))
+        pairs = [(first.setdefault(name, index), index) for name, index in names]
         pairs = [(one, other) for one, other in pairs if self.labels[one] != self.labels[other]]
         return [
             f"{self.where(other)}: '{self.names[other]}' has label {self.labels[other]}, but {self.labels[one]} in line "
             f'{self.numbers[one]}; {len(pairs)} lines in total contradict an earlier one.'
             for one, other in pairs[:1]
         ]
+
+
+def repeated(values: np.ndarray) -> list[int]:
+    """Return the indices of the values that occur more than once, in ascending order."""
+    ordered = np.sort(values)
+    again = ordered[1:][ordered[1:] == ordered[:-1]]
+    return np.flatnonzero(np.isin(values, again)).tolist() if len(again) else []
 
 
 def read_listing(
@@ -185,28 +195,34 @@ def read_listing(
     Raises:
         UserError: a line has another form, or a label is not below `num_classes`; the text names file and line.
     """
-    numbers, names, labels = [], [], []
-    for number, line in read_lines(path, hint):
-        found = fields(line)
-        if len(found) != 2 or not (found[1].isascii() and found[1].isdecimal()):
-            raise UserError(
-                f'{path}:{number}: expected {form} with a label of 0 or more, not {line.strip()[:_QUOTED]!r}.'
-            )
-        numbers.append(number)
-        names.append(found[0])
-        labels.append(_label(found[1], num_classes, f'{path}:{number}'))
-    return Listing(path, np.array(numbers, dtype=np.int64), names, np.array(labels, dtype=np.int64))
+    numbers, hashes, labels = array('q'), array('q'), array('q')
+
+    def names() -> Iterator[str]:
+        for number, line in read_lines(path, hint):
+            found = fields(line)
+            if len(found) != 2 or not (found[1].isascii() and found[1].isdecimal()):
+                raise UserError(
+                    f'{path}:{number}: expected {form} with a label of 0 or more, not {line.strip()[:_QUOTED]!r}.'
+                )
+            numbers.append(number)
+            labels.append(_label(found[1], num_classes, path, number))
+            hashes.append(hash(found[0]))
+            yield found[0]
+
+    packed = PackedStrings(names())
+    lines = range(1, len(packed) + 1) if numbers and numbers[-1] == len(packed) else numbers  # without blank lines
+    return Listing(path, lines, packed, np.array(hashes, np.int64), np.array(labels, np.int64))
 
 
-def _label(digits: str, num_classes: int | None, where: str) -> int:
+def _label(digits: str, num_classes: int | None, path: str, number: int) -> int:
     digits = digits.lstrip('0') or '0'
     if num_classes is not None and (len(digits) > _DIGITS or int(digits) >= num_classes):
         raise UserError(
-            f'{where}: label {digits[:_QUOTED]} is out of range, MODEL.NUM_CLASSES is {num_classes} '
+            f'{path}:{number}: label {digits[:_QUOTED]} is out of range, MODEL.NUM_CLASSES is {num_classes} '
             f'(labels 0 to {num_classes - 1}).'
         )
     if len(digits) > _DIGITS:
-        raise UserError(f'{where}: label {digits[:_QUOTED]} is too large: at most {_DIGITS} digits are read.')
+        raise UserError(f'{path}:{number}: label {digits[:_QUOTED]} is too large: at most {_DIGITS} digits are read.')
     return int(digits)
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -28,6 +28,8 @@ _LOG = logging.getLogger(__name__)
 
 # An unreadable training image is replaced by the next one; this many in a row are an error.
 _TRIES = 16
+
+_MEMORIES_HERE = 2  # without workers: a batch in use, and the next one
 
 
 @dataclasses.dataclass
@@ -150,7 +152,7 @@ class Loader:
         sampler: chooses the images of this rank in an epoch.
         batch_size: images per rank and batch; the last batch of an epoch may be smaller.
         drop_last: drop an incomplete last batch.
-        workers: number of processes; 0 prepares batches in a thread of this process.
+        workers: number of processes; 0 prepares batches in a thread of this process, one ahead.
         prefetch: batches per worker that are prepared in advance.
         timeout: seconds to wait for a batch; 0: no limit.
     """
@@ -216,11 +218,11 @@ class Loader:
         """
         indices, repeats = self._sampler.epoch(epoch, self._rank)
         begins = range(start_batch * self.batch_size, self._length(self._rank), self.batch_size)
-        pieces = [slice(begin, begin + self.batch_size) for begin in begins]
-        jobs = [Job(epoch, indices[piece], repeats[piece]) for piece in pieces]
+        pieces = (slice(begin, begin + self.batch_size) for begin in begins)
+        jobs = (Job(epoch, indices[piece], repeats[piece]) for piece in pieces)
         self._latest += 1
         if self._workers == 0:
-            return self._only_latest((self._make_here(job, borrow) for job in jobs), self._latest)
+            return self._only_latest(self._made_here(jobs, borrow), self._latest)
         if self._pool is None or self._pool.closed:
             memories = [self._new_memory() for _ in range(self._workers * self._prefetch)]
             self._pool = WorkerPool(self._maker, memories, self._workers, self._timeout, self.dataset.describe)
@@ -241,14 +243,21 @@ class Loader:
         erasing = 0 if self._maker.erasing is None else math.prod(planes[0].shape)
         return BatchMemory(self.batch_size, planes, erasing)
 
-    def _make_here(self, job: Job, borrow: bool) -> Batch:
+    def _made_here(self, jobs: Iterable[Job], borrow: bool) -> Iterator[Batch]:
+        """Yield the batches of the jobs; a thread prepares the next one meanwhile."""
         if self._thread is None:
-            self._thread = WorkerThread(self._maker, self._new_memory(), self._timeout, self.dataset.describe)
-        try:
-            return self._collect(*self._thread.run(job), borrow)
-        except BaseException:  # after an interrupt or a timeout, the result of this job is still to come
-            self._end_thread()
-            raise
+            memories = [self._new_memory() for _ in range(_MEMORIES_HERE)]
+            self._thread = WorkerThread(self._maker, memories, self._timeout, self.dataset.describe)
+        finished = self._thread.run(jobs)
+        while True:
+            try:
+                done = next(finished, None)
+            except BaseException:  # after an interrupt or a timeout, the result of this job is still to come
+                self._end_thread()
+                raise
+            if done is None:
+                return
+            yield self._collect(*done, borrow)
 
     def _end_thread(self) -> None:
         if self._thread is not None:

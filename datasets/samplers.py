@@ -25,9 +25,15 @@ class TrainSampler:
         return -(-self.size // self.world_size)
 
     def epoch(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return indices [n] int64, and for each the number of earlier draws of that image in the epoch [n] int64."""
-        positions = rank_positions(self.size, self.world_size, rank)
-        return permutation(self.size, self.seed, epoch)[positions % self.size], positions // self.size
+        """Return indices [n] of integers, and for each the number of earlier draws of that image in the epoch [n] int64."""
+        order = permutation(self.size, self.seed, epoch)
+        own = np.ascontiguousarray(order[rank :: self.world_size])
+        padding = rank_positions(self.length(rank), self.world_size, rank)[len(own) :]
+        repeats = np.zeros(self.length(rank), np.int64)
+        if len(padding):
+            own = np.concatenate([own, order[padding % self.size]])
+            repeats[-len(padding) :] = padding // self.size
+        return own, repeats
 
 
 class RepeatedSampler(TrainSampler):
@@ -52,8 +58,7 @@ class RepeatedSampler(TrainSampler):
         return self.size // self.MULTIPLE * self.MULTIPLE // self.world_size
 
     def epoch(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        draws = self.repeats * self.size
-        positions = rank_positions(draws, self.world_size, rank)[: self.length(rank)] % draws
+        positions = rank_positions(self.length(rank), self.world_size, rank) % (self.repeats * self.size)
         return permutation(self.size, self.seed, epoch)[positions // self.repeats], positions % self.repeats
 
 
@@ -96,10 +101,12 @@ class EvalSampler:
 
 
 def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
-    """Return the order of an epoch, [size] int64."""
-    return np.random.default_rng([seed, epoch]).permutation(size)
+    """Return the order of an epoch, [size] int32, or int64 where the size needs it; the random numbers are the same."""
+    order = np.arange(size, dtype=np.int32 if size < 1 << 31 else np.int64)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order
 
 
 def rank_positions(count: int, world_size: int, rank: int) -> np.ndarray:
-    """Return positions rank, rank + world_size, ... up to `count`, rounded up to a multiple of `world_size`."""
-    return np.arange(rank, -(-count // world_size) * world_size, world_size)
+    """Return the positions of a rank, rank, rank + world_size, ..., [count]."""
+    return np.arange(rank, rank + count * world_size, world_size)

@@ -8,6 +8,7 @@ ignore SIGINT, SIGTERM and SIGHUP, so that the training process can finish its s
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import math
@@ -244,51 +245,70 @@ def too_late(who: str, timeout: float, images: str) -> WorkerError:
 
 
 class WorkerThread:
-    """Runs `make(job, memory)` in a thread of this process, whose wait for a hung file system has a limit.
+    """Runs `make(job, memory)` in a thread of this process, ahead of its caller and with a limit for a hung file system.
 
     The thread is a daemon: a program may end while the thread waits.
 
     Args:
+        make: see `WorkerPool`.
+        memories: one per job that is running or waits for collection.
         timeout: seconds to wait for a result; 0: no limit.
         describe: maps an index to the name of the image in messages.
     """
 
-    def __init__(self, make: Callable, memory: BatchMemory, timeout: float, describe: Callable[[int], str]):
-        self._memory = memory
+    def __init__(self, make: Callable, memories: list[BatchMemory], timeout: float, describe: Callable[[int], str]):
+        self._memories = memories
         self._timeout = timeout
         self._describe = describe
+        self._under_way: deque[BatchMemory] = deque()
         self._jobs: queue.SimpleQueue = queue.SimpleQueue()
         self._results: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=_serve, args=(make, memory, self._jobs, self._results), daemon=True).start()
+        threading.Thread(target=_serve, args=(make, self._jobs, self._results), daemon=True).start()
         self.close = weakref.finalize(self, self._jobs.put, None)
 
-    def run(self, job: Job) -> tuple[object, BatchMemory]:
-        """Return (result, memory) of a job."""
-        self._jobs.put(job)
-        for seconds in waits(self._timeout, self._current_image):
-            try:
-                result, error = self._results.get(timeout=seconds)
-            except queue.Empty:
-                continue
+    def run(self, jobs: Iterable[Job]) -> Iterator[tuple[object, BatchMemory]]:
+        """Return an iterator over (result, memory) of the jobs in order; its next step reuses the memory.
+
+        Remaining jobs of an earlier call are dropped.
+        """
+        while self._under_way:
+            self._next_result()
+        jobs, free = iter(jobs), deque(self._memories)
+        while True:
+            while free and (job := next(jobs, None)) is not None:
+                self._jobs.put((job, free[0]))
+                self._under_way.append(free.popleft())
+            if not self._under_way:
+                return
+            result, error, memory = self._next_result()
             try:
                 if error is not None:
                     raise error
             finally:
                 error = None  # otherwise its traceback and this frame would hold one another
-            return result, self._memory
+            yield result, memory
+            free.append(memory)
+
+    def _next_result(self) -> tuple[object, BaseException | None, BatchMemory]:
+        """Wait for the oldest job. Return its result or error, and its memory."""
+        for seconds in waits(self._timeout, self._current_image):
+            with contextlib.suppress(queue.Empty):
+                result, error = self._results.get(timeout=seconds)
+                return result, error, self._under_way.popleft()
         raise too_late('the storage', self._timeout, self._current_image())
 
     def _current_image(self) -> str:
-        index = self._memory.current
+        index = max(memory.current for memory in self._memories)
         return f" (image in preparation: '{self._describe(index)}')" if index >= 0 else ''
 
 
-def _serve(make: Callable, memory: BatchMemory, jobs: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
-    while (job := jobs.get()) is not None:
+def _serve(make: Callable, jobs: queue.SimpleQueue, results: queue.SimpleQueue) -> None:
+    while (task := jobs.get()) is not None:
         try:
-            results.put((make(job, memory), None))
+            results.put((make(*task), None))
         except BaseException as error:
             results.put((None, error))
+        del task  # a memory that its owner has dropped
 
 
 # ---------------------------------------------------------------------------------------------------- in a worker

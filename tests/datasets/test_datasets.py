@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from datasets import (
 )
 from datasets.dataset import PackedStrings
 from datasets.digits import digits_folder
+from datasets.folder import read_listing
 from datasets.images import UnreadableImage, decode_image
 from datasets.registry import DATASETS
 from tests.conftest import ROOT
@@ -454,8 +456,27 @@ def test_missing_image(list_data, make_config):
 # ---------------------------------------------------------------------------------------------------- process hygiene
 def test_packed_strings():
     strings = ['', 'a', 'b' * 300, 'ü', os.fsdecode(b'\xff.png'), '']
-    packed = PackedStrings(strings)
-    assert [packed[i] for i in range(len(packed))] == strings
+    packed = PackedStrings(iter(strings))
+    assert len(packed) == len(strings) and list(packed) == [packed[i] for i in range(len(packed))] == strings
+    assert list(PackedStrings([])) == []
+
+
+def test_packed_strings_by_their_first_character():
+    assert PackedStrings(['#a', '', 'a#', '#', '']).starting_with('#') == [0, 3]
+    assert PackedStrings(['', 'a']).starting_with('#') == PackedStrings([]).starting_with('#') == []
+
+
+def test_long_lists_need_little_memory(tmp_path):
+    """Bytes per line while the list is read: the name, and four numbers with the spare space of growing arrays."""
+    path, lines = tmp_path / 'train_list.txt', 20000
+    path.write_text(''.join(f'train/n{i % 9:08d}/n{i % 9:08d}_{i:08d}.JPEG {i % 9}\n' for i in range(lines)))
+    length = len('train/n00000000/n00000000_00000000.JPEG')
+    tracemalloc.start()
+    listing = read_listing(str(path), str.split, 'form', 'hint', 9)
+    assert not listing.dataset(FileStorage('', listing.names)).notes
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak / lines < 1.5 * (length + 4 * 8)
 
 
 def test_paddle_is_not_imported():

@@ -56,7 +56,7 @@ def hung(kind: str, timeout: float):
         if kind == 'processes':
             list(WorkerPool(hang, [new_memory()], 1, timeout, describe).run([JOB]))
         else:
-            WorkerThread(hang, new_memory(), timeout, describe).run(JOB)
+            list(WorkerThread(hang, [new_memory()], timeout, describe).run([JOB]))
     return str(caught.value), time.monotonic() - began
 
 
@@ -76,16 +76,43 @@ def test_a_short_limit_needs_no_note(caplog):
     assert not caplog.messages
 
 
+def jobs_of(epochs):
+    return [Job(epoch, np.arange(1), np.zeros(1, int)) for epoch in epochs]
+
+
 def test_a_thread_returns_results_and_errors_and_ends():
     before = threading.active_count()
-    thread, memory = WorkerThread(square, new_memory(), 0.0, str), None
-    for epoch in (2, 3):
-        result, memory = thread.run(Job(epoch, np.arange(1), np.zeros(1, int)))
-        assert result == epoch**2
+    thread = WorkerThread(square, [new_memory()], 0.0, str)
+    assert [result for result, _ in thread.run(jobs_of((2, 3)))] == [4, 9]
     with pytest.raises(AttributeError):
-        thread.run('no job')
-    del thread, memory
+        next(thread.run(['no job']))
+    del thread
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
     assert threading.active_count() == before
+
+
+def test_a_thread_works_ahead_in_memory_that_is_not_in_use():
+    begun, free = [], threading.Semaphore(0)
+
+    def record(job, memory):
+        begun.append((job.epoch, memory))
+        free.release()
+        return job.epoch
+
+    memories = [new_memory(), new_memory()]
+    results = WorkerThread(record, memories, 0.0, str).run(jobs_of(range(5)))
+    for epoch in range(4):
+        result, memory = next(results)
+        assert free.acquire(timeout=5) and (epoch or free.acquire(timeout=5))  # the job after this one has begun
+        assert result == epoch and begun[epoch][1] is memory
+        assert [job for job, _ in begun] == list(range(epoch + 2))
+        assert begun[epoch + 1][1] is not memory
+    assert [result for result, _ in results] == [4]
+
+
+def test_a_thread_drops_the_rest_of_an_earlier_call():
+    thread = WorkerThread(square, [new_memory(), new_memory()], 0.0, str)
+    next(thread.run(jobs_of((2, 3, 4))))
+    assert [result for result, _ in thread.run(jobs_of((5, 6, 7)))] == [25, 36, 49]
