@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.cases import INFERENCE, KINDS, LEANVIT, MODELS, PRECISIONS, SIDES, TORCH, Case, cases, groups
 from benchmarks.processes import ROOT, Stopped, Worker
-from benchmarks.table import tables
+from benchmarks.table import speed, tables
 from utils.cli import run, whole_number
 from utils.environment import ensure_home, processor_name
 from utils.errors import UserError
@@ -239,8 +239,7 @@ def in_order(chosen: Iterable[Case], number: int) -> list[Case]:
 def progress(record: dict) -> str:
     """Format a finished case as a line."""
     names = [str(record[name]) for name in ('model', 'kind', 'precision', 'batch', 'side', 'runner')]
-    seconds = sorted(record['seconds'])
-    result = record.get('error') or f'{record["batch"] / seconds[len(seconds) // 2]:.1f} images/s'
+    result = record.get('error') or f'{speed(record):.1f} images/s'
     return f'{" ".join(names)}: {result}'
 
 

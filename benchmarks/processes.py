@@ -23,7 +23,7 @@ from utils.text import printable
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TURN = 0.3  # seconds that a turn takes at least: short passes are repeated
-_EXIT = 5.0  # seconds in which a process exits by itself
+_EXIT = 5.0  # seconds in which a process that closed its connection exits
 _LENGTH = 300  # characters of a reason
 Call = Callable[[], object]  # one pass
 
@@ -152,11 +152,6 @@ class Worker:
 
     def __exit__(self, *error) -> None:
         self._connection.close()
-        if error[0] is None:
-            try:
-                self._process.wait(_EXIT)
-            except subprocess.TimeoutExpired:
-                pass
         self._process.kill()
         self._process.wait()
         self._log.close()

@@ -40,12 +40,12 @@ class EViT(VisionTransformer):
         super().__init__(**options)
         self.keep_rate, self.locations = keep_rate, locations
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """[B, 3, H, W] -> [B, tokens, C]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, 3, H, W] -> logits [B, K]."""
         x = self._pos_embed(self.patch_embed(x))
         for number, block in enumerate(self.blocks):
             x = self._reducing_block(block, x) if number in self.locations else block(x)
-        return self.norm(x)
+        return self.forward_head(self.norm(x))
 
     def _reducing_block(self, block: nn.Module, x: Tensor) -> Tensor:
         mixed, scores = attend(block.attn, block.norm1(x))

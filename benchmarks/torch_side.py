@@ -7,8 +7,6 @@ import contextlib
 import importlib
 import os
 
-import numpy as np
-
 from benchmarks.cases import COMPILED, INFERENCE, Case
 from benchmarks.processes import Call
 from utils.errors import UserError
@@ -32,7 +30,7 @@ class PyTorch:
     def versions(self) -> dict[str, str]:
         """See `Side`."""
         try:
-            torch, timm = (importlib.import_module(name) for name in ('torch', 'timm'))
+            torch, timm, _ = (importlib.import_module(name) for name in ('torch', 'timm', 'numpy'))
         except ImportError as error:
             raise UserError(str(error)) from None
         torch.set_num_threads(self._threads)
@@ -56,6 +54,7 @@ class PyTorch:
 
     def exchange(self, model: str, path: str) -> None:
         """Write random weights, images and their logits."""
+        import numpy as np
         import torch
 
         from benchmarks.torch_models import build
@@ -87,6 +86,7 @@ def forward_call(model, case: Case, autocast) -> Call:
 
 def training_call(model, case: Case, autocast) -> Call:
     """Return a training step: normalization of uint8 images, passes, fused AdamW."""
+    import numpy as np
     import torch
 
     rng = np.random.default_rng(0)

@@ -22,6 +22,7 @@ LAYERS = {
     'deploy': 4,
     'engine': 4,
     'tools': 5,
+    'benchmarks': 5,
     'main_single_gpu': 5,
     'main_multi_gpu': 5,
 }
