@@ -30,6 +30,15 @@ dnnl_engine* cpu() {
   return engine;
 }
 
+// A matrix of one row with the stride that it would have in a larger one. oneDNN computes nothing for shorter strides.
+View with_row_stride(View view) {
+  size_t last = view.sizes.size() - 1;
+  if (view.sizes[last - 1] == 1) {
+    view.strides[last - 1] = std::max(view.strides[last - 1], view.sizes[last] * view.strides[last]);
+  }
+  return view;
+}
+
 // The memory objects and the primitive of products of one shape; the data is set before each product.
 class Product {
  public:
@@ -40,7 +49,7 @@ class Product {
     const View* views[4] = {&a, &b, &c, with_bias ? &bias : nullptr};
     const int names[4] = {kSource, kWeights, kDestination, kBias};
     for (int i = 0; i < 3 + with_bias; ++i) {
-      const View& view = *views[i];
+      const View view = with_row_stride(*views[i]);
       check(dnnl_memory_desc_create_with_strides(&descs[i], view.sizes.size(), view.sizes.data(),
                                                  view.type == Type::f32 ? kF32 : kBf16, view.strides.data()));
       arguments_.push_back({names[i], nullptr});

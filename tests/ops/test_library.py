@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators are compiled once; without a compiler a sentence explains it, and plain layers are used."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import ops
+from ops import library
+from tests.conftest import ROOT
+from tools import build_ops
+from utils.errors import UserError
+
+compiled = pytest.mark.skipif(not ops.load(), reason='no C++ compiler')
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    """Two empty folders for the library."""
+    paths = [str(tmp_path / 'build'), str(tmp_path / 'cache')]
+    monkeypatch.setattr(library, '_folders', lambda: iter(paths))
+    return paths
+
+
+def write(path: str) -> None:
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write('library')
+
+
+@pytest.mark.parametrize('compiler', ['no-such-command', '/bin/false', '/etc/passwd'])
+def test_without_a_compiler(folders, compiler, monkeypatch, capsys):
+    monkeypatch.setenv('CXX', compiler)
+    assert not library.load.__wrapped__()
+    note = capsys.readouterr().err.splitlines()[-1]
+    assert note.startswith('note: training on the CPU without the operators in C++, which is slower: the C++ compiler')
+    assert compiler in note
+    assert [name for _, _, names in os.walk(os.path.dirname(folders[0])) for name in names] == []
+
+
+def test_no_compiler_at_all(folders, monkeypatch):
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setattr(library.shutil, 'which', lambda name: None)
+    with pytest.raises(UserError, match='there is no C.. compiler: install g.., or set CXX'):
+        library.build()
+
+
+def test_a_broken_library_is_a_note(folders, monkeypatch, capsys):
+    monkeypatch.setattr(library, '_compile', write)
+    assert not library.load.__wrapped__()
+    assert 'note: training on the CPU without the operators' in capsys.readouterr().err
+
+
+def test_the_switch_and_the_gpu_build(monkeypatch):
+    monkeypatch.setattr(library, 'build', lambda: pytest.fail('compiled'))
+    monkeypatch.setenv(library.SWITCH, '0')
+    assert not library.load.__wrapped__()
+    monkeypatch.delenv(library.SWITCH)
+    monkeypatch.setattr(library.paddle, 'is_compiled_with_cuda', lambda: True)
+    assert not library.load.__wrapped__()
+    with pytest.raises(UserError, match='GPU build'):
+        build_ops.main([])
+
+
+def test_it_is_compiled_once(folders, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(library, '_compile', lambda path: calls.append(path) or write(path))
+    assert library.build() == library.build() == calls[0]
+    assert len(calls) == 1 and calls[0].startswith(folders[0])
+    assert not os.path.exists(os.path.dirname(calls[0]) + '.lock')
+    build_ops.main([])
+    assert capsys.readouterr().out.strip() == calls[0]
+
+
+def test_a_read_only_tree_uses_the_cache(folders, monkeypatch):
+    write(folders[0])  # a file in the place of the folder
+    monkeypatch.setattr(library, '_compile', write)
+    assert library.build().startswith(folders[1])
+    os.rename(folders[1], folders[1] + '-moved')
+    write(folders[1])
+    with pytest.raises(UserError, match='make one of them writable'):
+        library.build()
+
+
+def test_other_sources_and_processors_have_libraries_of_their_own(tmp_path, monkeypatch):
+    key = library._key()
+    assert key == library._key()
+    monkeypatch.setattr(library, 'cpu_flags', lambda: frozenset({'sse'}))
+    other = library._key()
+    write(str(tmp_path / 'x.cc'))
+    monkeypatch.setattr(library, '_SOURCES', str(tmp_path))
+    assert len({key, other, library._key()}) == 3
+
+
+@compiled
+def test_all_operators_are_registered():
+    """A model that runs before Paddle's own OpenMP runtime is loaded by `start_paddle` works, too."""
+    code = (
+        'import paddle, ops; x = paddle.ones([2, 3]); '
+        'print(ops.usable(x), ops.linear(x, paddle.ones([3, 2]), None).numpy().tolist())'
+    )
+    environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == 'True [[3.0, 3.0], [3.0, 3.0]]\n', done.stderr
+
+
+def test_paddle_ships_the_library_that_the_operators_call():
+    """Version 3 of oneDNN, whose C interface `onednn.h` declares."""
+    import ctypes
+
+    import paddle
+
+    class Version(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_int) for name in ('major', 'minor', 'patch')]
+
+    path = os.path.join(paddle.sysconfig.get_lib(), 'libdnnl.so.3')
+    if not os.path.isfile(path):
+        pytest.skip('this build of Paddle has no oneDNN')
+    version = ctypes.CDLL(path).dnnl_version
+    version.restype = ctypes.POINTER(Version)
+    assert version().contents.major == 3

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators for the CPU compute what plain layers compute, forward and backward; bfloat16 stays close."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paddle import nn
+
+import ops
+from config import get_config
+from engine.precision import Precision
+from models import build_model
+from models.layers import Attention, Block, LayerNorm, Linear, Mlp, TokenState
+from models.registry import config_file
+from tests.conftest import assert_close
+from utils.environment import has_bfloat16
+
+pytestmark = pytest.mark.skipif(not ops.load(), reason='no C++ compiler')
+bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason='no instructions for bfloat16')
+
+EXACT, HALF = 1e-6, 2e-2
+
+
+def numbers(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype('float32')
+
+
+def results(function, arrays) -> list[np.ndarray]:
+    """The output, and the gradients of all inputs for a fixed gradient of the output."""
+    tensors = [paddle.to_tensor(array, stop_gradient=False) for array in arrays]
+    y = function(*tensors)
+    (y * paddle.to_tensor(numbers(99, *y.shape))).sum().backward()
+    return [y.numpy(), *(tensor.grad.numpy() for tensor in tensors)]
+
+
+def compare(operator, plain, arrays, half=False, tolerance=None) -> None:
+    with ops.bfloat16(half):
+        actual = results(operator, arrays)
+    for ours, expected in zip(actual, results(plain, arrays)):
+        assert ours.dtype == np.float32 and ours.shape == expected.shape
+        # Sums of a few numbers near 1 may be near 0.
+        scale = max(float(np.abs(expected).max()), 1.0)
+        assert np.abs(ours - expected).max() <= scale * (tolerance or (HALF if half else EXACT))
+
+
+def plain_attention(num_heads, scale, key_bias=None):
+    def compute(qkv):
+        batch, tokens, channels = qkv.shape
+        parts = qkv.reshape([batch, tokens, 3, num_heads, channels // 3 // num_heads]).transpose([2, 0, 3, 1, 4])
+        logits = paddle.matmul(parts[0] * scale, parts[1], transpose_y=True)
+        logits = logits if key_bias is None else logits + key_bias.reshape([batch, 1, 1, tokens])
+        return paddle.matmul(F.softmax(logits), parts[2]).transpose([0, 2, 1, 3]).flatten(2)
+
+    return compute
+
+
+def plain_gated_mlp(x, w1, b1, scale, shift, spatial, spatial_bias, w2, b2):
+    u, v = F.gelu(F.linear(x, w1, b1)).chunk(2, axis=-1)
+    v = F.layer_norm(v, v.shape[-1:], scale, shift, 1e-5)
+    gate = paddle.matmul(spatial, v, transpose_x=True) + spatial_bias.unsqueeze(-1)
+    return F.linear(u * gate, w2, b2)
+
+
+halves = pytest.mark.parametrize('half', [False, pytest.param(True, marks=bfloat16)])
+
+
+@halves
+@given(st.integers(1, 5), st.integers(1, 37), st.integers(1, 40))
+def test_linear(half, rows, inputs, outputs):
+    arrays = [numbers(1, 2, rows, inputs), numbers(2, inputs, outputs), numbers(3, outputs)]
+    compare(ops.linear, F.linear, arrays, half, None if half else 2e-6)
+
+
+@given(st.integers(1, 5), st.integers(2, 130), st.sampled_from([1e-6, 1e-5]))
+def test_layer_norm(rows, channels, epsilon):
+    arrays = [3 * numbers(1, 2, rows, channels) + 1, numbers(2, channels), numbers(3, channels)]
+    compare(
+        lambda *inputs: ops.layer_norm(*inputs, epsilon),
+        lambda x, weight, bias: F.layer_norm(x, [channels], weight, bias, epsilon),
+        arrays,
+        tolerance=1e-5,  # two channels: differences of nearly equal numbers
+    )
+
+
+@halves
+@given(st.integers(1, 5), st.integers(1, 24), st.integers(1, 70))
+def test_mlp(half, rows, channels, hidden):
+    arrays = [numbers(1, 2, rows, channels), numbers(2, channels, hidden), numbers(3, hidden), numbers(4, hidden, 7)]
+    compare(
+        ops.mlp,
+        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+        [*arrays, numbers(5, 7)],
+        half,
+        4e-2 if half else 3e-6,
+    )
+
+
+@halves
+@pytest.mark.parametrize('biased', [False, True])
+@given(st.integers(1, 4), st.integers(1, 30), st.sampled_from([1, 3]), st.sampled_from([8, 20]))
+def test_attention(half, biased, batch, tokens, heads, dim):
+    key_bias = paddle.to_tensor(numbers(2, batch, tokens)) if biased else None
+    compare(
+        lambda qkv: ops.attention(qkv, heads, dim**-0.5, key_bias).astype('float32'),
+        plain_attention(heads, dim**-0.5, key_bias),
+        [numbers(1, batch, tokens, 3 * heads * dim)],
+        half,
+        4e-2 if half else 2e-6,
+    )
+
+
+@halves
+@given(st.integers(1, 3), st.integers(1, 20), st.integers(8, 24))  # with few channels LayerNorm is ill-conditioned
+def test_gated_mlp(half, batch, tokens, hidden):
+    arrays = [numbers(1, batch, tokens, 12), numbers(2, 12, 2 * hidden), numbers(3, 2 * hidden), numbers(4, hidden)]
+    arrays += [
+        numbers(5, hidden),
+        numbers(6, tokens, tokens),
+        numbers(7, tokens),
+        numbers(8, hidden, 12),
+        numbers(9, 12),
+    ]
+    operator = lambda x, *weights: ops.gated_mlp(x, *weights, epsilon=1e-5)  # noqa: E731
+    compare(operator, plain_gated_mlp, arrays, half, 0.1 if half else 1e-5)
+
+
+def test_gradients_are_those_of_the_values():
+    """Central differences along a random direction."""
+    arrays = [numbers(1, 2, 3, 8), numbers(2, 8, 16), numbers(3, 16), numbers(4, 16, 8), numbers(5, 8)]
+    directions = [numbers(seed, *array.shape) for seed, array in enumerate(arrays, 10)]
+    gradients = results(ops.mlp, arrays)[1:]
+    expected = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions))
+
+    def value(step: float) -> float:
+        moved = [paddle.to_tensor(array + step * direction) for array, direction in zip(arrays, directions)]
+        y = ops.mlp(*moved)
+        return float((y.astype('float64') * paddle.to_tensor(numbers(99, *y.shape)).astype('float64')).sum())
+
+    assert (value(2e-3) - value(-2e-3)) / 4e-3 == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize('values', [[1e4, -1e4], [300.0, -300.0], [0.0, -0.0], [88.0, -12.9]])
+def test_large_numbers_stay_finite(values):
+    x = paddle.to_tensor(np.tile(np.array(values, 'float32'), (1, 2, 3)))
+    eye, zero = paddle.eye(6), paddle.zeros([6])
+    assert_close(ops.mlp(x, eye, zero, eye, zero), F.gelu(x), EXACT)
+    assert_close(ops.attention(x, 1, 1.0), plain_attention(1, 1.0)(x), EXACT)
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf])
+def test_numbers_that_are_not_finite_stay_so(bad):
+    """A loss that is not finite has to end the run, also where operators computed it."""
+    x = paddle.to_tensor(np.array([[1.0, bad, 2.0]], 'float32'))
+    eye, zero = paddle.eye(3), paddle.zeros([3])
+    for half in (False, has_bfloat16()):
+        with ops.bfloat16(half):
+            outputs = [
+                ops.linear(x, eye, zero), ops.mlp(x, eye, zero, eye, zero), ops.layer_norm(x, zero + 1, zero, 1e-6),
+                ops.attention(x.unsqueeze(0), 1, 1.0).astype('float32'),
+            ]  # fmt: skip
+        for output in outputs:
+            assert not paddle.isfinite(output).all()
+
+
+def test_empty_batches_have_zero_gradients():
+    y, dx, dw, db = results(ops.linear, [numbers(1, 0, 4), numbers(2, 4, 3), numbers(3, 3)])
+    assert y.shape == (0, 3) and dx.shape == (0, 4)
+    assert not dw.any() and not db.any()
+
+
+def test_views_of_stride_kernels_are_read_right():
+    x = paddle.to_tensor(numbers(1, 6, 5))
+    weight, bias = paddle.to_tensor(numbers(2, 6, 4)), paddle.to_tensor(numbers(3, 4))
+    before = paddle.get_flags('FLAGS_use_stride_kernel')
+    paddle.set_flags({'FLAGS_use_stride_kernel': True})
+    try:
+        view = x.transpose([1, 0])
+        assert not view.is_contiguous()
+        assert_close(ops.linear(view, weight, bias), x.numpy().T @ weight.numpy() + bias.numpy(), EXACT)
+    finally:
+        paddle.set_flags(before)
+
+
+# ---------------------------------------------------------------------------------------------------- layers
+def test_layers_use_the_operators(monkeypatch):
+    """In dygraph on the CPU; the classes of Paddle give the same numbers."""
+    calls, run = [], ops._run
+    monkeypatch.setattr(ops, '_run', lambda name, *rest: calls.append(name) or run(name, *rest))
+    x = paddle.to_tensor(numbers(1, 2, 9, 24))
+    block = Block(24, Attention(24, 3))
+    block(x, TokenState(0, 9))
+    assert calls == ['layer_norm', 'linear', 'attention', 'linear', 'layer_norm', 'mlp']
+    for ours, plain in ((Linear(24, 5), nn.Linear(24, 5)), (LayerNorm(24), nn.LayerNorm(24))):
+        plain.set_state_dict(ours.state_dict())
+        assert_close(ours(x), plain(x), EXACT)
+
+
+def test_dropout_of_hidden_activations_and_weights_is_not_skipped():
+    x = paddle.ones([2, 9, 24])
+    for layer in (Mlp(24, 48, drop_rate=0.5), Attention(24, 3, attn_drop_rate=0.5)):
+        run = lambda layer=layer: layer(x) if isinstance(layer, Mlp) else layer(x)[0]  # noqa: E731
+        assert not paddle.equal_all(run(), run())
+        layer.eval()
+        assert paddle.equal_all(run(), run())
+
+
+SMALL = ['DATA.IMAGE_SIZE', 64, 'MODEL.TRANS.EMBED_DIM', 48, 'MODEL.TRANS.NUM_HEADS', 3, 'MODEL.NUM_CLASSES', 4]
+MODELS = {
+    'gmlp_digits': [],
+    'deit_small_patch16_224': SMALL,
+    'evit_small_patch16_224_k05_fuse': SMALL,
+    'lambda_base_01346_tome_r24': [*SMALL, 'MODEL.TOME.R', 1],
+    'ms_mlp_tiny_patch4_shift5_224': ['DATA.IMAGE_SIZE', 64, 'MODEL.NUM_CLASSES', 4],
+}
+
+
+def losses(name: str, half: bool = False, recompute: bool = False) -> list[float]:
+    """Losses of three training steps."""
+    config = get_config(config_file(name), ['MODEL.DROPPATH', 0.1, *MODELS[name]])
+    paddle.seed(7)
+    model = build_model(config)
+    model.train()
+    model.set_grad_checkpointing(recompute)
+    optimizer = paddle.optimizer.SGD(0.05, model.parameters())
+    shape = (4, config.DATA.IMAGE_CHANNELS, config.DATA.IMAGE_SIZE, config.DATA.IMAGE_SIZE)
+    images, labels = paddle.to_tensor(numbers(3, *shape)), paddle.to_tensor([0, 1, 2, 3])
+    found = []
+    for step in range(3):
+        paddle.seed(step)
+        with ops.bfloat16(half):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.clear_grad()
+        found.append(float(loss))
+    return found
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_models_train_as_with_plain_layers(name, monkeypatch):
+    ours = losses(name)
+    monkeypatch.setattr(ops, 'usable', lambda x: False)
+    assert ours == pytest.approx(losses(name), rel=1e-4)
+    assert ours[2] != ours[0]
+
+
+@bfloat16
+@pytest.mark.parametrize('name', ['gmlp_digits', 'deit_small_patch16_224', 'evit_small_patch16_224_k05_fuse'])
+def test_bfloat16_stays_close(name):
+    exact, half = losses(name), losses(name, half=True)
+    assert half != exact and half == pytest.approx(exact, rel=2e-2)
+
+
+@bfloat16
+@pytest.mark.parametrize('name', ['gmlp_digits', 'deit_small_patch16_224'])
+def test_recomputed_blocks_keep_their_type(name):
+    """The backward pass recomputes them outside of `bfloat16()`."""
+    assert losses(name, half=True, recompute=True) == losses(name, half=True)
+    assert losses(name, recompute=True) == losses(name)
+
+
+def test_precision_on_the_cpu(monkeypatch):
+    from engine import precision
+
+    def starts_half(amp: bool) -> bool:
+        with Precision(get_config(opts=['AMP', amp]), on_gpu=False).autocast():
+            return ops.in_bfloat16()
+
+    monkeypatch.setattr(precision, 'has_bfloat16', lambda: True)
+    assert starts_half(True) and not starts_half(False) and not ops.in_bfloat16()
+    assert precision.describe_cpu_precision() == 'bfloat16 products and float32 weights'
+    monkeypatch.setattr(precision, 'has_bfloat16', lambda: False)
+    assert not starts_half(True)
+    assert 'avx512_bf16' in precision.describe_cpu_precision()
+    monkeypatch.setattr(precision, 'has_bfloat16', lambda: True)
+    monkeypatch.setattr(ops, 'load', lambda: False)
+    assert not starts_half(True)
+    assert 'docs/install.md' in precision.describe_cpu_precision()
