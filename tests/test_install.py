@@ -171,6 +171,25 @@ def test_the_dockerfile_is_clean():
     assert re.match(rf'nvidia/cuda:{default["CUDA"][:2]}\.{default["CUDA"][2]}\.\d', default['BASE'])
 
 
+@pytest.mark.slow
+def test_the_command_of_the_image_trains(tmp_path):
+    """In a copy of the files that the image gets, with the packages of this environment, as a user whose home is empty."""
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folder, environment = tmp_path / 'leanvit', tmp_path / 'leanvit' / '.venv'
+    for name in listed.split('\0')[:-1]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(os.path.join(ROOT, name), folder / name)
+    environment.mkdir()
+    for name in ('bin', 'lib', 'pyvenv.cfg'):
+        (environment / name).symlink_to(os.path.join(sys.prefix, name))
+    (environment / '.installed').touch()
+    command = re.findall(r'"([^"]+)"', instructions()[-1][1])
+    variables = {'HOME': str(tmp_path), 'PATH': os.environ['PATH']}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert float(re.findall(r'Validation Acc@1: ([\d.]+)', done.stdout)[-1]) > 0.9
+
+
 @pytest.mark.parametrize(('cuda', 'install'), [('', CPU_INSTALL), ('126', gpu_install('126'))], ids=['CPU', 'GPU'])
 def test_the_steps_of_the_image(machine, cuda, install):
     """What the image runs as its user, in a folder with the files; `CUDA` is the build argument."""

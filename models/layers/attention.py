@@ -201,7 +201,7 @@ class RelativeAttention(Attention):
         return relative_bias(self)
 
     def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
-        """See `Attention`: False, since the bias of each pair of tokens is a number of its own."""
+        """See `Attention`: False, since each pair of tokens has its own bias, for which the kernel has no gradient."""
         return False
 
 
