@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Private operators of Paddle, with which the host does not wait for a GPU as with its public API.
 
-Checked on Paddle 3.3.1. A later version may rename them: run tests/utils/test_paddle_private.py on it first.
+Checked on Paddle 3.3.1. A later version may rename them: run tests/models/test_paddle_private.py on it first.
 """
 
 from __future__ import annotations

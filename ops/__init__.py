@@ -13,9 +13,9 @@ import functools
 from collections.abc import Callable, Iterator
 
 import paddle
-from paddle import Tensor, _C_ops
+from paddle import Tensor
 
-from ops.library import load
+from ops.library import load, run_operator
 
 __all__ = [
     'attention',
@@ -111,7 +111,9 @@ def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
 def _run(name: str, x: Tensor, *arguments) -> Tensor:
     """Call an operator; its first output is the result, and the rest is kept for the backward pass."""
     x = x if x.is_contiguous() else x.contiguous()  # Paddle's stride kernels make views
-    return _C_ops._run_custom_op(f'leanvit_{name}', x, *arguments)[0]
+    if not paddle.is_grad_enabled():  # Paddle would record the operator for the backward pass all the same
+        x, *arguments = (a.detach() if isinstance(a, Tensor) and not a.stop_gradient else a for a in (x, *arguments))
+    return run_operator(f'leanvit_{name}', x, *arguments)[0]
 
 
 @functools.lru_cache(maxsize=64)

@@ -18,13 +18,14 @@ import tempfile
 from collections.abc import Iterator
 
 import paddle
+from paddle import Tensor
 
 from utils.environment import cpu_flags, user_cache
 from utils.errors import UserError
+from utils.files import open_regular
 from utils.locks import exclusive
 
 SWITCH = 'LEANVIT_OPS'  # environment variable; 0: plain layers
-OPERATORS = ('leanvit_attention', 'leanvit_gated_mlp', 'leanvit_layer_norm', 'leanvit_linear', 'leanvit_mlp')
 _NAME = 'leanvit_ops.so'
 _SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'csrc')
 # Without -ffast-math, which would also flush denormal numbers in the whole process.
@@ -100,7 +101,7 @@ def _can_write(folder: str) -> bool:
 def _key() -> str:
     digest = hashlib.sha256()
     for name in sorted(os.listdir(_SOURCES)):
-        with open(os.path.join(_SOURCES, name), 'rb') as file:
+        with open_regular(os.path.join(_SOURCES, name)) as file:
             digest.update(file.read())
     versions = (paddle.__version__, paddle.version.commit, platform.machine(), *sorted(cpu_flags()), *_FLAGS)
     digest.update(' '.join(versions).encode())
@@ -153,3 +154,8 @@ def _finish(process: subprocess.Popen) -> None:
         lines = output.splitlines()
         cause = next((line for line in lines if 'error' in line), lines[-1] if lines else 'no message')
         raise UserError(f"the C++ compiler '{process.args[0]}' failed: {cause.strip()}")
+
+
+def run_operator(name: str, *arguments) -> list[Tensor]:
+    """Call an operator with its inputs and attributes, in order, and return all outputs."""
+    return paddle._C_ops._run_custom_op(name, *arguments)

@@ -102,6 +102,11 @@ def test_curves_are_what_they_were(name, images, tmp_path):
     check(train(RECIPES[name], images, str(tmp_path)), f'curves/{name}', TOLERANCES.get(name, ELSEWHERE))
 
 
+@pytest.mark.parametrize('name', ['stacked', 'mae_distilled', 'rpe_finetuning'])
+def test_operators_give_the_same_curves(name, images, tmp_path):
+    check(train(RECIPES[name], images, str(tmp_path), operators=True), f'curves/{name}', bits=False)
+
+
 if __name__ == '__main__':
     for recipe in sys.argv[1:] or RECIPES:
         with tempfile.TemporaryDirectory() as place:

@@ -24,6 +24,7 @@ from models.layers import (
 )
 from models.layers.mixers import MIXERS
 from models.vision_transformer import VisionTransformer
+from tests.conftest import assert_close
 from tests.models.test_vision_transformer import tiny
 from utils.errors import UserError
 

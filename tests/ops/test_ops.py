@@ -165,6 +165,17 @@ def test_numbers_that_are_not_finite_stay_so(bad):
             assert not paddle.isfinite(output).all()
 
 
+def test_without_gradients_nothing_is_recorded():
+    weight, bias = paddle.ones([3, 3]), paddle.zeros([3])
+    weight.stop_gradient = False
+    with paddle.no_grad():
+        assert ops.linear(paddle.ones([2, 3]), weight, bias).stop_gradient
+    x = paddle.to_tensor(numbers(1, 2, 3), stop_gradient=False)
+    weight.stop_gradient = True
+    ops.linear(x, weight, bias).sum().backward()
+    assert weight.grad is None and x.grad is not None
+
+
 def test_empty_batches_have_zero_gradients():
     y, dx, dw, db = results(ops.linear, [numbers(1, 0, 4), numbers(2, 4, 3), numbers(3, 3)])
     assert y.shape == (0, 3) and dx.shape == (0, 4)
