@@ -59,7 +59,7 @@ class LeanViT:
             return self._engine(case)
         mixed = case.precision == 'bf16'
         config = configuration(case.model, {**STEP, **(MIXED if mixed else {})})
-        active = Precision(config, self._context.on_gpu).enabled
+        active = Precision(config, self._context.on_gpu).is_mixed
         if case.kind == INFERENCE:
             if mixed and not active:
                 raise UserError('mixed precision of the layers is not active here')

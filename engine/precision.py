@@ -42,6 +42,11 @@ class Precision:
         self.scaler = LossScaler(enable=self.enabled and config.AMP_DTYPE == 'float16')
 
     @property
+    def is_mixed(self) -> bool:
+        """True in mixed precision, on any device."""
+        return self.enabled or self.half_operators
+
+    @property
     def half_weights(self) -> bool:
         """True if parameters are in half precision (AMP_LEVEL O2)."""
         return self.enabled and self.options['level'] == 'O2'
