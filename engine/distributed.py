@@ -15,6 +15,7 @@ import paddle
 import paddle.distributed as dist
 
 from engine.heartbeat import Heartbeat
+from engine.network_watch import watched_over_network
 from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
@@ -119,9 +120,11 @@ def start(limit: float = 60.0) -> Context:
     else:
         os.environ['PADDLE_DISTRI_BACKEND'] = 'gloo'
         paddle.set_device('cpu')
+    heartbeat = Heartbeat.of_launcher()
     if world_size > 1:
+        heartbeat = heartbeat or watched_over_network(rank, world_size)
         _join(rank, world_size, limit)
-    return Context(rank, world_size, on_gpu, Heartbeat.of_launcher())
+    return Context(rank, world_size, on_gpu, heartbeat)
 
 
 def _join(rank: int, world_size: int, limit: float) -> None:

@@ -6,6 +6,7 @@ Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import paddle
@@ -169,6 +170,29 @@ def squared_norm(tensor: Tensor) -> Tensor:
 def divide_all(tensors: list[Tensor], divisor: Tensor) -> None:
     """Divide tensors of one type by a 0-D tensor in place, by one operation (that of GradScaler)."""
     paddle._C_ops.check_finite_and_unscale_(tensors, divisor.reshape([1]))
+
+
+class KeyValueStore:
+    """A connection of its own to the key-value store of the process group, which rank 0 serves. Waits until the store is there."""
+
+    def __init__(self):
+        address = ':'.join(filter(None, (os.environ.get(name) for name in ('MASTER_ADDR', 'MASTER_PORT'))))
+        if ':' not in address:
+            address = os.environ.get('PADDLE_MASTER') or os.environ['PADDLE_TRAINER_ENDPOINTS'].partition(',')[0]
+        host, _, port = address.rpartition(':')
+        serves, waits_for = False, 0  # no other clients
+        self._store = paddle.base.core.TCPStore(host, int(port), serves, waits_for, _CONNECT)
+
+    def add(self, name: str, value: int) -> int:
+        """Add to the number of a name, at first 0, and return the sum. Other threads run meanwhile.
+
+        Raises:
+            ValueError: the store has ended.
+        """
+        return self._store.add(name, value)
+
+
+_CONNECT = 3600  # seconds
 
 
 class LossScaler(paddle.amp.GradScaler):

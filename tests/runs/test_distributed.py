@@ -93,6 +93,28 @@ def test_a_process_that_hangs_is_named_and_ends_the_job(recipe, tmp_path):
     assert state(tmp_path / 'out' / 'hang')['step'] == 1
 
 
+def test_a_process_that_hangs_on_another_machine_is_named_on_both(recipe, tmp_path):
+    """Started one by one with the variables of Paddle's launcher, as on two machines."""
+    with socket.socket() as one, socket.socket() as two:
+        for free in (one, two):
+            free.bind(('127.0.0.1', 0))
+        places = [f'127.0.0.1:{free.getsockname()[1]}' for free in (one, two)]
+    script = os.path.join('tests', 'runs', 'hang_on_last_rank.py')
+    shared = {
+        'PADDLE_TRAINERS_NUM': '2', 'PADDLE_TRAINER_ENDPOINTS': ','.join(places), 'PADDLE_MASTER': places[0],
+        'PADDLE_PG_TIMEOUT': '12000',
+    }  # fmt: skip
+    ranks = [
+        start(
+            script, f'-cfg={recipe}', '-tag=two', PADDLE_TRAINER_ID=str(rank), PADDLE_CURRENT_ENDPOINT=place, **shared
+        )
+        for rank, place in enumerate(places)
+    ]
+    for rank in ranks:
+        status, _, err = finish(rank, timeout=90)
+        assert status < 0 and 'error: no rank has made progress for 10.8 s: the others wait for rank 1; ' in err
+
+
 def test_a_killed_process_ends_the_job_which_then_resumes(recipe, tmp_path):
     process = start('main_multi_gpu.py', f'-cfg={recipe}', '-tag=cut', NPROC='2')
     folder = tmp_path / 'out' / 'cut'
