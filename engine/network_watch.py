@@ -100,7 +100,8 @@ def _run(process: int, exchange: Exchange) -> None:
             os.write(2, f'error: {problem}\n'.encode())
             os.kill(process, signal.SIGTERM)
             time.sleep(KILL_AFTER)
-            os.kill(process, signal.SIGKILL)
+            if os.getppid() == process:
+                os.kill(process, signal.SIGKILL)
             return
 
 
