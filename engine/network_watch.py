@@ -95,7 +95,7 @@ def _run(process: int, exchange: Exchange) -> None:
     threading.Thread(target=exchange.keep_exchanging, args=(pause,), daemon=True).start()
     while os.getppid() == process:
         time.sleep(pause)
-        problem = problem_of(watch, exchange, 3 * pause)
+        problem = problem_of(watch, exchange, watch.limit / 2)
         if problem:
             os.write(2, f'error: {problem}\n'.encode())
             os.kill(process, signal.SIGTERM)
