@@ -311,6 +311,7 @@ _C.PEER_TIMEOUT = Key(60.0, '[0, 604800]')  # seconds to wait for a process that
 _C.SEED = Key(0, '[0, 18446744073709551615]')  # seed of weights, data order, augmentation and dropout
 _C.EVAL = Key(False)  # evaluate only
 _C.ENGINE = Key('dygraph', ('dygraph', 'paddle', 'onnxruntime', 'openvino'))  # EVAL: the layers, an exported program, or an ONNX file
+_C.ENGINE_PRECISION = Key('fp32', ('fp32', 'bf16', 'int8'))  # bf16: ENGINE paddle, openvino; int8: onnxruntime
 _C.SAVE_PREDICTIONS = Key(False)  # evaluations write predictions.csv and classes.csv to the run folder
 _C.THROUGHPUT = Key(False)  # measure images per second only
 _C.AMP = Key(False)  # mixed precision; on a CPU bfloat16 products in training, if the processor has instructions for them

@@ -36,6 +36,7 @@ from utils.temporary import temporary_folder
 WARMUP = 1  # rounds, after the first pass of each model
 PAUSE = 0.3  # seconds before a turn: threads of OpenMP spin for up to 0.2 s after their last operator
 START = 120.0  # seconds in which a framework is imported
+BUSY = 0.3  # load average per core from which on other processes disturb the comparison
 TOLERANCE = 1e-4  # difference of logits between the frameworks, relative to the largest one
 
 
@@ -102,12 +103,15 @@ class Comparison:
 
     def __init__(self, args: argparse.Namespace, start: Callable[[str], Worker], folder: str):
         self._args, self._start, self._folder = args, start, folder
+        self._load = round(os.getloadavg()[0], 1)  # before this run adds to it
         self._workers: dict[str, Worker] = {}
         self._stack = contextlib.ExitStack()
 
     def run(self) -> dict:
         """Return the content of the JSON file."""
         args, records = self._args, []
+        if self._load > BUSY * (os.cpu_count() or 1):
+            print(f'note: {busy(self._load)}', file=sys.stderr)
         with self._stack:
             result: dict[str, Any] = {'environment': self._environment(), 'differences': {}, 'records': records}
             for models in groups(args.models or MODELS):
@@ -165,6 +169,7 @@ class Comparison:
             'python': platform.python_version(),
             **versions,
             'rounds': self._args.rounds,
+            'load': self._load,
         }
 
     def _difference(self, model: str) -> float:
@@ -181,7 +186,7 @@ class Comparison:
 
     def _measure(self, chosen: Sequence[Case]) -> list[dict]:
         """Time cases in turns. A case that cannot be built, or ends its process, has an `error` instead of `seconds`."""
-        records = {case: {**case.fields(), 'seconds': []} for case in chosen}
+        records = {case: case.fields() for case in chosen}
         while True:
             working = [case for case in chosen if 'error' not in records[case]]
             if self._attempt(working, records):
@@ -192,7 +197,7 @@ class Comparison:
         for side in SIDES:
             self._worker(side).ask(self._args.limit, 'forget')
         for case in working:
-            records[case]['seconds'] = []
+            records[case].update(seconds=[], processor_seconds=[])
             try:
                 records[case].update(self._worker(case.side).ask(self._args.limit, 'prepare', case=case.fields()))
             except UserError as error:
@@ -202,11 +207,12 @@ class Comparison:
         built = [case for case in working if 'error' not in records[case]]
         for case, timed in turns(built, self._args.rounds, self._args.limit):
             try:
-                seconds = self._worker(case.side).ask(self._args.limit, 'turn', case=case.fields())
+                seconds, used = self._worker(case.side).ask(self._args.limit, 'turn', case=case.fields())
             except Stopped as error:
                 return self._failed(case, records, error)
             if timed:
                 records[case]['seconds'].append(seconds)
+                records[case]['processor_seconds'].append(used)
         return True
 
     def _failed(self, case: Case, records: dict[Case, dict], error: Stopped) -> bool:
@@ -234,6 +240,14 @@ def turns(
 def in_order(chosen: Iterable[Case], number: int) -> list[Case]:
     """Return the order of a round."""
     return list(chosen)[:: -1 if number % 2 else 1]
+
+
+def busy(load: float) -> str:
+    """Return the warning of a busy machine."""
+    return (
+        f'other processes use the processor (load average {load}): OpenMP waits at each operator for its slowest thread, so '
+        'that the comparison is not fair; stop them, or measure elsewhere.'
+    )
 
 
 def progress(record: dict) -> str:

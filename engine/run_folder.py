@@ -152,7 +152,7 @@ def _write_config(config, folder: RunFolder, context: Context) -> None:
     saved = config.clone()
     saved.defrost()
     saved.SAVE, saved.TAG, saved.EVAL, saved.MODEL.RESUME, saved.BASE = folder.root, '', False, None, ['']
-    saved.TRAIN.LAST_EPOCH, saved.ENGINE = 0, 'dygraph'
+    saved.TRAIN.LAST_EPOCH, saved.ENGINE, saved.ENGINE_PRECISION = 0, 'dygraph', 'fp32'
     write_run_info(folder.path, config, saved, context)
     with atomic_write(os.path.join(folder.path, 'config.yaml'), 'w') as file:
         file.write(saved.dump())

@@ -21,7 +21,7 @@ from utils.formats.program_files import check_parameters, check_program
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
 PREPROCESS = '.preprocess.json'  # preprocessing of the images, written by tools/export.py
 INPUT_NAME = 'x'
-PRECISIONS = ('fp32', 'bf16')
+PRECISIONS = ('fp32', 'bf16', 'int8')
 GPU_POOL_MB = 256  # initial size of the memory pool, which grows
 NOTHING: Mapping[str, np.ndarray] = MappingProxyType({})
 Outputs = Union[np.ndarray, tuple]

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from types import ModuleType
 
 import numpy as np
@@ -69,8 +73,46 @@ def _reason(done: subprocess.CompletedProcess) -> str:
     return printable(text.strip(), NAME)
 
 
+def quantize_weights(path: str) -> str:
+    """Quantize the linear layers of an ONNX file to int8; return the path of the new file, PREFIX.int8.onnx.
+
+    Weights have one scale per output channel. Activations get theirs in each run, so that no images are needed here.
+
+    Raises:
+        UserError: ONNX Runtime or onnx is not installed.
+    """
+    optional_package('onnx')
+    quantization = optional_package('onnxruntime.quantization')
+    target = f'{path.removesuffix(ONNX)}.int8{ONNX}'
+    with _silent(), tempfile.TemporaryDirectory() as folder:
+        folded = f'{folder}/folded{ONNX}'  # weights become constants, which the quantizer looks for
+        quantization.quant_pre_process(path, folded, skip_symbolic_shape=True)
+        quantization.quantize_dynamic(
+            folded,
+            target,
+            op_types_to_quantize=['MatMul', 'Gemm'],
+            per_channel=True,
+            weight_type=quantization.QuantType.QInt8,
+            extra_options={'MatMulConstBOnly': True},
+        )
+    return target
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Suppress notes of the quantizer, a line for each operator, in this block."""
+    runtime, before = optional_package('onnxruntime'), logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    runtime.set_default_logger_severity(4)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+        runtime.set_default_logger_severity(2)
+
+
 class OnnxRuntime:
-    """Run an ONNX file with ONNX Runtime on the CPU, in float32.
+    """Run an ONNX file with ONNX Runtime on the CPU: float32, and int8 where the file has it.
 
     Args:
         path: the ONNX file.

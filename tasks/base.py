@@ -24,7 +24,7 @@ from PIL import Image
 import datasets
 from datasets.batch import Batch
 from datasets.transforms import Squash, build_transform
-from models.engines import LAYERS, EngineModel
+from models.engines import LAYERS, EngineModel, check_engine
 from tasks.model_schedules import ModelSchedule, build_model_schedules
 from tasks.pictures import Shown, rgb
 from utils.device import upload
@@ -343,18 +343,19 @@ class Task:
         """Return a model for `infer` whose forward pass is computed by the inference engine ENGINE.
 
         Raises:
-            UserError: only the layers can compute `infer`, or AMP is set.
+            UserError: only the layers can compute `infer`, AMP is set, or the engine lacks ENGINE_PRECISION.
         """
         engine = self.config.ENGINE
+        check_engine(engine, self.config.ENGINE_PRECISION)
         if engine == LAYERS:
             return model
         if self.config.AMP:
-            raise UserError(f'-amp (AMP) needs -engine {LAYERS}; -engine {engine} runs in float32.')
+            raise UserError(f'-amp (AMP) needs -engine {LAYERS}; -engine {engine} has ENGINE_PRECISION.')
         if not self.infers_by_call:
             raise UserError(
                 f'-engine {engine} (ENGINE) runs classifiers; TRAIN.TASK {self.config.TRAIN.TASK} needs ENGINE {LAYERS}.'
             )
-        return EngineModel(model, engine, self.image_shape())
+        return EngineModel(model, engine, self.image_shape(), self.config.ENGINE_PRECISION)
 
     def evaluator(self) -> Evaluator:
         """Return a new evaluator of the validation set."""

@@ -5,6 +5,7 @@
     python tools/export.py -cfg configs/gmlp_s16_224.yaml -pretrained gmlp_s16_224.pdparams -output exported/gmlp_s16_224
     python tools/export.py -pretrained output/latest -output exported/mine
     python tools/export.py -pretrained output/latest -output exported/mine -format onnx
+    python tools/export.py -pretrained output/latest -output exported/mine -format onnx -precision int8
 
 Writes exported/mine.json (program), .pdiparams (weights) and .preprocess.json (preprocessing of images); with -format onnx
 exported/mine.onnx and .preprocess.json. The files appear only if the output of the program equals that of the model.
@@ -31,7 +32,7 @@ import paddle
 from deploy.inference import load_classifier
 from models.engines import Engine
 from models.exported import INPUT_NAME, PREPROCESS, PROGRAM, WEIGHTS, Predictor, save_program
-from models.onnx_files import ONNX, OnnxRuntime, convert_program
+from models.onnx_files import ONNX, OnnxRuntime, convert_program, quantize_weights
 from tasks import Task, build_task
 from tools._common import trained_config
 from tools._output import add_output_prefix
@@ -41,6 +42,7 @@ from utils.files import cannot_write, json_text
 from utils.flags import flag_parser
 
 TOLERANCE = 1e-5  # largest difference of a logit, relative to the largest logit
+INT8_TOLERANCE = 0.5  # the same after quantization: finds broken files; accuracy is to be measured on data
 BATCHES = (1, 3)
 FILES = {'paddle': (PROGRAM, WEIGHTS, PREPROCESS), 'onnx': (ONNX, PREPROCESS)}  # by format; the program is the first
 
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         with unfinished_files(folder, name) as prefix:
             difference = 0.0
             for _ in task.exports(model):
-                difference = max(difference, export(model, task, prefix, args.format))
+                difference = max(difference, export(model, task, prefix, args.format, args.precision))
             with open(prefix + PREPROCESS, 'w', encoding='utf-8') as file:
                 file.write(json_text(describe(config, model.num_classes, task), indent=2))
             publish(prefix, os.path.join(folder, name), FILES[args.format])
@@ -71,8 +73,14 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = flag_parser('Export a trained model as an inference program.', ('-cfg', '-pretrained', '-image_size'))
     parser.add_argument('-format', choices=list(FILES), default='paddle', help='Paddle inference program, or ONNX file')
+    parser.add_argument(
+        '-precision', choices=('fp32', 'int8'), default='fp32', help='of the linear layers of the ONNX file'
+    )
     add_output_prefix(parser, PROGRAM, WEIGHTS, PREPROCESS, ONNX)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.precision == 'int8' and args.format != 'onnx':
+        raise UserError('-precision int8 needs -format onnx.')
+    return args
 
 
 @contextlib.contextmanager
@@ -87,11 +95,12 @@ def unfinished_files(folder: str, name: str) -> Iterator[str]:
         yield os.path.join(link, 'program')
 
 
-def export(model: paddle.nn.Layer, task: Task, prefix: str, kind: str = 'paddle') -> float:
+def export(model: paddle.nn.Layer, task: Task, prefix: str, kind: str = 'paddle', precision: str = 'fp32') -> float:
     """Write the program and run it. Return the largest difference of an output, relative to its largest value.
 
     Args:
         kind: a format of FILES.
+        precision: 'fp32', or 'int8' for ONNX files.
 
     Raises:
         UserError: the difference is too large, or the model cannot be converted.
@@ -101,23 +110,31 @@ def export(model: paddle.nn.Layer, task: Task, prefix: str, kind: str = 'paddle'
     with paddle.no_grad():
         expected = [outputs_of(model, images, more) for images, more in batches]
     save_program(model, shape, prefix, batches[0][1])
-    predictor = read_back(prefix, kind)
-    found = [as_tuple(predictor(images, **more)) for images, more in batches]
-    differences = [task.program_difference(*pair) for pair in zip(found, expected)]
-    worst = float(np.max(differences))
-    if not worst <= TOLERANCE:  # NaN included
-        raise UserError(
-            f'the exported program disagrees with the model by {worst:.1e} of the largest logit, more than {TOLERANCE}: '
-            'nothing is written.'
-        )
+
+    def check(tolerance: float) -> float:
+        predictor = read_back(prefix, kind)
+        found = [as_tuple(predictor(images, **more)) for images, more in batches]
+        worst = float(np.max([task.program_difference(*pair) for pair in zip(found, expected)]))
+        if not worst <= tolerance:  # NaN included
+            raise UserError(
+                f'the exported program disagrees with the model by {worst:.1e} of the largest logit, more than '
+                f'{tolerance}: nothing is written.'
+            )
+        return worst
+
+    if kind == 'onnx':
+        convert_program(prefix)
+    worst = check(TOLERANCE)
+    if precision == 'int8':
+        os.replace(quantize_weights(prefix + ONNX), prefix + ONNX)
+        worst = check(INT8_TOLERANCE)
     return worst
 
 
 def read_back(prefix: str, kind: str) -> Engine:
     """Return what runs the exported files."""
-    source = convert_program(prefix) if kind == 'onnx' else prefix
     try:
-        return OnnxRuntime(source) if kind == 'onnx' else Predictor(source)
+        return OnnxRuntime(prefix + ONNX) if kind == 'onnx' else Predictor(prefix)
     except UserError:
         raise
     except Exception as error:  # of any type: Paddle reports no error on a full disk

@@ -98,7 +98,8 @@ def test_requests_and_answers(at_once):
     with Link(side) as worker:
         assert worker.ask(5, 'versions') == {'fake': '1.0'}
         assert worker.ask(5, 'prepare', case=CASE.fields()) == {'parameters': 3} and side.passes == 1
-        assert 0 < worker.ask(5, 'turn', case=CASE.fields()) < 1 and side.passes > 1
+        seconds, used = worker.ask(5, 'turn', case=CASE.fields())
+        assert 0 < seconds < 1 and 0 <= used < 1 and side.passes > 1
         for runner, text in (('openvino', 'openvino is not installed.'), ('onnxruntime', 'RuntimeError: no kernel')):
             with pytest.raises(UserError, match=text):
                 worker.ask(5, 'prepare', case={**CASE.fields(), 'runner': runner})
@@ -167,9 +168,11 @@ class DeadlyLink(Link):
             raise
 
 
-def test_a_whole_comparison(at_once, tmp_path):
+@pytest.mark.parametrize('load', [0.1, 50.0])
+def test_a_whole_comparison(at_once, tmp_path, monkeypatch, capsys, load):
     """Cases that fail or end their process are named; all others are measured with it once more."""
-    started = []
+    monkeypatch.setattr(compare_torch.os, 'getloadavg', lambda: (load, 0, 0))
+    started, Deadly.deaths = [], 0
 
     def start(side: str) -> Link:
         started.append(side)
@@ -184,8 +187,10 @@ def test_a_whole_comparison(at_once, tmp_path):
     assert records[DENSE, 'openvino']['error'] == 'openvino is not installed.'
     for name in (DENSE, REDUCED):
         for runner in ('dygraph', 'paddle', 'eager'):
-            assert len(records[name, runner]['seconds']) == 2 and records[name, runner]['parameters'] == 3
-    assert json.loads(json.dumps(result))['environment']['rounds'] == 2
+            assert len(records[name, runner]['seconds']) == len(records[name, runner]['processor_seconds']) == 2
+            assert records[name, runner]['parameters'] == 3
+    assert json.loads(json.dumps(result))['environment']['rounds'] == 2 and result['environment']['load'] == load
+    assert ('other processes use the processor (load average 50.0)' in capsys.readouterr().err) == (load == 50)
     assert 'leanvit onnxruntime: RuntimeError: no kernel' in tables(result)[-1]
 
 

@@ -92,7 +92,7 @@ def test_an_engine_model_has_the_attributes_of_its_model(monkeypatch):
     config = small_config('gmlp_ti16_224')
     model = random_model(config)
     monkeypatch.setattr(engines, 'write_engine_file', lambda engine, model, shape, prefix: prefix)
-    monkeypatch.setattr(engines, 'open_engine', lambda engine, source: lambda x: 2 * x)
+    monkeypatch.setattr(engines, 'open_engine', lambda engine, source, precision: lambda x: 2 * x)
     fast = EngineModel(model, 'paddle', (3, 8, 8))
     assert fast.num_classes == model.num_classes
     assert not fast.training and not fast.parameters()
@@ -122,6 +122,35 @@ def test_precisions(monkeypatch):
         check_engine('onnxruntime', 'bf16')
     with pytest.raises(UserError, match='no instructions for bfloat16'):
         check_engine('openvino', 'bf16')
+    check_engine('onnxruntime', 'int8')
+    with pytest.raises(
+        UserError, match=re.escape('-engine openvino does not run in int8 (ENGINE_PRECISION or -precision)')
+    ):
+        check_engine('openvino', 'int8')
+    config = get_config(None, ['ENGINE_PRECISION', 'int8', 'MODEL.NUM_CLASSES', 3])
+    with pytest.raises(UserError, match='-engine dygraph does not run in int8'):
+        build_task(config).on_engine(paddle.nn.Linear(2, 2))
+
+
+def test_int8(capfd):
+    """Linear layers are quantized; logits change a little, at any batch size; the quantizer prints nothing."""
+    source, options = MODELS['reduced']
+    config = small_config(source, *options, 'ENGINE', 'onnxruntime', 'ENGINE_PRECISION', 'int8')
+    model = random_model(config)
+    fast = build_task(config).on_engine(model)
+    assert capfd.readouterr().err == ''
+    for size in (1, 3):
+        batch = paddle.to_tensor(images(config, size))
+        with paddle.no_grad():
+            expected, found = model(batch).numpy(), fast(batch).numpy()
+        assert 1e-5 < np.abs(found - expected).max() / np.abs(expected).max() < 0.15
+
+
+def test_int8_has_a_quarter_of_the_size(tmp_path):
+    save_program(paddle.nn.Linear(256, 1024), [256], str(tmp_path / 'net'))
+    path = convert_program(str(tmp_path / 'net'))
+    quantized = onnx_files.quantize_weights(path)
+    assert 1024 * 256 < os.path.getsize(quantized) < os.path.getsize(path) / 3
 
 
 @pytest.mark.parametrize(

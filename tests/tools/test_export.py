@@ -82,6 +82,21 @@ def test_onnx(trained, tmp_path):
     assert_close(session.run(None, {'x': images})[0], expected, 1e-5)
 
 
+def test_int8(trained, tmp_path):
+    export.main([*flags(trained, tmp_path / 'plain'), '-format=onnx'])
+    export.main([*flags(trained, tmp_path / 'mine'), '-format=onnx', '-precision=int8'])
+    assert sorted(os.listdir(tmp_path)) == [f'{name}{end}' for name in ('mine', 'plain') for end in ('.onnx', '.preprocess.json')]  # fmt: skip
+    images = np.random.default_rng(1).standard_normal((2, 3, 40, 40), 'float32')
+    found, expected = (
+        onnxruntime.InferenceSession(str(tmp_path / f'{name}.onnx'), providers=['CPUExecutionProvider'])
+        for name in ('mine', 'plain')
+    )
+    found, expected = (session.run(None, {'x': images})[0] for session in (found, expected))
+    assert 1e-5 < np.abs(found - expected).max() / np.abs(expected).max() < 0.15
+    with pytest.raises(UserError, match='-precision int8 needs -format onnx'):
+        export.main([*flags(trained, tmp_path / 'mine'), '-precision=int8'])
+
+
 class Deviating(export.Predictor):
     """A program that is off by a little."""
 
