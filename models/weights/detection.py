@@ -14,6 +14,8 @@ from models.weights.rules import Grid, Start, WeightRules
 from models.weights.transformer import TransformerWeights, start_backbone
 
 BACKBONE = 'backbone.net.'
+DETECTOR = (BACKBONE, 'backbone.simfp_')  # prefixes of its file
+SEGMENTOR = 'backbone.'  # prefix of the encoder of a segmentation model
 ENCODER = TransformerWeights()
 CLASSES = 'roi_heads.box_predictor.cls_score.bias'  # background included
 TABLES = ('.rel_pos_h', '.rel_pos_w')
@@ -26,6 +28,7 @@ _UNUSED = (
     (r'cls_token|dist_token', 'the model has no class token'),
     (r'(norm|fc_norm|dist_norm)\..*', 'the model has no last LayerNorm'),
     (r'(head|head_dist|pre_logits)\..*', 'the classifier is of images'),
+    (r'(decode_head|auxiliary_head|neck)\..*', 'the decoder is of label maps'),
 )
 _INITIAL = (
     (r'backbone\.net\..*\.rel_pos_[hw]', 'the file has no decomposed relative positions'),
@@ -83,10 +86,13 @@ class DetectorWeights(WeightRules):
         return resize_position_table(table, old, model.backbone.net.position_grid, 1).numpy()
 
     def start(self, model, names: Collection[str]) -> Start:
-        """Train from the weights of an encoder: a classifier, MAE or MoCo-v3."""
-        if any(name.startswith('backbone.') for name in names):
+        """Train from the weights of an encoder: a classifier, MAE, MoCo-v3, or the backbone of a segmentation model."""
+        if any(name.startswith(DETECTOR) for name in names):
             return Start()
-        return start_backbone(model, BACKBONE, model.backbone.net, names, _UNUSED, _INITIAL)
+        inner = {name.removeprefix(SEGMENTOR): name for name in names}
+        start = start_backbone(model, BACKBONE, model.backbone.net, inner, _UNUSED, _INITIAL)
+        renamed, unused = ({inner[name]: value for name, value in part.items()} for part in start[:2])
+        return Start(renamed, unused, start.initial)
 
     def count_classes(self, state: Mapping) -> int | None:
         """See `WeightRules`."""

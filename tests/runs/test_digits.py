@@ -82,13 +82,19 @@ def test_segmentation(tmp_path):
 
 
 def test_detection(tmp_path):
-    """docs/detection.md, mean of three seeds in two processes: AP50 of boxes 63.0 %, of masks 41.8 %."""
-    encoder = launch('main_single_gpu.py', tmp_path, 'mae', 'mae_detect_digits')
-    flags = ('-ngpus=2', f'-pretrained={encoder}')
-    folder = launch('main_multi_gpu.py', tmp_path, 'detector', 'detect_digits', *flags)
-    for name, stated in (('box_ap50', 63.0), ('mask_ap50', 41.8)):
-        scores = validations(folder, name)
-        assert 100 * scores[max(scores)] >= stated - 6, name
+    """docs/detection.md, seed 0: AP50 of boxes 63.1 % and of masks 39.8 % from a Segmenter; from scratch 55.1 %, at its best."""
+    encoder = launch('main_single_gpu.py', tmp_path, 'segmenter', 'segment_detect_digits')
+    runs = {
+        'detector': (f'-pretrained={encoder}',),
+        'scratch': ('-pretrained=none', '-opts', 'TRAIN.LAYER_DECAY', '1.0'),
+    }
+    folders = {tag: launch('main_single_gpu.py', tmp_path, tag, 'detect_digits', *flags) for tag, flags in runs.items()}
+    box, mask, scratch = (
+        100 * list(validations(folders[tag], name).values())[-1]
+        for tag, name in (('detector', 'box_ap50'), ('detector', 'mask_ap50'), ('scratch', 'box_ap50'))
+    )
+    assert box >= 63.1 - 6 and mask >= 39.8 - 6
+    assert box >= scratch + 2, scratch
 
 
 def test_removal_of_attention(tmp_path):

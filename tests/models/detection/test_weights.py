@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of detectors: files of detectron2 and MAE-Lite, and starts from classifiers, MAE and MoCo-v3."""
+"""Weights of detectors: files of detectron2 and MAE-Lite, and starts from encoders."""
 
 import os
 import pickle
@@ -12,6 +12,8 @@ from config import get_config
 from models import build_model, create_model
 from models.detection import MaskRCNN
 from models.layers import MixerSpec, RemovalSpec
+from models.segmentation.segmenter import Segmenter
+from models.segmentation.upernet import UPerNet
 from models.vision_transformer import VisionTransformer
 from models.weights.convert import port_state_dict, port_with_report
 from models.weights.load import load_pretrained, load_state
@@ -35,6 +37,14 @@ def detector(**options) -> MaskRCNN:
 
 def arrays(model) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def segmenter() -> Segmenter:
+    return Segmenter(3, decoder='linear', **{**VIT, 'img_size': 32})
+
+
+def upernet() -> UPerNet:
+    return UPerNet(3, channels=8, out_indices=(0, 1, 2, 2), **{**VIT, 'img_size': 32})
 
 
 # ---------------------------------------------------------------------------------------------------- starts
@@ -83,6 +93,21 @@ def test_encoders_of_the_suite():
     resize = model.weight_rules.resize
     patches = np.random.default_rng(0).random((1, 16, 16), 'float32')
     np.testing.assert_array_equal(resize(model, 'backbone.net.pos_embed', patches)[:, 1:], patches)
+
+
+@pytest.mark.parametrize('build', [segmenter, upernet])
+def test_backbone_of_a_segmentation_model(build):
+    """Its encoder is used completely, and its neck and decoders are not."""
+    source, model, lines = build(), detector(), []
+    load_state(model, arrays(source), log=lines.append)
+    ours, theirs = arrays(model), arrays(source)
+    taken = [name for name in theirs if name.startswith(('backbone.patch_embed.', 'backbone.blocks.'))]
+    assert len(taken) == 2 + 12 * VIT['depth']
+    for name in taken:
+        np.testing.assert_array_equal(ours[name.replace('backbone.', 'backbone.net.')], theirs[name])
+    np.testing.assert_array_equal(ours['backbone.net.pos_embed'], theirs['backbone.pos_embed'])
+    report = '\n'.join(lines)
+    assert f'{len(taken) + 1} arrays of the state dict are used' in report and 'the decoder is of label maps' in report
 
 
 def test_attention_of_blocks_that_the_model_lacks_is_not_used():
