@@ -179,7 +179,14 @@ def test_five_channels_from_rgb_weights(trained, spectra, photo, tmp_path, capsy
     printed = capsys.readouterr().out
     assert '7 images, 1 of them unreadable' in printed
     assert 'an image of mode RGB has no 5 channels' in printed
-    verify_data.main([f'-cfg={tmp_path / "start.yaml"}', f'-data_path={spectra}', '-num_workers=0'])
+    verify_data.main(
+        [
+            f'-cfg={tmp_path / "start.yaml"}',
+            f'-data_path={spectra}',
+            '-num_workers=0',
+            f'-report={tmp_path / "report.json"}',
+        ]
+    )
     export.main([f'-pretrained={tmp_path / "five"}', f'-output={tmp_path / "program"}'])
     spec = json.loads((tmp_path / 'program.preprocess.json').read_text())
     assert spec['mode'] is None and spec['input']['shape'] == [None, 5, *SIZE] and len(spec['mean']) == 5
