@@ -49,7 +49,7 @@ def test_the_file_and_the_picture(tmp_path, monkeypatch, capsys):
 
     def lists(folder, count):
         names = ('data set s', 'data set MB', 'data set peak MB', 'epoch s', 'epoch peak MB', 'worker MB')
-        return {'images': count, **{name: count / 1e6 for name in names}}
+        return {'images': count, **dict.fromkeys(names, count / 1e6)}
 
     monkeypatch.setattr(growth, 'measure_step', step)
     monkeypatch.setattr(growth, 'measure_list', lists)
