@@ -20,7 +20,7 @@ def test_exponents():
     assert growth.exponent(x, [7, 7, 7, 7]) == pytest.approx(0)
 
 
-@pytest.mark.parametrize('name', growth.MODELS)
+@pytest.mark.parametrize('name', ['EViT 0.5', 'gMLP-S'])
 def test_a_step_of_each_model(name):
     """Values of the axes reach the model: twice the batch has twice the MACs, a class has one weight per channel."""
     one, wide = (growth.measure_step(name, {**FAST, **values}, 1) for values in ({}, {'batch': 2, 'classes': 11}))
