@@ -29,6 +29,7 @@ elif __name__ == '__mp_main__':  # a process that measures one point
 import argparse
 import concurrent.futures
 import contextlib
+import functools
 import math
 import multiprocessing
 import time
@@ -55,12 +56,12 @@ from utils.temporary import temporary_folder
 MODELS = {'DeiT-S': 'deit_small_patch16_224', 'EViT 0.5': 'evit_small_patch16_224_k05_fuse', 'gMLP-S': 'gmlp_s16_224'}
 # Values of each axis; an axis varies while the others have the value of `BASE`.
 AXES = {
-    'image size': (128, 192, 256, 384, 512),
-    'depth': (4, 8, 12, 16, 24),
-    'batch': (1, 2, 4, 8, 16),
-    'classes': (10, 1000, 10000, 100000),
+    'image size': (128, 224, 384, 512),
+    'depth': (4, 12, 24),
+    'batch': (1, 4, 8),
+    'classes': (1000, 10000, 100000),
 }
-BASE = {'image size': 224, 'depth': 12, 'batch': 2, 'classes': 1000}
+BASE = {'image size': 224, 'depth': 12, 'batch': 1, 'classes': 1000}
 DROPS = 3  # blocks of EViT that drop tokens, at the quarters of the depth
 IMAGES = (1e3, 1e4, 1e5, 1e6, 1e7)
 TAIL = 2  # last points of an axis, whose exponent is given beside that of all points
@@ -84,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Measure how time and memory grow.', allow_abbrev=False)
     parser.add_argument('-only', choices=('models', 'images'), help='measure the models or the numbers of images only')
-    parser.add_argument('-steps', type=int, default=3, metavar='N', help='timed steps of a point (default: 3)')
+    parser.add_argument('-steps', type=int, default=2, metavar='N', help='timed steps of a point (default: 2)')
     parser.add_argument('-images', type=float, nargs='+', default=IMAGES, metavar='N', help='lines of list files')
     add_output_file(parser, '.json', flag='-json', dest='json', what='results', required=True)
     add_output_file(parser, '.png', flag='-picture', dest='picture', what='picture of the results')
@@ -108,7 +109,7 @@ def in_process(function: Callable, *arguments):
 # ---------------------------------------------------------------------------------------------------- models
 def sweep(name: str, axis: str, steps: int) -> dict:
     """Measure a model along an axis. Print and return the points and their exponents."""
-    points = [{axis: value, **in_process(measure_step, name, {**BASE, axis: value}, steps)} for value in AXES[axis]]
+    points = [{axis: value, **at(name, tuple({**BASE, axis: value}.items()), steps)} for value in AXES[axis]]
     x = [point[axis] for point in points]
     exponents = {}
     for kind in ('macs', 'cpu_seconds', 'memory_bytes'):
@@ -117,6 +118,15 @@ def sweep(name: str, axis: str, steps: int) -> dict:
     texts = (f'{kind} {found["all"]:.2f}, at the end {found["last"]:.2f}' for kind, found in exponents.items())
     print(f'{name}, {axis} {x[0]} to {x[-1]}: exponents of {"; ".join(texts)}', flush=True)
     return {'name': name, 'axis': axis, 'points': points, 'exponents': exponents}
+
+
+@functools.cache
+def at(name: str, values: tuple[tuple[str, int], ...], steps: int) -> dict:
+    """Return `measure_step` of a point, which several axes may share."""
+    found = in_process(measure_step, name, dict(values), steps)
+    where = ', '.join(f'{axis} {value}' for axis, value in values)
+    print(f'{name}, {where}: {found["cpu_seconds"]:.2f} s, {found["memory_bytes"] / 1e6:.0f} MB', flush=True)
+    return found
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:

@@ -25,7 +25,7 @@ def draw(file: IO[bytes], result: dict) -> None:
     """Write a PNG: time in the upper row, memory in the lower one; a column for each axis and for the number of images."""
     axes = list(dict.fromkeys(row['axis'] for row in result['models']))
     columns = len(axes) + bool(result['images'])
-    figure = Figure((3.5 * columns, 6.4), dpi=75, layout='constrained')
+    figure = Figure((3.5 * columns, 6.4), dpi=62, layout='constrained')
     panels = figure.subplots(2, columns, squeeze=False)
     for column, axis in enumerate(axes):
         rows = [row for row in result['models'] if row['axis'] == axis]
