@@ -166,6 +166,7 @@ def configured(name: str, values: dict[str, int]):
     options += ['MODEL.MIXER.DEPTH' if name.startswith('gMLP') else 'MODEL.TRANS.DEPTH', depth]
     if name.startswith('EViT'):
         options += ['MODEL.EVIT.DROP_LOC', [(1 + place) * depth // (DROPS + 1) for place in range(DROPS)]]
+        options += ['MODEL.EVIT.SHRINK_START_EPOCH', 0, 'MODEL.EVIT.SHRINK_EPOCHS', 0]  # no schedule
     if not name.startswith('gMLP'):  # loss and mixing are the same in all
         options += ['TRAIN.MODEL_EMA', False]
     config = get_config(config_file(MODELS[name]), options)

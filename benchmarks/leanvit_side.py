@@ -28,6 +28,7 @@ STEP = {
     'TRAIN.MIXUP_ALPHA': 0.0, 'TRAIN.CUTMIX_ALPHA': 0.0, 'TRAIN.GRAD_CLIP': 0.0, 'TRAIN.MODEL_EMA': False,
     'TRAIN.LAYER_DECAY': 1.0,
 }  # fmt: skip
+EVIT_STEP = {'MODEL.EVIT.SHRINK_START_EPOCH': 0, 'MODEL.EVIT.SHRINK_EPOCHS': 0}  # the keep rate from the first step on
 MIXED = {'AMP': True, 'AMP_DTYPE': 'bfloat16'}
 ENGINE_PACKAGES = ('onnxruntime', 'openvino')
 
@@ -94,5 +95,5 @@ class LeanViT:
 
 def configuration(model: str, options: dict):
     """Return the configuration of a model, for 1000 classes."""
-    options = {'MODEL.NUM_CLASSES': 1000, **options}
+    options = {'MODEL.NUM_CLASSES': 1000, **(EVIT_STEP if model.startswith('evit') else {}), **options}
     return get_config(config_file(model), [item for pair in options.items() for item in pair])

@@ -8,12 +8,14 @@ from diagram import FAINT, GRAY, GREEN, RED, SAND, VIOLET, Diagram
 
 WIDTH, HEIGHT, GAP, MARGIN, TOP = 860, 62, 14, 20, 340
 ROWS = (  # color, packages with what they hold
-    (SAND, ('main_*.py, run_*.sh', 'launchers'), ('tools', 'commands: convert, predict, export, benchmark, plan …')),
+    (SAND, ('main_*.py, run_*.sh', 'launchers'), ('tools', 'convert, predict, export,\nbenchmark, plan …'),
+     ('benchmarks', 'comparison with PyTorch,\ngrowth, loop')),
     (RED, ('engine', 'training loop, optimizer, schedules, checkpoints, processes, evaluation, run folder')),
     (VIOLET, ('tasks', 'losses and metrics:\nclassification, distillation, MAE, MoCo v3'), ('analysis', 'attention statistics, CKA,\nlayer selection'),
      ('deploy', 'trained models\nfor inference')),
     (GREEN, ('models', 'architectures, layers, weight conversion'), ('datasets', 'storage, transforms, samplers, workers, loader')),
-    (GRAY, ('config.py, configs', 'every key; one YAML per model'), ('utils', 'files, logs, safe readers: neither models nor data')),
+    (GRAY, ('config.py, configs', 'every key; one YAML per model'), ('ops', 'operators in C++\nfor the CPU'),
+     ('utils', 'files, logs, safe readers:\nneither models nor data')),
 )  # fmt: skip
 
 
