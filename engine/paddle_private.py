@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All uses of Paddle's private API (attributes with a leading underscore), but for those of models/paddle_private.py and ops/library.py.
+"""All uses of Paddle's private API (attributes with a leading underscore), but for those of models/paddle_private.py and ops/extension.py.
 
 Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_paddle_private.py on it first.
 """

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import paddle
 from paddle import Tensor
 
-from ops.library import load, run_operator
+from ops.extension import load, run_operator
 
 __all__ = [
     'attention',

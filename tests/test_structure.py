@@ -173,7 +173,7 @@ PRIVATE = {
 PRIVATE_FILES = (
     os.path.join('engine', 'paddle_private.py'),
     os.path.join('models', 'paddle_private.py'),
-    os.path.join('ops', 'library.py'),
+    os.path.join('ops', 'extension.py'),
 )
 
 

@@ -18,7 +18,7 @@ import argparse
 
 import paddle
 
-from ops.library import build
+from ops.extension import build
 from utils.cli import run
 from utils.errors import UserError
 

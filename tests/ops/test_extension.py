@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import ops
-from ops import library
+from ops import extension
 from tests.conftest import ROOT
 from tools import build_ops
 from utils.errors import UserError
@@ -20,7 +20,7 @@ compiled = pytest.mark.skipif(not ops.load(), reason='no C++ compiler')
 def folders(tmp_path, monkeypatch):
     """Two empty folders for the library."""
     paths = [str(tmp_path / 'build'), str(tmp_path / 'cache')]
-    monkeypatch.setattr(library, '_folders', lambda: iter(paths))
+    monkeypatch.setattr(extension, '_folders', lambda: iter(paths))
     return paths
 
 
@@ -32,7 +32,7 @@ def write(path: str) -> None:
 @pytest.mark.parametrize('compiler', ['no-such-command', '/bin/false', '/etc/passwd'])
 def test_without_a_compiler(folders, compiler, monkeypatch, capsys):
     monkeypatch.setenv('CXX', compiler)
-    assert not library.load.__wrapped__()
+    assert not extension.load.__wrapped__()
     note = capsys.readouterr().err.splitlines()[-1]
     assert note.startswith('note: training on the CPU without the operators in C++, which is slower: the C++ compiler')
     assert compiler in note
@@ -41,32 +41,32 @@ def test_without_a_compiler(folders, compiler, monkeypatch, capsys):
 
 def test_no_compiler_at_all(folders, monkeypatch):
     monkeypatch.delenv('CXX', raising=False)
-    monkeypatch.setattr(library.shutil, 'which', lambda name: None)
+    monkeypatch.setattr(extension.shutil, 'which', lambda name: None)
     with pytest.raises(UserError, match='there is no C.. compiler: install g.., or set CXX'):
-        library.build()
+        extension.build()
 
 
 def test_a_broken_library_is_a_note(folders, monkeypatch, capsys):
-    monkeypatch.setattr(library, '_compile', write)
-    assert not library.load.__wrapped__()
+    monkeypatch.setattr(extension, '_compile', write)
+    assert not extension.load.__wrapped__()
     assert 'note: training on the CPU without the operators' in capsys.readouterr().err
 
 
 def test_the_switch_and_the_gpu_build(monkeypatch):
-    monkeypatch.setattr(library, 'build', lambda: pytest.fail('compiled'))
-    monkeypatch.setenv(library.SWITCH, '0')
-    assert not library.load.__wrapped__()
-    monkeypatch.delenv(library.SWITCH)
-    monkeypatch.setattr(library.paddle, 'is_compiled_with_cuda', lambda: True)
-    assert not library.load.__wrapped__()
+    monkeypatch.setattr(extension, 'build', lambda: pytest.fail('compiled'))
+    monkeypatch.setenv(extension.SWITCH, '0')
+    assert not extension.load.__wrapped__()
+    monkeypatch.delenv(extension.SWITCH)
+    monkeypatch.setattr(extension.paddle, 'is_compiled_with_cuda', lambda: True)
+    assert not extension.load.__wrapped__()
     with pytest.raises(UserError, match='GPU build'):
         build_ops.main([])
 
 
 def test_it_is_compiled_once(folders, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(library, '_compile', lambda path: calls.append(path) or write(path))
-    assert library.build() == library.build() == calls[0]
+    monkeypatch.setattr(extension, '_compile', lambda path: calls.append(path) or write(path))
+    assert extension.build() == extension.build() == calls[0]
     assert len(calls) == 1 and calls[0].startswith(folders[0])
     assert not os.path.exists(os.path.dirname(calls[0]) + '.lock')
     build_ops.main([])
@@ -75,22 +75,22 @@ def test_it_is_compiled_once(folders, monkeypatch, capsys):
 
 def test_a_read_only_tree_uses_the_cache(folders, monkeypatch):
     write(folders[0])  # a file in the place of the folder
-    monkeypatch.setattr(library, '_compile', write)
-    assert library.build().startswith(folders[1])
+    monkeypatch.setattr(extension, '_compile', write)
+    assert extension.build().startswith(folders[1])
     os.rename(folders[1], folders[1] + '-moved')
     write(folders[1])
     with pytest.raises(UserError, match='make one of them writable'):
-        library.build()
+        extension.build()
 
 
 def test_other_sources_and_processors_have_libraries_of_their_own(tmp_path, monkeypatch):
-    key = library._key()
-    assert key == library._key()
-    monkeypatch.setattr(library, 'cpu_flags', lambda: frozenset({'sse'}))
-    other = library._key()
+    key = extension._key()
+    assert key == extension._key()
+    monkeypatch.setattr(extension, 'cpu_flags', lambda: frozenset({'sse'}))
+    other = extension._key()
     write(str(tmp_path / 'x.cc'))
-    monkeypatch.setattr(library, '_SOURCES', str(tmp_path))
-    assert len({key, other, library._key()}) == 3
+    monkeypatch.setattr(extension, '_SOURCES', str(tmp_path))
+    assert len({key, other, extension._key()}) == 3
 
 
 @compiled
