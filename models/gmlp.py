@@ -27,6 +27,7 @@ from models.layers import (
     drop_path_rates,
     hidden_channels,
     lecun_normal_,
+    operator_replaces,
     requested,
     run_block,
     tokens_to_maps,
@@ -89,7 +90,8 @@ class GatedMlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        if ops.usable(x) and not (self.training and self.drop.p):
+        layers = self.fc1, self.act, self.gate.norm, self.gate.proj, self.fc2
+        if not (self.training and self.drop.p) and operator_replaces(x, *layers):
             return ops.gated_mlp(x, *self._weights(), epsilon=self.gate.norm._epsilon)
         if not paddle.in_dynamic_mode():
             return self.fc2(self.gate.gate(*self._halves(x)))

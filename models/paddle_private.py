@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private operators of Paddle, with which the host does not wait for a GPU as with its public API.
+"""Private API of Paddle: operators with which the host does not wait for a GPU, and attributes of layers.
 
 Checked on Paddle 3.3.1. A later version may rename them: run tests/models/test_paddle_private.py on it first.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import paddle
-from paddle import Tensor
+from paddle import Tensor, nn
 
 
 def roi_align(x: Tensor, boxes: Tensor, counts: Sequence[int], output: tuple[int, int], scale: float) -> Tensor:
@@ -31,3 +31,9 @@ def roi_align(x: Tensor, boxes: Tensor, counts: Sequence[int], output: tuple[int
     boxes = boxes.clone()  # the caller's tensor gets no level of detail
     boxes.value().get_tensor().set_lod([ends])
     return paddle._C_ops.roi_align(x, boxes, None, *output, scale, -1, True)
+
+
+def is_unchanged(layer: nn.Layer) -> bool:
+    """Return whether a layer computes what its class does by default: no hook runs, and GELU is exact."""
+    hooked = layer._forward_pre_hooks or layer._forward_post_hooks
+    return not hooked and not getattr(layer, '_approximate', False)

@@ -31,13 +31,22 @@ __all__ = [
 ]
 
 _half = False
-_TYPES = (paddle.float32, paddle.bfloat16)
 
 
 @paddle.jit.not_to_static
-def usable(x: Tensor) -> bool:
-    """Return whether the operators can take a tensor: in dygraph on the CPU, and the library is there (see `load`)."""
-    return paddle.in_dynamic_mode() and x.dtype in _TYPES and x.place.is_cpu_place() and load()
+def usable(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Return whether the operators can compute a layer: in dygraph on the CPU, and the library is there (see `load`).
+
+    Parameters and input are float32. Within `bfloat16()` an input may be in bfloat16, the result of another operator.
+    """
+    float32 = x.dtype == paddle.float32 or (_half and x.dtype == paddle.bfloat16)
+    return (
+        float32
+        and paddle.in_dynamic_mode()
+        and x.place.is_cpu_place()
+        and all(p is None or p.dtype == paddle.float32 for p in parameters)
+        and load()
+    )
 
 
 @contextlib.contextmanager
@@ -109,11 +118,18 @@ def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
 
 
 def _run(name: str, x: Tensor, *arguments) -> Tensor:
-    """Call an operator; its first output is the result, and the rest is kept for the backward pass."""
+    """Call an operator; its first output is the result, and the rest is kept for the backward pass.
+
+    Raises:
+        ValueError: shapes or types do not fit.
+    """
     x = x if x.is_contiguous() else x.contiguous()  # Paddle's stride kernels make views
     if not paddle.is_grad_enabled():  # Paddle would record the operator for the backward pass all the same
         x, *arguments = (a.detach() if isinstance(a, Tensor) and not a.stop_gradient else a for a in (x, *arguments))
-    return run_operator(f'leanvit_{name}', x, *arguments)[0]
+    try:
+        return run_operator(f'leanvit_{name}', x, *arguments)[0]
+    except OSError as error:  # Paddle's class for errors of such operators; its text ends with a line of the C++ code
+        raise ValueError(str(error).splitlines()[0]) from None
 
 
 @functools.lru_cache(maxsize=64)

@@ -167,6 +167,7 @@ def test_the_loop_and_the_tools_know_no_task(path):
 PRIVATE = {
     *('_accumulators', '_master_weights', '_param_groups', '_create_accumulators', '_append_optimize_op'),
     *('_parameters', '_sub_layers', '_buffers', '_parameter_list', '_inplace_version'),
+    *('_forward_pre_hooks', '_forward_post_hooks'),
 }  # fmt: skip
 
 

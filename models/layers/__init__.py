@@ -3,7 +3,7 @@
 
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
-from models.layers.basic import LayerNorm, Linear
+from models.layers.basic import LayerNorm, Linear, operator_replaces
 from models.layers.batch_norm import SyncBatchNorm
 from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
@@ -70,6 +70,7 @@ __all__ = [
     'lecun_normal_',
     'merge_schedule',
     'moco_position_table',
+    'operator_replaces',
     'per_block',
     'register_mixer',
     'register_reducer',

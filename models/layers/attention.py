@@ -10,7 +10,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import Linear
+from models.layers.basic import Linear, operator_replaces
 from models.layers.relative_position import add_relative_positions, relative_bias
 
 MAX_CHANNELS = 192  # per head: with more, the backward pass of FlashAttention 2 needs an A100 or H100
@@ -94,7 +94,7 @@ class Attention(nn.Layer):
             [B, N, C], and the requested maps.
         """
         fused = bias is None and _fused_kernel(x) and self.fuses(grid, key_bias) and self._fuses_maps(need_maps)
-        if not fused and bias is None and ops.usable(x) and self._operator_computes(need_maps, key_bias):
+        if not fused and bias is None and self._operator_computes(x, need_maps, key_bias):
             return self._by_operators(x, need_maps, need_keys, key_bias)
         q, k, v = self._project(x).reshape([0, 0, 3, self.num_heads, self.head_dim]).unbind(2)
         maps = AttentionMaps(keys=k.mean(2) if need_keys else None)
@@ -112,10 +112,11 @@ class Attention(nn.Layer):
             maps = maps._replace(logits=logits, weights=weights) if need_maps else maps
         return self.proj_drop(self.proj(x.flatten(2))), maps
 
-    def _operator_computes(self, need_maps: bool | str, key_bias: Tensor | None) -> bool:
+    def _operator_computes(self, x: Tensor, need_maps: bool | str, key_bias: Tensor | None) -> bool:
         """Return whether `ops.attention` computes this pass."""
         plain = type(self).own_bias is Attention.own_bias and not (self.training and self.attn_drop.p)
-        return plain and need_maps in (False, CLASS_ROW) and (key_bias is None or key_bias.stop_gradient)
+        plain = plain and need_maps in (False, CLASS_ROW) and (key_bias is None or key_bias.stop_gradient)
+        return plain and operator_replaces(x, self.qkv)
 
     def _by_operators(
         self, x: Tensor, need_maps: bool | str, need_keys: bool, key_bias: Tensor | None

@@ -6,6 +6,7 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 import ops
+from models.paddle_private import is_unchanged
 
 
 class Linear(nn.Linear):
@@ -13,7 +14,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        return ops.linear(x, self.weight, self.bias) if ops.usable(x) else super().forward(x)
+        usable = ops.usable(x, self.weight, self.bias)
+        return ops.linear(x, self.weight, self.bias) if usable else super().forward(x)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -21,6 +23,19 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if ops.usable(x):
+        if ops.usable(x, self.weight, self.bias):
             return ops.layer_norm(x, self.weight, self.bias, self._epsilon)
         return super().forward(x)
+
+
+_PLAIN = (Linear, LayerNorm, nn.GELU, nn.Conv2D)
+
+
+def operator_replaces(x: Tensor, *layers: nn.Layer) -> bool:
+    """Return whether one operator may compute several layers: none has a hook or another class, such as LoRA's layers.
+
+    Args:
+        x: input of the first layer.
+    """
+    plain = all(type(layer) in _PLAIN and is_unchanged(layer) for layer in layers)
+    return plain and ops.usable(x, *(getattr(layer, name, None) for layer in layers for name in ('weight', 'bias')))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import Linear
+from models.layers.basic import Linear, operator_replaces
 from utils.errors import UserError
 
 
@@ -38,7 +38,7 @@ class Mlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if self._plain_hidden() and ops.usable(x):
+        if self._plain_hidden() and operator_replaces(x, self.fc1, self.act, self.fc2):
             x = ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         else:
             x = self.fc2(self.hidden_drop(self.act(self.fc1(x))))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import LayerNorm
+from models.layers.basic import LayerNorm, operator_replaces
 from models.layers.batch_norm import SyncBatchNorm
 from utils.errors import UserError
 from utils.sizes import Side, size_pair, size_text
@@ -76,18 +76,20 @@ class PatchEmbed(nn.Layer):
         The type is that of the weights, so that the residual stream of a model is in float32 under autocast (AMP_LEVEL O1).
         """
         self._check(x.shape[2], x.shape[3])
-        x = self._patches(x) if ops.usable(x) else getattr(self, self._proj)(x).flatten(2).transpose([0, 2, 1])
+        x = self._patches(x)
         dtype = self.conv.weight.dtype
         x = x if x.dtype == dtype else x.astype(dtype)
         return x if self.norm is None else self.norm(x)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """Compute the projection as a linear layer on the pixels of each patch, which is faster on the CPU."""
+        """[B, in_chans, H, W] -> [B, N, C]. On the CPU a linear layer on the pixels of each patch is faster."""
+        project, side = getattr(self, self._proj), self.patch_size
         batch, channels, height, width = x.shape
-        side, conv = self.patch_size, self.conv
+        if not operator_replaces(x, project) or project.weight.shape[1:] != [channels, side, side]:
+            return project(x).flatten(2).transpose([0, 2, 1])
         x = x.reshape([batch, channels, height // side, side, width // side, side]).transpose([0, 2, 4, 1, 3, 5])
         x = x.reshape([batch, height * width // side**2, channels * side**2])
-        return ops.linear(x, conv.weight.flatten(1).transpose([1, 0]), conv.bias)
+        return ops.linear(x, project.weight.flatten(1).transpose([1, 0]), project.bias)
 
     def _check(self, height: int, width: int) -> None:
         if self.any_size:
@@ -124,6 +126,3 @@ class ConvStem(PatchEmbed):
             layers += [nn.Conv2D(channels, out, 3, 2, 1, bias_attr=False), SyncBatchNorm(out), nn.ReLU()]
             channels = out
         return nn.Sequential(*layers, nn.Conv2D(embed_dim, embed_dim, 1))
-
-    def _patches(self, x: Tensor) -> Tensor:
-        return getattr(self, self._proj)(x).flatten(2).transpose([0, 2, 1])

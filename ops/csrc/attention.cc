@@ -86,6 +86,11 @@ std::vector<Tensor> run(const Tensor& qkv_tensor, const Tensor& key_bias, int nu
 }
 
 std::vector<Tensor> forward(const Tensor& qkv, const Tensor& key_bias, int num_heads, float scale, bool half) {
+  const auto shape = shape_of(qkv, 3);
+  if (num_heads < 1 || shape[2] % (3 * num_heads)) {
+    PD_THROW("the number of channels is no multiple of 3 times the number of heads");
+  }
+  if (key_bias.numel()) expect_shapes({{"the bias of the keys", key_bias, {shape[0], shape[1]}}});
   return BY_TYPE(half, run, qkv, key_bias, num_heads, scale);
 }
 

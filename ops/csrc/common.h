@@ -5,6 +5,10 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <new>
+#include <sstream>
+#include <stdexcept>
 #include <vector>
 
 #include "matmul.h"
@@ -22,13 +26,50 @@ constexpr DataType paddle_type() {
 }
 
 template <typename T>
+void expect_type(const Tensor& tensor) {
+  if (tensor.dtype() != paddle_type<T>()) PD_THROW("a tensor has another type than the operator reads");
+}
+
+template <typename T>
 T* pointer(Tensor& tensor) {
+  expect_type<T>(tensor);
   return static_cast<T*>(tensor.data());
 }
 
 template <typename T>
 const T* pointer(const Tensor& tensor) {
+  expect_type<T>(tensor);
   return static_cast<const T*>(tensor.data());
+}
+
+struct Expected {
+  const char* name;
+  const Tensor& tensor;
+  std::vector<int64_t> shape;
+};
+
+// Check the shapes of an operator's inputs: a kernel would read beyond the end of smaller ones.
+inline void expect_shapes(std::initializer_list<Expected> inputs) {
+  for (const Expected& input : inputs) {
+    if (input.tensor.shape() == input.shape) continue;
+    std::ostringstream text;
+    auto add = [&text](const std::vector<int64_t>& shape) {
+      for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "[") << shape[i];
+      text << "]";
+    };
+    text << input.name << " has the shape ";
+    add(input.tensor.shape());
+    text << " and needs ";
+    add(input.shape);
+    PD_THROW(text.str());
+  }
+}
+
+// The sizes of a tensor of at least `least` dimensions.
+inline std::vector<int64_t> shape_of(const Tensor& tensor, size_t least) {
+  auto shape = tensor.shape();
+  if (shape.size() < least) PD_THROW("a tensor has too few dimensions");
+  return shape;
 }
 
 template <typename T>
@@ -108,5 +149,17 @@ Tensor column_sums(const T* x, int64_t rows, int64_t columns) {
   return sums.total();
 }
 
+// Call a function and pass its errors on as Paddle's: others would end the process.
+template <typename Work>
+auto guarded(const Work& work) {
+  try {
+    return work();
+  } catch (const std::runtime_error& error) {
+    PD_THROW(error.what());
+  } catch (const std::bad_alloc&) {
+    PD_THROW("there is not enough memory");
+  }
+}
+
 // Compile `Kernel<T>` for both types and call that of bfloat16 or float32.
-#define BY_TYPE(half, kernel, ...) ((half) ? kernel<bf16>(__VA_ARGS__) : kernel<float>(__VA_ARGS__))
+#define BY_TYPE(half, kernel, ...) guarded([&] { return (half) ? kernel<bf16>(__VA_ARGS__) : kernel<float>(__VA_ARGS__); })

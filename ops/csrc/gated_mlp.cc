@@ -76,6 +76,16 @@ std::vector<Tensor> run(const Tensor& x, const Weights& w, const Tensor& b2, flo
 std::vector<Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& scale, const Tensor& bias,
                             const Tensor& spatial, const Tensor& spatial_bias, const Tensor& w2, const Tensor& b2,
                             float epsilon, bool half) {
+  const auto shape = shape_of(x, 3);
+  const int64_t tokens = shape[1], channels = shape[2], gated = shape_of(w1, 2)[1] / 2;
+  expect_shapes({{"the first weight of a gated MLP", w1, {channels, 2 * gated}},
+                 {"the first bias of a gated MLP", b1, {2 * gated}},
+                 {"the LayerNorm weight of a gate", scale, {gated}},
+                 {"the LayerNorm bias of a gate", bias, {gated}},
+                 {"the spatial weight of a gate", spatial, {tokens, tokens}},
+                 {"the spatial bias of a gate", spatial_bias, {tokens}},
+                 {"the second weight of a gated MLP", w2, {gated, channels}},
+                 {"the second bias of a gated MLP", b2, {channels}}});
   return BY_TYPE(half, run, x, (Weights{w1, b1, scale, bias, spatial, spatial_bias, w2}), b2, epsilon);
 }
 

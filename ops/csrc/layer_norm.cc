@@ -5,7 +5,8 @@
 namespace {
 
 std::vector<Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor& bias, float epsilon) {
-  const int64_t columns = x.shape().back(), rows = rows_of(x);
+  const int64_t columns = shape_of(x, 1).back(), rows = rows_of(x);
+  expect_shapes({{"the weight of LayerNorm", scale, {columns}}, {"the bias of LayerNorm", bias, {columns}}});
   Tensor y = same_shape(x), saved = empty<float>({rows, 2});
   const float *from = pointer<float>(x), *g = pointer<float>(scale), *b = pointer<float>(bias);
   float* to = pointer<float>(y);

@@ -22,8 +22,12 @@ Tensor product(const Tensor& x, const Tensor& weight, const Tensor& bias) {
 
 std::vector<Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias, bool half, bool half_output,
                             bool input_gradient) {
-  if (half_output) return {product<bf16, bf16>(x, weight, bias)};
-  return {half ? product<bf16, float>(x, weight, bias) : product<float, float>(x, weight, bias)};
+  const int64_t inputs = shape_of(x, 1).back(), outputs = shape_of(weight, 2)[1];
+  expect_shapes({{"the weight of a linear layer", weight, {inputs, outputs}}, {"the bias of a linear layer", bias, {outputs}}});
+  return guarded([&]() -> std::vector<Tensor> {
+    if (half_output) return {product<bf16, bf16>(x, weight, bias)};
+    return {half ? product<bf16, float>(x, weight, bias) : product<float, float>(x, weight, bias)};
+  });
 }
 
 template <typename T>

@@ -34,6 +34,11 @@ std::vector<Tensor> run(const Tensor& x, const Tensor& w1, const Tensor& b1, con
 
 std::vector<Tensor> forward(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
                             bool half) {
+  const int64_t channels = shape_of(x, 1).back(), hidden = shape_of(w1, 2)[1], outputs = shape_of(w2, 2)[1];
+  expect_shapes({{"the first weight of an MLP", w1, {channels, hidden}},
+                 {"the first bias of an MLP", b1, {hidden}},
+                 {"the second weight of an MLP", w2, {hidden, outputs}},
+                 {"the second bias of an MLP", b2, {outputs}}});
   return BY_TYPE(half, run, x, w1, b1, w2, b2);
 }
 

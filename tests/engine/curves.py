@@ -67,7 +67,7 @@ def resume(folder: str, images: str) -> dict:
 
 
 def _paddles_layers() -> contextlib.AbstractContextManager:
-    return mock.patch.object(ops, 'usable', lambda x: False)
+    return mock.patch.object(ops, 'usable', lambda *_: False)
 
 
 def read_curve(folder: str) -> dict:

@@ -195,6 +195,25 @@ def test_views_of_stride_kernels_are_read_right():
         paddle.set_flags(before)
 
 
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda x, w: ops.linear(x, w[1:], None),
+        lambda x, w: ops.linear(x, w, w[0, 1:]),
+        lambda x, w: ops.layer_norm(x, w[0], w[0, 1:], 1e-6),
+        lambda x, w: ops.mlp(x, w, w[0], w[:3], w[0]),
+        lambda x, w: ops.mlp(x, w, w[0, :3], w, w[0]),
+        lambda x, w: ops.attention(x, 3, 1.0),
+        lambda x, w: ops.attention(x, 2, 1.0, paddle.zeros([2, 9])),
+        lambda x, w: ops.gated_mlp(x, w, w[0], w[0, :3], w[0, :3], w[:2, :2], w[0, :2], w[:3], w[0], epsilon=1e-5),
+    ],
+)
+def test_shapes_that_do_not_fit_are_errors(call):
+    """The kernels would read beyond the end of a tensor, and an exception of another kind would end the process."""
+    with pytest.raises(ValueError, match=r'has the shape \[.*\] and needs|no multiple of 3 times'):
+        call(paddle.ones([2, 5, 6]), paddle.ones([6, 6]))
+
+
 # ---------------------------------------------------------------------------------------------------- layers
 def test_layers_use_the_operators(monkeypatch):
     """In dygraph on the CPU; the classes of Paddle give the same numbers."""
@@ -207,6 +226,39 @@ def test_layers_use_the_operators(monkeypatch):
     for ours, plain in ((Linear(24, 5), nn.Linear(24, 5)), (LayerNorm(24), nn.LayerNorm(24))):
         plain.set_state_dict(ours.state_dict())
         assert_close(ours(x), plain(x), EXACT)
+
+
+def test_layers_that_a_user_replaces_or_watches_are_called(monkeypatch):
+    """An operator for several layers would skip another activation, LoRA, or a hook."""
+
+    class LoRA(Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    x, calls = paddle.to_tensor(numbers(1, 2, 9, 24)), []
+    relu, lora, hooked, attention = Mlp(24, 48), Mlp(24, 48), Mlp(24, 48), Attention(24, 3)
+    relu.act, lora.fc2, attention.qkv = nn.ReLU(), LoRA(48, 24), LoRA(24, 72)
+    hooked.fc1.register_forward_post_hook(lambda *_: calls.append('fc1'))
+    models = [(relu, nn.ReLU()), (lora, nn.GELU()), (hooked, nn.GELU())]
+    for mlp, act in models:
+        assert_close(mlp(x), mlp.fc2(act(mlp.fc1(x))), EXACT)
+    assert len(calls) == 2
+    ours = attention(x)[0]
+    monkeypatch.setattr(ops, 'usable', lambda *_: False)
+    assert_close(ours, attention(x)[0], EXACT)
+
+
+def test_other_types_use_the_layers_of_paddle(monkeypatch):
+    x, calls = paddle.to_tensor(numbers(1, 2, 24)), []
+    monkeypatch.setattr(ops, '_run', lambda *_: calls.append(_))
+    for make in (lambda: LayerNorm(24), lambda: Linear(24, 8), lambda: Mlp(24, 8)):
+        layer = make()
+        layer.to(dtype='float64')
+        assert layer(x.astype('float64')).dtype == paddle.float64
+        layer.to(dtype='bfloat16')
+        with pytest.raises(RuntimeError, match='bfloat16'):  # for which Paddle has no layers on the CPU
+            layer(x.astype('bfloat16'))
+    assert not calls
 
 
 def test_dropout_of_hidden_activations_and_weights_is_not_skipped():
@@ -253,7 +305,7 @@ def losses(name: str, half: bool = False, recompute: bool = False) -> list[float
 @pytest.mark.parametrize('name', MODELS)
 def test_models_train_as_with_plain_layers(name, monkeypatch):
     ours = losses(name)
-    monkeypatch.setattr(ops, 'usable', lambda x: False)
+    monkeypatch.setattr(ops, 'usable', lambda *_: False)
     assert ours == pytest.approx(losses(name), rel=1e-4)
     assert ours[2] != ours[0]
 
