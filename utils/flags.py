@@ -62,7 +62,7 @@ def flag_parser(description: str, only: Collection[str] | None = None) -> argpar
     add('-ngpus', whole_number, metavar='N', help='processes (default: NPROC, or one per GPU; CPU: two)')
     add('-eval', action='store_true', help='evaluate only')
     add('-save_predictions', action='store_true', help='evaluations write predictions.csv and classes.csv')
-    add('-amp', action='store_true', help='mixed precision (GPU only)')
+    add('-amp', action='store_true', help='mixed precision: bfloat16 or float16')
     add('-engine', metavar='NAME', help='runs -eval: dygraph, paddle, onnxruntime or openvino (default: dygraph)')
     add('-throughput', action='store_true', help='measure images per second and stop')
     parser.add_argument(
