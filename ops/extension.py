@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -69,16 +70,18 @@ def build() -> str:
     """
     folders = [os.path.join(folder, _key()) for folder in _folders()]
     paths = [os.path.join(folder, _NAME) for folder in folders]
-    for path in filter(os.path.isfile, paths):
+    for path in filter(_is_safe, paths):
         return path
     for folder, path in zip(folders, paths):
         if not _can_write(folder):
             continue
         with exclusive(folder + '.lock', _note):  # ranks that start together
-            if not os.path.isfile(path):
+            if not _is_safe(path):
                 _compile(path)
         return path
-    raise UserError(f"cannot write to '{folders[0]}' or '{folders[1]}'; make one of them writable.")
+    raise UserError(
+        f"cannot write to '{folders[0]}' or '{folders[1]}', or they belong to another user; make one of them your own."
+    )
 
 
 def _note(text: str) -> None:
@@ -95,7 +98,18 @@ def _can_write(folder: str) -> bool:
         os.makedirs(folder, exist_ok=True)
     except OSError:
         return False
-    return os.access(folder, os.W_OK | os.X_OK)
+    return os.access(folder, os.W_OK | os.X_OK) and _is_own(folder)
+
+
+def _is_safe(path: str) -> bool:
+    """Return whether a library is there, and no other user can have written it: loading it runs its code."""
+    return os.path.isfile(path) and _is_own(path) and _is_own(os.path.dirname(path))
+
+
+def _is_own(path: str) -> bool:
+    """Return whether a path belongs to this user, to root, or to the owner of the sources, and not all users may change it."""
+    found, user = os.stat(path), os.getuid() if hasattr(os, 'getuid') else 0
+    return found.st_uid in (user, 0, os.stat(_SOURCES).st_uid) and not found.st_mode & stat.S_IWOTH
 
 
 def _key() -> str:

@@ -79,7 +79,21 @@ def test_a_read_only_tree_uses_the_cache(folders, monkeypatch):
     assert extension.build().startswith(folders[1])
     os.rename(folders[1], folders[1] + '-moved')
     write(folders[1])
-    with pytest.raises(UserError, match='make one of them writable'):
+    with pytest.raises(UserError, match='make one of them your own'):
+        extension.build()
+
+
+def test_a_library_that_others_may_have_written_is_not_loaded(folders, monkeypatch):
+    calls = []
+    monkeypatch.setattr(extension, '_compile', lambda path: calls.append(path) or write(path))
+    path = extension.build()
+    os.chmod(path, 0o666)
+    assert extension.build() == path and len(calls) == 2  # compiled again
+    os.chmod(path, 0o644)
+    os.chmod(os.path.dirname(path), 0o777)
+    assert extension.build().startswith(folders[1])
+    monkeypatch.setattr(extension, '_is_own', lambda place: False)
+    with pytest.raises(UserError, match='belong to another user'):
         extension.build()
 
 
