@@ -24,6 +24,7 @@ from models.layers import (
     LayerNorm,
     Linear,
     PatchEmbed,
+    are_plain,
     drop_path_rates,
     hidden_channels,
     lecun_normal_,
@@ -91,10 +92,11 @@ class GatedMlp(nn.Layer):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
         layers = self.fc1, self.act, self.gate.norm, self.gate.proj, self.fc2
-        if not (self.training and self.drop.p) and operator_replaces(x, *layers):
-            return ops.gated_mlp(x, *self._weights(), epsilon=self.gate.norm._epsilon)
-        if not paddle.in_dynamic_mode():
-            return self.fc2(self.gate.gate(*self._halves(x)))
+        if not (self.training and self.drop.p):
+            if operator_replaces(x, *layers):
+                return ops.gated_mlp(x, *self._weights(), epsilon=self.gate.norm._epsilon)
+            if not paddle.in_dynamic_mode() and are_plain(*layers):
+                return self.fc2(self.gate.gate(*self._halves(x)))
         x = self.gate(self.drop(self.act(self.fc1(x))))
         return self.drop(self.fc2(x))
 

@@ -3,7 +3,7 @@
 
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
-from models.layers.basic import LayerNorm, Linear, operator_replaces
+from models.layers.basic import LayerNorm, Linear, are_plain, operator_replaces
 from models.layers.batch_norm import SyncBatchNorm
 from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
@@ -58,6 +58,7 @@ __all__ = [
     'TokenReducer',
     'TokenState',
     'WindowedAttention',
+    'are_plain',
     'build_mixer',
     'check_keep_rates',
     'check_reducers',

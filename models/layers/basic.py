@@ -14,8 +14,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        usable = ops.usable(x, self.weight, self.bias)
-        return ops.linear(x, self.weight, self.bias) if usable else super().forward(x)
+        if ops.usable(x, self.weight, self.bias):
+            return ops.linear(x, self.weight, self.bias)
+        return nn.Linear.forward(self, x)  # `super()` of a subclass recurses without end in exported programs
 
 
 class LayerNorm(nn.LayerNorm):
@@ -25,17 +26,23 @@ class LayerNorm(nn.LayerNorm):
         """[..., C] -> [..., C]."""
         if ops.usable(x, self.weight, self.bias):
             return ops.layer_norm(x, self.weight, self.bias, self._epsilon)
-        return super().forward(x)
+        return nn.LayerNorm.forward(self, x)
 
 
 _PLAIN = (Linear, LayerNorm, nn.GELU, nn.Conv2D)
 
 
 def operator_replaces(x: Tensor, *layers: nn.Layer) -> bool:
-    """Return whether one operator may compute several layers: none has a hook or another class, such as LoRA's layers.
+    """Return whether one operator may compute several layers.
 
     Args:
         x: input of the first layer.
     """
-    plain = all(type(layer) in _PLAIN and is_unchanged(layer) for layer in layers)
-    return plain and ops.usable(x, *(getattr(layer, name, None) for layer in layers for name in ('weight', 'bias')))
+    return are_plain(*layers) and ops.usable(
+        x, *(getattr(layer, name, None) for layer in layers for name in ('weight', 'bias'))
+    )
+
+
+def are_plain(*layers: nn.Layer) -> bool:
+    """Return whether weights alone define what layers compute: none has a hook or another class, such as LoRA's layers."""
+    return all(type(layer) in _PLAIN and is_unchanged(layer) for layer in layers)

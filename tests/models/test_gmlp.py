@@ -10,9 +10,11 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+from paddle import nn
 
 from models import create_model
-from models.gmlp import GMLP, SpatialGatingUnit
+from models.gmlp import GMLP, GatedMlp, SpatialGatingUnit
+from models.layers import Linear
 from models.profile import profile
 from tests.conftest import HERE, assert_close, golden
 from tests.models.helpers import check_recompute, load, to_ours
@@ -231,3 +233,27 @@ def test_layer_ids():
     assert ids['patch_embed.patch_embed.weight'] == 0
     assert ids['mixer_layers.2.mlp_channels.fc1.weight'] == 3
     assert ids['norm.weight'] == ids['head.bias'] == model.num_layers == 4
+
+
+@pytest.mark.parametrize('change', ['activation', 'class', 'hook', 'dropout'])
+def test_programs_keep_layers_that_a_user_replaced(change):
+    """The shortcut of exported programs reads the weights of the first layer alone."""
+
+    class Adapted(Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    mlp = GatedMlp(8, 16, 4, drop_rate=1.0 if change == 'dropout' else 0.0)
+    mlp.gate.proj.weight.set_value(paddle.randn([4, 4]))
+    x = paddle.randn([2, 4, 8])
+    if change == 'activation':
+        mlp.act = nn.ReLU()
+    elif change == 'class':
+        mlp.fc1 = Adapted(8, 16)
+    elif change == 'hook':
+        mlp.fc1.register_forward_post_hook(lambda layer, inputs, output: output * 2)
+    else:
+        mlp.train()
+    expected = mlp(x)
+    program = paddle.jit.to_static(mlp, full_graph=True)
+    assert_close(program(x), expected, 1e-5)
