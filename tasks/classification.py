@@ -17,6 +17,7 @@ from paddle import Tensor, nn
 import datasets
 from datasets.batch import Batch
 from datasets.mixing import Mixup
+from models.layers import log_softmax
 from tasks.base import Group, Losses, MeanEvaluator, Prediction, PredictionOptions, Task, class_name, register_task
 from tasks.distillation import build_teacher, distillation_loss
 from tasks.pictures import Shown
@@ -177,13 +178,13 @@ def classification_sums(batch: Batch, logits: Tensor) -> Tensor:
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Compute mean_b(-sum_k t_k log p_k) of logits and targets [B, K]."""
-    return -(targets * F.log_softmax(logits, axis=-1)).sum(-1).mean()
+    return -(targets * log_softmax(logits)).sum(-1).mean()
 
 
 def smoothed_cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
     """Compute the batch mean of (1 - s) NLL + s mean_k(-log p_k) of logits [B, K] and labels [B]."""
     if smoothing == 0.0:
         return F.cross_entropy(logits, labels)
-    log_probabilities = F.log_softmax(logits, axis=-1)
+    log_probabilities = log_softmax(logits)
     nll = -paddle.take_along_axis(log_probabilities, labels.unsqueeze(-1), axis=-1).squeeze(-1)
     return ((1.0 - smoothing) * nll - smoothing * log_probabilities.mean(-1)).mean()

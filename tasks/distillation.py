@@ -16,6 +16,7 @@ import paddle.nn.functional as F
 from config import get_config
 from models import build_model
 from models.exported import PREPROCESS, PROGRAM, WEIGHTS, check_files
+from models.layers import log_softmax
 from models.registry import config_file
 from models.weights.load import load_frozen
 from utils.errors import UserError
@@ -224,6 +225,6 @@ def distillation_loss(logits: paddle.Tensor, teacher: paddle.Tensor, kind: str, 
     """
     if kind == 'hard':
         return F.cross_entropy(logits, teacher.argmax(-1))
-    expected = F.log_softmax(teacher / tau, axis=-1)
-    difference = expected - F.log_softmax(logits / tau, axis=-1)
+    expected = log_softmax(teacher / tau)
+    difference = expected - log_softmax(logits / tau)
     return (expected.exp() * difference).sum() * (tau * tau / logits.size)

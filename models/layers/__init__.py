@@ -10,6 +10,7 @@ from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.evit import EViTReducer, EViTSpec
 from models.layers.init import fix_, init_linear_, lecun_normal_, scale_, torch_conv_, trunc_normal_, xavier_uniform_
 from models.layers.intermediates import BlockIntermediates, Intermediates, requested, tokens_to_maps
+from models.layers.log_softmax import log_softmax
 from models.layers.mixers import MixerSpec, build_mixer, register_mixer
 from models.layers.mlp import Mlp, hidden_channels
 from models.layers.patch_embed import ConvStem, PatchEmbed
@@ -69,6 +70,7 @@ __all__ = [
     'init_linear_',
     'keep_tokens',
     'lecun_normal_',
+    'log_softmax',
     'merge_schedule',
     'moco_position_table',
     'operator_replaces',
