@@ -33,6 +33,7 @@ check-device: install
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/hadolint docker/Dockerfile
 
 format: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check --fix .
