@@ -11,12 +11,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import paddle
 from paddle import Tensor
@@ -123,24 +124,33 @@ def _key() -> str:
 
 
 def _compile(path: str) -> None:
-    compiler = os.environ.get('CXX') or shutil.which('g++') or shutil.which('c++')
-    if not compiler:
-        raise UserError('there is no C++ compiler: install g++, or set CXX to the command of one.')
+    compiler = _compiler()
     _note(f"compiling the operators for the CPU, once, to '{path}'.")
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         objects = _compile_objects(compiler, folder)
         library = os.path.join(folder, _NAME)
-        _finish(_start([compiler, '-shared', '-fopenmp', *objects, '-o', library, *_link_flags()]))
+        _finish(_start([*compiler, '-shared', '-fopenmp', *objects, '-o', library, *_link_flags()]))
         os.replace(library, path)
 
 
-def _compile_objects(compiler: str, folder: str) -> list[str]:
+def _compiler() -> list[str]:
+    """Return the command of the C++ compiler; CXX may contain arguments, or start with ccache."""
+    try:
+        command = shlex.split(os.environ.get('CXX') or shutil.which('g++') or shutil.which('c++') or '')
+    except ValueError as error:
+        raise UserError(f"CXX is '{os.environ['CXX']}', which is no command ({error}).") from None
+    if not command:
+        raise UserError('there is no C++ compiler: install g++, or set CXX to the command of one.')
+    return command
+
+
+def _compile_objects(compiler: Sequence[str], folder: str) -> list[str]:
     include = paddle.sysconfig.get_include()
     flags = [*_FLAGS, f'-I{include}', f'-I{include}/third_party']
     sources = sorted(name for name in os.listdir(_SOURCES) if name.endswith('.cc'))
     objects = [os.path.join(folder, name.replace('.cc', '.o')) for name in sources]
     processes = [
-        _start([compiler, *flags, '-c', os.path.join(_SOURCES, name), '-o', target])
+        _start([*compiler, *flags, '-c', os.path.join(_SOURCES, name), '-o', target])
         for name, target in zip(sources, objects)
     ]
     for process in processes:

@@ -29,13 +29,13 @@ def write(path: str) -> None:
         file.write('library')
 
 
-@pytest.mark.parametrize('compiler', ['no-such-command', '/bin/false', '/etc/passwd'])
+@pytest.mark.parametrize('compiler', ['no-such-command', '/bin/false', '/etc/passwd', '/bin/false --with arguments'])
 def test_without_a_compiler(folders, compiler, monkeypatch, capsys):
     monkeypatch.setenv('CXX', compiler)
     assert not extension.load.__wrapped__()
     note = capsys.readouterr().err.splitlines()[-1]
     assert note.startswith('note: training on the CPU without the operators in C++, which is slower: the C++ compiler')
-    assert compiler in note
+    assert compiler.split()[0] in note
     assert [name for _, _, names in os.walk(os.path.dirname(folders[0])) for name in names] == []
 
 
@@ -43,6 +43,12 @@ def test_no_compiler_at_all(folders, monkeypatch):
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setattr(extension.shutil, 'which', lambda name: None)
     with pytest.raises(UserError, match='there is no C.. compiler: install g.., or set CXX'):
+        extension.build()
+
+
+def test_a_command_with_an_open_quote(folders, monkeypatch):
+    monkeypatch.setenv('CXX', "g++ '-O2")
+    with pytest.raises(UserError, match='which is no command'):
         extension.build()
 
 
