@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import paddle
 from paddle import Tensor
@@ -27,6 +27,7 @@ __all__ = [
     'linear',
     'load',
     'mlp',
+    'shifted_convs',
     'usable',
 ]
 
@@ -115,6 +116,21 @@ def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
         key_bias: added to the logits of each key, [B, N]; it gets no gradient.
     """
     return _run('attention', qkv, _zeros(0) if key_bias is None else key_bias, num_heads, scale, _half)
+
+
+def shifted_convs(
+    x: Tensor, weight: Tensor, bias: Tensor, dims: Sequence[int], kernels: Sequence[int], shifts: Sequence[int]
+) -> Tensor:
+    """Sum of two depthwise convolutions of each channel group, one of the map rolled to the right and one of it rolled down.
+
+    Mixing of MS-MLP (https://arxiv.org/abs/2202.06510), with zero padding after the roll: [B, H, W, C] -> [B, H, W, C].
+
+    Args:
+        weight: kernels [c, k, k] of both branches for each group in turn, flat and concatenated.
+        bias: [C].
+        dims, kernels, shifts: channels c, kernel size k (odd) and shift in pixels of each group.
+    """
+    return _run('shifted_convs', x, weight, bias, list(dims), list(kernels), list(shifts))
 
 
 def _run(name: str, x: Tensor, *arguments) -> Tensor:

@@ -12,8 +12,8 @@ from models.layers.init import fix_, init_linear_, lecun_normal_, scale_, torch_
 from models.layers.intermediates import BlockIntermediates, Intermediates, requested, tokens_to_maps
 from models.layers.log_softmax import log_softmax
 from models.layers.mixers import MixerSpec, build_mixer, register_mixer
-from models.layers.mlp import Mlp, hidden_channels
-from models.layers.patch_embed import ConvStem, PatchEmbed
+from models.layers.mlp import Mlp, hidden_channels, run_mlp
+from models.layers.patch_embed import ConvStem, PatchEmbed, project_patches
 from models.layers.positions import computed_table, moco_position_table, resize_position_table, sincos_position_table
 from models.layers.recompute import run_block
 from models.layers.relative_position import RelativePositionBias, relative_position_index, resize_relative_table
@@ -75,6 +75,7 @@ __all__ = [
     'moco_position_table',
     'operator_replaces',
     'per_block',
+    'project_patches',
     'register_mixer',
     'register_reducer',
     'relative_position_index',
@@ -85,6 +86,7 @@ __all__ = [
     'resize_position_table',
     'resize_relative_table',
     'run_block',
+    'run_mlp',
     'scale_',
     'scale_maps',
     'sincos_position_table',

@@ -18,6 +18,13 @@ def hidden_channels(dim: int, mlp_ratio: float) -> int:
     return hidden
 
 
+def run_mlp(x: Tensor, fc1: nn.Layer, act: nn.Layer, fc2: nn.Layer) -> Tensor:
+    """Compute fc2(act(fc1(x))), by one operator if it computes these layers. [..., C] -> [..., D]."""
+    if operator_replaces(x, fc1, act, fc2):
+        return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
+    return fc2(act(fc1(x)))
+
+
 class Mlp(nn.Layer):
     """Linear, exact GELU, dropout, Linear, dropout.
 
@@ -38,11 +45,9 @@ class Mlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if self._plain_hidden() and operator_replaces(x, self.fc1, self.act, self.fc2):
-            x = ops.mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-        else:
-            x = self.fc2(self.hidden_drop(self.act(self.fc1(x))))
-        return self.drop(x)
+        if self._plain_hidden():
+            return self.drop(run_mlp(x, self.fc1, self.act, self.fc2))
+        return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))
 
     def _plain_hidden(self) -> bool:
         """Return whether the hidden activations have no dropout in this pass."""

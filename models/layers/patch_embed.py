@@ -12,6 +12,20 @@ from utils.errors import UserError
 from utils.sizes import Side, size_pair, size_text
 
 
+def project_patches(x: Tensor, project: nn.Layer, side: int) -> Tensor:
+    """Apply a convolution whose kernel and stride are `side`, or a stem of convolutions. [B, C, H, W] -> [B, h, w, D].
+
+    On the CPU a linear layer on the pixels of each patch is faster.
+    """
+    batch, channels, height, width = x.shape
+    if not operator_replaces(x, project) or project.weight.shape[1:] != [channels, side, side]:
+        return project(x).transpose([0, 2, 3, 1])
+    rows, columns = height // side, width // side
+    x = x[:, :, : rows * side, : columns * side].reshape([batch, channels, rows, side, columns, side])
+    x = x.transpose([0, 2, 4, 1, 3, 5]).reshape([batch, rows, columns, channels * side**2])
+    return ops.linear(x, project.weight.flatten(1).transpose([1, 0]), project.bias)
+
+
 class PatchEmbed(nn.Layer):
     """Split an image into patches and project each linearly, by a convolution whose stride is its kernel size.
 
@@ -76,20 +90,10 @@ class PatchEmbed(nn.Layer):
         The type is that of the weights, so that the residual stream of a model is in float32 under autocast (AMP_LEVEL O1).
         """
         self._check(x.shape[2], x.shape[3])
-        x = self._patches(x)
+        x = project_patches(x, getattr(self, self._proj), self.patch_size).flatten(1, 2)
         dtype = self.conv.weight.dtype
         x = x if x.dtype == dtype else x.astype(dtype)
         return x if self.norm is None else self.norm(x)
-
-    def _patches(self, x: Tensor) -> Tensor:
-        """[B, in_chans, H, W] -> [B, N, C]. On the CPU a linear layer on the pixels of each patch is faster."""
-        project, side = getattr(self, self._proj), self.patch_size
-        batch, channels, height, width = x.shape
-        if not operator_replaces(x, project) or project.weight.shape[1:] != [channels, side, side]:
-            return project(x).flatten(2).transpose([0, 2, 1])
-        x = x.reshape([batch, channels, height // side, side, width // side, side]).transpose([0, 2, 4, 1, 3, 5])
-        x = x.reshape([batch, height * width // side**2, channels * side**2])
-        return ops.linear(x, project.weight.flatten(1).transpose([1, 0]), project.bias)
 
     def _check(self, height: int, width: int) -> None:
         if self.any_size:

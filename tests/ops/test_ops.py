@@ -14,6 +14,7 @@ from config import get_config
 from engine.precision import Precision
 from models import build_model
 from models.layers import Attention, Block, LayerNorm, Linear, Mlp, TokenState
+from models.ms_mlp import shifted_conv
 from models.registry import config_file
 from tests.conftest import assert_close
 from utils.environment import has_bfloat16
@@ -127,6 +128,35 @@ def test_gated_mlp(half, batch, tokens, hidden):
     compare(operator, plain_gated_mlp, arrays, half, 0.1 if half else 1e-5)
 
 
+@given(
+    st.integers(1, 3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.lists(
+        st.tuples(st.integers(1, 23), st.sampled_from([1, 3, 5, 7]), st.integers(-12, 12)), min_size=1, max_size=4
+    ),
+)
+def test_shifted_convs(batch, height, width, groups):
+    """Channels that are no multiple of a vector, kernels larger than the map, shifts beyond it."""
+    dims, kernels, shifts = map(list, zip(*groups))
+    sizes = [(dim, kernel, kernel) for dim, kernel in zip(dims, kernels)]
+    arrays = [numbers(1, batch, height, width, sum(dims)), numbers(3, sum(dims))]
+    arrays += [numbers(4 + branch, number, *size)[0] for number, size in enumerate(sizes, 1) for branch in (0, 1)]
+
+    def plain(x, bias, *weights):
+        parts = []
+        for part, shift, *pair in zip(x.transpose([0, 3, 1, 2]).split(dims, 1), shifts, weights[::2], weights[1::2]):
+            rolls = (0, shift), (shift, 0)
+            parts.append(sum(shifted_conv(part, w.unsqueeze(1), roll) for w, roll in zip(pair, rolls)))
+        return paddle.concat(parts, 1).transpose([0, 2, 3, 1]) + bias
+
+    def operator(x, bias, *weights):
+        flat = paddle.concat([weight.flatten() for weight in weights])
+        return ops.shifted_convs(x, flat, bias, dims, kernels, shifts)
+
+    compare(operator, plain, arrays, tolerance=1e-5)
+
+
 def test_gradients_are_those_of_the_values():
     """Central differences along a random direction."""
     arrays = [numbers(1, 2, 3, 8), numbers(2, 8, 16), numbers(3, 16), numbers(4, 16, 8), numbers(5, 8)]
@@ -205,6 +235,8 @@ def test_views_of_stride_kernels_are_read_right():
         lambda x, w: ops.mlp(x, w, w[0, :3], w, w[0]),
         lambda x, w: ops.attention(x, 3, 1.0),
         lambda x, w: ops.attention(x, 2, 1.0, paddle.zeros([2, 9])),
+        lambda x, w: ops.shifted_convs(x[None], w[0], w[0], [6], [1], [0]),
+        lambda x, w: ops.shifted_convs(x[None], w.flatten()[:10], w[0, :5], [5], [1], [0]),
         lambda x, w: ops.gated_mlp(x, w, w[0], w[0, :3], w[0, :3], w[:2, :2], w[0, :2], w[:3], w[0], epsilon=1e-5),
     ],
 )
