@@ -136,9 +136,7 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 def measure_step(name: str, values: dict[str, int], steps: int) -> dict:
     """Return MACs, parameters, peak memory, and the shortest wall and processor time of a training step."""
-    config = configured(name, values)
-    found = profile(build_model(config), [1, 3, values['image size'], values['image size']])
-    context = distributed.start()
+    config, context = configured(name, values), distributed.start()
     before = resident_memory('VmRSS')
     with contextlib.suppress(OSError), open('/proc/self/clear_refs', 'w') as file:
         file.write('5')  # resets the peak
@@ -150,12 +148,14 @@ def measure_step(name: str, values: dict[str, int], steps: int) -> dict:
         call()
         wall.append(time.perf_counter() - started)
         used.append(time.process_time() - begun)
+    memory = resident_memory('VmHWM') - before
+    found = profile(build_model(config), [1, 3, values['image size'], values['image size']])
     return {
         'params': found.params,
         'macs': found.macs * values['batch'],
         'seconds': min(wall),
         'cpu_seconds': min(used),
-        'memory_bytes': resident_memory('VmHWM') - before,
+        'memory_bytes': memory,
     }
 
 

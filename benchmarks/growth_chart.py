@@ -13,7 +13,7 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 # Okabe and Ito's colors, distinct for color-blind readers.
 COLORS = ('#0072B2', '#E69F00', '#009E73', '#CC79A7')
 INK, FAINT, GRID = '#222222', '#777777', '#E8E8E8'
-KINDS = {'cpu_seconds': ('processor time of a training step, s', 1.0), 'memory_bytes': ('peak memory, GB', 1e9)}
+KINDS = {'cpu_seconds': ('processor time of a step, s', 1.0), 'memory_bytes': ('peak memory, GB', 1e9)}
 IMAGE_KINDS = {
     'seconds': ({'data set s': 'read the list', 'epoch s': 'first batch of an epoch'}, 'processor time, s'),
     'memory': ({'data set MB': 'data set', 'data set peak MB': 'peak while reading', 'epoch peak MB': 'order of an epoch',
