@@ -203,8 +203,7 @@ class Loader:
         return sum(min(max(length - begin, 0), self.batch_size) for length in lengths)
 
     def _length(self, rank: int) -> int:
-        length = self._sampler.length(rank)
-        return length - length % self.batch_size if self._drop_last else length
+        return _used(self._sampler.length(rank), self.batch_size, self._drop_last)
 
     def epoch(self, epoch: int, start_batch: int = 0, borrow: bool = False) -> Iterator[Batch]:
         """Return an iterator over the batches of an epoch from `start_batch` on. Ends the iterator of an earlier call.
@@ -346,7 +345,12 @@ def build_dataloader(
 def batches_per_epoch(config, size: int, world_size: int) -> int:
     """Return the training batches of an epoch on each process; `size`: number of training images."""
     length, batch_size = build_sampler(config, size, True, world_size).length(0), config.DATA.BATCH_SIZE
-    return length // batch_size if config.TRAIN.DROP_LAST else -(-length // batch_size)
+    return -(-_used(length, batch_size, config.TRAIN.DROP_LAST) // batch_size)
+
+
+def _used(length: int, batch_size: int, drop_last: bool) -> int:
+    """Return how many of `length` images an epoch uses."""
+    return length - length % batch_size if drop_last else length
 
 
 def build_sampler(config, size: int, training: bool, world_size: int) -> TrainSampler | EvalSampler:
