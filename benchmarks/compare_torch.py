@@ -118,8 +118,6 @@ class Comparison:
                 for model in models:
                     result['differences'][model] = self._difference(model)
                 for kind, precision, batch in self._plan():
-                    if kind != INFERENCE:  # threads of inference engines slow training steps in the same process
-                        self._stop_all()
                     rows = self._measure(cases(models, kind, precision, batch, args.compile_training))
                     records += rows
                     for row in rows:
@@ -152,11 +150,6 @@ class Comparison:
             ) from None
         except Stopped as error:
             raise UserError(f'the process of {side} cannot start: {error}.') from None
-
-    def _stop_all(self) -> None:
-        """End the processes; the next request starts new ones."""
-        for side in list(self._workers):
-            self._workers.pop(side).__exit__(None, None, None)
 
     def _stop(self, side: str) -> None:
         """End a process that answers no more."""

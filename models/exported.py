@@ -15,7 +15,7 @@ import paddle
 from paddle import inference, nn
 from paddle.static import InputSpec
 
-from utils.environment import cpu_flags, has_bfloat16
+from utils.environment import cpu_flags, has_bfloat16, kept_openmp_threads
 from utils.formats.program_files import check_parameters, check_program
 
 PROGRAM, WEIGHTS = '.json', '.pdiparams'
@@ -95,7 +95,8 @@ class Predictor:
             handle = self._predictor.get_input_handle(name)
             handle.reshape(array.shape)
             handle.copy_from_cpu(np.ascontiguousarray(array))
-        self._predictor.run()
+        with kept_openmp_threads():  # Paddle leaves one: layers would be half as fast afterwards
+            self._predictor.run()
         outputs = tuple(handle.copy_to_cpu() for handle in self._outputs)
         return outputs if len(outputs) > 1 else outputs[0]
 

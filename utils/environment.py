@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 
 from utils.cli import SIGNALS
 from utils.errors import UserError
@@ -253,16 +255,33 @@ def command_line() -> list[str]:
     return [sys.executable, *subprocess._args_from_interpreter_flags(), *script, *_ARGV[1:]]
 
 
-def _load_openmp() -> None:
+@functools.cache
+def _load_openmp() -> ctypes.CDLL | None:
     """Load Intel's OpenMP runtime of the Paddle package before any other, so that all its libraries share one thread pool.
 
     MKL needs this runtime, and oneDNN GNU's, whose functions Intel's offers, too. The waiting threads of two pools take
     each other's cores: a training step is up to twice as slow.
+
+    Returns:
+        The library; None if the package has none.
     """
     spec = importlib.util.find_spec('paddle')
     for folder in (spec and spec.submodule_search_locations) or ():
         with contextlib.suppress(OSError):
-            ctypes.CDLL(os.path.join(folder, 'libs', 'libiomp5.so'), mode=ctypes.RTLD_GLOBAL)
+            return ctypes.CDLL(os.path.join(folder, 'libs', 'libiomp5.so'), mode=ctypes.RTLD_GLOBAL)
+    return None
+
+
+@contextlib.contextmanager
+def kept_openmp_threads() -> Iterator[None]:
+    """Restore the number of OpenMP threads of this Python thread after the block, in Paddle's CPU build."""
+    library = None if is_gpu_build() else _load_openmp()
+    count = library.omp_get_max_threads() if library else 0
+    try:
+        yield
+    finally:
+        if library:
+            library.omp_set_num_threads(count)
 
 
 def import_paddle() -> None:

@@ -22,6 +22,7 @@ from tests.models.helpers import small_config
 from tests.runs.conftest import run
 from tests.tools.conftest import trained  # noqa: F401 (a fixture)
 from tools import predict
+from utils import environment
 from utils.errors import UserError
 
 REDUCED = (
@@ -86,6 +87,24 @@ def test_evaluation_and_prediction(trained, tmp_path):  # noqa: F811
         for one, two in zip(row['predictions'], other_row['predictions']):
             assert one['class'] == two['class']
             assert one['probability'] == pytest.approx(two['probability'], rel=1e-4)
+
+
+@pytest.mark.parametrize('engine', ENGINES[1:])
+def test_the_layers_keep_their_threads(engine, tmp_path):
+    """Paddle's inference would leave one thread, and layers would be half as fast afterwards."""
+    library = environment._load_openmp()
+    if library is None:
+        pytest.skip('no OpenMP runtime in the Paddle package')
+    config = small_config('gmlp_ti16_224')
+    shape = build_task(config).image_shape()
+    run = open_engine(engine, write_engine_file(engine, random_model(config), shape, str(tmp_path / 'model')))
+    before = library.omp_get_max_threads()
+    try:
+        library.omp_set_num_threads(3)
+        run(np.zeros((1, *shape), 'float32'))
+        assert library.omp_get_max_threads() == 3
+    finally:
+        library.omp_set_num_threads(before)
 
 
 def test_an_engine_model_has_the_attributes_of_its_model(monkeypatch):
