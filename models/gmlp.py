@@ -26,6 +26,7 @@ from models.layers import (
     PatchEmbed,
     are_plain,
     drop_path_rates,
+    drops,
     hidden_channels,
     lecun_normal_,
     operator_replaces,
@@ -34,6 +35,7 @@ from models.layers import (
     tokens_to_maps,
     xavier_uniform_,
 )
+from models.paddle_private import is_unchanged
 from models.registry import register_model
 from models.weights.rules import WeightRules
 from utils.errors import UserError
@@ -91,8 +93,8 @@ class GatedMlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        layers = self.fc1, self.act, self.gate.norm, self.gate.proj, self.fc2
-        if not (self.training and self.drop.p):
+        layers = self.fc1, self.act, self.gate.norm, self.gate.proj, self.fc2, self.drop
+        if not drops(self.drop) and type(self.gate) is SpatialGatingUnit and is_unchanged(self.gate):
             if operator_replaces(x, *layers):
                 return ops.gated_mlp(x, *self._weights(), epsilon=self.gate.norm._epsilon)
             if not paddle.in_dynamic_mode() and are_plain(*layers):

@@ -34,6 +34,13 @@ def roi_align(x: Tensor, boxes: Tensor, counts: Sequence[int], output: tuple[int
 
 
 def is_unchanged(layer: nn.Layer) -> bool:
-    """Return whether a layer computes what its class does by default: no hook runs, and GELU is exact."""
-    hooked = layer._forward_pre_hooks or layer._forward_post_hooks
+    """Return whether a layer computes what its class does by default: no hook or other `forward` runs, and GELU is exact."""
+    hooked = layer._forward_pre_hooks or layer._forward_post_hooks or 'forward' in vars(layer)
     return not hooked and not getattr(layer, '_approximate', False)
+
+
+def is_patch_projection(conv: nn.Conv2D, channels: int, side: int) -> bool:
+    """Return whether a convolution is a linear map of each patch: kernel and stride are `side`, and nothing is padded."""
+    shape_fits = conv.weight.shape[1:] == [channels, side, side] and conv._stride == [side, side]
+    whole = conv._padding_algorithm == 'EXPLICIT' and not any(conv._updated_padding) and conv._dilation == [1, 1]
+    return shape_fits and whole and conv._padding_mode == 'zeros' and conv._data_format == 'NCHW'

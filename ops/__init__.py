@@ -32,6 +32,7 @@ __all__ = [
 ]
 
 _half = False
+_CPU = paddle.CPUPlace()
 
 
 @paddle.jit.not_to_static
@@ -44,7 +45,7 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
     return (
         float32
         and paddle.in_dynamic_mode()
-        and x.place.is_cpu_place()
+        and x.place == _CPU  # Paddle's to_static without `full_graph` fails on `is_cpu_place`
         and all(p is None or p.dtype == paddle.float32 for p in parameters)
         and load()
     )
@@ -78,9 +79,10 @@ def keep_type(function: Callable) -> Callable:
     return run
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
     """Normalize over the last dimension (https://arxiv.org/abs/1607.06450), in float32. [..., C] -> [..., C]."""
-    return _run('layer_norm', x, weight, bias, epsilon)
+    weight = _ones(x.shape[-1]) if weight is None else weight
+    return _run('layer_norm', x, weight, _bias(bias, x.shape[-1]), epsilon)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, half_output: bool = False) -> Tensor:
@@ -89,24 +91,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, half_output: bool = F
     Args:
         half_output: within `bfloat16()`, return bfloat16 instead of float32.
     """
-    bias = _zeros(weight.shape[1]) if bias is None else bias
-    return _run('linear', x, weight, bias, _half, _half and half_output, not x.stop_gradient)
+    return _run('linear', x, weight, _bias(bias, weight.shape[1]), _half, _half and half_output, not x.stop_gradient)
 
 
-def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     """Linear, exact GELU, Linear: [..., C] -> [..., D]."""
+    bias1, bias2 = _bias(bias1, weight1.shape[1]), _bias(bias2, weight2.shape[1])
     return _run('mlp', x, weight1, bias1, weight2, bias2, _half)
 
 
-def gated_mlp(x: Tensor, *weights: Tensor, epsilon: float) -> Tensor:
+def gated_mlp(x: Tensor, *weights: Tensor | None, epsilon: float) -> Tensor:
     """Linear, exact GELU, spatial gating unit, Linear (gMLP, https://arxiv.org/abs/2105.08050): [B, N, C] -> [B, N, C].
 
     Args:
         weights: weight and bias of the first linear layer, of the LayerNorm of the gate, of the map over the tokens [N, N],
-            and of the last linear layer.
+            and of the last linear layer. None: zeros for a bias, ones for the weight of the LayerNorm.
         epsilon: of that LayerNorm.
     """
-    return _run('gated_mlp', x, *weights, epsilon, _half)
+    w1, b1, scale, shift, spatial, spatial_bias, w2, b2 = weights
+    hidden, half = w1.shape[1], w2.shape[0]
+    scale = _ones(half) if scale is None else scale
+    norm = scale, _bias(shift, half)
+    gate = spatial, _bias(spatial_bias, spatial.shape[1])
+    return _run('gated_mlp', x, w1, _bias(b1, hidden), *norm, *gate, w2, _bias(b2, w2.shape[1]), epsilon, _half)
 
 
 def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None = None) -> Tensor:
@@ -148,6 +155,15 @@ def _run(name: str, x: Tensor, *arguments) -> Tensor:
         raise ValueError(str(error).splitlines()[0]) from None
 
 
+def _bias(bias: Tensor | None, size: int) -> Tensor:
+    return _zeros(size) if bias is None else bias
+
+
 @functools.lru_cache(maxsize=64)
 def _zeros(size: int) -> Tensor:
-    return paddle.zeros([size])
+    return paddle.zeros([size], 'float32')
+
+
+@functools.lru_cache(maxsize=64)
+def _ones(size: int) -> Tensor:
+    return paddle.ones([size], 'float32')

@@ -7,6 +7,7 @@ folder depends on the sources, on Paddle and on the processor, so that another v
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -14,6 +15,7 @@ import platform
 import shlex
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -58,7 +60,8 @@ def load() -> bool:
         extension_utils.load_op_meta_info_and_register_op(path)
     except (UserError, OSError, RuntimeError) as error:
         if os.environ.get('PADDLE_TRAINER_ID', '0') == '0':
-            _note(f'training on the CPU without the operators in C++, which is slower: {error}')
+            cause = (str(error).strip() or type(error).__name__).splitlines()[0]  # Paddle adds hints for CUDA
+            _note(f'training on the CPU without the operators in C++, which is slower: {cause}')
         return False
     return True
 
@@ -103,8 +106,19 @@ def _can_write(folder: str) -> bool:
 
 
 def _is_safe(path: str) -> bool:
-    """Return whether a library is there, and no other user can have written it: loading it runs its code."""
-    return os.path.isfile(path) and _is_own(path) and _is_own(os.path.dirname(path))
+    """Return whether a whole library is there, and no other user can have written it: loading it runs its code."""
+    return os.path.isfile(path) and _is_own(path) and _is_own(os.path.dirname(path)) and _is_whole(path)
+
+
+def _is_whole(path: str) -> bool:
+    """Return whether an ELF file reaches the end of its section headers; a truncated library ends the process with SIGBUS."""
+    header = b''
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b'\x7fELF'):
+        return False
+    (start,), (size, count) = struct.unpack_from('<Q', header, 40), struct.unpack_from('<HH', header, 58)
+    return os.path.getsize(path) >= start + size * count
 
 
 def _is_own(path: str) -> bool:

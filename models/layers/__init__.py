@@ -3,7 +3,7 @@
 
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
-from models.layers.basic import LayerNorm, Linear, are_plain, operator_replaces
+from models.layers.basic import LayerNorm, Linear, are_plain, drops, operator_replaces
 from models.layers.batch_norm import SyncBatchNorm
 from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
@@ -65,6 +65,7 @@ __all__ = [
     'check_reducers',
     'computed_table',
     'drop_path_rates',
+    'drops',
     'fix_',
     'hidden_channels',
     'init_linear_',

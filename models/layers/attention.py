@@ -10,7 +10,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import Linear, operator_replaces
+from models.layers.basic import Linear, are_plain, drops, operator_replaces
 from models.layers.relative_position import add_relative_positions, relative_bias
 
 MAX_CHANNELS = 192  # per head: with more, the backward pass of FlashAttention 2 needs an A100 or H100
@@ -114,9 +114,9 @@ class Attention(nn.Layer):
 
     def _operator_computes(self, x: Tensor, need_maps: bool | str, key_bias: Tensor | None) -> bool:
         """Return whether `ops.attention` computes this pass."""
-        plain = type(self).own_bias is Attention.own_bias and not (self.training and self.attn_drop.p)
+        plain = type(self).own_bias is Attention.own_bias and not drops(self.attn_drop)
         plain = plain and need_maps in (False, CLASS_ROW) and (key_bias is None or key_bias.stop_gradient)
-        return plain and operator_replaces(x, self.qkv)
+        return plain and operator_replaces(x, self.qkv, self.attn_drop)
 
     def _by_operators(
         self, x: Tensor, need_maps: bool | str, need_keys: bool, key_bias: Tensor | None
@@ -129,7 +129,11 @@ class Attention(nn.Layer):
             weights = self._class_row(q, k, key_bias) if need_maps else None
             maps = AttentionMaps(weights=weights, keys=k.mean(2) if need_keys else None)
         key_bias = None if key_bias is None else key_bias.flatten(1)
-        return self.proj_drop(self.proj(ops.attention(qkv, self.num_heads, self.scale, key_bias))), maps
+        x = ops.attention(qkv, self.num_heads, self.scale, key_bias)
+        x = (
+            x if are_plain(self.proj) else x.astype('float32')
+        )  # a layer of another class, such as LoRA's, has no bfloat16
+        return self.proj_drop(self.proj(x)), maps
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """Compute attention of q, k, v [B, N, H, d] by the fused kernel, [B, N, H, d].

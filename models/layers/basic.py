@@ -24,12 +24,12 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if ops.usable(x, self.weight, self.bias):
+        if len(self._normalized_shape) == 1 and ops.usable(x, self.weight, self.bias):
             return ops.layer_norm(x, self.weight, self.bias, self._epsilon)
         return nn.LayerNorm.forward(self, x)
 
 
-_PLAIN = (Linear, LayerNorm, nn.GELU, nn.Conv2D)
+_PLAIN = (Linear, LayerNorm, nn.GELU, nn.Conv2D, nn.Dropout, nn.Identity)
 
 
 def operator_replaces(x: Tensor, *layers: nn.Layer) -> bool:
@@ -43,6 +43,11 @@ def operator_replaces(x: Tensor, *layers: nn.Layer) -> bool:
     )
 
 
+def drops(layer: nn.Layer) -> bool:
+    """Return whether a layer is a dropout that drops; Monte Carlo dropout also does so in the evaluation of a model."""
+    return isinstance(layer, nn.Dropout) and layer.training and layer.p > 0
+
+
 def are_plain(*layers: nn.Layer) -> bool:
-    """Return whether weights alone define what layers compute: none has a hook or another class, such as LoRA's layers."""
+    """Return whether weights and rates alone define what layers compute: none has a hook or another class, such as LoRA's."""
     return all(type(layer) in _PLAIN and is_unchanged(layer) for layer in layers)

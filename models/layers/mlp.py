@@ -6,7 +6,7 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import Linear, operator_replaces
+from models.layers.basic import Linear, are_plain, drops, operator_replaces
 from utils.errors import UserError
 
 
@@ -45,10 +45,6 @@ class Mlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if self._plain_hidden():
+        if are_plain(self.hidden_drop) and not drops(self.hidden_drop):
             return self.drop(run_mlp(x, self.fc1, self.act, self.fc2))
         return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))
-
-    def _plain_hidden(self) -> bool:
-        """Return whether the hidden activations have no dropout in this pass."""
-        return not (self.training and isinstance(self.hidden_drop, nn.Dropout) and self.hidden_drop.p)

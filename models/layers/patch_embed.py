@@ -8,6 +8,7 @@ from paddle import Tensor, nn
 import ops
 from models.layers.basic import LayerNorm, operator_replaces
 from models.layers.batch_norm import SyncBatchNorm
+from models.paddle_private import is_patch_projection
 from utils.errors import UserError
 from utils.sizes import Side, size_pair, size_text
 
@@ -18,7 +19,7 @@ def project_patches(x: Tensor, project: nn.Layer, side: int) -> Tensor:
     On the CPU a linear layer on the pixels of each patch is faster.
     """
     batch, channels, height, width = x.shape
-    if not operator_replaces(x, project) or project.weight.shape[1:] != [channels, side, side]:
+    if not operator_replaces(x, project) or not is_patch_projection(project, channels, side):
         return project(x).transpose([0, 2, 3, 1])
     rows, columns = height // side, width // side
     x = x[:, :, : rows * side, : columns * side].reshape([batch, channels, rows, side, columns, side])

@@ -154,3 +154,5 @@ PD_BUILD_GRAD_OP(leanvit_attention)
     .Outputs({paddle::Grad("QKV")})
     .Attrs({"num_heads: int", "scale: float", "half: bool"})
     .SetKernelFn(PD_KERNEL(backward));
+
+NO_SECOND_DERIVATIVE(leanvit_attention, "QKV");

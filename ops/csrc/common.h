@@ -163,3 +163,14 @@ auto guarded(const Work& work) {
 
 // Compile `Kernel<T>` for both types and call that of bfloat16 or float32.
 #define BY_TYPE(half, kernel, ...) guarded([&] { return (half) ? kernel<bf16>(__VA_ARGS__) : kernel<float>(__VA_ARGS__); })
+
+// A second derivative (`create_graph=True`) is an error; without this operator Paddle takes it as zero.
+inline std::vector<Tensor> no_second_derivative(const Tensor&) {
+  PD_THROW("the operators for the CPU have no second derivative; set LEANVIT_OPS=0");
+}
+
+#define NO_SECOND_DERIVATIVE(name, input)                 \
+  PD_BUILD_DOUBLE_GRAD_OP(name)                           \
+      .Inputs({input})                                    \
+      .Outputs({paddle::Grad(input)})                     \
+      .SetKernelFn(PD_KERNEL(no_second_derivative))

@@ -97,6 +97,8 @@ Tensor spatial_gradient(const T* v, const T* d_gate, const Sizes& n) {
   const int64_t size = n.tokens * n.tokens;
   Tensor result = empty<float>({n.tokens, n.tokens});
   float *sum = pointer<float>(result), *part = pointer<float>(parts);
+  if (n.batch == 0) std::fill(sum, sum + size, 0.0f);
+  if (n.batch == 0) return result;
   parallel(size, [=](int64_t first, int64_t last) {
     std::copy(part + first, part + last, sum + first);
     for (int64_t sample = 1; sample < n.batch; ++sample) {
@@ -228,3 +230,5 @@ PD_BUILD_GRAD_OP(leanvit_gated_mlp)
               paddle::Grad("Spatial"), paddle::Grad("SpatialBias"), paddle::Grad("W2"), paddle::Grad("B2")})
     .Attrs({"epsilon: float", "half: bool"})
     .SetKernelFn(PD_KERNEL(backward));
+
+NO_SECOND_DERIVATIVE(leanvit_gated_mlp, "X");

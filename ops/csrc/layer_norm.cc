@@ -52,3 +52,5 @@ PD_BUILD_GRAD_OP(leanvit_layer_norm)
     .Inputs({"X", "Scale", "Saved", paddle::Grad("Y")})
     .Outputs({paddle::Grad("X"), paddle::Grad("Scale"), paddle::Grad("Bias")})
     .SetKernelFn(PD_KERNEL(backward));
+
+NO_SECOND_DERIVATIVE(leanvit_layer_norm, "X");

@@ -69,3 +69,5 @@ PD_BUILD_GRAD_OP(leanvit_linear)
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
     .Attrs({"half: bool", "half_output: bool", "input_gradient: bool"})
     .SetKernelFn(PD_KERNEL(backward));
+
+NO_SECOND_DERIVATIVE(leanvit_linear, "X");

@@ -102,3 +102,5 @@ PD_BUILD_GRAD_OP(leanvit_mlp)
     .Outputs({paddle::Grad("X"), paddle::Grad("W1"), paddle::Grad("B1"), paddle::Grad("W2"), paddle::Grad("B2")})
     .Attrs({"half: bool"})
     .SetKernelFn(PD_KERNEL(backward));
+
+NO_SECOND_DERIVATIVE(leanvit_mlp, "X");

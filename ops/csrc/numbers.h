@@ -21,12 +21,12 @@ inline float load(bf16 value) {
 
 inline void store(float value, float& place) { place = value; }
 
-// Round to the nearest bfloat16, ties to even.
+// Round to the nearest bfloat16, ties to even. NaN stays NaN: the sum would carry its bits into the sign.
 inline void store(float value, bf16& place) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
-  bits += 0x7fff + ((bits >> 16) & 1);
-  place.bits = static_cast<uint16_t>(bits >> 16);
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  place.bits = static_cast<uint16_t>((value != value ? bits | 0x400000 : rounded) >> 16);
 }
 
 // e^x for x <= 0, relative error 2e-7 (range reduction to |r| <= ln(2) / 2 and a polynomial of degree 6).

@@ -93,8 +93,17 @@ inline void multiply_add(const float* a, const float* b, float* sum) {
   for (int i = 0; i < N; ++i) sum[i] += a[i] * b[i];
 }
 
+// Throw if a group lacks a size, or has one that the loops cannot run over.
+void check_groups(const std::vector<int>& dims, const std::vector<int>& kernels, const std::vector<int>& shifts) {
+  if (kernels.size() != dims.size() || shifts.size() != dims.size()) PD_THROW("dims, kernels and shifts differ in length");
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (dims[i] < 1 || kernels[i] < 1 || kernels[i] % 2 == 0) PD_THROW("a group needs channels and an odd kernel size");
+  }
+}
+
 std::vector<Tensor> forward(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::vector<int>& dims,
                             const std::vector<int>& kernels, const std::vector<int>& shifts) {
+  check_groups(dims, kernels, shifts);
   const Sizes n = sizes_of(x, dims, kernels, shifts);
   expect_shapes({{"the input of shifted convolutions", x, {n.batch, n.height, n.width, n.channels}},
                  {"the weight of shifted convolutions", weight, {n.weights}},
@@ -178,3 +187,5 @@ PD_BUILD_GRAD_OP(leanvit_shifted_convs)
     .Outputs({paddle::Grad("X"), paddle::Grad("Weight"), paddle::Grad("Bias")})
     .Attrs({"dims: std::vector<int>", "kernels: std::vector<int>", "shifts: std::vector<int>"})
     .SetKernelFn(PD_KERNEL(backward));
+
+NO_SECOND_DERIVATIVE(leanvit_shifted_convs, "X");

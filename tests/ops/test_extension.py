@@ -25,8 +25,8 @@ def folders(tmp_path, monkeypatch):
 
 
 def write(path: str) -> None:
-    with open(path, 'w', encoding='utf-8') as file:
-        file.write('library')
+    with open(path, 'wb') as file:
+        file.write(b'\x7fELF'.ljust(64, b'\0'))
 
 
 @pytest.mark.parametrize('compiler', ['no-such-command', '/bin/false', '/etc/passwd', '/bin/false --with arguments'])
@@ -55,7 +55,8 @@ def test_a_command_with_an_open_quote(folders, monkeypatch):
 def test_a_broken_library_is_a_note(folders, monkeypatch, capsys):
     monkeypatch.setattr(extension, '_compile', write)
     assert not extension.load.__wrapped__()
-    assert 'note: training on the CPU without the operators' in capsys.readouterr().err
+    (note,) = capsys.readouterr().err.splitlines()
+    assert note.startswith('note: training on the CPU without the operators') and folders[0] in note
 
 
 def test_the_switch_and_the_gpu_build(monkeypatch):
@@ -111,6 +112,18 @@ def test_other_sources_and_processors_have_libraries_of_their_own(tmp_path, monk
     write(str(tmp_path / 'x.cc'))
     monkeypatch.setattr(extension, '_SOURCES', str(tmp_path))
     assert len({key, other, extension._key()}) == 3
+
+
+@compiled
+def test_a_truncated_library_is_not_loaded(tmp_path):
+    """Loading it would end the process with SIGBUS."""
+    with open(extension.build(), 'rb') as file:
+        content = file.read()
+    path = str(tmp_path / 'library.so')
+    for size in (0, 63, 20000, len(content) - 1, len(content)):
+        with open(path, 'wb') as file:
+            file.write(content[:size])
+        assert extension._is_whole(path) == (size == len(content))
 
 
 @compiled

@@ -13,7 +13,9 @@ import ops
 from config import get_config
 from engine.precision import Precision
 from models import build_model
+from models.gmlp import GatedMlp, SpatialGatingUnit
 from models.layers import Attention, Block, LayerNorm, Linear, Mlp, TokenState
+from models.layers.patch_embed import project_patches
 from models.ms_mlp import shifted_conv
 from models.registry import config_file
 from tests.conftest import assert_close
@@ -212,6 +214,51 @@ def test_empty_batches_have_zero_gradients():
     assert not dw.any() and not db.any()
 
 
+def test_an_empty_batch_of_a_gated_mlp():
+    model = GatedMlp(8, 16, 4)
+    model(paddle.zeros([0, 4, 8])).sum().backward()
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_layers_without_weight_or_bias(monkeypatch):
+    x = paddle.to_tensor(numbers(1, 2, 4, 8))
+    mlp, gated = Mlp(8, 16), GatedMlp(8, 16, 4)
+    mlp.fc1, mlp.fc2 = Linear(8, 16, bias_attr=False), Linear(16, 8, bias_attr=False)
+    gated.fc1, gated.gate.norm = Linear(8, 16, bias_attr=False), LayerNorm(8, weight_attr=False, bias_attr=False)
+    layers = [LayerNorm(8, bias_attr=False), LayerNorm(8, weight_attr=False), LayerNorm([4, 8]), mlp, gated]
+    ours = [layer(x) for layer in layers]
+    monkeypatch.setattr(ops, 'usable', lambda *_: False)
+    for layer, y in zip(layers, ours):
+        assert_close(y, layer(x), EXACT)
+
+
+def test_missing_biases_are_float32():
+    x, weight = paddle.to_tensor(numbers(1, 2, 8)), paddle.to_tensor(numbers(2, 8, 61))
+    paddle.set_default_dtype('float64')
+    try:
+        assert_close(ops.linear(x, weight, None), paddle.matmul(x, weight), EXACT)
+    finally:
+        paddle.set_default_dtype('float32')
+
+
+def test_every_nan_stays_nan_in_bfloat16():
+    """CUDA's NaN has all bits set, so that rounding by a sum would make it -0."""
+    x = paddle.to_tensor(np.array([[0x7FFFFFFF, 0xFFFFFFFF]], 'uint32').view('float32'))
+    with ops.bfloat16():
+        assert paddle.isnan(ops.linear(x, paddle.eye(2), None)).all()
+
+
+@pytest.mark.parametrize('make', [lambda: Linear(8, 8), lambda: LayerNorm(8), lambda: Attention(8, 2)])
+def test_second_derivatives_are_errors(make):
+    """Paddle would take them as zero."""
+    x = paddle.to_tensor(numbers(1, 2, 4, 8), stop_gradient=False)
+    y = make()(x)
+    y = y[0] if isinstance(y, tuple) else y
+    (gradient,) = paddle.grad((y**2).sum(), [x], create_graph=True)
+    with pytest.raises(OSError, match='no second derivative; set LEANVIT_OPS=0'):
+        (gradient**2).sum().backward()
+
+
 def test_views_of_stride_kernels_are_read_right():
     x = paddle.to_tensor(numbers(1, 6, 5))
     weight, bias = paddle.to_tensor(numbers(2, 6, 4)), paddle.to_tensor(numbers(3, 4))
@@ -238,11 +285,16 @@ def test_views_of_stride_kernels_are_read_right():
         lambda x, w: ops.shifted_convs(x[None], w[0], w[0], [6], [1], [0]),
         lambda x, w: ops.shifted_convs(x[None], w.flatten()[:10], w[0, :5], [5], [1], [0]),
         lambda x, w: ops.gated_mlp(x, w, w[0], w[0, :3], w[0, :3], w[:2, :2], w[0, :2], w[:3], w[0], epsilon=1e-5),
+        lambda x, w: ops.shifted_convs(x[None], w.flatten()[:12], w[0], [6], [], []),
+        lambda x, w: ops.shifted_convs(x[None], w.flatten()[:12], w[0], [-2, 8], [1, 1], [0, 0]),
+        lambda x, w: ops.shifted_convs(x[None], paddle.ones([48]), w[0], [6], [2], [0]),
     ],
 )
 def test_shapes_that_do_not_fit_are_errors(call):
     """The kernels would read beyond the end of a tensor, and an exception of another kind would end the process."""
-    with pytest.raises(ValueError, match=r'has the shape \[.*\] and needs|no multiple of 3 times'):
+    with pytest.raises(
+        ValueError, match=r'has the shape \[.*\] and needs|no multiple of 3 times|differ in length|odd kernel'
+    ):
         call(paddle.ones([2, 5, 6]), paddle.ones([6, 6]))
 
 
@@ -278,6 +330,72 @@ def test_layers_that_a_user_replaces_or_watches_are_called(monkeypatch):
     ours = attention(x)[0]
     monkeypatch.setattr(ops, 'usable', lambda *_: False)
     assert_close(ours, attention(x)[0], EXACT)
+
+
+def test_replaced_parts_of_a_layer_are_called(monkeypatch):
+    """Another gate, dropout or `forward` of an object, and hooks on the gate and the attention dropout."""
+
+    class Closed(SpatialGatingUnit):
+        def forward(self, x):
+            return super().forward(x) * 0
+
+    x, calls = paddle.to_tensor(numbers(1, 2, 9, 24)), []
+    closed, gated, attention, mlp, patched = (
+        GatedMlp(24, 48, 9),
+        GatedMlp(24, 48, 9),
+        Attention(24, 3),
+        Mlp(24, 48),
+        Mlp(24, 48),
+    )
+    closed.gate, mlp.hidden_drop = Closed(48, 9), nn.ReLU()
+    patched.fc1.forward = lambda x, forward=patched.fc1.forward: forward(x) * 0
+    gated.gate.register_forward_post_hook(lambda *_: calls.append('gate'))
+    attention.attn_drop.register_forward_post_hook(lambda *_: calls.append('attn_drop'))
+    layers = [closed, gated, attention, mlp, patched]
+    run = lambda: [y[0] if isinstance(y, tuple) else y for y in (layer(x) for layer in layers)]  # noqa: E731
+    ours = run()
+    assert calls == ['gate', 'attn_drop']
+    monkeypatch.setattr(ops, 'usable', lambda *_: False)
+    for y, expected in zip(ours, run()):
+        assert_close(y, expected, EXACT)
+
+
+@pytest.mark.parametrize('options', [{'stride': 2}, {'stride': 4, 'padding': 1}, {'stride': 4, 'padding': 'SAME'}])
+def test_other_convolutions_than_of_patches(options):
+    conv, x = nn.Conv2D(3, 6, 4, **options), paddle.to_tensor(numbers(1, 2, 3, 18, 18))
+    assert_close(project_patches(x, conv, 4), conv(x).transpose([0, 2, 3, 1]), EXACT)
+
+
+def test_monte_carlo_dropout():
+    """Dropout layers in training mode drop, also in a model in evaluation mode."""
+    x = paddle.to_tensor(numbers(1, 2, 9, 24))
+    layers = Mlp(24, 48, 0.5), GatedMlp(24, 48, 9, 0.5), Attention(24, 3, attn_drop_rate=0.5)
+    for layer in layers:
+        layer.eval()
+        getattr(layer, 'attn_drop', None) and layer.attn_drop.train()
+        getattr(layer, 'drop', None) and layer.drop.train()
+        first, second = (layer(x) for _ in range(2))
+        first, second = (first[0], second[0]) if isinstance(first, tuple) else (first, second)
+        assert not paddle.equal_all(first, second)
+
+
+@bfloat16
+@pytest.mark.parametrize('make', [lambda: nn.Linear(24, 24), lambda: nn.Sequential(Linear(24, 24), nn.Linear(24, 24))])
+def test_a_replaced_projection_reads_float32(make):
+    attention, x = Attention(24, 3), paddle.to_tensor(numbers(1, 2, 9, 24))
+    attention.proj = make()
+    exact = attention(x)[0]
+    with ops.bfloat16():
+        assert_close(attention(x)[0], exact, HALF)
+
+
+@pytest.mark.parametrize('full_graph', [None, True])
+def test_to_static(full_graph):
+    for layer in (Linear(8, 4), LayerNorm(8), Mlp(8, 16), GatedMlp(8, 16, 4)):
+        layer.eval()
+        x = paddle.to_tensor(numbers(1, 2, 4, 8))
+        expected = layer(x)
+        assert_close(paddle.jit.to_static(layer, full_graph=full_graph)(x), expected, EXACT)
 
 
 def test_other_types_use_the_layers_of_paddle(monkeypatch):
