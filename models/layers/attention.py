@@ -130,9 +130,8 @@ class Attention(nn.Layer):
             maps = AttentionMaps(weights=weights, keys=k.mean(2) if need_keys else None)
         key_bias = None if key_bias is None else key_bias.flatten(1)
         x = ops.attention(qkv, self.num_heads, self.scale, key_bias)
-        x = (
-            x if are_plain(self.proj) else x.astype('float32')
-        )  # a layer of another class, such as LoRA's, has no bfloat16
+        if not are_plain(self.proj):
+            x = x.astype('float32')  # Paddle has no layers for bfloat16 on the CPU
         return self.proj_drop(self.proj(x)), maps
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, grid: tuple[int, int] | None) -> Tensor:

@@ -97,11 +97,9 @@ Tensor spatial_gradient(const T* v, const T* d_gate, const Sizes& n) {
   const int64_t size = n.tokens * n.tokens;
   Tensor result = empty<float>({n.tokens, n.tokens});
   float *sum = pointer<float>(result), *part = pointer<float>(parts);
-  if (n.batch == 0) std::fill(sum, sum + size, 0.0f);
-  if (n.batch == 0) return result;
   parallel(size, [=](int64_t first, int64_t last) {
-    std::copy(part + first, part + last, sum + first);
-    for (int64_t sample = 1; sample < n.batch; ++sample) {
+    std::fill(sum + first, sum + last, 0.0f);
+    for (int64_t sample = 0; sample < n.batch; ++sample) {
 #pragma omp simd
       for (int64_t i = first; i < last; ++i) sum[i] += part[sample * size + i];
     }
