@@ -9,6 +9,7 @@ Layers call them where `usable(x)` is true, and Paddle's operators otherwise: on
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
@@ -31,7 +32,7 @@ __all__ = [
     'usable',
 ]
 
-_half = False
+_half = contextvars.ContextVar('half', default=False)  # of each thread
 _CPU = paddle.CPUPlace()
 
 
@@ -41,7 +42,7 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
 
     Parameters and input are float32. Within `bfloat16()` an input may be in bfloat16, the result of another operator.
     """
-    float32 = x.dtype == paddle.float32 or (_half and x.dtype == paddle.bfloat16)
+    float32 = x.dtype == paddle.float32 or (_half.get() and x.dtype == paddle.bfloat16)
     return (
         float32
         and paddle.in_dynamic_mode()
@@ -54,22 +55,21 @@ def usable(x: Tensor, *parameters: Tensor | None) -> bool:
 @contextlib.contextmanager
 def bfloat16(enabled: bool = True) -> Iterator[None]:
     """Compute in bfloat16 in this block, and in the backward pass of what it computes."""
-    global _half
-    before, _half = _half, enabled
+    token = _half.set(enabled)
     try:
         yield
     finally:
-        _half = before
+        _half.reset(token)
 
 
 def in_bfloat16() -> bool:
     """Return whether this code runs within `bfloat16()`."""
-    return _half
+    return _half.get()
 
 
 def keep_type(function: Callable) -> Callable:
     """Return a function that computes in the type of this call wherever it runs, as the recomputation of a block does."""
-    half = _half
+    half = _half.get()
 
     @functools.wraps(function)
     def run(*inputs):
@@ -91,13 +91,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, half_output: bool = F
     Args:
         half_output: within `bfloat16()`, return bfloat16 instead of float32.
     """
-    return _run('linear', x, weight, _bias(bias, weight.shape[1]), _half, _half and half_output, not x.stop_gradient)
+    half = _half.get()
+    return _run('linear', x, weight, _bias(bias, weight.shape[1]), half, half and half_output, not x.stop_gradient)
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
     """Linear, exact GELU, Linear: [..., C] -> [..., D]."""
     bias1, bias2 = _bias(bias1, weight1.shape[1]), _bias(bias2, weight2.shape[1])
-    return _run('mlp', x, weight1, bias1, weight2, bias2, _half)
+    return _run('mlp', x, weight1, bias1, weight2, bias2, _half.get())
 
 
 def gated_mlp(x: Tensor, *weights: Tensor | None, epsilon: float) -> Tensor:
@@ -113,7 +114,7 @@ def gated_mlp(x: Tensor, *weights: Tensor | None, epsilon: float) -> Tensor:
     scale = _ones(half) if scale is None else scale
     norm = scale, _bias(shift, half)
     gate = spatial, _bias(spatial_bias, spatial.shape[1])
-    return _run('gated_mlp', x, w1, _bias(b1, hidden), *norm, *gate, w2, _bias(b2, w2.shape[1]), epsilon, _half)
+    return _run('gated_mlp', x, w1, _bias(b1, hidden), *norm, *gate, w2, _bias(b2, w2.shape[1]), epsilon, _half.get())
 
 
 def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None = None) -> Tensor:
@@ -122,7 +123,7 @@ def attention(qkv: Tensor, num_heads: int, scale: float, key_bias: Tensor | None
     Args:
         key_bias: added to the logits of each key, [B, N]; it gets no gradient.
     """
-    return _run('attention', qkv, _zeros(0) if key_bias is None else key_bias, num_heads, scale, _half)
+    return _run('attention', qkv, _zeros(0) if key_bias is None else key_bias, num_heads, scale, _half.get())
 
 
 def shifted_convs(

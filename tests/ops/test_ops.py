@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators for the CPU compute what plain layers compute, forward and backward; bfloat16 stays close."""
 
+import concurrent.futures
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -473,6 +475,11 @@ def test_recomputed_blocks_keep_their_type(name):
     """The backward pass recomputes them outside of `bfloat16()`."""
     assert losses(name, half=True, recompute=True) == losses(name, half=True)
     assert losses(name, recompute=True) == losses(name)
+
+
+def test_each_thread_has_its_precision():
+    with ops.bfloat16(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert ops.in_bfloat16() and not pool.submit(ops.in_bfloat16).result()
 
 
 def test_precision_on_the_cpu(monkeypatch):
