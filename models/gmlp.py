@@ -35,7 +35,6 @@ from models.layers import (
     tokens_to_maps,
     xavier_uniform_,
 )
-from models.paddle_private import is_unchanged
 from models.registry import register_model
 from models.weights.rules import WeightRules
 from utils.errors import UserError
@@ -93,14 +92,18 @@ class GatedMlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        layers = self.fc1, self.act, self.gate.norm, self.gate.proj, self.fc2, self.drop
-        if not drops(self.drop) and type(self.gate) is SpatialGatingUnit and is_unchanged(self.gate):
-            if operator_replaces(x, *layers):
+        if not drops(self.drop):
+            if operator_replaces(x, self._layers(), _CLASSES):
                 return ops.gated_mlp(x, *self._weights(), epsilon=self.gate.norm._epsilon)
-            if not paddle.in_dynamic_mode() and are_plain(*layers):
+            if not paddle.in_dynamic_mode() and are_plain(self._layers(), _CLASSES):
                 return self.fc2(self.gate.gate(*self._halves(x)))
         x = self.gate(self.drop(self.act(self.fc1(x))))
         return self.drop(self.fc2(x))
+
+    def _layers(self) -> list[nn.Layer]:
+        """Return the layers of `_CLASSES`."""
+        norm, proj = (getattr(self.gate, name, None) for name in ('norm', 'proj'))
+        return [self.fc1, self.act, self.gate, norm, proj, self.fc2, self.drop]
 
     def _weights(self) -> list[Tensor]:
         layers = (self.fc1, self.gate.norm, self.gate.proj, self.fc2)
@@ -113,6 +116,9 @@ class GatedMlp(nn.Layer):
         """
         weights, biases = self.fc1.weight.chunk(2, axis=-1), self.fc1.bias.chunk(2)
         return [self.act(F.linear(x, weight, bias)) for weight, bias in zip(weights, biases)]
+
+
+_CLASSES = (Linear, nn.GELU, SpatialGatingUnit, LayerNorm, Linear, Linear, nn.Dropout)  # of what an operator replaces
 
 
 class SpatialGatingBlock(nn.Layer):

@@ -116,7 +116,7 @@ class Attention(nn.Layer):
         """Return whether `ops.attention` computes this pass."""
         plain = type(self).own_bias is Attention.own_bias and not drops(self.attn_drop)
         plain = plain and need_maps in (False, CLASS_ROW) and (key_bias is None or key_bias.stop_gradient)
-        return plain and operator_replaces(x, self.qkv, self.attn_drop)
+        return plain and operator_replaces(x, (self.qkv, self.attn_drop), (Linear, nn.Dropout))
 
     def _by_operators(
         self, x: Tensor, need_maps: bool | str, need_keys: bool, key_bias: Tensor | None
@@ -130,7 +130,7 @@ class Attention(nn.Layer):
             maps = AttentionMaps(weights=weights, keys=k.mean(2) if need_keys else None)
         key_bias = None if key_bias is None else key_bias.flatten(1)
         x = ops.attention(qkv, self.num_heads, self.scale, key_bias)
-        if not are_plain(self.proj):
+        if not are_plain([self.proj], [Linear]):
             x = x.astype('float32')  # Paddle has no layers for bfloat16 on the CPU
         return self.proj_drop(self.proj(x)), maps
 

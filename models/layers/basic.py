@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from paddle import Tensor, nn
 
 import ops
@@ -29,25 +31,21 @@ class LayerNorm(nn.LayerNorm):
         return nn.LayerNorm.forward(self, x)
 
 
-_PLAIN = (Linear, LayerNorm, nn.GELU, nn.Conv2D, nn.Dropout, nn.Identity)
-
-
-def operator_replaces(x: Tensor, *layers: nn.Layer) -> bool:
-    """Return whether one operator may compute several layers.
+def operator_replaces(x: Tensor, layers: Sequence[nn.Layer], classes: Sequence[type]) -> bool:
+    """Return whether one operator may compute several layers, see `are_plain`.
 
     Args:
         x: input of the first layer.
     """
-    return are_plain(*layers) and ops.usable(
-        x, *(getattr(layer, name, None) for layer in layers for name in ('weight', 'bias'))
-    )
+    parameters = (getattr(layer, name, None) for layer in layers for name in ('weight', 'bias'))
+    return are_plain(layers, classes) and ops.usable(x, *parameters)
+
+
+def are_plain(layers: Sequence[nn.Layer], classes: Sequence[type]) -> bool:
+    """Return whether layers compute what these classes do: no hook, no subclass such as LoRA's, no other activation."""
+    return all(type(layer) is kind and is_unchanged(layer) for layer, kind in zip(layers, classes))
 
 
 def drops(layer: nn.Layer) -> bool:
     """Return whether a layer is a dropout that drops; Monte Carlo dropout also does so in the evaluation of a model."""
     return isinstance(layer, nn.Dropout) and layer.training and layer.p > 0
-
-
-def are_plain(*layers: nn.Layer) -> bool:
-    """Return whether weights and rates alone define what layers compute: none has a hook or another class, such as LoRA's."""
-    return all(type(layer) in _PLAIN and is_unchanged(layer) for layer in layers)

@@ -6,7 +6,8 @@ from __future__ import annotations
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import Linear, are_plain, drops, operator_replaces
+from models.layers.basic import Linear, drops, operator_replaces
+from models.paddle_private import is_unchanged
 from utils.errors import UserError
 
 
@@ -20,7 +21,7 @@ def hidden_channels(dim: int, mlp_ratio: float) -> int:
 
 def run_mlp(x: Tensor, fc1: nn.Layer, act: nn.Layer, fc2: nn.Layer) -> Tensor:
     """Compute fc2(act(fc1(x))), by one operator if it computes these layers. [..., C] -> [..., D]."""
-    if operator_replaces(x, fc1, act, fc2):
+    if operator_replaces(x, (fc1, act, fc2), (Linear, nn.GELU, Linear)):
         return ops.mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias)
     return fc2(act(fc1(x)))
 
@@ -45,6 +46,7 @@ class Mlp(nn.Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        if are_plain(self.hidden_drop) and not drops(self.hidden_drop):
+        kind = type(self.hidden_drop)
+        if kind in (nn.Dropout, nn.Identity) and is_unchanged(self.hidden_drop) and not drops(self.hidden_drop):
             return self.drop(run_mlp(x, self.fc1, self.act, self.fc2))
         return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))

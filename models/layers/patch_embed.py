@@ -19,7 +19,7 @@ def project_patches(x: Tensor, project: nn.Layer, side: int) -> Tensor:
     On the CPU a linear layer on the pixels of each patch is faster.
     """
     batch, channels, height, width = x.shape
-    if not operator_replaces(x, project) or not is_patch_projection(project, channels, side):
+    if not operator_replaces(x, [project], [nn.Conv2D]) or not is_patch_projection(project, channels, side):
         return project(x).transpose([0, 2, 3, 1])
     rows, columns = height // side, width // side
     x = x[:, :, : rows * side, : columns * side].reshape([batch, channels, rows, side, columns, side])

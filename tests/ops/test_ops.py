@@ -322,10 +322,11 @@ def test_layers_that_a_user_replaces_or_watches_are_called(monkeypatch):
             return super().forward(x) + 1
 
     x, calls = paddle.to_tensor(numbers(1, 2, 9, 24)), []
-    relu, lora, hooked, attention = Mlp(24, 48), Mlp(24, 48), Mlp(24, 48), Attention(24, 3)
+    relu, none, lora, hooked, attention = *(Mlp(24, 48) for _ in range(4)), Attention(24, 3)
+    none.act = nn.Identity()
     relu.act, lora.fc2, attention.qkv = nn.ReLU(), LoRA(48, 24), LoRA(24, 72)
     hooked.fc1.register_forward_post_hook(lambda *_: calls.append('fc1'))
-    models = [(relu, nn.ReLU()), (lora, nn.GELU()), (hooked, nn.GELU())]
+    models = [(relu, nn.ReLU()), (none, nn.Identity()), (lora, nn.GELU()), (hooked, nn.GELU())]
     for mlp, act in models:
         assert_close(mlp(x), mlp.fc2(act(mlp.fc1(x))), EXACT)
     assert len(calls) == 2
@@ -342,18 +343,13 @@ def test_replaced_parts_of_a_layer_are_called(monkeypatch):
             return super().forward(x) * 0
 
     x, calls = paddle.to_tensor(numbers(1, 2, 9, 24)), []
-    closed, gated, attention, mlp, patched = (
-        GatedMlp(24, 48, 9),
-        GatedMlp(24, 48, 9),
-        Attention(24, 3),
-        Mlp(24, 48),
-        Mlp(24, 48),
-    )
-    closed.gate, mlp.hidden_drop = Closed(48, 9), nn.ReLU()
+    closed, gated, halved = (GatedMlp(24, 48, 9) for _ in range(3))
+    attention, mlp, patched = Attention(24, 3), Mlp(24, 48), Mlp(24, 48)
+    closed.gate, halved.gate, mlp.hidden_drop = Closed(48, 9), Linear(48, 24), nn.ReLU()
     patched.fc1.forward = lambda x, forward=patched.fc1.forward: forward(x) * 0
     gated.gate.register_forward_post_hook(lambda *_: calls.append('gate'))
     attention.attn_drop.register_forward_post_hook(lambda *_: calls.append('attn_drop'))
-    layers = [closed, gated, attention, mlp, patched]
+    layers = [closed, gated, halved, attention, mlp, patched]
     run = lambda: [y[0] if isinstance(y, tuple) else y for y in (layer(x) for layer in layers)]  # noqa: E731
     ours = run()
     assert calls == ['gate', 'attn_drop']
