@@ -144,7 +144,8 @@ class Attention(nn.Layer):
             q, k, v = with_channels(q, k, v, *channels)
         if key_bias is not None:
             q, k, v = with_key_bias(q, k, v, key_bias)
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p, training=self.training)
+        rate = self.attn_drop.p if drops(self.attn_drop) else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, training=rate > 0)
         return x[..., : self.head_dim]
 
     def _class_row(self, q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:
@@ -157,7 +158,7 @@ class Attention(nn.Layer):
         """Return whether the fused path returns these maps: the class row, if neither biases nor dropout change it."""
         if need_maps != CLASS_ROW:
             return not need_maps
-        return type(self).own_bias is Attention.own_bias and not (self.training and self.attn_drop.p)
+        return type(self).own_bias is Attention.own_bias and not drops(self.attn_drop)
 
     def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
         """Return whether the fused kernel can compute this layer; arguments as in `forward`."""

@@ -67,7 +67,7 @@ def test_dropout_acts_in_training_only(calls):
     assert np.array_equal(layer(x)[0], layer(x)[0])
     layer.train()
     assert not np.array_equal(layer(x)[0], layer(x)[0])
-    assert [(call['dropout_p'], call['training']) for call in calls] == [(0.5, False)] * 2 + [(0.5, True)] * 2
+    assert [(call['dropout_p'], call['training']) for call in calls] == [(0.0, False)] * 2 + [(0.5, True)] * 2
 
 
 @pytest.mark.parametrize(
