@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All uses of Paddle's private API (attributes with a leading underscore), but for those of models/paddle_private.py and ops/extension.py.
+"""Uses of Paddle's private API (attributes with a leading underscore).
+
+models/paddle_private.py and ops/extension.py have the others.
 
 Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_paddle_private.py on it first.
 """
