@@ -124,7 +124,8 @@ def test_masked_pretraining(few, tmp_path):
 
 
 def test_contrastive_pretraining(few, tmp_path):
-    """docs/mocov3.md: kNN accuracy 92.4 to 96.1 % after 40 epochs, by seed and rounding; random 78.9 %; fine-tuned 95.2 %."""
+    """docs/mocov3.md, seed 0: kNN accuracy 87.9 % and 96.1 % after 10 and 40 epochs; fine-tuned 95.2 %."""
     folder = launch('main_single_gpu.py', tmp_path, 'moco', 'mocov3_digits')
-    assert 100 * validations(folder, 'knn_acc1')[40] == pytest.approx(94.2, abs=3)
+    scores = validations(folder, 'knn_acc1')
+    assert (100 * scores[10], 100 * scores[40]) == (pytest.approx(87.9, abs=3), pytest.approx(96.1, abs=2))
     assert fine_tune(tmp_path, few, 'finetuned', folder) == pytest.approx(95.2, abs=1.5)
