@@ -156,14 +156,19 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def test_the_dockerfile_is_clean():
-    """`make lint` checks it with hadolint; here is what hadolint does not know."""
+    """`make lint` checks it with hadolint, too."""
     found = instructions()
     names = [name for name, _ in found]
+    assert set(names) <= {'ARG', 'FROM', 'RUN', 'USER', 'WORKDIR', 'COPY', 'CMD'}
     assert names.count('FROM') == names.count('CMD') == names.count('USER') == 1 and names[-1] == 'CMD'
     after = found[names.index('USER') :]
     assert after[0][1] not in ('root', '0') and not any('apt-get' in text for _, text in after)
     assert f'--chown={after[0][1]}' in next(text for name, text in after if name == 'COPY')
     assert f'--uid {after[0][1]} ' in next(text for name, text in found if 'useradd' in text)
+    packages = next(text for name, text in found if 'apt-get' in text)
+    for part in ('apt-get update', '--no-install-recommends', ' -y ', 'rm -rf /var/lib/apt/lists/*'):
+        assert part in packages
+    assert not re.search(r'latest|sudo|curl|wget', ' '.join(text for _, text in found))
     default = dict(text.partition('=')[::2] for name, text in found if name == 'ARG')
     assert re.match(rf'nvidia/cuda:{default["CUDA"][:2]}\.{default["CUDA"][2]}\.\d', default['BASE'])
 
