@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache of image files in memory (DATA.CACHE), as in Swin Transformer and MS-MLP.
+"""Cache of image files in memory (DATA.CACHE), as in Swin Transformer and MS-MLP. Small images are decoded only once.
 
     full    each rank caches all training images
     part    rank r of w caches the images i with i % w == r, and trains on those alone
@@ -10,15 +10,19 @@ disk, so it can be neither stale nor mixed up.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Iterable
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from datasets.dataset import EncodedStorage, Images
-from datasets.images import UnreadableImage
+from datasets.images import Jpeg, UnreadableImage, open_image
 from utils.errors import UserError
+
+SMALL, SMALL_FILE = 32, 8192  # side in pixels, and bytes of the file, up to which decoded pixels are kept (3 KiB)
 
 
 def cache_images(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
@@ -45,16 +49,24 @@ def cache_images(dataset: Images, indices: np.ndarray, show_progress: bool) -> I
 
 
 class CachedStorage(EncodedStorage):
-    """A storage with the image files of `indices` in memory."""
+    """A storage with the image files of `indices` in memory, and the decoded pixels of small images."""
 
     def __init__(self, storage: EncodedStorage, indices: Iterable[int]):
         self.storage = storage
         self.files = PackedBytes(len(storage))
+        self._pixels = PackedBytes(len(storage))
+        self._sizes = np.zeros((len(storage), 2), np.uint8)  # (width, height) of the decoded images
         for index in indices:
-            try:
+            # `read` and `picture` raise the error again when the image is needed.
+            with contextlib.suppress(UnreadableImage):
                 self.files[index] = storage.read(index)
-            except UnreadableImage:  # `read` raises it again when the image is needed
-                continue
+                self._decode(index)
+
+    def _decode(self, index: int) -> None:
+        """Keep the pixels of a small image. A `Jpeg` stays encoded: a transform may decode it at a smaller size."""
+        image = open_image(self.files[index]) if len(self.files[index]) <= SMALL_FILE else None
+        if image is not None and not isinstance(image, Jpeg) and max(image.size) <= SMALL:
+            self._pixels[index], self._sizes[index] = image.tobytes(), image.size
 
     def __len__(self) -> int:
         return len(self.storage)
@@ -64,6 +76,11 @@ class CachedStorage(EncodedStorage):
 
     def read(self, index: int) -> bytes:
         return self.files[index] if index in self.files else self.storage.read(index)
+
+    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
+        if exif_rotate or index not in self._pixels:
+            return super().picture(index, exif_rotate)
+        return Image.frombytes('RGB', tuple(self._sizes[index].tolist()), self._pixels[index])
 
 
 class PackedBytes:

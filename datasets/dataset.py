@@ -46,6 +46,10 @@ class EncodedStorage(Storage):
     def open(self, index: int) -> Image.Image:
         return decode_image(self.read(index))
 
+    def picture(self, index: int, exif_rotate: bool = False) -> Image.Image | Jpeg:
+        """Return an item for a transform, see `open_image`."""
+        return open_image(self.read(index), exif_rotate)
+
 
 class BadImageError(UserError):
     """An image cannot be read; the text names the image."""
@@ -102,7 +106,7 @@ class Images:
                 return decode_bands(self.storage.read(index), self.channels, exif_rotate)
             return with_alpha(self.storage.open(index), self.channels)
         if isinstance(self.storage, EncodedStorage):
-            return open_image(self.storage.read(index), exif_rotate)
+            return self.storage.picture(index, exif_rotate)
         return self.storage.open(index)
 
     @contextlib.contextmanager

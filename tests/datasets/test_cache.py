@@ -3,15 +3,19 @@
 
 import multiprocessing
 import shutil
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from config import get_config
 from datasets import Dataset, build_dataloader, build_dataset, cache
 from datasets.cache import CachedStorage, PackedBytes
+from datasets.dataset import FileStorage
+from datasets.images import Jpeg, open_image
 from datasets.samplers import EvalSampler, PartSampler, TrainSampler
 from tests.conftest import golden
 from utils.errors import UserError
@@ -127,6 +131,52 @@ def test_unreadable_images_stay_so(list_data, make_config):
     assert [batch.indices.tolist() for batch in loader.epoch(0)] == [[0, 1, 3], [5, 6, 7], [8]]
     with pytest.raises(UserError, match=r'picture 2\.png.*No such file'):
         loader.dataset.load(2)
+
+
+SMALL_MODES = ('L', 'RGB', 'RGBA', 'P', 'I;16')
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Files of a few modes, sizes and formats: a storage, and the files of small images that are no JPEG."""
+    rng = np.random.default_rng(0)
+    small = []
+    for mode in SMALL_MODES:
+        pixels = rng.integers(0, 256, (32, 7), 'uint8')
+        image = Image.fromarray(pixels.astype('uint16') * 250) if mode == 'I;16' else Image.fromarray(pixels).convert(mode)
+        small.append(f'{mode[0]}{len(small)}.png')
+        image.save(tmp_path / small[-1])
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(rng.integers(0, 256, (8, 5, 3), 'uint8')).save(tmp_path / 'turned.png', exif=turned)
+    Image.fromarray(rng.integers(0, 256, (33, 8, 3), 'uint8')).save(tmp_path / 'large.png')
+    Image.fromarray(rng.integers(0, 256, (8, 8, 3), 'uint8')).save(tmp_path / 'small.jpg')
+    return FileStorage(str(tmp_path), [*small, 'turned.png', 'large.png', 'small.jpg']), len(small)
+
+
+def test_small_images_are_decoded_once(pictures, monkeypatch):
+    """Their pixels are those of the file, and no later picture decodes it."""
+    storage, small = pictures
+    expected = [np.asarray(storage.open(index)) for index in range(small + 1)]
+    cached = CachedStorage(storage, range(len(storage)))
+    monkeypatch.setattr('datasets.dataset.open_image', lambda *_: pytest.fail('decoded again'))
+    for index, pixels in enumerate(expected):
+        picture = cached.picture(index)
+        assert picture.mode == 'RGB'
+        assert np.array_equal(picture, pixels)
+
+
+def test_other_images_are_decoded_when_needed(pictures):
+    """JPEG files, of which a transform may decode a part; larger images; images that are rotated by their EXIF data."""
+    storage, small = pictures
+    cached = CachedStorage(storage, range(len(storage)))
+    turned, large, jpeg = range(small, small + 3)
+    assert (cached.picture(turned).size, cached.picture(turned, True).size) == ((5, 8), (8, 5))
+    assert isinstance(cached.picture(jpeg), Jpeg)
+    with mock.patch('datasets.dataset.open_image', wraps=open_image) as opened:
+        for index in (turned, large, jpeg):
+            assert np.array_equal(cached.picture(index, True).convert('RGB'), storage.picture(index, True).convert('RGB'))
+    assert opened.call_count == 6
 
 
 def test_arrays_are_not_cached():
