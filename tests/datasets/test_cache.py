@@ -143,7 +143,9 @@ def pictures(tmp_path):
     small = []
     for mode in SMALL_MODES:
         pixels = rng.integers(0, 256, (32, 7), 'uint8')
-        image = Image.fromarray(pixels.astype('uint16') * 250) if mode == 'I;16' else Image.fromarray(pixels).convert(mode)
+        image = (
+            Image.fromarray(pixels.astype('uint16') * 250) if mode == 'I;16' else Image.fromarray(pixels).convert(mode)
+        )
         small.append(f'{mode[0]}{len(small)}.png')
         image.save(tmp_path / small[-1])
     turned = Image.Exif()
@@ -175,7 +177,9 @@ def test_other_images_are_decoded_when_needed(pictures):
     assert isinstance(cached.picture(jpeg), Jpeg)
     with mock.patch('datasets.dataset.open_image', wraps=open_image) as opened:
         for index in (turned, large, jpeg):
-            assert np.array_equal(cached.picture(index, True).convert('RGB'), storage.picture(index, True).convert('RGB'))
+            assert np.array_equal(
+                cached.picture(index, True).convert('RGB'), storage.picture(index, True).convert('RGB')
+            )
     assert opened.call_count == 6
 
 
