@@ -27,9 +27,9 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from datasets.sample import Plane
-from utils.cli import SIGNALS
 from utils.errors import UserError
 from utils.processes import die_with_parent, forking
+from utils.signals import SIGNALS
 
 _LOG = logging.getLogger(__name__)
 

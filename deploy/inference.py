@@ -14,7 +14,8 @@ from datasets.batch import on_device
 from datasets.dataset import FileStorage, Images
 from datasets.images import UnreadableImage
 from models import build_model
-from models.weights.load import load_pretrained, match_classes, read_weights
+from models.weights.classes import match_classes
+from models.weights.load import load_pretrained, read_weights
 from tasks import Prediction, PredictionOptions, Task, build_task
 from utils.errors import UserError
 

@@ -16,11 +16,11 @@ import paddle.distributed as dist
 
 from engine.heartbeat import Heartbeat
 from engine.network_watch import watched_over_network
-from utils.cli import SIGNALS, handle_signals
 from utils.environment import launched
 from utils.errors import UserError
 from utils.processes import die_with_parent, forking
 from utils.reports import LOST, send_report
+from utils.signals import SIGNALS, handle_signals
 
 JOIN_NOTICE = 10.0  # seconds of waiting for other ranks until a note is printed
 BUCKET = 2**25  # values of one all-reduce of gradients: 128 MiB in float32

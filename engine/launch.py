@@ -15,7 +15,6 @@ import tempfile
 
 from engine.heartbeat import FILE, Heartbeat, Watch
 from engine.supervise import GRACE, Supervisor, Worker
-from utils.cli import SIGNALS, handle_signals
 from utils.environment import (
     clear_launcher_variables,
     command_line,
@@ -27,6 +26,7 @@ from utils.environment import (
 from utils.errors import UserError
 from utils.processes import Guard, die_with_parent
 from utils.reports import CONSOLE, REPORTS, describe_handle
+from utils.signals import SIGNALS, handle_signals
 
 
 def is_worker() -> bool:

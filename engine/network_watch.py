@@ -18,8 +18,8 @@ from collections.abc import Callable
 
 from engine.heartbeat import Heartbeat, Watch
 from engine.paddle_private import KeyValueStore
-from utils.cli import handle_signals
 from utils.processes import die_with_parent, forking
+from utils.signals import handle_signals
 
 KILL_AFTER = 5.0  # seconds after SIGTERM, which a rank in a collective cannot handle
 

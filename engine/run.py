@@ -20,7 +20,8 @@ from engine.throughput import measure, report
 from engine.train import Trainer
 from models import build_model
 from models.engines import LAYERS
-from models.weights.load import Weights, load_pretrained, read_weights, stored_classes
+from models.weights.classes import stored_classes
+from models.weights.load import Weights, load_pretrained, read_weights
 from tasks import Task, build_evaluator, build_task
 from utils.errors import UserError
 from utils.runlog import MetricsFile, RunLog

@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import signal
 
-from utils.cli import handle_signals
 from utils.errors import UserError
+from utils.signals import handle_signals
 
 
 class StopSignal:

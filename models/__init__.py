@@ -15,7 +15,8 @@ if sys.argv[:1] == ['-m']:  # `python -m models` imports this file before __main
 import importlib
 import pkgutil
 
-from models.registry import build_model, create_model, list_models, register_model
+from models.create import create_model
+from models.registry import build_model, list_models, register_model
 
 __all__ = ['build_model', 'create_model', 'list_models', 'register_model']
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from paddle import nn
 from yacs.config import CfgNode
 
-from config import get_config
 from utils.errors import UserError
 from utils.registry import Registry
 
@@ -57,30 +56,6 @@ def build_model(config: CfgNode) -> nn.Layer:
         UserError: an unknown MODEL.TYPE, or inconsistent sizes.
     """
     return MODELS[config.MODEL.TYPE](config)
-
-
-def create_model(
-    name: str, num_classes: int | None = None, pretrained: str | bool | None = None, opts: list | None = None
-) -> nn.Layer:
-    """Build a model by the name of its configuration.
-
-    Args:
-        name: a name of `list_models()`, or the path of a YAML file.
-        num_classes: outputs of the classifier; None: as in the configuration, else 1000.
-        pretrained: a .pdparams file to load; True: the published weights, see `models.weights.published`. If its number of classes differs, the classifier is re-initialized, and a
-            message is printed.
-        opts: alternating keys and values that override the configuration, such as `['DATA.IMAGE_SIZE', 384]`.
-    """
-    opts = list(opts or [])
-    if num_classes is not None:
-        opts += ['MODEL.NUM_CLASSES', num_classes]
-    config = get_config(config_file(name), opts)
-    model = build_model(config)
-    if pretrained:
-        from models.weights.load import load_pretrained
-
-        load_pretrained(model, f'auto:{config.MODEL.NAME}' if pretrained is True else pretrained)
-    return model
 
 
 def list_models(pattern: str = '*') -> list[str]:

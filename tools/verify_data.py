@@ -36,11 +36,12 @@ from datasets.bands import PLAIN
 from datasets.dataset import EncodedStorage, describe_empty, empty_classes
 from datasets.images import UnreadableImage
 from tools._output import add_output_file
-from utils.cli import exit_status, handle_signals, run
+from utils.cli import exit_status, run
 from utils.errors import UserError
 from utils.files import atomic_write, json_text
 from utils.flags import flag_parser
 from utils.processes import die_with_parent
+from utils.signals import handle_signals
 
 PARTS = ('train', 'val')
 _CHUNK = 32  # images per task of a worker

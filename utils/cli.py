@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 from utils.errors import UserError
 from utils.reports import CONSOLE, ERROR, LOST, inherited_handle, send_report
+from utils.signals import SIGNALS, handle_signals
 from utils.text import printable_lines
 
 USER_ERROR = 2  # exit status, as argparse's
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, kill, a terminal that is closed
 
 _OLDEST_PYTHON = (3, 9)
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -128,13 +128,6 @@ def exit_status(error: KeyboardInterrupt) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------- signals
-def handle_signals(handler) -> None:
-    """Install a handler of `SIGNALS`; keep SIGHUP ignored under nohup."""
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
 _interrupted_at = None  # when the first signal came
 
 

@@ -23,9 +23,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 
-from utils.cli import SIGNALS
 from utils.errors import UserError
 from utils.reports import CONSOLE, REPORTS
+from utils.signals import SIGNALS
 
 OLDEST_PADDLE = (3, 3)
 _CPU_BUILD, _GPU_BUILD = 'paddlepaddle', 'paddlepaddle-gpu'

@@ -20,8 +20,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from utils.cli import SIGNALS, handle_signals
 from utils.errors import UserError
+from utils.signals import SIGNALS, handle_signals
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Limits of a function in a subprocess: bytes, a thousand times the largest MATLAB file of a data set, and processor time.

@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, urlsplit
 
 from config import get_config
 from models.registry import build_model, config_file
+from models.weights.classes import match_classes
 from models.weights.convert import port_with_report, rename_arrays
-from models.weights.load import match_classes
 from models.zoo import PUBLISHED, Published
 from utils.environment import user_cache
 from utils.errors import UserError

@@ -13,8 +13,9 @@ from config import get_config
 from models import build_model
 from models.gmlp import GMLP
 from models.vision_transformer import VisionTransformer
+from models.weights.classes import match_classes, stored_classes
 from models.weights.convert import port_state_dict
-from models.weights.load import load_pretrained, load_state, match_classes, stored_classes
+from models.weights.load import load_pretrained, load_state
 from models.weights.paddlevit import from_paddlevit
 from tests.models.weights.test_load import SIZES, random_state
 from utils.errors import UserError
