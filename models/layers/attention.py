@@ -137,7 +137,8 @@ class Attention(nn.Layer):
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """Compute attention of q, k, v [B, N, H, d] by the fused kernel, [B, N, H, d].
 
-        A bias becomes channels of queries and keys: a mask of the kernel is slower and has no gradient.
+        A bias becomes channels of queries and keys: a mask of the kernel is slower and has no gradient. `training` is always
+        set: without it, the kernel of float32 and of GPUs before Ampere keeps no sums of exponentials for its backward pass.
         """
         channels = self.own_channels(q, grid)
         if channels is not None:
@@ -145,7 +146,7 @@ class Attention(nn.Layer):
         if key_bias is not None:
             q, k, v = with_key_bias(q, k, v, key_bias)
         rate = self.attn_drop.p if drops(self.attn_drop) else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, training=rate > 0)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, training=True)
         return x[..., : self.head_dim]
 
     def _class_row(self, q: Tensor, k: Tensor, key_bias: Tensor | None) -> Tensor:

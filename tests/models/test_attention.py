@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention by the fused kernel, which only GPUs take, against separate operators."""
 
+import sys
+
 import numpy as np
 import paddle
+import paddle.incubate.nn.memory_efficient_attention
 import paddle.nn.functional as F
 import pytest
+from paddle.nn.functional import flash_attention, sdpa
 
 from models.layers import attention
 from models.layers.attention import CLASS_ROW, Attention, RelativeAttention, with_channels, with_key_bias
@@ -67,7 +71,26 @@ def test_dropout_acts_in_training_only(calls):
     assert np.array_equal(layer(x)[0], layer(x)[0])
     layer.train()
     assert not np.array_equal(layer(x)[0], layer(x)[0])
-    assert [(call['dropout_p'], call['training']) for call in calls] == [(0.0, False)] * 2 + [(0.5, True)] * 2
+    assert [(call['dropout_p'], call['training']) for call in calls] == [(0.0, True)] * 2 + [(0.5, True)] * 2
+
+
+@pytest.mark.parametrize('training', [True, False])
+def test_the_kernel_of_float32_keeps_what_its_backward_pass_needs(monkeypatch, training):
+    """It stores log(sum(exp(scores))) only if `training` is set; layers in evaluation mode may need gradients, too."""
+    module, kept = sys.modules['paddle.incubate.nn.memory_efficient_attention'], []
+
+    def kernel(q, k, v, attn_bias, p, scale, training):
+        assert attn_bias is None and p == 0.0 and scale is None
+        kept.append(training)
+        return flash_attention._math_attention(q, k, v)[0]
+
+    monkeypatch.setattr(module, 'memory_efficient_attention', kernel)
+    monkeypatch.setattr(sdpa, 'select_sdp_for_sdpa', lambda parameters: 'mem_efficient')
+    layer, x = Attention(32, 4), paddle.randn([3, 7, 32])
+    layer.training = training
+    for expected, found in both(monkeypatch, layer, x):
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert kept == [True]
 
 
 @pytest.mark.parametrize(
