@@ -10,7 +10,7 @@ import numpy as np
 import paddle
 
 from engine.flat import Layout
-from engine.paddle_private import FusedAdamW, FusedMomentum, divide_all, squared_norm
+from engine.paddle_private import FusedAdamW, FusedLamb, FusedMomentum, divide_all, squared_norm
 from models.layers.constants import constant
 from utils import device
 from utils.registry import Registry
@@ -74,7 +74,7 @@ def _sgd(groups: list[dict], options) -> paddle.optimizer.Optimizer:
 def _lamb(groups: list[dict], options) -> paddle.optimizer.Optimizer:
     for group in groups:
         group['lamb_weight_decay'] = group.pop('weight_decay')
-    return paddle.optimizer.Lamb(
+    return FusedLamb(
         learning_rate=0.0,
         parameters=groups,
         beta1=options.BETAS[0],

@@ -9,8 +9,9 @@ Checked on Paddle 3.3.1. A later version may rename them: run tests/engine/test_
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import paddle
 from paddle import Tensor
 from paddle.optimizer import Optimizer
@@ -26,6 +27,8 @@ WAITING = ('nonzero', 'masked_select', 'unique', 'unique_consecutive', 'bincount
 
 def accumulators(optimizer: Optimizer) -> dict[str, dict[str, Tensor]]:
     """Return the optimizer state by kind and by automatic parameter name; it is empty before the first step."""
+    if isinstance(optimizer, FusedLamb):
+        optimizer.store_powers()
     return dict(optimizer._accumulators)
 
 
@@ -58,6 +61,13 @@ class _Fused:
 
     def _state(self, kind: str, parameter: Tensor) -> Tensor:
         return self._accumulators[kind][parameter.name]
+
+    def _layout(self, parameters: list[Tensor]) -> Layout:
+        """Return the layout of parameters, which is built once; some may have no gradient in some steps."""
+        names = tuple(parameter.name for parameter in parameters)
+        if names not in self._layouts:
+            self._layouts[names] = Layout(parameters)
+        return self._layouts[names]
 
 
 class FusedMomentum(_Fused, paddle.optimizer.Momentum):
@@ -97,10 +107,7 @@ class FusedMomentum(_Fused, paddle.optimizer.Momentum):
         return []
 
     def _update(self, parameters: list[Tensor], gradients: list[Tensor], group: dict) -> None:
-        names = tuple(parameter.name for parameter in parameters)
-        if names not in self._layouts:  # parameters may have no gradient in some steps
-            self._layouts[names] = Layout(parameters)
-        layout = self._layouts[names]
+        layout = self._layout(parameters)
         weights, joined = layout.join(parameters), layout.join(gradients)
         if group['regularization_method'] == 'l2_decay':
             joined = joined + group['regularization_coeff'] * weights
@@ -125,43 +132,99 @@ def _momentum(
     )
 
 
-class FusedAdamW(_Fused, paddle.optimizer.AdamW):
-    """AdamW that updates all parameters of a group by one operation; on the CPU with the bits of Paddle's AdamW.
+_POWERS = 'beta1_pow_acc', 'beta2_pow_acc'
 
-    The operation has one bias correction, so parameters with different numbers of steps are updated separately. They occur
-    where a parameter has no gradient in some steps.
+
+class _Aged(_Fused):
+    """Part of optimizers with a bias correction: parameters with different numbers of steps are updated separately.
+
+    They occur where a parameter has no gradient in some steps. The powers of the betas are known on the host.
     """
 
     def __init__(self, **options):
         super().__init__(**options)
-        self._ages: dict[str, tuple[float, int]] = {}  # (beta1^t at the first step in this process, steps since)
+        self._powers: dict[str, tuple[np.float32, np.float32]] = {}  # of the next step, by name of the parameter
+
+    def _cohorts(self, group: dict) -> list[tuple[tuple[np.float32, np.float32], list[Tensor], list[Tensor]]]:
+        """Return (powers, parameters, gradients) of each age, and count a step."""
+        cohorts: dict[tuple[np.float32, np.float32], list] = {}
+        for parameter, gradient in group['params']:
+            powers = self._powers.get(parameter.name) or tuple(
+                np.float32(self._state(kind, parameter).item()) for kind in _POWERS
+            )
+            cohorts.setdefault(powers, []).append((parameter, gradient))
+        betas = np.float32(self._beta1), np.float32(self._beta2)
+        for powers, pairs in cohorts.items():
+            following = tuple(power * beta for power, beta in zip(powers, betas))
+            self._powers.update((parameter.name, following) for parameter, _ in pairs)
+        return [(powers, *map(list, zip(*pairs))) for powers, pairs in cohorts.items()]
+
+
+class FusedAdamW(_Aged, paddle.optimizer.AdamW):
+    """AdamW that updates all parameters of a group by one operation; on the CPU with the bits of Paddle's AdamW."""
 
     def _create_optimization_pass(self, group, param_group_idx=0):
-        if not self._ready(group):
-            return []
-        cohorts: dict[tuple[float, int], list] = {}
-        for parameter, gradient in group['params']:
-            start, steps = self._ages.get(parameter.name) or (self._state('beta1_pow_acc', parameter).item(), 0)
-            cohorts.setdefault((start, steps), []).append((parameter, gradient))
-            self._ages[parameter.name] = start, steps + 1
-        for pairs in cohorts.values():
-            self._update(pairs)
+        if self._ready(group):
+            for _, parameters, gradients in self._cohorts(group):
+                self._update(parameters, gradients)
         return []
 
-    def _update(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        parameters, gradients = map(list, zip(*pairs))
-        kinds = 'moment1', 'moment2', 'beta1_pow_acc', 'beta2_pow_acc'
+    def _update(self, parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        kinds = 'moment1', 'moment2', *_POWERS
         moment1, moment2, pow1, pow2 = ([self._state(kind, parameter) for parameter in parameters] for kind in kinds)
         no_maxima = no_master_weights = never_skip = None
         no_half_precision = no_global_pow = no_amsgrad = False
         paddle._C_ops.fused_adam_(
-            parameters, gradients, self._create_param_lr(pairs[0]), moment1, moment2, no_maxima, pow1, pow2,
+            parameters, gradients, self._create_param_lr((parameters[0], gradients[0])), moment1, moment2, no_maxima, pow1, pow2,
             no_master_weights, never_skip, self._beta1, self._beta2, self._epsilon, _CHUNK, float(self._weight_decay), True,
             no_half_precision, no_global_pow, no_amsgrad,
         )  # fmt: skip
 
 
 _CHUNK = 32768  # values per block of a GPU
+
+
+class FusedLamb(_Aged, paddle.optimizer.Lamb):
+    """Lamb (https://arxiv.org/abs/1904.00962).
+
+    On a GPU about fifty operations update all parameters of a group, and the last bits differ from those of a CPU. There
+    Paddle's operator updates one parameter after the other. As in Paddle, the trust ratio is 1 without weight decay.
+    """
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+
+    def store_powers(self) -> None:
+        """Set the powers of the betas in the state; `_update` does not, since each would take an operation."""
+        for name, powers in self._powers.items():
+            for kind, power in zip(_POWERS, powers):
+                target = self._accumulators[kind][name]
+                target.set_value(paddle.to_tensor([power.item()], target.dtype, place=target.place))
+
+    def _create_optimization_pass(self, group, param_group_idx=0):
+        if not device.on_gpu():
+            return super()._create_optimization_pass(group, param_group_idx)
+        if self._ready(group):
+            for powers, parameters, gradients in self._cohorts(group):
+                self._update(powers, parameters, gradients)
+        return []
+
+    def _update(self, powers: Sequence[np.float32], parameters: list[Tensor], gradients: list[Tensor]) -> None:
+        layout, rate = self._layout(parameters), self._create_param_lr((parameters[0], gradients[0]))
+        weights, joined = layout.join(parameters), layout.join(gradients)
+        unbiased, powered = [], (joined, paddle.square(joined))
+        for kind, beta, power, values in zip(('moment1', 'moment2'), (self._beta1, self._beta2), powers, powered):
+            moments, beta = [self._state(kind, parameter) for parameter in parameters], float(np.float32(beta))
+            _momentum(parameters, layout.split(values * (1.0 - beta)), moments, paddle.zeros_like(rate), beta)
+            unbiased.append(layout.join(moments) / (1.0 - float(power)))
+        steps = unbiased[0] / (paddle.sqrt(unbiased[1]) + self._epsilon)
+        if self._lamb_weight_decay > 0:
+            steps = steps + self._lamb_weight_decay * weights
+            sizes, lengths = layout.norms(weights), layout.norms(steps)
+            both = paddle.logical_and(sizes > 0, lengths > 0)
+            steps = steps * layout.spread(paddle.where(both, sizes / lengths, paddle.ones_like(sizes)))
+        _momentum(parameters, layout.split(steps), layout.split(paddle.zeros_like(steps)), rate, 0.0)
 
 
 def squared_norm(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from engine.checkpoint import optimizer_state, set_optimizer_state, to_arrays
 from engine.optim import LARS
 from engine.paddle_private import (
     FusedAdamW,
+    FusedLamb,
     FusedMomentum,
     accumulator_names,
     accumulators,
@@ -152,7 +153,9 @@ def test_fused_adamw_has_the_bits_of_paddles(monkeypatch):
     plain, fused = three_layers(), three_layers()
     take_steps(plain, adamw_of(plain, paddle.optimizer.AdamW), range(9))
     updates, update = [], FusedAdamW._update
-    monkeypatch.setattr(FusedAdamW, '_update', lambda self, pairs: (updates.append(len(pairs)), update(self, pairs)))
+    monkeypatch.setattr(
+        FusedAdamW, '_update', lambda self, own, *args: (updates.append(len(own)), update(self, own, *args))
+    )
     optimizer = adamw_of(fused, FusedAdamW)
     take_steps(fused, optimizer, range(5))
     assert updates == [3, 3, 2, 2, *[2, 1, 2, 1], 2, 2, *[2, 1, 2, 1]]
@@ -181,6 +184,62 @@ def test_fused_adamw_skips_a_step_with_overflow():
     take_steps(model, optimizer, [0])
     assert optimizer._get_auxiliary_var('found_inf') is False
     assert not any(np.array_equal(old, new.numpy()) for old, new in zip(before, model.parameters()))
+
+
+def lamb_of(model, kind):
+    groups = [
+        {'params': [layer.weight for layer in model], 'lamb_weight_decay': 0.05, 'learning_rate': 0.5},
+        {'params': [layer.bias for layer in model], 'lamb_weight_decay': 0.0},
+    ]
+    return kind(learning_rate=0.0, parameters=groups, beta1=0.9, beta2=0.999, epsilon=1e-6)
+
+
+def state_of(model, optimizer) -> list[np.ndarray]:
+    kinds = optimizer_state(optimizer, model)
+    return [value.numpy() for entries in (model.state_dict(), *kinds.values()) for value in entries.values()]
+
+
+@pytest.mark.parametrize('on_gpu', [False, True])
+def test_fused_lamb_has_the_numbers_of_paddles(monkeypatch, on_gpu):
+    """Its bits on a CPU; also where gradients are missing in some steps or are zero, and after its state was loaded."""
+    plain = three_layers()
+    expected = lamb_of(plain, paddle.optimizer.Lamb)
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: on_gpu)
+    updates, update = [], FusedLamb._update
+    monkeypatch.setattr(
+        FusedLamb,
+        '_update',
+        lambda self, powers, own, *args: (updates.append(len(own)), update(self, powers, own, *args)),
+    )
+    fused, again = three_layers(), three_layers()
+    optimizer, other = lamb_of(fused, FusedLamb), lamb_of(again, FusedLamb)
+    take_steps(plain, expected, range(5))
+    take_steps(fused, optimizer, range(5))
+    set_optimizer_state(other, again, to_arrays(optimizer_state(optimizer, fused)))
+    again.set_state_dict(fused.state_dict())
+    for each in ((plain, expected), (fused, optimizer), (again, other)):
+        take_steps(*each, range(5, 9))
+        each[0][0].weight.grad = paddle.zeros_like(each[0][0].weight)
+        each[1].step()
+    assert updates[:12] == [3, 3, 2, 2, 2, 1, 2, 1, 2, 2, 2, 1][: 12 * on_gpu] and sum(updates) == 68 * on_gpu
+    states = [state_of(*each) for each in ((plain, expected), (fused, optimizer), (again, other))]
+    assert len(states[0]) == 6 + 4 * 6
+    for one, two, three in zip(*states):
+        np.testing.assert_allclose(two, one, 2e-5 * on_gpu, 1e-7 * on_gpu)
+        np.testing.assert_array_equal(three, two)
+
+
+def test_fused_lamb_skips_a_step_with_overflow(monkeypatch):
+    monkeypatch.setattr(utils.device, 'on_gpu', lambda: True)
+    model = three_layers()
+    optimizer, before = lamb_of(model, FusedLamb), [parameter.numpy() for parameter in model.parameters()]
+    for overflow in (True, False):
+        optimizer._set_auxiliary_var('found_inf', paddle.to_tensor([overflow]))
+        take_steps(model, optimizer, [0])
+        same = [np.array_equal(old, new.numpy()) for old, new in zip(before, model.parameters())]
+        assert all(same) if overflow else not any(same)
+    powers = optimizer_state(optimizer, model)['beta1_pow_acc']
+    assert {power.item() for power in powers.values()} == {float(np.float32(0.9) * np.float32(0.9))}
 
 
 @pytest.mark.parametrize('shape', [[1], [7], [64, 3], [5, 1000]])

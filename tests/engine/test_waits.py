@@ -77,6 +77,13 @@ def test_no_step_waits(waits, images, tmp_path, name):
     assert len(found) >= 2 and not any(found), found
 
 
+@pytest.mark.parametrize('optimizer', ['SGD', 'LARS', 'Lamb'])
+def test_no_step_of_another_optimizer_waits(waits, images, tmp_path, optimizer):
+    options = {'TRAIN.OPTIMIZER.NAME': optimizer, 'TRAIN.GRAD_CLIP': 1.0, 'TRAIN.MODEL_EMA': True}
+    found = waits_of_steps(trainer_of(RECIPES['augmented'], images, str(tmp_path), **options), waits)
+    assert len(found) >= 2 and not any(found), found
+
+
 def test_a_step_in_float16_waits_once(waits, images, tmp_path):
     """GradScaler reads whether gradients have overflowed."""
     found = waits_of_steps(trainer_of(RECIPES['augmented'], images, str(tmp_path), AMP=True), waits)
