@@ -22,6 +22,7 @@ from tasks.base import Losses, Prediction, PredictionOptions, Task, register_tas
 from tasks.detection_metrics import Detected, DetectionEvaluator, picture_of
 from tasks.detection_pictures import Drawn, colors_of, drawn
 from tasks.pictures import Shown, enlarged, enlargement
+from utils.device import Download
 from utils.errors import UserError
 
 COLUMNS = ('class', 'name', 'score', 'left', 'top', 'width', 'height')
@@ -125,9 +126,11 @@ class DetectionTask(Task):
     @paddle.no_grad()
     def infer(self, model: nn.Layer, batch: Batch) -> list[Detected]:
         """Return detections in the coordinates of the stored images."""
-        sizes, stored = batch.targets[VALID], batch.targets[IMAGE_SIZE].tolist()
-        rows = zip(model.detect(batch.images, sizes), batch.images, sizes.tolist(), stored)
-        return [in_stored_image(found, image, tuple(size), tuple(full)) for found, image, size, full in rows]
+        sizes = batch.targets[VALID]
+        copies = [Download(values) for values in (sizes, batch.targets[IMAGE_SIZE])]
+        found = model.detect(batch.images, sizes)
+        rows = zip(found, batch.images, *(copy.numpy().tolist() for copy in copies))
+        return [in_stored_image(one, image, tuple(size), tuple(full)) for one, image, size, full in rows]
 
     def evaluator(self) -> DetectionEvaluator:
         """See `Task`."""

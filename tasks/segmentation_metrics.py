@@ -16,6 +16,7 @@ from datasets.classes import ClassTable
 from datasets.segmentation import LABELS
 from tasks.base import Evaluator, Group
 from tasks.pictures import image_grid, pixels
+from utils.device import upload
 
 SHOWN = 4  # validation images in the picture of an evaluation
 TITLES = {'miou': 'mIoU', 'macc': 'mAcc', 'aacc': 'aAcc'}
@@ -33,17 +34,15 @@ def count_pixels(classes: Tensor, labels: Tensor, num_classes: int, ignored: int
     Returns:
         [3, n] int64: for each class the number of correct, predicted and labeled pixels.
     """
-    kept = labels != ignored
-    classes, labels = classes.masked_select(kept).astype('int64'), labels.masked_select(kept).astype('int64')
-    hits = classes.masked_select(classes == labels)
-    labels = labels.masked_select(paddle.logical_and(labels >= 0, labels < num_classes))
-    return paddle.stack([_histogram(values, num_classes) for values in (hits, classes, labels)])
-
-
-def _histogram(values: Tensor, num_classes: int) -> Tensor:
-    if values.size == 0:
-        return paddle.zeros([num_classes], 'int64')
-    return paddle.bincount(values, minlength=num_classes)
+    classes, labels = classes.astype('int64'), labels.astype('int64')
+    kept, none = labels != ignored, paddle.full_like(labels, -1)
+    predicted = paddle.where(kept, classes, none)
+    hits = paddle.where(classes == labels, predicted, none)
+    labeled = paddle.where(paddle.logical_and(kept, labels < num_classes), labels, none)
+    # `masked_select` and `bincount` would let the host wait for a GPU. Values below 0 are in no bin.
+    return paddle.stack(
+        [paddle.histogram(values, num_classes, 0, num_classes) for values in (hits, predicted, labeled)]
+    )
 
 
 def segmentation_metrics(counts: np.ndarray) -> dict[str, np.ndarray]:
@@ -89,10 +88,9 @@ class SegmentationEvaluator(Evaluator):
     def process(self, batch: Batch, outputs: Sequence[Any]) -> None:
         """See `Evaluator`; `classes` of each output is a map [H, W] in the size of the label map."""
         for labels, (classes, image) in zip(batch.targets[LABELS], outputs):
-            labels = paddle.to_tensor(labels.astype('int32'))
-            self._counts += count_pixels(classes, labels, len(self.classes.names), self.ignored)
+            self._counts += count_pixels(classes, upload(labels.astype('int32')), len(self.classes.names), self.ignored)
             if len(self._shown) < SHOWN:
-                self._shown.append((pixels(image.unsqueeze(0), *self._statistics)[0], labels.numpy(), classes.numpy()))
+                self._shown.append((pixels(image.unsqueeze(0), *self._statistics)[0], labels, classes.numpy()))
 
     def reduce(self, group: Group) -> None:
         """See `Evaluator`."""

@@ -25,7 +25,7 @@ from models.options import detector_options
 from models.registry import register_model
 from models.weights.detection import DetectorWeights
 from utils import device
-from utils.device import upload
+from utils.device import Download, upload
 from utils.errors import UserError
 
 ENCODER = 'backbone.net.'
@@ -212,9 +212,9 @@ class MaskRCNN(Classifier):
     # ------------------------------------------------------------------------------------------------ detection
     def detect(self, images: Tensor, sizes: Tensor | None = None) -> list[ImageDetections]:
         """Detections of each image, as arrays; arguments as in `forward`."""
-        batch = self(images, sizes)
-        parts = [part.numpy() for part in batch[:4]]
-        return [ImageDetections(*(part[i, :count] for part in parts)) for i, count in enumerate(batch.counts.tolist())]
+        copies = [Download(part) for part in self(images, sizes)]  # all are on the way before one is awaited
+        *parts, counts = (copy.numpy() for copy in copies)
+        return [ImageDetections(*(part[i, :count] for part in parts)) for i, count in enumerate(counts.tolist())]
 
     def forward_head(self, x: Sequence[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
         """Levels of the pyramid and proposals of images of `sizes` [B, 2] -> detections."""

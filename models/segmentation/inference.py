@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import Tensor
 
 from models.layers.resize import resize_maps
+from utils.device import upload
 from utils.sizes import Side, size_pair
 
 Model = Callable[[Tensor], Tensor]
@@ -61,7 +63,7 @@ def window_spans(length: int, window: int, stride: int) -> list[tuple[int, int]]
 def _coverage(spans: Sequence[tuple[int, int]], length: int) -> Tensor:
     """Return the number of windows at each position of an axis, [length] float32."""
     counts = [sum(start <= position < end for start, end in spans) for position in range(length)]
-    return paddle.to_tensor(counts, 'float32')
+    return upload(np.array(counts, 'float32'))
 
 
 def _padded_size(model: Model, height: int, width: int) -> tuple[int, int]:

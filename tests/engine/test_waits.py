@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 
 import numpy as np
 import paddle
@@ -13,8 +14,10 @@ import utils.device
 from config import get_config
 from datasets.batch import on_device, to_device
 from datasets.loader import Batch
+from engine.evaluate import evaluate
 from engine.waits import count_waits
 from models import paddle_private
+from tasks import segmentation_metrics
 from tests.engine import curves
 from tests.engine.gpu import GPU, Float32Passes, Stream, gpu  # noqa: F401
 from tests.engine.test_curves import GMLP, RECIPES
@@ -54,6 +57,15 @@ def waits_of_steps(run, waits) -> list[list[str]]:
     run.fit()
     begins = begins[1 : run.steps_per_epoch]
     return [waits[begin:end] for begin, end in zip(begins, begins[1:])]
+
+
+def waits_of_batches(run, waits) -> list[list[str]]:
+    """The waits of each batch of an evaluation but the first two, with a report, and the last."""
+    begins, process = [], run.evaluator.process
+    run.evaluator.process = lambda *args: (process(*args), begins.append(len(waits)))
+    with run.val_loader:
+        evaluate(run.config, run.model, run.val_loader, run.context, run.log, run.task, run.evaluator)
+    return [waits[begin:end] for begin, end in zip(begins[1:], begins[2:-1])]
 
 
 def trainer_of(recipe: dict, images: str, folder: str, **options):
@@ -131,6 +143,26 @@ def test_no_step_of_a_segmentation_waits(waits, pairs, tmp_path, model):  # noqa
     assert len(found) >= 3 and not any(found), found
 
 
+@pytest.mark.parametrize('slide', [False, True])
+def test_no_batch_of_an_evaluation_of_segmentation_waits(waits, pairs, tmp_path, monkeypatch, slide):  # noqa: F811
+    """But for the first images, which are kept for the picture; with windows, scales and flips."""
+    monkeypatch.setattr(segmentation_metrics, 'SHOWN', 0)
+    options = {
+        **SEGMENTATION, 'DATA.DATA_PATH': pairs, 'DATA.DATASET': 'segmentation', 'MODEL.NUM_CLASSES': 2,
+        'DATA.BATCH_SIZE_EVAL': 1, 'REPORT_FREQ': 10**6, 'VAL.IS_SLIDE': slide, 'VAL.STRIDE_SIZE': (8, 8),
+        'VAL.SCALE_RATIOS': (1.0, 1.5), 'VAL.FLIP': True,
+    }  # fmt: skip
+    config = get_config(opts=[part for pair in options.items() for part in pair])
+    found = waits_of_batches(build_trainer(config, str(tmp_path / 'run'), context=GPU), waits)
+    assert len(found) >= 2 and not any(found), found
+
+
+def test_no_batch_of_an_evaluation_of_a_classifier_waits(waits, images, tmp_path):
+    run = trainer_of(GMLP, images, str(tmp_path), **{'DATA.BATCH_SIZE_EVAL': 2})
+    found = waits_of_batches(run, waits)
+    assert len(found) >= 3 and not any(found), found
+
+
 @pytest.mark.parametrize(('size', 'steps'), [(1, 4), (2, 1)])
 def test_a_step_of_a_detector_waits_once(waits, squares, tmp_path, size, steps):  # noqa: F811
     """It reads the sampled regions of all images."""
@@ -141,6 +173,28 @@ def test_a_step_of_a_detector_waits_once(waits, squares, tmp_path, size, steps):
     config = get_config(opts=[part for pair in options.items() for part in pair])
     found = waits_of_steps(build_trainer(config, str(tmp_path / 'run'), context=GPU), waits)
     assert len(found) == steps and all(step == ['numpy'] for step in found), found
+
+
+@pytest.mark.parametrize('size', [1, 2])
+def test_a_batch_of_an_evaluation_of_a_detector_waits_for_its_choices(waits, squares, tmp_path, size):  # noqa: F811
+    """For two suppressions and the candidates of each image, the chosen ones, and the levels of two ROIAligns."""
+    options = {
+        **TINY, 'DATA.DATA_PATH': squares, 'MODEL.NUM_CLASSES': 2, 'DATA.BATCH_SIZE_EVAL': size, 'REPORT_FREQ': 10**6,
+        'MODEL.DET.MIN_SCORE': 0.0, 'MODEL.DET.NMS': 0.9,
+    }  # fmt: skip
+    config = get_config(opts=[part for pair in options.items() for part in pair])
+    run = build_trainer(config, str(tmp_path / 'run'), context=GPU)
+    found, infer = [], run.task.infer
+
+    def counted(*args):
+        begin, outputs = len(waits), infer(*args)
+        found.append(Counter(waits[begin:]))
+        return outputs
+
+    run.task.infer = counted
+    with run.val_loader:
+        evaluate(run.config, run.model, run.val_loader, run.context, run.log, run.task, run.evaluator)
+    assert found[1] == {'nms': 2 * size, 'nonzero': 1 + size, 'numpy': 2}
 
 
 def test_waits_are_counted(waits):
