@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -46,13 +48,17 @@ FAMILIES = (
 CHOOSING = FAMILIES[2:4]  # rounding may change their choice of tokens
 TIMED = {True: ('deit_small_patch16_224', 'deit_base_patch16_224', 'gmlp_s16_224', *FAMILIES[2:5]), False: FAMILIES[:1]}
 BATCHES = {True: (256, 128), False: (8, 4)}  # evaluation, training
+SHRINK = (1, 2, 4)  # divisors of the batches, where the memory of the GPU is too small
 ROUNDS, WARMUP = 5, 2
 
-FLOAT32, HALF = 1e-4, 3e-2  # largest difference of logits / largest logit
+OUTPUTS = FLOAT32, HALF = 1e-4, 3e-2  # largest difference of logits / largest logit
+GRADIENTS = 1e-3, 1e-1  # largest difference of gradients / largest gradient, in float32 and half precision
 STEPS, LOSSES = 5, 1e-3  # largest relative difference of the losses of the first steps
-RESUMED = {True: 1e-4, False: 0.0}  # on a GPU, sums of gradients have no fixed order
-OVERFLOWING = 2.0**40  # loss scale
+RESUMED = {True: 1e-4, False: 0.0}  # on a GPU, some sums of gradients have no fixed order
+_REPRODUCIBLE = {'FLAGS_cudnn_deterministic': '1'}  # else the gradients of convolutions have none
+OVERFLOWING, SAFE = 2.0**40, 2.0**8  # loss scales: float16 overflows, and does not
 DIGITS = 'gmlp_digits'
+HANGS = 100  # seconds until a process counts as hung; on a busy machine one takes several times its ten seconds
 # Seconds after which a check is left, between two findings; together five minutes.
 LIMITS = {
     'goldens': 20, 'models': 50, 'training': 40, 'overflow': 15, 'resume': 40, 'processes': 50, 'waits': 25, 'speed': 60,
@@ -81,14 +87,14 @@ def check_goldens(context: Context, folder: str) -> Iterator[Finding]:
         yield _at_most(
             f'{golden.name}: original program, float32', _difference(_logits(model, images), expected), FLOAT32
         )
-        for dtype in _half_types() if golden.half and context.on_gpu else []:
+        for dtype in half_types() if golden.half and context.on_gpu else []:
             with paddle.amp.auto_cast(dtype=dtype):
                 found = _logits(model, images)
             yield _at_most(f'{golden.name}: original program, {dtype}', _difference(found, expected), HALF)
 
 
 def check_models(context: Context, folder: str) -> Iterator[Finding]:
-    """Compare logits with those of the CPU, in float32 and in the half-precision types of the GPU."""
+    """Compare logits and gradients with those of the CPU, in float32 and in the half-precision types of the GPU."""
     if not context.on_gpu:
         return
     for name in FAMILIES:
@@ -97,18 +103,18 @@ def check_models(context: Context, folder: str) -> Iterator[Finding]:
         images = np.random.default_rng(0).standard_normal(shape, 'float32')
         with _on('cpu'):
             model = _randomized(build_model(config))
-            state, expected = _arrays(model), _logits(model, images)
+            state, expected = _arrays(model), (_logits(model, images), _gradients(model, images))
         model = build_model(config)
         model.set_state_dict({key: paddle.to_tensor(value) for key, value in state.items()})
-        yield _at_most(f'{name}: logits, float32', _difference(_logits(model, images), expected), FLOAT32)
-        for dtype in _half_types():
-            with paddle.amp.auto_cast(dtype=dtype):
-                found = _logits(model, images)
-            difference = _difference(found, expected)
-            if name in CHOOSING:
-                yield Finding(f'{name}: logits, {dtype}', f'{difference:.2g}')
-            else:
-                yield _at_most(f'{name}: logits, {dtype}', difference, HALF)
+        for dtype in ('float32', *half_types()):
+            with contextlib.nullcontext() if dtype == 'float32' else paddle.amp.auto_cast(dtype=dtype):
+                found = _logits(model, images), _gradients(model, images)
+            for what, one, other, bounds in zip(('logits', 'gradients'), found, expected, (OUTPUTS, GRADIENTS)):
+                title, difference = f'{name}: {what}, {dtype}', _difference(one, other)
+                if dtype != 'float32' and name in CHOOSING:
+                    yield Finding(title, f'{difference:.2g}')
+                else:
+                    yield _at_most(title, difference, bounds[dtype != 'float32'])
 
 
 def check_training(context: Context, folder: str) -> Iterator[Finding]:
@@ -118,7 +124,7 @@ def check_training(context: Context, folder: str) -> Iterator[Finding]:
     if context.on_gpu:
         found = _losses(_digits(), context)
         yield _at_most(f'losses of {STEPS} steps, float32', _difference(found, expected), LOSSES)
-        for dtype in _half_types():
+        for dtype in half_types():
             for level in ('O1', 'O2'):
                 found = _losses(_digits('AMP', True, 'AMP_DTYPE', dtype, 'AMP_LEVEL', level), context)
                 yield _at_most(f'losses of {STEPS} steps, {dtype} {level}', _difference(found, expected), HALF)
@@ -129,7 +135,7 @@ def check_training(context: Context, folder: str) -> Iterator[Finding]:
 
 def check_overflow(context: Context, folder: str) -> Iterator[Finding]:
     """Start with a loss scale at which float16 overflows, and train until it has fallen far enough."""
-    if not (context.on_gpu and 'float16' in _half_types()):
+    if not (context.on_gpu and 'float16' in half_types()):
         return
     config, start = _digits('AMP', True), OVERFLOWING
     step, updater, model = _step(config, context)
@@ -162,8 +168,9 @@ def check_resume(context: Context, folder: str) -> Iterator[Finding]:
 def check_processes(context: Context, folder: str) -> Iterator[Finding]:
     """Sum vectors over two processes, then train in two: gradients, sums and accuracies pass through all-reduces."""
     if context.on_gpu and paddle.device.cuda.device_count() < 2:
+        yield Finding('two processes', 'left out', 'needs two GPUs')
         return
-    result = json.loads(_start('tools/_all_reduce.py', LIMITS['processes']).splitlines()[-1])
+    result = json.loads(_start('tools/_all_reduce.py', HANGS).splitlines()[-1])
     exact = result['exact'] and result['sum'] == [0.0, 3.0, 6.0]
     yield Finding('all-reduce of two processes', 'exact' if exact else str(result['sum']), 'exact', exact)
     yield Finding(f'all-reduce of {result["megabytes"]:.0f} MB', f'{result["gigabytes_per_second"]:.2f} GB/s')
@@ -176,7 +183,7 @@ def check_waits(context: Context, folder: str) -> Iterator[Finding]:
     """Count the operations of a training step with which the host waits for a GPU."""
     if not context.on_gpu:
         return
-    for dtype, bound in (('float32', 0), *((dtype, int(dtype == 'float16')) for dtype in _half_types())):
+    for dtype, bound in (('float32', 0), *((dtype, int(dtype == 'float16')) for dtype in half_types())):
         amp = [] if dtype == 'float32' else ['AMP', True, 'AMP_DTYPE', dtype]
         short = ['TRAIN.NUM_EPOCHS', 1, 'TRAIN.WARMUP_EPOCHS', 0, 'DATA.BATCH_SIZE', 128, 'REPORT_FREQ', 10**6]
         config = _digits(*amp, *short)
@@ -204,14 +211,15 @@ def _trainer(config, context: Context, folder: str) -> Trainer:
 
 def _run(script: str, folder: str, *flags: str) -> None:
     """Train on the digits as a user would."""
-    _start(script, LIMITS['resume'], f'-cfg=configs/{DIGITS}.yaml', f'-output={folder}', *flags)
+    _start(script, HANGS, f'-cfg=configs/{DIGITS}.yaml', f'-output={folder}', *flags)
 
 
 def _start(script: str, limit: float, *flags: str) -> str:
     """Run a script for up to `limit` seconds and return its output. Raises RuntimeError with the output of a failure."""
     process = subprocess.Popen(
-        [sys.executable, script, *flags], cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+        [sys.executable, script, *flags], cwd=_ROOT, env={**os.environ, **_REPRODUCIBLE}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -231,18 +239,45 @@ def _end_of(output: str) -> str:
 def check_speed(context: Context, folder: str) -> Iterator[Finding]:
     """Measure images per second and memory, in mixed precision on a GPU."""
     evaluation, training = BATCHES[context.on_gpu]
-    types = _half_types() if context.on_gpu else []
+    types = half_types() if context.on_gpu else []
     amp = ['AMP', True, 'AMP_DTYPE', types[0]] if types else []
     for name in TIMED[context.on_gpu]:
         case = BenchmarkCase(name, get_config(config_file(name), amp))
-        calls = [*case.calls([evaluation], context), case.training_call(training, context)]
-        passes, steps = (statistics.median(times) for times in time_interleaved(calls, context, ROUNDS, WARMUP))
-        del calls
-        memory = peak_memory(case, training, training=True)
-        how = types[0] if types else 'float32'
-        yield Finding(f'{name}: evaluation at batch {evaluation}, {how}', f'{evaluation / passes:.1f} images/s')
-        yield Finding(f'{name}: training step at batch {training}, {how}', f'{training / steps:.1f} images/s')
-        yield Finding(f'{name}: memory of the training step', f'{memory / 1e6:.0f} MB' if memory else 'unknown')
+        for divisor in SHRINK:
+            sizes = evaluation // divisor, training // divisor
+            try:
+                findings = _speed(case, *sizes, context, types[0] if types else 'float32')
+            except Exception as error:
+                if not (
+                    isinstance(error, MemoryError) or re.search('out of memory|not enough memory', str(error), re.I)
+                ):
+                    raise
+                findings = [Finding(f'{name}: batches of {sizes[0]} and {sizes[1]}', 'out of memory')]
+            yield from findings
+            _free(context)
+            if len(findings) > 1:
+                break
+
+
+def _speed(case: BenchmarkCase, evaluation: int, training: int, context: Context, how: str) -> list[Finding]:
+    """Measure a model at the batch sizes of evaluation and training; `how`: its precision."""
+    calls = [*case.calls([evaluation], context), case.training_call(training, context)]
+    passes, steps = (statistics.median(times) for times in time_interleaved(calls, context, ROUNDS, WARMUP))
+    del calls
+    _free(context)  # the memory is measured in a process of its own
+    memory = peak_memory(case, training, training=True)
+    return [
+        Finding(f'{case.name}: evaluation at batch {evaluation}, {how}', f'{evaluation / passes:.1f} images/s'),
+        Finding(f'{case.name}: training step at batch {training}, {how}', f'{training / steps:.1f} images/s'),
+        Finding(f'{case.name}: memory of the training step', f'{memory / 1e6:.0f} MB' if memory else 'unknown'),
+    ]
+
+
+def _free(context: Context) -> None:
+    """Return the unused memory of this process to the GPU."""
+    gc.collect()
+    if context.on_gpu:
+        paddle.device.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------------------------------------------- parts
@@ -257,7 +292,7 @@ def _on(device: str) -> Iterator[None]:
         paddle.set_device(before)
 
 
-def _half_types() -> list[str]:
+def half_types() -> list[str]:
     """Return the half-precision types of the GPU, bfloat16 first."""
     supported = {'bfloat16': paddle.amp.is_bfloat16_supported, 'float16': paddle.amp.is_float16_supported}
     return [dtype for dtype, test in supported.items() if is_gpu_build() and test()]
@@ -295,7 +330,9 @@ def _step(config, context: Context):
 
 
 def _losses(config, context: Context) -> np.ndarray:
-    step, _, _ = _step(config, context)
+    step, updater, _ = _step(config, context)
+    if updater.scaler.is_enable():
+        updater.scaler.set_init_loss_scaling(SAFE)  # a skipped step would look like a wrong number
     return np.array([step() for _ in range(STEPS)])
 
 
@@ -317,6 +354,17 @@ def _arrays(model: nn.Layer) -> dict[str, np.ndarray]:
 def _logits(model: nn.Layer, images: np.ndarray) -> np.ndarray:
     model.eval()
     return model(paddle.to_tensor(images)).astype('float32').numpy()
+
+
+def _gradients(model: nn.Layer, images: np.ndarray) -> np.ndarray:
+    """Return the gradients of a fixed function of the logits as one vector, in evaluation mode: without random numbers."""
+    model.eval()
+    logits = model(paddle.to_tensor(images)).astype('float32')
+    factors = np.sin(np.arange(logits.size, dtype='float32')).reshape(logits.shape)
+    (logits * paddle.to_tensor(factors)).sum().backward()
+    gradients = [p.grad.astype('float32').numpy().reshape(-1) for p in model.parameters() if p.grad is not None]
+    model.clear_gradients(set_to_zero=False)
+    return np.concatenate(gradients)
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:

@@ -31,7 +31,7 @@ import paddle
 
 from engine import distributed
 from engine.distributed import Context
-from tools._device_checks import CHECKS, LIMITS, Finding
+from tools._device_checks import CHECKS, LIMITS, Finding, half_types
 from tools._output import add_output_file
 from utils.cli import run
 from utils.environment import processor_name
@@ -68,6 +68,7 @@ def describe(context: Context) -> dict[str, str]:
             gpus=str(paddle.device.cuda.device_count()),
             capability=f'{major}.{minor}',
             cuda=paddle.version.cuda(),
+            amp=' and '.join(half_types()) or 'none',
             tf32='off' if os.environ.get('NVIDIA_TF32_OVERRIDE') == '0' else 'allowed',
         )
     return machine

@@ -207,7 +207,7 @@ class RelativeAttention(Attention):
         return relative_bias(self)
 
     def fuses(self, grid: tuple[int, int] | None, key_bias: Tensor | None) -> bool:
-        """See `Attention`: False, since each pair of tokens has its own bias, for which the kernel has no gradient."""
+        """See `Attention`: False. The kernels take a bias per head only with a copy for each image, and not its gradient."""
         return False
 
 

@@ -75,7 +75,7 @@ def test_processes_that_hang_or_fail_are_ended():
 @pytest.mark.skipif(is_gpu_build(), reason='starts processes without GPUs')
 def test_two_processes_reduce_exactly(tmp_path, monkeypatch):
     """A script of its own under the launcher; the training of two processes is a test of the launchers."""
-    monkeypatch.setitem(checks.LIMITS, 'processes', 240)
+    monkeypatch.setattr(checks, 'HANGS', 240)
     findings = checks.check_processes(ALONE, str(tmp_path))
     exact, speed = next(findings), next(findings)
     assert exact.ok and exact.value == 'exact' and speed.value.endswith(' GB/s')
@@ -93,7 +93,7 @@ def test_a_check_that_fails_is_seen(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ('name', 'count'),
-    [('goldens', 17), ('models', 3), ('training', 6), ('overflow', 1), ('waits', 3)],
+    [('goldens', 17), ('models', 6), ('training', 6), ('overflow', 1), ('waits', 3)],
     ids=lambda value: str(value),
 )
 def test_checks_of_a_gpu(gpu, monkeypatch, tmp_path, name, count):  # noqa: F811
@@ -106,6 +106,52 @@ def test_checks_of_a_gpu(gpu, monkeypatch, tmp_path, name, count):  # noqa: F811
         monkeypatch.setattr(checks, 'build_task', large_losses)
     found = list(checks.CHECKS[name](gpu, str(tmp_path)))
     assert len(found) == count and all(finding.ok for finding in found), found
+
+
+def test_wrong_gradients_are_seen(gpu, monkeypatch):  # noqa: F811
+    """Such as those of an attention kernel whose forward pass is right."""
+    gradients = checks._gradients
+    monkeypatch.setattr(checks, 'FAMILIES', ('deit_tiny_patch16_224',))
+    monkeypatch.setattr(checks, 'half_types', list)
+    monkeypatch.setattr(
+        checks, '_gradients', lambda model, images, seen=[1]: gradients(model, images) * seen.pop() if seen else -1
+    )
+    found = {finding.name: finding.ok for finding in checks.check_models(gpu, '')}
+    assert found == {f'deit_tiny_patch16_224: {what}, float32': what == 'logits' for what in ('logits', 'gradients')}
+
+
+def test_losses_in_float16_skip_no_step(gpu, monkeypatch):  # noqa: F811
+    """At the start scale of 65536, gradients may overflow at first."""
+    scales, step = [], checks._step
+    monkeypatch.setattr(checks, '_step', lambda *args: (scales.append(step(*args)), scales[-1])[1])
+    checks._losses(checks._digits('AMP', True), gpu)
+    assert scales[0][1].scaler.state_dict()['scale'].item() == checks.SAFE
+
+
+def test_batches_shrink_to_the_memory(gpu, monkeypatch):  # noqa: F811
+    """As on a card of 11 GB. Other errors end the check."""
+
+    def measured(case, evaluation, training, context, how):
+        asked.append((evaluation, training))
+        if training > 32:
+            raise errors[len(asked) % 2]
+        return [Finding(case.name, how)] * 3
+
+    asked, errors = [], [MemoryError('ResourceExhaustedError'), UserError('there is not enough memory for one batch')]
+    monkeypatch.setattr(checks, '_speed', measured)
+    monkeypatch.setattr(checks, 'half_types', lambda: ['float16'])
+    monkeypatch.setattr(checks, 'TIMED', {True: ('deit_base_patch16_224',)})
+    monkeypatch.setattr(paddle.device.cuda, 'empty_cache', lambda: None)
+    found = [(finding.name, finding.value) for finding in checks.check_speed(gpu, '')]
+    assert asked == [(256, 128), (128, 64), (64, 32)]
+    assert found == [
+        ('deit_base_patch16_224: batches of 256 and 128', 'out of memory'),
+        ('deit_base_patch16_224: batches of 128 and 64', 'out of memory'),
+        *[('deit_base_patch16_224', 'float16')] * 3,
+    ]
+    errors[:] = [RuntimeError('an illegal memory access was encountered')] * 2
+    with pytest.raises(RuntimeError, match='illegal memory access'):
+        list(checks.check_speed(gpu, ''))
 
 
 def without_half(options) -> list:
