@@ -104,6 +104,22 @@ def test_the_driver_decides_the_index(driver, index):
     assert choose(line if driver else '') == index
 
 
+@pytest.mark.parametrize(
+    ('driver', 'capabilities', 'index'),
+    [
+        ('13.0', '7.0\n7.0\n', '126'),  # V100
+        ('11.8', '6.1\n', '118'),
+        ('13.0', '9.0\n7.0\n', '126'),
+        ('13.0', '7.5\n', '130'),
+        ('12.8', '8.0\n', '126'),
+        ('12.8', '12.0\n', '129'),  # Blackwell
+        ('13.0', 'no field\n', '130'),  # an old nvidia-smi
+    ],
+)
+def test_the_gpus_decide_the_index_too(driver, capabilities, index):
+    assert choose(f'| CUDA Version: {driver}     |', capabilities) == index
+
+
 def test_a_machine_without_a_driver_prints_nothing(tmp_path):
     command = [sys.executable, os.path.join(ROOT, 'tools', '_cuda.py')]
     assert (
