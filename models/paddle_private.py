@@ -6,6 +6,7 @@ Checked on Paddle 3.3.1. A later version may rename them: run tests/models/test_
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import paddle
@@ -31,6 +32,29 @@ def roi_align(x: Tensor, boxes: Tensor, counts: Sequence[int], output: tuple[int
     boxes = boxes.clone()  # the caller's tensor gets no level of detail
     boxes.value().get_tensor().set_lod([ends])
     return paddle._C_ops.roi_align(x, boxes, None, *output, scale, -1, True)
+
+
+def average_all(averages: Sequence[Tensor], values: Sequence[Tensor], momentum: float) -> None:
+    """Set each average to momentum * average + (1 - momentum) * value; a launch on a GPU updates 110 of them.
+
+    The operator is that of SGD with momentum. The averages are its velocities; its weights are zeros that stay zero.
+
+    Args:
+        averages, values: float32 tensors of the same shapes.
+    """
+    place = paddle.device.get_device()
+    weights = [_zeros(tuple(average.shape), place) for average in averages]
+    rate, no_master_weights, nesterov, no_decay, half = _zeros((1,), place), None, False, [], False
+    paddle._C_ops.merged_momentum_(
+        weights, list(values), list(averages), [rate], no_master_weights, momentum, nesterov, no_decay, no_decay, half,
+        1.0 - momentum,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def _zeros(shape: tuple[int, ...], place: str) -> Tensor:
+    """Return zeros on the current device, `place`."""
+    return paddle.zeros(shape)
 
 
 def is_unchanged(layer: nn.Layer) -> bool:

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paddle import nn
 
-from models import build_model
+import utils.device
+from models import build_model, mocov3
 from models.layers import SyncBatchNorm, moco_position_table, sincos_position_table
 from models.mocov3 import MoCoV3
+from models.paddle_private import average_all
 from models.weights.convert import port_with_report
 from models.weights.load import load_state
 from tests.conftest import assert_close, golden
@@ -135,6 +137,29 @@ def test_what_is_trained():
     assert 'base_encoder.pos_embed' not in trained
     frozen = {name for name, parameter in tiny(freeze_patch=True).named_parameters() if not parameter.stop_gradient}
     assert trained - frozen == {'base_encoder.patch_embed.proj.weight', 'base_encoder.patch_embed.proj.bias'}
+
+
+def test_the_momentum_encoder_of_a_gpu_takes_the_same_steps(monkeypatch):
+    """Of one operation for all tensors, several of which have the same shape; the base encoder does not change."""
+    paddle.seed(0)
+    model, calls, results = tiny(), [], []
+    for parameter in model.base_encoder.parameters():
+        parameter.set_value(paddle.randn(parameter.shape))
+    start, base = (
+        [value.clone() for value in encoder.parameters()] for encoder in (model.momentum_encoder, model.base_encoder)
+    )
+    monkeypatch.setattr(mocov3, 'average_all', lambda *args: (calls.append(1), average_all(*args)))
+    for on_gpu in (False, True):
+        monkeypatch.setattr(utils.device, 'on_gpu', lambda on_gpu=on_gpu: on_gpu)
+        for average, value in zip(model.momentum_encoder.parameters(), start):
+            average.set_value(value)
+        with paddle.no_grad():
+            for momentum in (0.99, 0.5):
+                model._update_momentum_encoder(momentum)
+        results.append([average.numpy() for average in model.momentum_encoder.parameters()])
+    for expected, found in zip(*results):
+        np.testing.assert_allclose(found, expected, 1e-6, 1e-7)
+    assert len(calls) == 2 and all(np.array_equal(*pair) for pair in zip(base, model.base_encoder.parameters()))
 
 
 def test_the_momentum_encoder_takes_one_step_per_setting():
