@@ -157,8 +157,10 @@ def test_no_batch_of_an_evaluation_of_segmentation_waits(waits, pairs, tmp_path,
     assert len(found) >= 2 and not any(found), found
 
 
-def test_no_batch_of_an_evaluation_of_a_classifier_waits(waits, images, tmp_path):
-    run = trainer_of(GMLP, images, str(tmp_path), **{'DATA.BATCH_SIZE_EVAL': 2})
+@pytest.mark.parametrize('name', ['gmlp', 'tome', 'stacked', 'rpe_finetuning', 'mae', 'mocov3'])
+def test_no_batch_of_another_evaluation_waits(waits, images, tmp_path, name):
+    """Of classifiers, of reconstructions, and of the kNN probe of MoCo v3."""
+    run = trainer_of({'gmlp': GMLP, **RECIPES}[name], images, str(tmp_path), **{'DATA.BATCH_SIZE_EVAL': 2})
     found = waits_of_batches(run, waits)
     assert len(found) >= 3 and not any(found), found
 
