@@ -82,7 +82,7 @@ def keep_type(function: Callable) -> Callable:
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, epsilon: float) -> Tensor:
     """Normalize over the last dimension (https://arxiv.org/abs/1607.06450), in float32. [..., C] -> [..., C]."""
     weight = _ones(x.shape[-1]) if weight is None else weight
-    return _run('layer_norm', x, weight, _bias(bias, x.shape[-1]), epsilon)
+    return _run('layer_norm', _float32(x), weight, _bias(bias, x.shape[-1]), epsilon)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, half_output: bool = False) -> Tensor:
@@ -138,7 +138,7 @@ def shifted_convs(
         bias: [C].
         dims, kernels, shifts: channels c, kernel size k (odd) and shift in pixels of each group.
     """
-    return _run('shifted_convs', x, weight, bias, list(dims), list(kernels), list(shifts))
+    return _run('shifted_convs', _float32(x), weight, bias, list(dims), list(kernels), list(shifts))
 
 
 def _run(name: str, x: Tensor, *arguments) -> Tensor:
@@ -154,6 +154,10 @@ def _run(name: str, x: Tensor, *arguments) -> Tensor:
         return run_operator(f'leanvit_{name}', x, *arguments)[0]
     except OSError as error:  # Paddle's class for errors of such operators; its text ends with a line of the C++ code
         raise ValueError(str(error).splitlines()[0]) from None
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x if x.dtype == paddle.float32 else x.astype('float32')
 
 
 def _bias(bias: Tensor | None, size: int) -> Tensor:

@@ -14,11 +14,13 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 
 import paddle
@@ -30,6 +32,7 @@ from utils.files import open_regular
 from utils.locks import exclusive
 
 SWITCH = 'LEANVIT_OPS'  # environment variable; 0: plain layers
+LIMIT = 600.0  # seconds of a compilation at the first use, which takes 10 to 60; some compilers wait for a license
 _NAME = 'leanvit_ops.so'
 _SOURCES = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'csrc')
 # Without -ffast-math, which would also flush denormal numbers in the whole process.
@@ -49,12 +52,12 @@ _FLAGS = [
 def load() -> bool:
     """Load the operators into Paddle, and compile them before if needed. Return whether they can be used.
 
-    They are for Paddle's CPU build. Without a compiler, a line on stderr explains it, and False is returned.
+    They are for Paddle's CPU build. Without a compiler, or with one that takes longer than `LIMIT`, a line on stderr explains it, and False is returned.
     """
     if paddle.is_compiled_with_cuda() or os.environ.get(SWITCH) == '0':
         return False
     try:
-        path = build()
+        path = build(LIMIT)
         from paddle.utils.cpp_extension import extension_utils
 
         extension_utils.load_op_meta_info_and_register_op(path)
@@ -66,12 +69,16 @@ def load() -> bool:
     return True
 
 
-def build() -> str:
+def build(limit: float | None = None) -> str:
     """Compile the operators, unless it was done before, and return the path of the library.
 
+    Args:
+        limit: seconds until the compiler is stopped, with the time that another process compiles.
+
     Raises:
-        UserError: there is no compiler, it fails, or no folder can be written.
+        UserError: there is no compiler, it fails or takes too long, or no folder can be written.
     """
+    deadline = None if limit is None else time.monotonic() + limit
     folders = [os.path.join(folder, _key()) for folder in _folders()]
     paths = [os.path.join(folder, _NAME) for folder in folders]
     for path in filter(_is_safe, paths):
@@ -81,7 +88,7 @@ def build() -> str:
             continue
         with exclusive(folder + '.lock', _note):  # ranks that start together
             if not _is_safe(path):
-                _compile(path)
+                _compile(path, deadline)
         return path
     raise UserError(
         f"cannot write to '{folders[0]}' or '{folders[1]}', or they belong to another user; make one of them your own."
@@ -137,13 +144,13 @@ def _key() -> str:
     return digest.hexdigest()[:16]
 
 
-def _compile(path: str) -> None:
+def _compile(path: str, deadline: float | None) -> None:
     compiler = _compiler()
     _note(f"compiling the operators for the CPU, once, to '{path}'.")
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
-        objects = _compile_objects(compiler, folder)
+        objects = _compile_objects(compiler, folder, deadline)
         library = os.path.join(folder, _NAME)
-        _finish(_start([*compiler, '-shared', '-fopenmp', *objects, '-o', library, *_link_flags()]))
+        _run([[*compiler, '-shared', '-fopenmp', *objects, '-o', library, *_link_flags()]], deadline)
         os.replace(library, path)
 
 
@@ -158,17 +165,13 @@ def _compiler() -> list[str]:
     return command
 
 
-def _compile_objects(compiler: Sequence[str], folder: str) -> list[str]:
+def _compile_objects(compiler: Sequence[str], folder: str, deadline: float | None) -> list[str]:
     include = paddle.sysconfig.get_include()
     flags = [*_FLAGS, f'-I{include}', f'-I{include}/third_party']
     sources = sorted(name for name in os.listdir(_SOURCES) if name.endswith('.cc'))
     objects = [os.path.join(folder, name.replace('.cc', '.o')) for name in sources]
-    processes = [
-        _start([*compiler, *flags, '-c', os.path.join(_SOURCES, name), '-o', target])
-        for name, target in zip(sources, objects)
-    ]
-    for process in processes:
-        _finish(process)
+    pairs = zip(sources, objects)
+    _run([[*compiler, *flags, '-c', os.path.join(_SOURCES, name), '-o', target] for name, target in pairs], deadline)
     return objects
 
 
@@ -179,15 +182,43 @@ def _link_flags() -> list[str]:
     return [*flags, f'-Wl,-rpath,{libraries}', f'-Wl,-rpath,{base}']
 
 
+def _run(commands: Sequence[list[str]], deadline: float | None) -> None:
+    """Run commands of the compiler side by side; none is left when this returns or raises."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for command in commands:
+            processes.append(_start(command))
+            stack.callback(_stop, processes[-1])
+        for process in processes:
+            _finish(process, deadline)
+
+
 def _start(command: list[str]) -> subprocess.Popen:
+    pipes = {'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT}
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors='replace')
+        return subprocess.Popen(command, **pipes, text=True, errors='replace', start_new_session=True)
     except OSError as error:
         raise UserError(f"the C++ compiler '{command[0]}' does not start: {error.strerror}.") from None
 
 
-def _finish(process: subprocess.Popen) -> None:
-    output, _ = process.communicate()
+def _stop(process: subprocess.Popen) -> None:
+    """Kill a compiler with the processes that it started, unless it ended."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
+
+
+def _finish(process: subprocess.Popen, deadline: float | None) -> None:
+    remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
+    try:
+        output, _ = process.communicate(timeout=remaining)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"the C++ compiler '{process.args[0]}' took too long and was stopped: set CXX to another one, or compile without a "
+            'limit of time by tools/build_ops.py.'
+        ) from None
     if process.returncode:
         lines = output.splitlines()
         cause = next((line for line in lines if 'error' in line), lines[-1] if lines else 'no message')

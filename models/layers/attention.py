@@ -115,7 +115,7 @@ class Attention(nn.Layer):
     def _operator_computes(self, x: Tensor, need_maps: bool | str, key_bias: Tensor | None) -> bool:
         """Return whether `ops.attention` computes this pass."""
         plain = type(self).own_bias is Attention.own_bias and not drops(self.attn_drop)
-        plain = plain and need_maps in (False, CLASS_ROW) and (key_bias is None or key_bias.stop_gradient)
+        plain = plain and need_maps in (False, CLASS_ROW) and (key_bias is None or _is_constant(key_bias, x))
         return plain and operator_replaces(x, (self.qkv, self.attn_drop), (Linear, nn.Dropout))
 
     def _by_operators(
@@ -257,6 +257,12 @@ def with_key_bias(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor) -> tuple[Te
     q = paddle.concat([q * (wide / dim) ** 0.5, paddle.full(shape, _QUERY, q.dtype)], axis=-1)
     k = paddle.concat([k, keys.unsqueeze(2).expand(shape)], axis=-1)
     return q, k, paddle.concat([v, paddle.zeros(shape, v.dtype)], axis=-1)
+
+
+def _is_constant(key_bias: Tensor, x: Tensor) -> bool:
+    """Return whether `ops.attention` takes a bias for tokens x [B, N, C]: [B, 1, 1, N] in float32, without gradient."""
+    shape = [x.shape[0], 1, 1, x.shape[1]]
+    return key_bias.stop_gradient and key_bias.dtype == paddle.float32 and list(key_bias.shape) == shape
 
 
 def _fused_kernel(x: Tensor) -> bool:

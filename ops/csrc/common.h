@@ -80,7 +80,12 @@ Tensor empty(std::vector<int64_t> shape) {
 inline Tensor same_shape(const Tensor& tensor) { return paddle::empty(tensor.shape(), tensor.dtype(), tensor.place()); }
 
 // Number of rows of a tensor whose last dimension is the row.
-inline int64_t rows_of(const Tensor& tensor) { return tensor.numel() / std::max<int64_t>(tensor.shape().back(), 1); }
+inline int64_t rows_of(const Tensor& tensor) {
+  const auto shape = tensor.shape();
+  int64_t rows = 1;
+  for (size_t i = 0; i + 1 < shape.size(); ++i) rows *= shape[i];
+  return rows;
+}
 
 // Call `work(first, last)` in all threads, each with its part of 0 ... count.
 template <typename Work>

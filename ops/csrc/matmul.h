@@ -42,3 +42,6 @@ View matrix(T* data, int64_t rows, int64_t columns) {
 
 // c = a b (+ bias per column, float32). Sums are in float32 for every type.
 void multiply(const View& a, const View& b, const View& c, const float* bias = nullptr);
+
+// Number of products that were set up in this process, for tests: other calls reused one.
+extern "C" int64_t leanvit_created_products();

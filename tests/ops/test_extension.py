@@ -4,6 +4,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -24,7 +25,7 @@ def folders(tmp_path, monkeypatch):
     return paths
 
 
-def write(path: str) -> None:
+def write(path: str, deadline=None) -> None:
     with open(path, 'wb') as file:
         file.write(b'\x7fELF'.ljust(64, b'\0'))
 
@@ -37,6 +38,34 @@ def test_without_a_compiler(folders, compiler, monkeypatch, capsys):
     assert note.startswith('note: training on the CPU without the operators in C++, which is slower: the C++ compiler')
     assert compiler.split()[0] in note
     assert [name for _, _, names in os.walk(os.path.dirname(folders[0])) for name in names] == []
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            return file.read().rpartition(')')[2].split()[0] != 'Z'
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
+def test_a_compiler_that_never_ends(folders, tmp_path, monkeypatch, capsys):
+    """It is stopped with the processes that it started, and plain layers are used."""
+    compiler, pids = tmp_path / 'compiler', tmp_path / 'pids'
+    compiler.write_text(f'#!/bin/sh\nsleep 60 &\necho $$ $! >> {pids}\nwait\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv('CXX', str(compiler))
+    monkeypatch.setattr(extension, 'LIMIT', 1.0)
+    start = time.monotonic()
+    assert not extension.load.__wrapped__()
+    note = capsys.readouterr().err.splitlines()[-1]
+    assert note.startswith('note: training on the CPU without the operators') and 'took too long' in note
+    started = list(map(int, pids.read_text().split()))
+    while any(map(is_running, started)) and time.monotonic() < start + 30:
+        time.sleep(0.01)
+    assert started and not any(map(is_running, started))
+    assert [name for _, _, names in os.walk(os.path.dirname(folders[0])) for name in names if name.endswith('.o')] == []
 
 
 def test_no_compiler_at_all(folders, monkeypatch):
@@ -60,7 +89,7 @@ def test_a_broken_library_is_a_note(folders, monkeypatch, capsys):
 
 
 def test_the_switch_and_the_gpu_build(monkeypatch):
-    monkeypatch.setattr(extension, 'build', lambda: pytest.fail('compiled'))
+    monkeypatch.setattr(extension, 'build', lambda _: pytest.fail('compiled'))
     monkeypatch.setenv(extension.SWITCH, '0')
     assert not extension.load.__wrapped__()
     monkeypatch.delenv(extension.SWITCH)
@@ -72,7 +101,7 @@ def test_the_switch_and_the_gpu_build(monkeypatch):
 
 def test_it_is_compiled_once(folders, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(extension, '_compile', lambda path: calls.append(path) or write(path))
+    monkeypatch.setattr(extension, '_compile', lambda path, _: calls.append(path) or write(path))
     assert extension.build() == extension.build() == calls[0]
     assert len(calls) == 1 and calls[0].startswith(folders[0])
     assert not os.path.exists(os.path.dirname(calls[0]) + '.lock')
@@ -92,7 +121,7 @@ def test_a_read_only_tree_uses_the_cache(folders, monkeypatch):
 
 def test_a_library_that_others_may_have_written_is_not_loaded(folders, monkeypatch):
     calls = []
-    monkeypatch.setattr(extension, '_compile', lambda path: calls.append(path) or write(path))
+    monkeypatch.setattr(extension, '_compile', lambda path, _: calls.append(path) or write(path))
     path = extension.build()
     os.chmod(path, 0o666)
     assert extension.build() == path and len(calls) == 2  # compiled again
@@ -153,3 +182,19 @@ def test_paddle_ships_the_library_that_the_operators_call():
     version = ctypes.CDLL(path).dnnl_version
     version.restype = ctypes.POINTER(Version)
     assert version().contents.major == 3
+
+
+@compiled
+def test_a_forked_process_computes():
+    """Without the launchers, which load Intel's OpenMP runtime; GNU's waits for threads that fork() does not copy."""
+    code = (
+        'import os, signal, paddle, ops; x = paddle.ones([64, 32]); assert ops.usable(x)\n'
+        'run = lambda: ops.layer_norm(ops.linear(x, paddle.ones([32, 32]), None), None, None, 1e-6)\n'
+        'y = run(); child = os.fork(); child or signal.alarm(20)\n'
+        'assert paddle.equal_all(run(), y)\n'
+        'child or os._exit(0)\n'
+        'print(os.waitpid(child, 0)[1])'
+    )
+    environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '2'}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == '0\n', done.stderr
