@@ -120,7 +120,7 @@ class MoCoV3(Classifier):
             `ContrastiveOutput` for views; projections [B, dim] by the base encoder for images.
         """
         if x.ndim == 4:
-            return super().forward(x)
+            return Classifier.forward(self, x)  # `super()` of a subclass recurses without end in exported programs
         view1, view2 = x.unbind(1)
         q1 = self.predictor(self.base_encoder(view1))  # separate passes: batch statistics are per view
         q2 = self.predictor(self.base_encoder(view2))

@@ -84,6 +84,12 @@ def test_nothing_is_executed_from_data(path):
             assert not shells, f'{path}:{node.lineno}'
 
 
+@pytest.mark.parametrize('path', [path for path in SOURCES if path.startswith('models')])
+def test_layers_name_the_class_whose_forward_they_call(path):
+    """Paddle converts `super().forward` of a layer to that of the object's class: that of a subclass recurses without end."""
+    assert 'super().forward(' not in read(path)
+
+
 @pytest.mark.parametrize('path', SOURCES)
 def test_files_say_licence_and_purpose(path):
     text = read(path)

@@ -53,7 +53,7 @@ class ConvNorm(nn.Conv2D):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, in_channels, H, W] -> [B, out_channels, H, W]."""
-        x = self.norm(super().forward(x))
+        x = self.norm(nn.Conv2D.forward(self, x))  # `super()` of a subclass recurses without end in exported programs
         return nn.functional.relu(x) if self.relu else x
 
 

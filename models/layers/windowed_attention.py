@@ -224,7 +224,8 @@ class WindowedAttention(Attention):
         """See `Attention`; no maps are returned."""
         check_grid(grid, x.shape[1])
         windows, padded = window_partition(x.reshape([-1, *grid, x.shape[2]]), self.window)
-        mixed, _ = super().forward(windows.flatten(1, 2), grid=(self.window, self.window))
+        # `super()` of a subclass recurses without end in exported programs
+        mixed, _ = Attention.forward(self, windows.flatten(1, 2), grid=(self.window, self.window))
         mixed = mixed.reshape([-1, self.window, self.window, x.shape[2]])
         return window_merge(mixed, padded, grid).flatten(1, 2), AttentionMaps()
 
