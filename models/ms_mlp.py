@@ -29,6 +29,7 @@ from models.layers import (
     drop_path_rates,
     hidden_channels,
     init_linear_,
+    is_on_cpu,
     project_patches,
     requested,
     run_block,
@@ -148,7 +149,7 @@ class MixShiftBlock(nn.Layer):
             return ops.shifted_convs(x, weight, bias, self.group_dims, kernels, self.shift_dist)
         # On CPUs, matrix products are 3.1 to 9.6 times faster than Paddle's depthwise convolution (Tiny, batch 8, one
         # thread, forward and backward, by stage). GPUs and exported models use the convolution.
-        products = paddle.in_dynamic_mode() and x.place.is_cpu_place()
+        products = paddle.in_dynamic_mode() and is_on_cpu(x)
         conv, axis = (shifted_conv_as_products, 0) if products else (shifted_conv, 1)
         maps = x.transpose([3, 0, 1, 2] if products else [0, 3, 1, 2])
         groups = zip(maps.split(self.group_dims, axis), self.shift_dist, convs)

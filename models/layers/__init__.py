@@ -3,7 +3,7 @@
 
 from models.layers.attention import Attention, AttentionMaps, RelativeAttention
 from models.layers.attention_removal import AttentionRemoval, RemovalSpec
-from models.layers.basic import LayerNorm, Linear, are_plain, drops, operator_replaces
+from models.layers.basic import LayerNorm, Linear, are_plain, drops, is_on_cpu, operator_replaces
 from models.layers.batch_norm import SyncBatchNorm
 from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
@@ -74,6 +74,7 @@ __all__ = [
     'log_softmax',
     'merge_schedule',
     'moco_position_table',
+    'is_on_cpu',
     'operator_replaces',
     'per_block',
     'project_patches',

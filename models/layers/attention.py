@@ -10,7 +10,7 @@ import paddle.nn.functional as F
 from paddle import Tensor, nn
 
 import ops
-from models.layers.basic import Linear, are_plain, drops, operator_replaces
+from models.layers.basic import Linear, are_plain, drops, is_on_cpu, operator_replaces
 from models.layers.relative_position import add_relative_positions, relative_bias
 
 MAX_CHANNELS = 192  # per head: with more, the backward pass of FlashAttention 2 needs an A100 or H100
@@ -267,4 +267,4 @@ def _is_constant(key_bias: Tensor, x: Tensor) -> bool:
 
 def _fused_kernel(x: Tensor) -> bool:
     """Return whether to use the fused attention kernel. Exports use separate operators, which run on all devices."""
-    return paddle.in_dynamic_mode() and x.place.is_gpu_place()
+    return paddle.in_dynamic_mode() and not is_on_cpu(x)

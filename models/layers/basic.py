@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import paddle
 from paddle import Tensor, nn
 
 import ops
 from models.paddle_private import is_unchanged
+
+_CPU = paddle.CPUPlace()
 
 
 class Linear(nn.Linear):
@@ -49,3 +52,8 @@ def are_plain(layers: Sequence[nn.Layer], classes: Sequence[type]) -> bool:
 def drops(layer: nn.Layer) -> bool:
     """Return whether a layer is a dropout that drops; Monte Carlo dropout also does so in the evaluation of a model."""
     return isinstance(layer, nn.Dropout) and layer.training and layer.p > 0
+
+
+def is_on_cpu(x: Tensor) -> bool:
+    """Return whether a tensor is on the CPU. Paddle's to_static without `full_graph` fails on `is_cpu_place`."""
+    return x.place == _CPU
