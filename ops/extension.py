@@ -202,11 +202,12 @@ def _start(command: list[str]) -> subprocess.Popen:
 
 
 def _stop(process: subprocess.Popen) -> None:
-    """Kill a compiler with the processes that it started, unless it ended."""
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    """Kill a compiler and the processes that it started, unless `_finish` read all of its output."""
+    if process.stdout.closed:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
     process.stdout.close()
 
 

@@ -50,10 +50,11 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='no /proc')
-def test_a_compiler_that_never_ends(folders, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('end', ['wait', 'exit 0'])
+def test_a_compiler_that_never_ends(folders, end, tmp_path, monkeypatch, capsys):
     """It is stopped with the processes that it started, and plain layers are used."""
     compiler, pids = tmp_path / 'compiler', tmp_path / 'pids'
-    compiler.write_text(f'#!/bin/sh\nsleep 60 &\necho $$ $! >> {pids}\nwait\n')
+    compiler.write_text(f'#!/bin/sh\nsleep 60 &\necho $$ $! >> {pids}\n{end}\n')
     compiler.chmod(0o755)
     monkeypatch.setenv('CXX', str(compiler))
     monkeypatch.setattr(extension, 'LIMIT', 1.0)
