@@ -52,7 +52,8 @@ _FLAGS = [
 def load() -> bool:
     """Load the operators into Paddle, and compile them before if needed. Return whether they can be used.
 
-    They are for Paddle's CPU build. Without a compiler, or with one that takes longer than `LIMIT`, a line on stderr explains it, and False is returned.
+    They are for Paddle's CPU build. Without a compiler, or with one that takes longer than `LIMIT`, a line on stderr
+    explains it, and False is returned.
     """
     if paddle.is_compiled_with_cuda() or os.environ.get(SWITCH) == '0':
         return False
