@@ -31,11 +31,14 @@ _PIP_NAMES = {
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised when the process receives one of `SIGNALS`, whose number is `number`."""
+    """Raised when the process receives one of `SIGNALS`, whose number is `number`.
 
-    def __init__(self, number: int):
+    Paddle's tracing of a program replaces an exception by `type(error)(message)`: a message stands for the last signal.
+    """
+
+    def __init__(self, number: 'int | str'):
         super().__init__()
-        self.number = number
+        self.number = _last_signal if isinstance(number, str) else number
 
 
 def begin() -> None:
@@ -129,6 +132,7 @@ def exit_status(error: KeyboardInterrupt) -> int:
 
 # ---------------------------------------------------------------------------------------------------- signals
 _interrupted_at = None  # when the first signal came
+_last_signal = signal.SIGINT
 
 
 def _interrupt(number, frame) -> None:
@@ -137,7 +141,8 @@ def _interrupt(number, frame) -> None:
     An import may swallow an exception that is raised inside it. Paddle's launcher repeats SIGTERM within half a second,
     so SIGTERM and SIGHUP count as repeated only after one second.
     """
-    global _interrupted_at
+    global _interrupted_at, _last_signal
+    _last_signal = number
     now = time.monotonic()
     if _interrupted_at is None and not _imports(frame):
         _interrupted_at = now

@@ -98,11 +98,12 @@ def test_int8(trained, tmp_path):
 
 
 class Deviating(export.Predictor):
-    """A program that is off by a little."""
+    """A program that is off by a little, from its second run with a batch size on."""
 
     def __call__(self, images: np.ndarray, **more: np.ndarray) -> np.ndarray:
         logits = super().__call__(images, **more)
-        return logits + 1e-4 * np.abs(logits).max() * (len(images) == 3)
+        self.sizes = [*getattr(self, 'sizes', []), len(images)]
+        return logits + 1e-4 * np.abs(logits).max() * (self.sizes.count(3) > 1)
 
 
 def test_a_program_that_disagrees_is_not_left_behind(trained, tmp_path, monkeypatch):

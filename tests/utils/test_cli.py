@@ -176,6 +176,21 @@ run(main)
     assert started('-c', program, str(int(number))) == (128 + number, 'cleaned up\n', '')
 
 
+def test_a_signal_keeps_its_status_where_paddle_replaces_its_exception():
+    """The tracing of a program raises `type(error)(message)`."""
+    program = """
+import os, signal
+from utils.cli import run
+def main():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except KeyboardInterrupt as error:
+        raise type(error)('In transformed code: ...') from None
+run(main)
+"""
+    assert started('-c', program) == (143, '', '')
+
+
 def test_a_signal_in_an_import_that_swallows_it_ends_at_once(tmp_path):
     (tmp_path / 'greedy.py').write_text(
         'import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGTERM)\nexcept BaseException:\n    pass\n'
