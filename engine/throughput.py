@@ -25,7 +25,7 @@ from engine.distributed import Context
 from engine.precision import Precision
 from engine.update import Updater
 from models import build_model
-from models.engines import LAYERS, Engine, check_engine, open_engine, write_engine_file
+from models.engines import LAYERS, Engine, open_engine, write_engine_file
 from tasks import Task, build_task
 from utils.errors import UserError
 from utils.processes import die_with_parent, resident_memory
@@ -47,7 +47,7 @@ def measure(config, context: Context, rounds: int = 10, warmup: int = 3) -> Thro
     """Measure the forward pass of the model of `config` on DATA.BATCH_SIZE random images."""
     batch_size = config.DATA.BATCH_SIZE
     case = BenchmarkCase(config.MODEL.NAME, config, precision=config.ENGINE_PRECISION)
-    check_engine(config.ENGINE, config.ENGINE_PRECISION)
+    build_task(config).check_engine()
     with temporary_folder('throughput') as folder:
         if config.ENGINE != LAYERS:
             case = exported(case, os.path.join(folder, 'model'))
@@ -184,7 +184,12 @@ class BenchmarkCase:
 
 
 def exported(case: BenchmarkCase, prefix: str) -> BenchmarkCase:
-    """Export the model of a case for its ENGINE, and return the case that runs it."""
+    """Export the model of a case for its ENGINE, and return the case that runs it.
+
+    Raises:
+        UserError: see `Task.check_engine`.
+    """
+    build_task(case.config).check_engine()
     program = write_engine_file(case.config.ENGINE, build_model(case.config), case.image_shape(), prefix)
     return dataclasses.replace(case, program=program)
 

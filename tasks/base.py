@@ -339,23 +339,25 @@ class Task:
         """Run the model in evaluation mode; the outputs go to `Evaluator.process` and `predictions`."""
         return model(batch.images)
 
-    def on_engine(self, model: nn.Layer) -> nn.Layer:
-        """Return a model for `infer` whose forward pass is computed by the inference engine ENGINE.
-
-        Raises:
-            UserError: only the layers can compute `infer`, AMP is set, or the engine lacks ENGINE_PRECISION.
-        """
+    def check_engine(self) -> None:
+        """Raise UserError if the inference engine ENGINE cannot compute `infer`, AMP is set, or it lacks ENGINE_PRECISION."""
         engine = self.config.ENGINE
         check_engine(engine, self.config.ENGINE_PRECISION)
         if engine == LAYERS:
-            return model
+            return
         if self.config.AMP:
             raise UserError(f'-amp (AMP) needs -engine {LAYERS}; -engine {engine} has ENGINE_PRECISION.')
         if not self.infers_by_call:
             raise UserError(
                 f'-engine {engine} (ENGINE) runs classifiers; TRAIN.TASK {self.config.TRAIN.TASK} needs ENGINE {LAYERS}.'
             )
-        return EngineModel(model, engine, self.image_shape(), self.config.ENGINE_PRECISION)
+
+    def on_engine(self, model: nn.Layer) -> nn.Layer:
+        """Return a model for `infer` whose forward pass is computed by the inference engine ENGINE, see `check_engine`."""
+        self.check_engine()
+        if self.config.ENGINE == LAYERS:
+            return model
+        return EngineModel(model, self.config.ENGINE, self.image_shape(), self.config.ENGINE_PRECISION)
 
     def evaluator(self) -> Evaluator:
         """Return a new evaluator of the validation set."""

@@ -16,6 +16,7 @@ from datasets.dataset import FileStorage, Images
 from datasets.images import UnreadableImage
 from datasets.transforms import build_transform
 from utils.errors import UserError
+from utils.text import one_line
 
 
 def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.ndarray]]:
@@ -33,7 +34,7 @@ def readable(paths: Sequence[str], config: CfgNode) -> Iterator[tuple[int, np.nd
             picture = files.picture(index, config.DATA.EXIF_ROTATE)
             pixels = transform.image(picture, np.random.default_rng(0))
         except UnreadableImage as error:
-            print(f'{path}: {error}', file=sys.stderr)
+            print(f'{one_line(path)}: {error}', file=sys.stderr)
             continue
         found += 1
         yield index, pixels

@@ -31,6 +31,7 @@ from utils.errors import UserError
 from utils.files import TEXT, atomic_write
 from utils.flags import flag_parser
 from utils.runlog import progress
+from utils.text import one_line
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             features.append(result.prediction)
         else:
             unreadable += 1
-            print(f'{result.image}: {result.error}', file=sys.stderr)
+            print(f'{one_line(result.image)}: {result.error}', file=sys.stderr)
     if not features:
         raise UserError('none of the images could be read; nothing is written.')
     write(args.target, names, np.stack(features))
@@ -66,7 +67,7 @@ def write(target: str, names: list[str], features: np.ndarray) -> None:
             np.save(file, features)
     if target.endswith('.npy'):
         with atomic_write(f'{os.path.splitext(target)[0]}.txt') as file:
-            file.write(''.join(f'{name}\n' for name in names).encode(TEXT['encoding'], 'surrogateescape'))
+            file.write(''.join(f'{one_line(name)}\n' for name in names).encode(TEXT['encoding'], 'surrogateescape'))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -34,6 +34,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, open_regular
 from utils.flags import flag_parser
 from utils.runlog import progress
+from utils.text import one_line
 
 MAX_CLASS_NAMES = 64 << 20  # bytes; ten million names
 
@@ -116,7 +117,7 @@ def save_pictures(predictions: Iterable[FilePrediction], folder: str) -> Iterato
 
 def print_lines(predictions: Iterable[FilePrediction]) -> None:
     for file in predictions:
-        print(f'{file.image}: {file.error or file.prediction.text}', flush=True)
+        print(f'{one_line(file.image)}: {file.error or file.prediction.text}', flush=True)
 
 
 def write_csv(file: IO[bytes], predictions: Iterable[FilePrediction], columns: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ from utils.cli import run
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.flags import flag_parser
+from utils.text import one_line
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
             strip = draw_strip(path, image, reductions(model, config, image))
             with atomic_write(target) as file:
                 strip.save(file, 'PNG')
-            print(f'{path}: {target}', flush=True)
+            print(f'{one_line(path)}: {one_line(target)}', flush=True)
             drawn += 1
             if grid:
                 strips.append(strip)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Collection
+from typing import NoReturn
 
 from utils.cli import unquoted, whole_number
 from utils.foreign_flags import translate
@@ -33,9 +34,26 @@ def get_arguments(argv: list[str] | None = None, parser: argparse.ArgumentParser
     return (parser or flag_parser('Train or evaluate an image classifier.')).parse_args(words)
 
 
+class FlagParser(argparse.ArgumentParser):
+    """A parser whose errors say that -opts, which takes all words after it, took the missing arguments, too."""
+
+    words: list[str] = []
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse as `argparse` does, and keep the words for `error`."""
+        self.words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit."""
+        if 'arguments are required' in message and '-opts' in self.words:
+            message += '; -opts takes all words after it: put it last'
+        super().error(message)
+
+
 def flag_parser(description: str, only: Collection[str] | None = None) -> argparse.ArgumentParser:
     """Build the parser of the launchers' flags, or of `only` some of them, to which a tool adds its own."""
-    parser = argparse.ArgumentParser(
+    parser = FlagParser(
         description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
 

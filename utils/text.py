@@ -43,6 +43,11 @@ def printable_lines(text: object, keep: str = '') -> str:
     return '\n'.join(printable(line, keep=f'\t{keep}') for line in str(text).split('\n'))
 
 
+def one_line(path: str) -> str:
+    """Escape the line ends of a path, for output with one line per file."""
+    return path.replace('\r', '\\r').replace('\n', '\\n')
+
+
 def duration(seconds: float) -> str:
     """Return a time as in '12 s', '3 min 05 s', '7 h 12 min' or '2 d 03 h'."""
     left = round(seconds)

@@ -213,11 +213,26 @@ def test_bfloat16_needs_instructions_for_it(files, monkeypatch):
         benchmark.main([files[0], '-backend=exported', '-precision=bf16'])
 
 
+@pytest.mark.parametrize(
+    'opts, text',
+    [
+        (['AMP', True], '-amp .AMP. needs -engine dygraph'),
+        (['TRAIN.TASK', 'mae', 'MODEL.TYPE', 'mae'], 'TASK mae needs'),
+    ],
+)
+def test_throughput_refuses_what_an_evaluation_refuses(opts, text):
+    config = get_config(opts=['ENGINE', 'paddle', *opts])
+    with pytest.raises(UserError, match=text):
+        throughput.measure(config, Context(0, 1, False))
+
+
 def test_mistakes(files, tmp_path):
     mistakes = [
         (['gmlp_ti16_225'], "unknown model 'gmlp_ti16_225'.*Did you mean 'gmlp_ti16_224'"),
         ([files[0], '-precision=bf16'], '-precision needs another -engine'),
         ([files[0], '-amp', '-backend=exported'], '-amp needs -engine dygraph'),
+        (['mae_digits', '-engine=paddle'], 'TRAIN.TASK mae needs ENGINE dygraph'),
+        (['detect_digits', '-engine=onnxruntime'], 'TRAIN.TASK detection needs ENGINE dygraph'),
         ([files[0], '-training', '-backend=exported'], '-training needs -engine dygraph'),
         ([files[0], '-data_path=x'], '-dataset and -data_path need -training'),
         ([files[0], '-rounds=0'], '-rounds is 0'),

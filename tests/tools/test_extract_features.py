@@ -54,6 +54,8 @@ def test_npy_has_a_text_file_with_the_names(trained, tmp_path):
     target = run(trained, tmp_path, name='g.npy')
     np.testing.assert_allclose(np.load(target), features, atol=1e-6)
     assert (tmp_path / 'g.txt').read_text().splitlines() == names
+    tool.write(target, ['a\nb', 'c\r'], features[:2])
+    assert (tmp_path / 'g.txt').read_text() == 'a\\nb\nc\\r\n'
 
 
 def test_normalized_features_are_those_of_the_knn_probe(trained, tmp_path):

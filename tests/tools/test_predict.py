@@ -85,6 +85,20 @@ def test_unreadable_images_keep_their_place(trained, tmp_path):
     assert not [name for name in os.listdir(tmp_path) if name.endswith('.tmp')]
 
 
+def test_one_line_per_image_whatever_its_name(trained, tmp_path, capsys):
+    shutil.copy(os.path.join(trained.images, 'class0', '0.png'), tmp_path / 'a\nb.png')
+    assert in_process(*flags(trained), str(tmp_path)) == 0
+    *_, line, total = capsys.readouterr().out.splitlines()
+    assert line.startswith(f'{tmp_path}/a\\nb.png: ')
+    assert total == '1 images, 0 of them unreadable'
+
+
+def test_paths_after_opts(capsys):
+    with pytest.raises(SystemExit, match='2'):
+        predict.main(['-cfg=x.yaml', '-opts', 'SEED', '1', 'photos'])
+    assert capsys.readouterr().err.endswith('required: PATH; -opts takes all words after it: put it last\n')
+
+
 def test_status_1_when_nothing_can_be_read(trained, tmp_path, capsys):
     paths = [str(tmp_path / name) for name in ('a.jpg', 'b.jpg')]
     for path in paths:
