@@ -67,6 +67,27 @@ def save_best(folder: str, weights: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- reading
+def checkpoint_files(path: str) -> list[str]:
+    """Return the file that `-resume` names, or the checkpoints of the run folder, in the order in which they are tried.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = follow_latest(path)
+    if not os.path.isdir(path):
+        file = path if os.path.isfile(path) else f'{path}.pdparams'
+        if not os.path.isfile(file):
+            raise UserError(
+                f"-resume: there is neither '{path}' nor '{file}' in '{os.getcwd()}'; name a run folder or a checkpoint."
+            )
+        return [file]
+    candidates = [os.path.join(path, LAST), *reversed(epoch_files(path))]
+    candidates = [file for file in candidates if os.path.isfile(file)]
+    if not candidates:
+        raise UserError(f"-resume: the folder '{path}' holds no {LAST}; the run was ended before its first save.")
+    return candidates
+
+
 def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
     """Read the checkpoint that `-resume` names.
 
@@ -78,18 +99,9 @@ def read_checkpoint(path: str, log: Callable[[str], None]) -> tuple[str, dict]:
         The path of the file and its content: a checkpoint of this suite or of PaddleViT, or flat weights. A `.pdopt` file
         beside PaddleViT weights becomes the entry `optimizer`.
     """
-    path = follow_latest(path)
-    if not os.path.isdir(path):
-        file = path if os.path.isfile(path) else f'{path}.pdparams'
-        if not os.path.isfile(file):
-            raise UserError(
-                f"-resume: there is neither '{path}' nor '{file}' in '{os.getcwd()}'; name a run folder or a checkpoint."
-            )
-        return file, _with_pdopt(file, _as_dict(file))
-    candidates = [os.path.join(path, LAST), *reversed(epoch_files(path))]
-    candidates = [file for file in candidates if os.path.isfile(file)]
-    if not candidates:
-        raise UserError(f"-resume: the folder '{path}' holds no {LAST}; the run was ended before its first save.")
+    candidates = checkpoint_files(path)
+    if not os.path.isdir(follow_latest(path)):
+        return candidates[0], _with_pdopt(candidates[0], _as_dict(candidates[0]))
     for file in candidates[:-1]:
         try:
             return file, _as_dict(file)

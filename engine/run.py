@@ -11,7 +11,7 @@ import paddle
 
 import datasets
 from engine import distributed
-from engine.checkpoint import read_checkpoint
+from engine.checkpoint import checkpoint_files, read_checkpoint
 from engine.checkpoint_schema import validate_checkpoint
 from engine.evaluate import describe_metrics, evaluate
 from engine.report import write_files
@@ -41,6 +41,8 @@ def run_config(config) -> None:
         return
     if config.EVAL and not (config.MODEL.PRETRAINED or config.MODEL.RESUME):
         raise UserError('-eval needs weights: give -pretrained=FILE.pdparams, or -resume=RUN.')
+    if config.MODEL.RESUME:
+        checkpoint_files(config.MODEL.RESUME)  # an error of the data would hide a wrong name
     with lock_folder(config, context) as folder:
         _run_in(folder, config, context)
 

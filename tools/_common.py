@@ -17,6 +17,7 @@ from datasets.images import EXTENSIONS
 from datasets.walk import describe_counts, describe_left_out, images_below
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.run_paths import follow_latest, holds_weights
 
 
 def trained_config(args: argparse.Namespace) -> CfgNode:
@@ -28,6 +29,10 @@ def trained_config(args: argparse.Namespace) -> CfgNode:
     if 'pretrained' not in args:
         raise UserError('-pretrained is missing: give a .pdparams file or a run folder.')
     if config_file_of(args) is None:
+        if args.pretrained != 'auto' and not holds_weights(follow_latest(args.pretrained)):
+            raise UserError(
+                f"-pretrained: '{args.pretrained}' is neither a weight file nor a run folder; name one of these."
+            )
         raise UserError('-cfg is missing: give the YAML file of the model, or a run folder as -pretrained.')
     return update_config(get_config(), args)
 

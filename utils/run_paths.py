@@ -40,6 +40,16 @@ def follow_latest(path: str) -> str:
     return os.path.join(parent, target or name)
 
 
+def holds_weights(path: str) -> bool:
+    """Return True if `path`, with or without `.pdparams`, is a file, or a folder with `.pdparams` files."""
+    if os.path.isfile(path) or os.path.isfile(f'{path}.pdparams'):
+        return True
+    try:
+        return any(name.endswith('.pdparams') for name in os.listdir(path))
+    except OSError:
+        return False
+
+
 def point_latest(root: str, name: str) -> None:
     """Make `latest` in the folder `root` point to the run `name` below it; keep a folder or file of the user.
 

@@ -77,3 +77,9 @@ def test_folders_of_some_classes_are_refused(subset):
     )
     with pytest.raises(UserError, match=r'20 classes, but .* has 2 classes, .*DATA\.DATASET list'):
         run_config(config)
+
+
+@pytest.mark.parametrize('name, text', [('none', 'there is neither'), ('', 'holds no last.pdparams')])
+def test_a_wrong_name_of_a_run_is_reported_before_missing_data(tmp_path, name, text):
+    with pytest.raises(UserError, match=f'-resume: .*{text}'):
+        run_config(configured(MODEL__RESUME=f'{tmp_path}/{name}', DATA__DATA_PATH=f'{tmp_path}/no data', EVAL=False))

@@ -93,6 +93,12 @@ def test_one_line_per_image_whatever_its_name(trained, tmp_path, capsys):
     assert total == '1 images, 0 of them unreadable'
 
 
+@pytest.mark.parametrize('name', ['', 'none', 'none.pdparams'])
+def test_weights_that_do_not_exist(tmp_path, name):
+    with pytest.raises(UserError, match='is neither a weight file nor a run folder'):
+        predict.main([f'-pretrained={tmp_path}/{name}', 'photos'])
+
+
 def test_paths_after_opts(capsys):
     with pytest.raises(SystemExit, match='2'):
         predict.main(['-cfg=x.yaml', '-opts', 'SEED', '1', 'photos'])
