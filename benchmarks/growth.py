@@ -43,8 +43,7 @@ from benchmarks.long_lists import measure_list
 from config import get_config
 from engine import distributed
 from engine.throughput import BenchmarkCase
-from models import build_model
-from models.profile import profile
+from models.profile import profile_config
 from models.registry import config_file
 from tools._output import add_output_file
 from utils.cli import run
@@ -149,7 +148,7 @@ def measure_step(name: str, values: dict[str, int], steps: int) -> dict:
         wall.append(time.perf_counter() - started)
         used.append(time.process_time() - begun)
     memory = resident_memory('VmHWM') - before
-    found = profile(build_model(config), [1, 3, values['image size'], values['image size']])
+    found = profile_config(config, [1, 3, values['image size'], values['image size']])
     return {
         'params': found.params,
         'macs': found.macs * values['batch'],

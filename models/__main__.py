@@ -6,8 +6,8 @@ from __future__ import annotations
 import sys
 
 from config import get_config
-from models import build_model, list_models
-from models.profile import profile
+from models import list_models
+from models.profile import profile_config
 from models.registry import config_file
 from models.zoo import PUBLISHED, Published
 from utils.cli import run
@@ -31,7 +31,7 @@ def row(name: str) -> str:
     """Return the line of one configuration."""
     config = get_config(config_file(name))
     size, published = size_text(config.DATA.IMAGE_SIZE), PUBLISHED.get(name, Published(name))
-    cost = profile(build_model(config), [1, *image_shape(config)])
+    cost = profile_config(config, [1, *image_shape(config)])
     accuracies = ['-' if acc is None else f'{acc:.2f}' for acc in (published.acc1, published.acc5)]
     return COLUMNS.format(
         name, f'{cost.params / 1e6:.3f}', f'{cost.macs / 1e9:.3f}', size, *accuracies, published.url or '-'

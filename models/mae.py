@@ -25,6 +25,7 @@ from models.layers import (
     Linear,
     TokenState,
     computed_table,
+    fan_in,
     fix_,
     requested,
     resize_position_table,
@@ -134,8 +135,8 @@ class MaskedAutoencoder(VisionTransformer):
         if decoder_depth:
             mlp_ratio = encoder.get('mlp_ratio', 4.0)
             self._add_decoder(decoder_embed_dim, decoder_num_heads, mlp_ratio, decoder_pred_dim)
-        conv = self.patch_embed.conv.weight
-        initializer.XavierUniform(fan_in=conv[0].size, fan_out=self.embed_dim)(conv)
+        conv = self.patch_embed.conv
+        initializer.XavierUniform(fan_in=fan_in(conv), fan_out=self.embed_dim)(conv.weight)
         self.apply(lambda layer: xavier_uniform_(layer) if isinstance(layer, nn.Linear) else None)
 
     def _add_decoder(self, dim: int, num_heads: int, mlp_ratio: float, pred_dim: int | None) -> None:

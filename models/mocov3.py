@@ -22,6 +22,8 @@ from models.layers import (
     Linear,
     SyncBatchNorm,
     computed_table,
+    copy_,
+    fan_in,
     fix_,
     moco_position_table,
     xavier_uniform_,
@@ -86,7 +88,7 @@ class MoCoV3(Classifier):
         self.momentum_encoder = _encoder(dim, mlp_dim, **encoder)
         self.predictor = _projection_mlp(2, dim, mlp_dim, dim)
         for average, parameter in self._pairs():
-            average.set_value(parameter)
+            copy_(average, parameter)
             average.stop_gradient = True
         if freeze_patch and 'conv_stem' in encoder.get('variants', ()):
             raise UserError(
@@ -176,7 +178,7 @@ def _encoder(dim: int, mlp_dim: int, **options) -> VisionTransformer:
             xavier_uniform_(layer)
     if 'conv_stem' not in options.get('variants', ()):
         conv = vit.patch_embed.conv
-        initializer.XavierUniform(fan_in=conv.weight[0].size, fan_out=vit.embed_dim)(conv.weight)
+        initializer.XavierUniform(fan_in=fan_in(conv), fan_out=vit.embed_dim)(conv.weight)
         initializer.Constant(0.0)(conv.bias)
     vit.head = _projection_mlp(3, vit.embed_dim, mlp_dim, dim)
     return vit

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import paddle
 from paddle import nn
 
-from models.layers import ToMeReducer
+from models.layers import ToMeReducer, shapes_only
+from models.registry import build_model
 from utils.errors import UserError
 
 # Operators that may take a parameter of two or more dimensions: sums, elementwise products and data movement.
@@ -73,6 +74,13 @@ def profile(model: nn.Layer, input_shape: Sequence[int] = (1, 3, 224, 224)) -> P
     params = sum(math.prod(p.shape) for p in model.parameters())
     matching = by_kind.pop('matching')
     return Profile(params, sum(by_kind.values()), by_kind, matching)
+
+
+def profile_config(config, input_shape: Sequence[int]) -> Profile:
+    """Count those of the model of a configuration, which is built without initial weights; see `profile`."""
+    with shapes_only():
+        model = build_model(config)
+    return profile(model, input_shape)
 
 
 def _trace(model: nn.Layer, input_shape: Sequence[int]):

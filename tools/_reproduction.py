@@ -15,8 +15,7 @@ from yacs.config import CfgNode
 from engine import distributed
 from engine.run import run_config
 from engine.throughput import BenchmarkCase, measure
-from models import build_model
-from models.profile import profile
+from models.profile import profile_config
 from models.weights.published import cache_folder, convert, fetch
 from models.zoo import PUBLISHED, Published
 from utils.errors import UserError
@@ -65,7 +64,7 @@ def reproduce_row(request: Request) -> dict:
     config.defrost()
     config.DATA.BATCH_SIZE = request.batch_size
     config.freeze()
-    cost = profile(build_model(config), [1, *BenchmarkCase(name, config).image_shape()])
+    cost = profile_config(config, [1, *BenchmarkCase(name, config).image_shape()])
     speed = measure(config, distributed.start(config.PEER_TIMEOUT), request.rounds)
     return {
         'acc1': 100 * result['acc1'],

@@ -35,10 +35,9 @@ from engine.distributed import Context
 from engine.precision import cpu_obstacle, describe_cpu_precision
 from engine.run import build_loader
 from engine.throughput import BenchmarkCase, exported, loader_speed, peak_memory, time_interleaved
-from models import build_model
 from models.engines import LAYERS, check_engine
 from models.exported import PRECISIONS, cpu_threads
-from models.profile import profile
+from models.profile import profile_config
 from models.registry import config_file
 from tasks import build_task
 from tools._common import add_backend, with_engine_of_backend
@@ -191,7 +190,7 @@ def environment(args: argparse.Namespace, context: Context) -> dict:
 def cost(case: BenchmarkCase) -> dict:
     """Return name, image size, parameters and MACs of a model."""
     shape = case.image_shape()
-    found = profile(build_model(case.config), [1, *shape])
+    found = profile_config(case.config, [1, *shape])
     return {
         'name': case.name,
         'image_size': shape[1] if shape[1] == shape[2] else shape[1:],

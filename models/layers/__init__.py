@@ -8,7 +8,18 @@ from models.layers.batch_norm import SyncBatchNorm
 from models.layers.block import NORM_EPS, Block, check_reducers, rescale_branches
 from models.layers.drop_path import DropPath, drop_path_rates
 from models.layers.evit import EViTReducer, EViTSpec
-from models.layers.init import fix_, init_linear_, lecun_normal_, scale_, torch_conv_, trunc_normal_, xavier_uniform_
+from models.layers.init import (
+    copy_,
+    fan_in,
+    fix_,
+    init_linear_,
+    lecun_normal_,
+    scale_,
+    shapes_only,
+    torch_conv_,
+    trunc_normal_,
+    xavier_uniform_,
+)
 from models.layers.intermediates import BlockIntermediates, Intermediates, requested, tokens_to_maps
 from models.layers.log_softmax import log_softmax
 from models.layers.mixers import MixerSpec, build_mixer, register_mixer
@@ -62,10 +73,12 @@ __all__ = [
     'are_plain',
     'build_mixer',
     'check_keep_rates',
+    'copy_',
     'check_reducers',
     'computed_table',
     'drop_path_rates',
     'drops',
+    'fan_in',
     'fix_',
     'hidden_channels',
     'init_linear_',
@@ -90,6 +103,7 @@ __all__ = [
     'run_block',
     'run_mlp',
     'scale_',
+    'shapes_only',
     'scale_maps',
     'sincos_position_table',
     'take_tokens',

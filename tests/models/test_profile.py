@@ -6,7 +6,11 @@ import pytest
 from paddle import nn
 
 import models.profile
-from models.profile import Profile, profile
+from config import get_config
+from models import build_model
+from models.profile import Profile, profile, profile_config
+from models.registry import config_file
+from utils.sizes import image_shape
 
 
 class Everything(nn.Layer):
@@ -41,6 +45,23 @@ def test_counts():
     assert cost == Profile(params, conv + up + linear + matmul, {'conv': conv + up, 'linear': linear, 'matmul': matmul})
     assert model.training
     assert model(paddle.randn([3, 4, 8, 8])).shape == [3, 7]
+
+
+SMALL = (
+    'gmlp_ti16_224', 'ms_mlp_tiny_patch4_shift5_224', 'deit_tiny_distilled_patch16_224', 'mae_tiny_patch16_224',
+    'mocov3_tiny_patch16_224', 'vit_tiny_patch16_224_mae_finetune_improved', 'segment_digits', 'detect_digits',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_models_without_initial_weights(name):
+    """A configuration costs what its model costs, and the next model has initial weights again."""
+    config = get_config(config_file(name))
+    shape = [1, *image_shape(config)]
+    cost = profile_config(config, shape)
+    model = build_model(config)
+    assert cost == profile(model, shape)
+    assert any(p.numpy().any() for p in model.parameters())
 
 
 def test_counts_of_a_gpu_build(monkeypatch):
