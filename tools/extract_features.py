@@ -16,6 +16,7 @@ if __name__ == '__main__':
     _bootstrap.start()
 
 import argparse
+import contextlib
 import os
 import sys
 
@@ -60,14 +61,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def write(target: str, names: list[str], features: np.ndarray) -> None:
     """Write features [images, ...] float32 and names, in one .npz file or in a .npy and a .txt file."""
-    with atomic_write(target) as file:
+    with contextlib.ExitStack() as stack:  # all files are complete before the first replaces an older one
+        file = stack.enter_context(atomic_write(target))
         if target.endswith('.npz'):
             np.savez(file, features=features, names=np.array(names))
         else:
             np.save(file, features)
-    if target.endswith('.npy'):
-        with atomic_write(f'{os.path.splitext(target)[0]}.txt') as file:
-            file.write(''.join(f'{one_line(name)}\n' for name in names).encode(TEXT['encoding'], 'surrogateescape'))
+            lines = stack.enter_context(atomic_write(f'{os.path.splitext(target)[0]}.txt'))
+            lines.write(''.join(f'{one_line(name)}\n' for name in names).encode(TEXT['encoding'], 'surrogateescape'))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

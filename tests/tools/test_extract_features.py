@@ -58,6 +58,14 @@ def test_npy_has_a_text_file_with_the_names(trained, tmp_path):
     assert (tmp_path / 'g.txt').read_text() == 'a\\nb\nc\\r\n'
 
 
+def test_both_files_are_replaced_or_none(tmp_path):
+    """Names that cannot be written leave no features without names."""
+    (tmp_path / 'f.txt').mkdir()
+    with pytest.raises((UserError, OSError), match='f.txt'):
+        tool.write(str(tmp_path / 'f.npy'), ['a'], np.zeros([1, 2], 'float32'))
+    assert os.listdir(tmp_path) == ['f.txt']
+
+
 def test_normalized_features_are_those_of_the_knn_probe(trained, tmp_path):
     with np.load(run(trained, tmp_path, '-normalize')) as file, np.load(run(trained, tmp_path, name='g.npz')) as plain:
         wanted = plain['features'] / np.linalg.norm(plain['features'], axis=-1, keepdims=True)
