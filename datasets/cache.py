@@ -19,10 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from datasets.dataset import EncodedStorage, Images
-from datasets.images import Jpeg, UnreadableImage, open_image
+from datasets.images import Jpeg, UnreadableImage, open_image, stored_size
 from utils.errors import UserError
 
-SMALL, SMALL_FILE = 32, 8192  # side in pixels, and bytes of the file, up to which decoded pixels are kept (3 KiB)
+SMALL = 32  # side in pixels up to which decoded pixels are kept (3 KiB)
 
 
 def cache_images(dataset: Images, indices: np.ndarray, show_progress: bool) -> Images:
@@ -64,8 +64,9 @@ class CachedStorage(EncodedStorage):
 
     def _decode(self, index: int) -> None:
         """Keep the pixels of a small image. A `Jpeg` stays encoded: a transform may decode it at a smaller size."""
-        image = open_image(self.files[index]) if len(self.files[index]) <= SMALL_FILE else None
-        if image is not None and not isinstance(image, Jpeg) and max(image.size) <= SMALL:
+        data = self.files[index]
+        size = stored_size(data)  # larger images are not decoded here
+        if size is not None and max(size) <= SMALL and not isinstance(image := open_image(data), Jpeg):
             self._pixels[index], self._sizes[index] = image.tobytes(), image.size
 
     def __len__(self) -> int:

@@ -83,6 +83,13 @@ def open_image(data: bytes, exif_rotate: bool = False) -> Image.Image | Jpeg:
     return Jpeg(data, size, _jpeg_orientation(data) if exif_rotate else Orientation(), frame)
 
 
+def stored_size(data: bytes) -> tuple[int, int] | None:
+    """Return (width, height) from the header of an image file, without decoding it; None if it cannot be read."""
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return image.size
+    return None
+
+
 class Orientation:
     """EXIF orientation: rows and columns of the stored pixels are swapped, then mirrored.
 

@@ -171,7 +171,9 @@ def test_small_images_are_decoded_once(pictures, monkeypatch):
 def test_other_images_are_decoded_when_needed(pictures):
     """JPEG files, of which a transform may decode a part; larger images; images that are rotated by their EXIF data."""
     storage, small = pictures
-    cached = CachedStorage(storage, range(len(storage)))
+    with mock.patch('datasets.cache.open_image', wraps=open_image) as opened:
+        cached = CachedStorage(storage, range(len(storage)))
+    assert opened.call_count == small + 2  # not the large one: the start would take as long as an epoch
     turned, large, jpeg = range(small, small + 3)
     assert (cached.picture(turned).size, cached.picture(turned, True).size) == ((5, 8), (8, 5))
     assert isinstance(cached.picture(jpeg), Jpeg)
